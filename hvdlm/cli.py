@@ -1,0 +1,165 @@
+"""The `hvdlm` command: parses and dispatches, nothing else.
+
+Rooms are imported only when their command runs, so that `hvdlm --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hvdlm
+from hvdlm.errors import HvdlmError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 after an error sentence, 130 after Ctrl-C."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        status: int = options.run(options, rest)
+        return status
+    except HvdlmError as error:
+        if options.traceback:
+            raise
+        print(f"hvdlm {options.command}: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.config import load
+    from hvdlm.model.presets import PRESETS
+    from hvdlm.training.run import plan, train
+
+    config = load(options.config, overrides, PRESETS)
+    if options.dry_run:
+        return plan(config)
+    return train(config, options.resume)
+
+
+def _prepare(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.data.prepare import prepare
+
+    prepare(
+        inputs=options.input,
+        output=options.output,
+        tokenizer=options.tokenizer,
+        shards=options.shards,
+        validation=options.validation,
+        workers=options.workers,
+        text_key=options.text_key,
+        seed=options.seed,
+        skip_bad=options.skip_bad,
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.data.inspect import inspect
+
+    inspect(options.data, verify=options.verify)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.run import evaluate
+
+    return evaluate(options.checkpoint, options.data, engine=options.engine, batch_size=options.batch_size)
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.run import generate
+
+    return generate(
+        options.checkpoint,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.cluster.horovod_build import install
+
+    install(dry_run=options.dry_run)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hvdlm", description=hvdlm.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"hvdlm {hvdlm.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model; start it with horovodrun, mpirun or srun for more than one rank",
+        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of settings")
+    train.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint; latest: the run directory's")
+    train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser("prepare", help="turn text into a data set of HDF5 shards")
+    prepare.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, directories, globs, or python-stdlib"
+    )
+    prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data set's directory")
+    prepare.add_argument("--tokenizer", default="byte", metavar="byte|bpe:VOCAB|FILE", help="default: byte")
+    prepare.add_argument("--shards", type=int, default=8, metavar="N", help="training shards (default: 8)")
+    prepare.add_argument(
+        "--validation", type=float, default=0.01, metavar="FRACTION", help="of the documents (default: 0.01)"
+    )
+    prepare.add_argument("--workers", type=int, default=0, metavar="W", help="processes (default: one a core)")
+    prepare.add_argument("--text-key", default="text", metavar="KEY", help="of JSON Lines records (default: text)")
+    prepare.add_argument("--seed", type=int, default=0, help="of the split into shards and validation")
+    prepare.add_argument("--skip-bad", action="store_true", help="count bad documents and go on")
+    prepare.set_defaults(run=_prepare)
+
+    inspect = commands.add_parser("inspect", help="print what a data set holds")
+    inspect.add_argument("data", type=Path, metavar="DIR")
+    inspect.add_argument("--verify", action="store_true", help="read everything and check every hash")
+    inspect.set_defaults(run=_inspect)
+
+    evaluate = commands.add_parser("evaluate", help="loss, perplexity, bits per byte, accuracy and yardsticks")
+    evaluate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+    )
+    evaluate.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="data set whose validation split is read"
+    )
+    evaluate.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+    )
+    generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that hold P of the mass"
+    )
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    install = commands.add_parser(
+        "install-horovod", help="build Horovod for this PyTorch and MPI, install and prove it"
+    )
+    install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
+    install.set_defaults(run=_install_horovod)
+    return parser

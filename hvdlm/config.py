@@ -1,0 +1,258 @@
+"""Every setting hvdlm has: one typed section each, read from TOML and overridden on the command line.
+
+A setting is declared once, here, with its type, its bounds, its default and its
+meaning. Unknown keys, wrong types and impossible values are errors that name the
+key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hvdlm.errors import HvdlmError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """A group of settings; immutable, and strict about names and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """`[model]`: the shape of the Transformer. The preset fills what is not given."""
+
+    preset: str = Field("tiny", description="named starting point; any field below overrides it")
+    layers: int = Field(4, gt=0, description="Transformer blocks")
+    heads: int = Field(4, gt=0, description="attention (query) heads")
+    kv_heads: int = Field(0, ge=0, description="key and value heads; 0: as many as heads")
+    width: int = Field(128, gt=0, description="size of the residual stream")
+    mlp_width: int = Field(0, ge=0, description="hidden size of the MLP; 0: 4 x width, or 8/3 x width for swiglu")
+    context_length: int = Field(128, gt=0, description="tokens a sequence")
+    vocab_size: int = Field(0, ge=0, description="tokens in the vocabulary; 0: the data set's")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each sub-layer")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance in the normalisation")
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP non-linearity")
+    position: Literal["learned", "rope"] = Field("learned", description="how a token knows its place")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    bias: bool = Field(True, description="biases in linear layers and LayerNorm")
+    tie_embeddings: bool = Field(True, description="output projection shares the token embedding")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an activation")
+    document_mask: bool = Field(False, description="attention does not cross the bounds of documents")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"model.width = {self.width} is not a multiple of model.heads = {self.heads}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}")
+        if self.position == "rope" and (self.width // self.heads) % 2:
+            raise ValueError(
+                "model.position = 'rope' rotates pairs of numbers, "
+                f"but model.width / model.heads = {self.width // self.heads} is odd"
+            )
+        return self
+
+
+class DataSection(Section):
+    """`[data]`: where the tokens come from."""
+
+    path: str = Field("data/python-stdlib", description="directory written by `hvdlm prepare`")
+    read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
+
+
+class TrainSection(Section):
+    """`[train]`: how long, how much at once, how exactly."""
+
+    steps: int = Field(1000, gt=0, description="optimizer steps")
+    batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over the whole job")
+    micro_batch_size: int = Field(8, gt=0, description="sequences a rank computes at once")
+    precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
+    seed: int = Field(0, ge=0, description="of initialisation, sample order and dropout")
+    run_dir: str = Field("runs/default", description="where config, metrics, checkpoints and pictures go")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: the node's cores shared among its ranks")
+    compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
+    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
+    evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
+    check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")
+
+
+class OptimizerSection(Section):
+    """`[optimizer]`: AdamW and its schedule."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="cosine, or warm-up-stable-decay")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
+    decay_steps: int = Field(0, ge=0, description="length of wsd's final decay; 0: a fifth of train.steps")
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+
+
+class CommSection(Section):
+    """`[comm]`: how ranks talk."""
+
+    engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field("auto", description="what carries messages")
+    bucket_mb: float = Field(4.0, gt=0, description="gradient bytes sent at once, in units of 2**20")
+    timeout: float = Field(300.0, gt=0, description="seconds that a rank waits for another before it gives up")
+
+
+class CheckpointSection(Section):
+    """`[checkpoint]`: what survives."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(3, gt=0, description="newest checkpoints kept")
+
+
+class LogSection(Section):
+    """`[log]`: what is told."""
+
+    every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+
+
+class Config(Section):
+    """All sections. `load` makes one."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    comm: CommSection = Field(default_factory=CommSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than train.steps = {self.train.steps}"
+            )
+        if self.optimizer.decay_steps > self.train.steps - self.optimizer.warmup_steps:
+            raise ValueError(
+                f"optimizer.decay_steps = {self.optimizer.decay_steps} does not fit between optimizer.warmup_steps = "
+                f"{self.optimizer.warmup_steps} and train.steps = {self.train.steps}"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """This configuration as the text of a TOML file that `load` reads back to an equal one."""
+        return tomli_w.dumps(self.model_dump())
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over every setting: equal on two ranks exactly if they were configured alike."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+Presets = Mapping[str, Mapping[str, Any]]
+
+
+def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Config:
+    """Reads a TOML file (None: an empty one), then applies `--section.key value` overrides.
+
+    `presets` maps a name of `model.preset` to the `[model]` values it stands for;
+    values given in the file or on the command line win over the preset's.
+
+    Raises HvdlmError for an unreadable file, an unknown key, a wrong type or an impossible combination.
+    """
+    settings = _read_toml(path) if path else {}
+    origin = str(path) if path else "the command line"
+    for key, value in _parse_overrides(overrides):
+        section, _, name = key.partition(".")
+        table = settings.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise HvdlmError(f"{origin}: {section} must be a section, [{section}]")
+        table[name] = _typed(section, name, value)
+    return from_dict(settings, origin, presets)
+
+
+def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Config:
+    """The configuration that nested `settings` describe; `origin` names their source in errors."""
+    filled = dict(settings)
+    model = filled.get("model", {})
+    if isinstance(model, dict):
+        name = model.get("preset", ModelSection.model_fields["preset"].default)
+        if name not in presets:
+            raise HvdlmError(f"{origin}: model.preset = {name!r} is unknown{_nearest(str(name), list(presets))}")
+        filled["model"] = {**presets[name], **model, "preset": name}
+    try:
+        return Config.model_validate(filled)
+    except ValidationError as error:
+        raise HvdlmError(f"{origin}: {'; '.join(_sentence(detail) for detail in error.errors())}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HvdlmError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HvdlmError(f"{path} is not valid TOML: {error}") from None
+
+
+def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`--train.steps 5 --optimizer.lr=1e-3` as pairs of key and text."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or "." not in name:
+            raise HvdlmError(f"unknown argument {flag!r}: settings are overridden as --section.key value")
+        if not equals:
+            if not rest:
+                raise HvdlmError(f"--{name} needs a value: --{name} VALUE")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _typed(section: str, name: str, text: str) -> Any:
+    """The text of an override as the type its setting has: strings need no quotes on a command line."""
+    section_field = Config.model_fields.get(section)
+    fields = section_field.annotation.model_fields if section_field and section_field.annotation else {}  # type: ignore[attr-defined]
+    if name in fields and _takes_text(fields[name].annotation):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _takes_text(annotation: Any) -> bool:
+    return annotation is str or getattr(annotation, "__origin__", None) is Literal
+
+
+def _sentence(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        section = Config.model_fields.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else None
+        annotation: Any = section.annotation if section else Config
+        prefix = f"{detail['loc'][0]}." if section else ""
+        return f"unknown key {key}{_nearest(key, [prefix + name for name in annotation.model_fields])}"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else f" (valid: {', '.join(sorted(valid))})"
