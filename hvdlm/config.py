@@ -228,7 +228,7 @@ def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def _typed(section: str, name: str, text: str) -> Any:
     """The text of an override as the type its setting has: strings need no quotes on a command line."""
     section_field = Config.model_fields.get(section)
-    fields = section_field.annotation.model_fields if section_field and section_field.annotation else {}  # type: ignore[attr-defined]
+    fields = section_field.annotation.model_fields if section_field and section_field.annotation else {}
     if name in fields and _takes_text(fields[name].annotation):
         return text
     try:

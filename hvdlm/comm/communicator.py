@@ -1,0 +1,326 @@
+"""The one interface through which ranks talk: `Communicator`, `Work`, `ReduceOp`.
+
+What every engine has in common is here: dtypes, strided and empty tensors, tensors on a device that the
+engine cannot reach, objects, places of ranks on nodes. An engine (solo.py, mpi.py, horovod.py, torch.py)
+adds seven primitives that see only contiguous one-dimensional tensors which it has said it can handle.
+Data that is only moved travels as bytes, so no engine can get a dtype wrong; only sums care about dtypes.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvdlm.errors import HvdlmError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8})
+
+# What a dtype travels as where an engine cannot reduce it: no value is lost on the way, only rounded at the end.
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.uint8: torch.int32}
+
+
+class ReduceOp(Enum):
+    """How values of several ranks become one."""
+
+    SUM = "sum"
+    MAX = "max"
+    MIN = "min"
+
+
+class Work(Generic[T]):
+    """An operation under way. Its tensors must not be read, written or freed before `wait` has returned."""
+
+    def __init__(self, finish: Callable[[], T], is_done: Callable[[], bool]) -> None:
+        self._finish: Callable[[], T] | None = finish
+        self._is_done = is_done
+        self._result: T
+
+    @staticmethod
+    def done(result: U) -> Work[U]:
+        """Work that has ended before it began."""
+        return Work(lambda: result, lambda: True)
+
+    def wait(self) -> T:
+        """Blocks until the operation has ended and returns its result; a second call returns it again.
+
+        For tensors on a GPU it may return when the current stream, rather than the host, will see the result.
+        """
+        if self._finish is not None:
+            self._result = self._finish()
+            self._finish = None
+        return self._result
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._finish is None or self._is_done()
+
+    def then(self, function: Callable[[T], U]) -> Work[U]:
+        """Work whose result is `function` of this one's, applied by the thread that waits."""
+        return Work(lambda: function(self.wait()), self.is_done)
+
+
+def part_lengths(length: int, parts: int) -> list[int]:
+    """Lengths of `parts` contiguous pieces of `length` elements; the first `length % parts` have one more."""
+    return [length // parts + (index < length % parts) for index in range(parts)]
+
+
+class Communicator(ABC):
+    """A group of ranks 0 .. size-1, each in a process of its own.
+
+    Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
+    are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are
+    float32, float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each
+    operation has an `_async` form that returns a `Work`.
+
+    Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
+    engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "cuda" (GPU
+    tensors need no staging through host memory).
+    """
+
+    engine: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node_rank: int
+    node_count: int
+    hosts: list[str]
+    capabilities: frozenset[str]
+
+    # ---- what ranks do together
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        """Replaces `tensor` on every rank by its reduction over all ranks. Shapes and dtypes are equal on all."""
+        return self.all_reduce_async_(tensor, op).wait()
+
+    def all_reduce_async_(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work[Tensor]:
+        _check_dtype(tensor)
+        if tensor.numel() == 0:
+            return Work.done(tensor)
+        flat = self._reducible(tensor, op)
+        return self._all_reduce(flat, op).then(lambda _: _copy_back(flat, tensor))
+
+    def reduce_scatter(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        """This rank's part, 1-D, of the reduction of `tensor`, seen as flat and cut by `part_lengths`."""
+        return self.reduce_scatter_async(tensor, op).wait()
+
+    def reduce_scatter_async(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work[Tensor]:
+        _check_dtype(tensor)
+        if tensor.numel() == 0:
+            return Work.done(tensor.detach().reshape(-1).clone())
+        lengths = part_lengths(tensor.numel(), self.size)
+        work = self._reduce_scatter(self._reducible(tensor, op), op, lengths)
+        return work.then(lambda part: part.to(device=tensor.device, dtype=tensor.dtype))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, (size, *shape), in the order of ranks. Shapes are equal on all ranks."""
+        return self.all_gather_async(tensor).wait()
+
+    def all_gather_async(self, tensor: Tensor) -> Work[Tensor]:
+        return self.all_gather_v_async(tensor, [tensor.shape[0] if tensor.dim() else 1] * self.size).then(
+            lambda parts: torch.stack([part.reshape(tensor.shape) for part in parts])
+        )
+
+    def all_gather_v(self, tensor: Tensor, lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """The tensors of all ranks, whose first dimensions may differ: `lengths[r]` on rank r.
+
+        Without `lengths` they are exchanged first, which costs one more message.
+        """
+        return self.all_gather_v_async(tensor, lengths).wait()
+
+    def all_gather_v_async(self, tensor: Tensor, lengths: Sequence[int] | None = None) -> Work[list[Tensor]]:
+        _check_dtype(tensor)
+        row_shape = tensor.shape[1:]
+        own_length = tensor.shape[0] if tensor.dim() else 1
+        if lengths is None:
+            lengths = self.all_gather(torch.tensor([own_length])).flatten().tolist()
+        if lengths[self.rank] != own_length:
+            raise ValueError(f"lengths[{self.rank}] = {lengths[self.rank]}, but the tensor has {own_length} rows")
+        row_bytes = row_shape.numel() * tensor.element_size()
+        byte_lengths = [length * row_bytes for length in lengths]
+        if sum(byte_lengths) == 0:
+            return Work.done([tensor.new_empty(length, *row_shape) for length in lengths])
+
+        def split(gathered: Tensor) -> list[Tensor]:
+            pieces = torch.split(gathered.to(tensor.device), byte_lengths)
+            # clone(): a piece may start anywhere, but a view of a wider dtype must be aligned
+            return [
+                piece.clone().view(tensor.dtype).reshape(length, *row_shape)
+                for piece, length in zip(pieces, lengths, strict=True)
+            ]
+
+        return self._all_gather(self._as_bytes(tensor), byte_lengths).then(split)
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
+        return self.broadcast_async_(tensor, root).wait()
+
+    def broadcast_async_(self, tensor: Tensor, root: int = 0) -> Work[Tensor]:
+        _check_dtype(tensor)
+        self._check_rank(root)
+        if tensor.numel() == 0:
+            return Work.done(tensor)
+        data = self._as_bytes(tensor)
+        return self._broadcast(data, root).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
+
+    # ---- what two ranks do
+
+    def send(self, tensor: Tensor, destination: int) -> None:
+        """Sends `tensor` to one rank, which calls `receive_` with one of the same shape and dtype."""
+        self.send_async(tensor, destination).wait()
+
+    def send_async(self, tensor: Tensor, destination: int) -> Work[None]:
+        self._check_point_to_point(tensor, destination)
+        if tensor.numel() == 0:
+            return Work.done(None)
+        return self._send(self._as_bytes(tensor), destination)
+
+    def receive_(self, tensor: Tensor, source: int) -> Tensor:
+        """Replaces `tensor` by the one that `source` sends; messages of one sender arrive in their order."""
+        return self.receive_async_(tensor, source).wait()
+
+    def receive_async_(self, tensor: Tensor, source: int) -> Work[Tensor]:
+        self._check_point_to_point(tensor, source)
+        if tensor.numel() == 0:
+            return Work.done(tensor)
+        data = self._as_bytes(tensor)
+        return self._receive(data, source).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
+
+    # ---- objects, order, groups, the end
+
+    def broadcast_object(self, value: T, root: int = 0) -> T:
+        """`value` of `root`, on every rank. Anything that pickle takes."""
+        data = _pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
+        length = self.broadcast_(torch.tensor([data.numel()]), root)
+        if self.rank != root:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        result: T = _unpickled(self.broadcast_(data, root))
+        return result
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """`value` of every rank, in the order of ranks. Anything that pickle takes."""
+        return [_unpickled(data) for data in self.all_gather_v(_pickled(value))]
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.all_reduce_(torch.zeros(1, dtype=torch.int32))
+
+    def supports(self, capability: str) -> bool:
+        """Whether the engine has a capability of those that the class names."""
+        return capability in self.capabilities
+
+    @abstractmethod
+    def split(self, color: int, key: int) -> Communicator:
+        """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> NoReturn:
+        """Ends the whole job at once, with a non-zero exit status on every rank; `reason` goes to stderr."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the engine in good order. Collective; no operation may follow."""
+
+    # ---- the primitives of an engine: contiguous, 1-D, at least one element on some rank
+
+    @abstractmethod
+    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool: ...
+
+    @abstractmethod
+    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]: ...
+
+    @abstractmethod
+    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
+
+    @abstractmethod
+    def _broadcast(self, data: Tensor, root: int) -> Work[None]: ...
+
+    def _send(self, data: Tensor, destination: int) -> Work[None]:
+        raise HvdlmError(f"engine {self.engine} has no send; use engine mpi or torch")
+
+    def _receive(self, data: Tensor, source: int) -> Work[None]:
+        raise HvdlmError(f"engine {self.engine} has no receive; use engine mpi or torch")
+
+    # ---- shared by all engines
+
+    def _locate(self) -> None:
+        """Finds out which ranks share a node, by host name. Collective; engines call it last in `__init__`."""
+        self.hosts = self.all_gather_object(socket.gethostname())
+        own = self.hosts[self.rank]
+        nodes = list(dict.fromkeys(self.hosts))
+        self.local_rank = self.hosts[: self.rank].count(own)
+        self.local_size = self.hosts.count(own)
+        self.node_rank = nodes.index(own)
+        self.node_count = len(nodes)
+
+    def _reducible(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        """`tensor` as the engine can reduce it: itself where possible, else a flat, wider or host copy."""
+        flat = self._reachable(tensor.detach()).contiguous().view(-1)
+        return flat if self._can_reduce(flat.dtype, op) else flat.to(_WIDER[flat.dtype])
+
+    def _as_bytes(self, tensor: Tensor) -> Tensor:
+        return self._reachable(tensor.detach()).contiguous().view(-1).view(torch.uint8)
+
+    def _reachable(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda or self.supports("cuda"):
+            return tensor
+        _say_once(f"engine {self.engine} cannot reach GPU memory: tensors are staged through pinned host memory")
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return staged.copy_(tensor)
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not one of the {self.size} ranks of this communicator")
+
+    def _check_point_to_point(self, tensor: Tensor, peer: int) -> None:
+        _check_dtype(tensor)
+        self._check_rank(peer)
+        if peer == self.rank:
+            raise ValueError(f"rank {peer} cannot exchange messages with itself")
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+        raise TypeError(f"{tensor.dtype} is not communicated; convert it to one of {names}")
+
+
+def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
+    """Writes the outcome into the caller's tensor, unless it was reduced where it lies."""
+    target = tensor.detach()
+    if flat.data_ptr() != target.data_ptr():
+        target.copy_(flat.view(target.shape))
+    return tensor
+
+
+def _pickled(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpickled(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)

@@ -1,0 +1,138 @@
+"""Engine `horovod`: Horovod's collectives, for ranks started by horovodrun and for NCCL builds on GPUs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.errors import HvdlmError
+
+_OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
+
+_REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64})
+
+
+class _Names:
+    """Names for operations under way: the lowest number free, so that names come back every step.
+
+    Horovod negotiates each tensor by name among the ranks and remembers those that it has seen; an ever new name
+    would be negotiated in full each time. A number is free again once its operation has been waited for, which
+    happens at the same place of the program on every rank, so all ranks choose alike.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._taken: dict[str, set[int]] = defaultdict(set)
+
+    def take(self, kind: str) -> tuple[str, Callable[[], None]]:
+        """A name, and what gives it back."""
+        taken = self._taken[kind]
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        taken.add(number)
+        return f"{self._prefix}.{kind}.{number}", lambda: taken.discard(number)
+
+
+class HorovodCommunicator(Communicator):
+    """Ranks of Horovod: all of them, or those of a process set."""
+
+    engine = "horovod"
+
+    def __init__(self, process_set: Any, members: Sequence[int]) -> None:
+        """`members`: the ranks of `process_set` as Horovod numbers them, in our order. `start` makes the first one."""
+        self._set = process_set
+        self._members = list(members)
+        # Horovod orders a process set by its own ranks: our rank r stands at place[r] there.
+        self._place = [sorted(members).index(member) for member in members]
+        self._names = _Names("hvdlm" if self._is_whole_job else f"hvdlm.{'.'.join(map(str, members))}")
+        self.capabilities = frozenset({"float16", "cuda"} if hvd.nccl_built() else {"float16"})
+        self.rank, self.size = self._members.index(hvd.rank()), len(self._members)
+        self._locate()
+
+    @classmethod
+    def start(cls, timeout: float) -> HorovodCommunicator:
+        """Initialises Horovod; `timeout`: seconds without a word from some rank before Horovod ends the job."""
+        os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # lets `split` add process sets
+        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(timeout / 2)))
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(math.ceil(timeout)))
+        hvd.init()
+        return cls(hvd.global_process_set, range(hvd.size()))
+
+    @property
+    def _is_whole_job(self) -> bool:
+        return self._set is hvd.global_process_set
+
+    def split(self, color: int, key: int) -> Communicator:
+        if not self._is_whole_job:
+            raise HvdlmError("engine horovod can split only the whole job, not a part of it: use engine mpi or torch")
+        wishes = self.all_gather_object((color, key))
+        mine: tuple[Any, list[int]] | None = None
+        # Adding a process set is collective over all ranks, so each rank adds those of the other colors too.
+        for each in sorted({wish[0] for wish in wishes}):
+            ranks = sorted((r for r in range(self.size) if wishes[r][0] == each), key=lambda r: (wishes[r][1], r))
+            members = [self._members[rank] for rank in ranks]
+            process_set = _process_set(tuple(sorted(members)))
+            if each == color:
+                mine = (process_set, members)
+        assert mine is not None
+        return HorovodCommunicator(*mine)
+
+    def abort(self, reason: str) -> NoReturn:
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(1)  # the launcher ends the other ranks when one exits non-zero
+
+    def close(self) -> None:
+        if self._is_whole_job:
+            hvd.shutdown()
+
+    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
+        # Of half-precision numbers Horovod knows only the sum, and bfloat16 not at all (horovod issue 4047).
+        return dtype in _REDUCIBLE or (dtype is torch.float16 and op is ReduceOp.SUM)
+
+    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
+        return self._start("all_reduce", hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
+
+    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
+        if op is ReduceOp.SUM and min(lengths) > 0 and self._place == sorted(self._place):
+            return self._start("reduce_scatter", hvd.reducescatter_async, flat, op=hvd.Sum)
+        # Horovod scatters only sums, in its own order of ranks and with no part empty.
+        reduced = flat.clone()
+        return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
+
+    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
+        their_lengths = [lengths[self._place.index(place)] for place in range(self.size)]
+
+        def in_our_order(gathered: Tensor) -> Tensor:
+            pieces = torch.split(gathered, their_lengths)
+            return torch.cat([pieces[place] for place in self._place])
+
+        return self._start("all_gather", hvd.allgather_async, data).then(in_our_order)
+
+    def _broadcast(self, data: Tensor, root: int) -> Work[None]:
+        return self._start("broadcast", hvd.broadcast_async_, data, self._members[root]).then(lambda _: None)
+
+    def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Tensor]:
+        name, give_back = self._names.take(kind)
+        handle = operation(*arguments, **options, name=name, process_set=self._set)
+
+        def finish() -> Tensor:
+            result: Tensor = hvd.synchronize(handle)
+            give_back()
+            return result
+
+        return Work(finish, lambda: bool(hvd.poll(handle)))
+
+
+@functools.cache
+def _process_set(ranks: tuple[int, ...]) -> Any:
+    """Horovod's process set of these ranks; it refuses to add the same one twice."""
+    return hvd.global_process_set if len(ranks) == hvd.size() else hvd.add_process_set(list(ranks))

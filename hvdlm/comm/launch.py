@@ -1,0 +1,186 @@
+"""How was this process started, which engine serves it, and do all ranks belong together?"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+import hvdlm
+from hvdlm.errors import HvdlmError, JobError
+
+if TYPE_CHECKING:
+    from hvdlm.comm.communicator import Communicator
+    from hvdlm.comm.torch import TorchCommunicator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment says of the job: its launcher, and this process's place in it."""
+
+    launcher: str  # "horovodrun", "mpirun", "srun", "torchrun", or "none" for a process started by itself
+    rank: int
+    size: int
+
+
+# Launchers by the variables that they set, the most specific first: horovodrun over mpirun leaves mpirun's too,
+# and mpirun inside a Slurm job leaves Slurm's.
+_VARIABLES = (
+    ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_RANK", "PMI_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("torchrun", "RANK", "WORLD_SIZE"),
+)
+
+
+def detect(environment: Mapping[str, str]) -> Launch:
+    """Reads the launcher, rank and size from environment variables; MPI itself is not touched."""
+    for launcher, rank, size in _VARIABLES:
+        if rank in environment and size in environment:
+            if environment.get("HOROVOD_CONTROLLER") == "mpi":
+                launcher = "horovodrun"
+            return Launch(launcher, int(environment[rank]), int(environment[size]))
+    return Launch("none", 0, 1)
+
+
+def choose_engine(launch: Launch, requested: str) -> tuple[str, str]:
+    """The engine to use and the reason, as a phrase that follows "because"."""
+    if requested != "auto":
+        return requested, "comm.engine says so"
+    if launch.launcher == "none":
+        return "solo", "no launcher started this process"
+    if launch.launcher == "horovodrun":
+        return "horovod", "horovodrun started this job"
+    if launch.launcher == "torchrun":
+        return "torch", "torchrun started this job"
+    if not torch.cuda.is_available():
+        return "mpi", f"{launch.launcher} started this job and it computes on CPUs"
+    if _horovod_has_nccl():
+        return "horovod", f"{launch.launcher} started this job on GPUs and Horovod is built with NCCL"
+    return "torch", f"{launch.launcher} started this job on GPUs and Horovod is not built with NCCL"
+
+
+def connect(engine: str, timeout: float, config_digest: str) -> Communicator:
+    """Joins the job: starts an engine ("auto": the one that fits) and checks that all ranks belong together.
+
+    `timeout`: seconds that a rank waits for another; `config_digest` must be equal on all ranks.
+
+    Raises HvdlmError on the rank that cannot start, JobError on all ranks alike if they do not fit together.
+    """
+    launch = detect(os.environ)
+    engine, reason = choose_engine(launch, engine)
+    communicator = _start(engine, launch, timeout)
+    if communicator.size != launch.size:
+        raise HvdlmError(
+            f"{launch.launcher} started {launch.size} ranks and this is rank {launch.rank} on {socket.gethostname()}, "
+            f"but engine {engine} sees {communicator.size} and takes itself for rank {communicator.rank}: "
+            f"{_size_remedy(engine)}"
+        )
+    _check_alike(communicator, config_digest)
+    if communicator.rank == 0:
+        logger.info("engine %s, because %s", engine, reason)
+    return communicator
+
+
+def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
+    # An engine's module is imported only where it is used: importing mpi4py starts MPI.
+    if engine == "solo":
+        from hvdlm.comm.solo import SoloCommunicator
+
+        return SoloCommunicator()
+    if engine == "mpi":
+        from hvdlm.comm.mpi import MPICommunicator
+
+        return MPICommunicator(timeout)
+    if engine == "horovod":
+        if importlib.util.find_spec("horovod") is None:
+            raise HvdlmError("engine horovod needs Horovod, which is not installed: run `hvdlm install-horovod`")
+        from hvdlm.comm.horovod import HorovodCommunicator
+
+        return HorovodCommunicator.start(timeout)
+    return _start_torch(launch, timeout)
+
+
+def _start_torch(launch: Launch, timeout: float) -> TorchCommunicator:
+    """Brings torch.distributed up: rank 0 listens, and the launcher's own channel tells the others where."""
+    from hvdlm.comm.torch import TorchCommunicator
+
+    if launch.launcher == "none":
+        return TorchCommunicator.start("127.0.0.1", 0, 0, 1, timeout)
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    elif launch.launcher == "srun" and "PMIX_RANK" not in os.environ:
+        address, port = _slurm_rendezvous(os.environ)
+    else:
+        guide = _start("horovod" if launch.launcher == "horovodrun" else "mpi", launch, timeout)
+        address, port = guide.broadcast_object((socket.gethostname(), _free_port()))
+        if guide.node_count == 1:
+            address = "127.0.0.1"
+        guide.close()
+    return TorchCommunicator.start(address, port, launch.rank, launch.size, timeout)
+
+
+def _slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where rank 0 listens, known without a message: the step's first node, a port made from the job's number."""
+    nodes = environment["SLURM_STEP_NODELIST"]
+    head, bracket, rest = nodes.partition("[")
+    first = head + rest.replace("]", ",").replace("-", ",").split(",")[0] if bracket else head.split(",")[0]
+    step = int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"]) % 8
+    return first, 20000 + step % 12000
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def _horovod_has_nccl() -> bool:
+    if importlib.util.find_spec("horovod") is None:
+        return False
+    from horovod.common.util import nccl_built
+
+    return bool(nccl_built())
+
+
+def _size_remedy(engine: str) -> str:
+    if engine == "mpi":
+        from mpi4py import MPI
+
+        library = MPI.Get_library_version().splitlines()[0].strip().rstrip(",")
+        return f"mpi4py has loaded {library}; start the job with the mpirun of that MPI"
+    if engine == "solo":
+        return "leave comm.engine at auto, or start one process"
+    return "start the job with one launcher only, and build the engine for its MPI"
+
+
+def _check_alike(communicator: Communicator, config_digest: str) -> None:
+    """Raises JobError on every rank unless all run the same software with the same settings."""
+    own = {
+        "hvdlm": hvdlm.__version__,
+        "torch": str(torch.__version__),
+        "Python": platform.python_version(),
+        "settings": config_digest[:12],
+    }
+    everyone = communicator.all_gather_object(own)
+    for subject, expected in everyone[0].items():
+        odd = [rank for rank in range(communicator.size) if everyone[rank][subject] != expected]
+        if odd:
+            places = ", ".join(f"rank {r} on {communicator.hosts[r]} has {everyone[r][subject]}" for r in odd[:8])
+            remedy = (
+                "give all ranks the same configuration" if subject == "settings" else "install one version on all hosts"
+            )
+            raise JobError(
+                f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {places}"
+                f"{' and so on' if len(odd) > 8 else ''}; {remedy}"
+            )

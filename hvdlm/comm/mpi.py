@@ -1,0 +1,132 @@
+"""Engine `mpi`: collectives and messages of mpi4py, for ranks started by mpirun or srun.
+
+Collectives run on a communication thread, one after the other in the order of their submission, so they
+overlap with computation and every rank runs them in the same order. Messages between two ranks start at once.
+
+A blocking MPI call spins on its core until the slowest rank has come, and on a machine whose cores compute
+that is the very core it waits for. So before each collective the ranks meet in a non-blocking barrier that is
+polled with short sleeps; only when all have come does the collective run, at full speed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn, TypeVar
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.errors import HvdlmError
+
+T = TypeVar("T")
+
+_OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
+
+# MPI has neither IEEE half nor bfloat16 among its standard datatypes.
+_REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
+
+# Polls before the first sleep, then the length of a sleep in seconds: ranks that come together lose nothing,
+# and one that comes late is noticed within a fraction of what a message of a bucket's size takes.
+_EAGER_POLLS = 50
+_SLEEP = 50e-6
+
+
+class MPICommunicator(Communicator):
+    """Ranks of an MPI communicator. Needs MPI_THREAD_MULTIPLE, which Open MPI and MPICH give by default."""
+
+    engine = "mpi"
+    capabilities = frozenset({"send"})
+
+    def __init__(self, timeout: float, group: MPI.Comm | None = None) -> None:
+        """`timeout`: seconds that a rank waits for the others before it gives up."""
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise HvdlmError(
+                f"{MPI.Get_library_version().splitlines()[0]} gives no MPI_THREAD_MULTIPLE, which engine mpi needs to "
+                "communicate while it computes: use an MPI built with threads, or comm.engine = 'torch'"
+            )
+        # A communicator of our own keeps our messages apart from whatever else speaks MPI in this process.
+        self._group = MPI.COMM_WORLD.Dup() if group is None else group
+        self._timeout = timeout
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-mpi")
+        self.rank, self.size = self._group.Get_rank(), self._group.Get_size()
+        self._locate()
+
+    def split(self, color: int, key: int) -> Communicator:
+        return MPICommunicator(self._timeout, self._submit(lambda: self._group.Split(color, key)).wait())
+
+    def abort(self, reason: str) -> NoReturn:
+        print(reason, file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(1)
+        os._exit(1)  # MPI_Abort may return before the launcher's signal has come
+
+    def close(self) -> None:
+        self._submit(lambda: None).wait()
+        self._thread.shutdown()
+        self._group.Free()
+
+    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
+        return dtype in _REDUCIBLE
+
+    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
+        return self._submit(lambda: self._group.Allreduce(MPI.IN_PLACE, flat.numpy(), _OPS[op]))
+
+    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
+        part = flat.new_empty(lengths[self.rank])
+
+        def run() -> Tensor:
+            self._group.Reduce_scatter(flat.numpy(), part.numpy(), list(lengths), _OPS[op])
+            return part
+
+        return self._submit(run)
+
+    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
+        gathered = data.new_empty(sum(lengths))
+
+        def run() -> Tensor:
+            self._group.Allgatherv(data.numpy(), [gathered.numpy(), list(lengths)])
+            return gathered
+
+        return self._submit(run)
+
+    def _broadcast(self, data: Tensor, root: int) -> Work[None]:
+        return self._submit(lambda: self._group.Bcast(data.numpy(), root))
+
+    def _send(self, data: Tensor, destination: int) -> Work[None]:
+        return self._poll(self._group.Isend(data.numpy(), destination), f"rank {destination} to receive")
+
+    def _receive(self, data: Tensor, source: int) -> Work[None]:
+        return self._poll(self._group.Irecv(data.numpy(), source), f"rank {source} to send")
+
+    def _submit(self, collective: Callable[[], T]) -> Work[T]:
+        """Queues a collective for the communication thread."""
+
+        def run() -> T:
+            self._wait(self._group.Ibarrier(), "the other ranks")
+            return collective()
+
+        future = self._thread.submit(run)
+        return Work(future.result, future.done)
+
+    def _poll(self, request: MPI.Request, what: str) -> Work[None]:
+        # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
+        return Work(lambda: self._wait(request, what), request.Test)
+
+    def _wait(self, request: MPI.Request, what: str) -> None:
+        deadline = time.monotonic() + self._timeout
+        polls = 0
+        while not request.Test():
+            polls += 1
+            if polls > _EAGER_POLLS:
+                time.sleep(_SLEEP)
+                if time.monotonic() > deadline:
+                    raise HvdlmError(
+                        f"rank {self.rank} on {socket.gethostname()} waited {self._timeout:g} s (comm.timeout) for "
+                        f"{what}: look for a rank that has stopped or fallen behind"
+                    )

@@ -1,0 +1,49 @@
+"""Engine `solo`: one process, nobody to talk to. Every operation ends before it begins."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+
+
+class SoloCommunicator(Communicator):
+    """One rank."""
+
+    engine = "solo"
+    capabilities = frozenset({"float16", "bfloat16", "cuda"})
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        self._locate()
+
+    def split(self, color: int, key: int) -> Communicator:
+        return SoloCommunicator()
+
+    def abort(self, reason: str) -> NoReturn:
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
+        return True
+
+    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
+        return Work.done(None)
+
+    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
+        return Work.done(flat.clone())
+
+    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
+        return Work.done(data)
+
+    def _broadcast(self, data: Tensor, root: int) -> Work[None]:
+        return Work.done(None)

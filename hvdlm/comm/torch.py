@@ -1,0 +1,107 @@
+"""Engine `torch`: torch.distributed, NCCL on GPUs and Gloo on CPUs, for those who cannot build Horovod.
+
+It needs no launcher of its own: ranks find each other through MPI under mpirun, through Slurm's environment
+under srun, through Horovod under horovodrun, and through MASTER_ADDR where somebody has set it (launch.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+
+_OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
+
+
+class TorchCommunicator(Communicator):
+    """Ranks of a process group of torch.distributed."""
+
+    engine = "torch"
+
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
+        """`members`: the global ranks of `group`, in our order. `start` makes the first one."""
+        self._group = group
+        self._members = list(members)
+        # A process group orders its ranks by their global ones: our rank r stands at place[r] there.
+        self._place = [sorted(members).index(member) for member in members]
+        gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
+        self.capabilities = frozenset({"send", "float16", "bfloat16"} | gpu)
+        self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
+        self._locate()
+
+    @classmethod
+    def start(cls, address: str, port: int, rank: int, size: int, timeout: float) -> TorchCommunicator:
+        """Joins the ranks that meet at `address`:`port` (rank 0 listens there); `timeout` in seconds, of everything."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        limit = timedelta(seconds=timeout)
+        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        group = dist.group.WORLD
+        assert group is not None
+        return cls(group, range(size))
+
+    def split(self, color: int, key: int) -> Communicator:
+        wishes = self.all_gather_object((color, key))
+        ranks = sorted((r for r in range(self.size) if wishes[r][0] == color), key=lambda r: (wishes[r][1], r))
+        members = [self._members[rank] for rank in ranks]
+        group = dist.new_group(sorted(members), use_local_synchronization=True)
+        return TorchCommunicator(group, members)
+
+    def abort(self, reason: str) -> NoReturn:
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(1)  # the launcher ends the other ranks when one exits non-zero
+
+    def close(self) -> None:
+        if self._group is dist.group.WORLD:
+            dist.destroy_process_group()
+
+    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
+        return True
+
+    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
+        return _work(dist.all_reduce(flat, _OPS[op], group=self._group, async_op=True))
+
+    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
+        # Gloo cannot scatter, NCCL only equal parts: the whole is reduced, and one part of it kept.
+        reduced = flat.clone()
+        return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank].clone())
+
+    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
+        # Both backends gather equal parts only: shorter ones are padded to the longest.
+        longest = max(lengths)
+        padded = data if data.numel() == longest else torch.cat([data, data.new_zeros(longest - data.numel())])
+        rows = data.new_empty(self.size * longest)  # in the group's order of ranks
+
+        def in_our_order() -> Tensor:
+            return torch.cat(
+                [rows[place * longest :][:length] for place, length in zip(self._place, lengths, strict=True)]
+            )
+
+        work = _work(dist.all_gather_into_tensor(rows, padded, group=self._group, async_op=True))
+        return work.then(lambda _: in_our_order())
+
+    def _broadcast(self, data: Tensor, root: int) -> Work[None]:
+        return _work(dist.broadcast(data, self._members[root], group=self._group, async_op=True))
+
+    def _send(self, data: Tensor, destination: int) -> Work[None]:
+        return _work(dist.isend(data, self._members[destination], group=self._group))
+
+    def _receive(self, data: Tensor, source: int) -> Work[None]:
+        return _work(dist.irecv(data, self._members[source], group=self._group))
+
+
+def _work(work: dist.Work | None) -> Work[None]:
+    assert work is not None  # torch returns none only to ranks outside the group
+
+    def finish() -> None:
+        work.wait()
+
+    return Work(finish, work.is_completed)

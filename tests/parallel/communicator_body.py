@@ -1,0 +1,217 @@
+"""What every engine must do at every size; run on each rank: `communicator_body.py ENGINE RANKS`.
+
+Expected values are worked out here from integers that add exactly in every dtype, without any collective.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.launch import connect
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8]
+SHAPES = [(), (1,), (2,), (3,), (7,), (5, 3), (1000,), (0,), (4, 0)]
+
+
+def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+    """Small integers, different on each rank: sums over 4 ranks stay below 64, exact even in bfloat16."""
+    count = torch.Size(shape).numel()
+    return (((torch.arange(count) * 7 + salt) % 11) + rank).to(dtype).reshape(shape)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert torch.equal(actual, expected), (actual, expected)
+
+
+def reduced(size: int, shape: tuple[int, ...], dtype: torch.dtype, op: ReduceOp) -> torch.Tensor:
+    stacked = torch.stack([values(rank, shape, torch.int64) for rank in range(size)])
+    if op is ReduceOp.SUM:
+        return stacked.sum(0).to(dtype)
+    return (stacked.amax(0) if op is ReduceOp.MAX else stacked.amin(0)).to(dtype)
+
+
+def check_all_reduce(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for op in ReduceOp:
+                expected = reduced(comm.size, shape, dtype, op)
+                tensor = values(comm.rank, shape, dtype)
+                assert comm.all_reduce_(tensor, op) is tensor
+                same(tensor, expected)
+                tensor = values(comm.rank, shape, dtype)
+                work = comm.all_reduce_async_(tensor, op)
+                same(work.wait(), expected)
+                assert work.is_done()
+                same(work.wait(), expected)
+
+
+def check_strides(comm: Communicator) -> None:
+    """Transposed and strided tensors: in-place results land in the caller's memory, nothing beside it changes."""
+    for dtype in DTYPES:
+        expected = reduced(comm.size, (6, 4), dtype, ReduceOp.SUM)
+        transposed = values(comm.rank, (6, 4), dtype).t().contiguous().t()
+        assert not transposed.is_contiguous()
+        same(comm.all_reduce_(transposed), expected)
+        wide = values(comm.rank, (6, 8), dtype)
+        untouched = wide[:, 1::2].clone()
+        comm.all_reduce_(wide[:, ::2])
+        same(wide[:, ::2], reduced(comm.size, (6, 8), dtype, ReduceOp.SUM)[:, ::2])
+        same(wide[:, 1::2], untouched)
+        column = values(comm.rank, (6, 4), dtype)[:, 1]
+        same(comm.broadcast_(column, comm.size - 1), values(comm.size - 1, (6, 4), dtype)[:, 1])
+        same(comm.all_gather(values(comm.rank, (6, 4), dtype).t())[0], values(0, (6, 4), dtype).t())
+        scattered = comm.reduce_scatter(values(comm.rank, (6, 4), dtype).t())
+        assert scattered.is_contiguous() and scattered.dtype == dtype
+
+
+def check_reduce_scatter(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for count in (0, 1, 2, 3, 4, 5, 7, 12, 1001):
+            for op in ReduceOp:
+                whole = reduced(comm.size, (count,), dtype, op)
+                # by hand: the first count % size ranks hold one element more
+                small, larger = divmod(count, comm.size)
+                start = comm.rank * small + min(comm.rank, larger)
+                stop = start + small + (1 if comm.rank < larger else 0)
+                source = values(comm.rank, (count,), dtype)
+                part = comm.reduce_scatter_async(source, op).wait()
+                same(part, whole[start:stop])
+                same(source, values(comm.rank, (count,), dtype))
+
+
+def check_all_gather(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            expected = torch.stack([values(rank, shape, dtype) for rank in range(comm.size)])
+            same(comm.all_gather(values(comm.rank, shape, dtype)), expected)
+            same(comm.all_gather_async(values(comm.rank, shape, dtype)).wait(), expected)
+        for lengths in ([3, 0, 1, 5], [0, 0, 0, 2], [1, 1, 1, 1], [0, 0, 0, 0], [300, 7, 0, 4]):
+            rows = [(length, 3) for length in lengths[: comm.size]]
+            expected_parts = [values(rank, shape, dtype) for rank, shape in enumerate(rows)]
+            for known in (None, lengths[: comm.size]):
+                parts = comm.all_gather_v(values(comm.rank, rows[comm.rank], dtype), known)
+                assert len(parts) == comm.size
+                for part, expected in zip(parts, expected_parts, strict=True):
+                    same(part, expected)
+
+
+def check_broadcast(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for root in range(comm.size):
+                same(comm.broadcast_(values(comm.rank, shape, dtype), root), values(root, shape, dtype))
+    special = torch.tensor([float("nan"), float("inf"), -0.0, 65504.0]).to(torch.bfloat16)
+    received = comm.broadcast_(special if comm.rank == 0 else torch.zeros(4, dtype=torch.bfloat16), 0)
+    same(received.view(torch.int16), special.view(torch.int16))
+
+
+def check_bfloat16_rounds_once(comm: Communicator) -> None:
+    """256 + 1 + 1 is 258 in float32 and 256 if bfloat16 rounds after each addition: never silently wrong."""
+    if comm.size == 3 and not comm.supports("bfloat16"):
+        tensor = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
+        same(comm.all_reduce_(tensor), torch.tensor([258.0], dtype=torch.bfloat16))
+
+
+def check_order_of_many(comm: Communicator) -> None:
+    """Operations under way at once, waited for in another order than submitted."""
+    tensors = [values(comm.rank, (200 + index,), torch.float32, salt=index) for index in range(20)]
+    works = [comm.all_reduce_async_(tensor) for tensor in tensors]
+    gathered = comm.all_gather_async(torch.tensor([comm.rank]))
+    for index in reversed(range(20)):
+        expected = sum(values(rank, (200 + index,), torch.float32, salt=index) for rank in range(comm.size))
+        same(works[index].wait(), expected)
+    same(gathered.wait().flatten(), torch.arange(comm.size))
+
+
+def check_messages(comm: Communicator) -> None:
+    if not comm.supports("send") or comm.size == 1:
+        return
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for dtype in DTYPES:
+        for shape in ((3,), (5, 3), (0,), (70_000,)):
+            sent = comm.send_async(values(comm.rank, shape, dtype), right)
+            received = comm.receive_async_(torch.zeros(shape, dtype=dtype), left)
+            same(received.wait(), values(left, shape, dtype))
+            sent.wait()
+    # in order, and into a strided tensor
+    if comm.rank == 0:
+        for index in range(5):
+            comm.send(torch.full((4,), index), comm.size - 1)
+    if comm.rank == comm.size - 1:
+        for index in range(5):
+            target = torch.zeros(8, dtype=torch.int64)
+            comm.receive_(target[::2], 0)
+            same(target, torch.tensor([index, 0] * 4))
+
+
+def check_objects(comm: Communicator) -> None:
+    for root in range(comm.size):
+        value = {"rank": comm.rank, "text": "ä" * (comm.rank * 1000)}
+        assert comm.broadcast_object(value, root) == {"rank": root, "text": "ä" * (root * 1000)}
+    assert comm.all_gather_object("x" * comm.rank) == ["x" * rank for rank in range(comm.size)]
+    assert comm.all_gather_object(None) == [None] * comm.size
+
+
+def check_places(comm: Communicator) -> None:
+    assert (comm.local_rank, comm.local_size, comm.node_rank, comm.node_count) == (comm.rank, comm.size, 0, 1)
+    assert len(comm.hosts) == comm.size
+
+
+def check_split(comm: Communicator) -> None:
+    """Odd and even ranks, each group in falling order of rank."""
+    group = comm.split(color=comm.rank % 2, key=-comm.rank)
+    members = [rank for rank in reversed(range(comm.size)) if rank % 2 == comm.rank % 2]
+    assert (group.size, group.rank) == (len(members), members.index(comm.rank))
+    same(group.all_reduce_(torch.tensor([2**comm.rank])), torch.tensor([sum(2**rank for rank in members)]))
+    assert group.all_gather_object(comm.rank) == members
+    parts = group.all_gather_v(torch.full((comm.rank,), comm.rank, dtype=torch.uint8))
+    assert [part.tolist() for part in parts] == [[rank] * rank for rank in members]
+    assert group.broadcast_object(comm.rank, root=0) == members[0]
+    scattered = group.reduce_scatter(torch.arange(len(members)) + 10)
+    assert scattered.tolist() == [(group.rank + 10) * group.size]
+    if group.supports("send") and group.size == 2:
+        peer = 1 - group.rank
+        sent = group.send_async(torch.tensor([comm.rank]), peer)
+        assert group.receive_(torch.zeros(1, dtype=torch.int64), peer).item() == members[peer]
+        sent.wait()
+    comm.barrier()
+    again = comm.split(color=0, key=comm.rank)
+    assert (again.size, again.rank) == (comm.size, comm.rank)
+    assert again.all_gather_object(comm.rank) == list(range(comm.size))
+
+
+def check_mistakes(comm: Communicator) -> None:
+    for mistake, error in (
+        (lambda: comm.all_reduce_(torch.zeros(2, dtype=torch.complex64)), TypeError),
+        (lambda: comm.broadcast_(torch.zeros(2), root=comm.size), ValueError),
+        (lambda: comm.send(torch.zeros(2), comm.rank), ValueError),
+        (lambda: comm.all_gather_v(torch.zeros(2), [5] * comm.size), ValueError),
+    ):
+        try:
+            mistake()
+        except error:
+            continue
+        raise AssertionError(f"{error} was not raised")
+
+
+def main(engine: str, ranks: int) -> None:
+    comm = connect(engine, timeout=60, config_digest="test")
+    assert comm.engine == engine and comm.size == ranks, (comm.engine, comm.size)
+    assert not comm.supports("no such capability")
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            comm.barrier()
+            check(comm)
+            print(f"{name} passed on rank {comm.rank}", flush=True)
+    comm.barrier()
+    comm.close()
+    print(f"rank {comm.rank} of {comm.size} finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,37 @@
+"""One body, communicator_body.py, on every engine at 1, 2, 3 and 4 ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launcher import run_ranks
+
+BODY = Path(__file__).with_name("communicator_body.py")
+
+WAYS = [
+    ("mpi", "mpirun"),
+    ("torch", "mpirun"),
+    ("horovod", "horovodrun --gloo"),
+    ("horovod", "horovodrun --mpi"),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("engine", "launcher"), WAYS)
+def test_every_operation(engine: str, launcher: str, ranks: int) -> None:
+    result = run_ranks(launcher, ranks, [str(BODY), engine, str(ranks)])
+    assert result.status == 0, result.output
+    for rank in range(ranks):
+        assert f"rank {rank} of {ranks} finished" in result.output, result.output
+
+
+def test_every_operation_alone() -> None:
+    result = run_ranks("none", 1, [str(BODY), "solo", "1"])
+    assert result.status == 0, result.output
+    assert "rank 0 of 1 finished" in result.output
+
+
+def test_torch_without_a_launcher() -> None:
+    result = run_ranks("none", 1, [str(BODY), "torch", "1"])
+    assert result.status == 0, result.output
