@@ -6,12 +6,14 @@ Rooms are imported only when their command runs, so that `hvdlm --help` need not
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import hvdlm
 from hvdlm.errors import HvdlmError
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,16 +22,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _set_up_logging(options.traceback)
     try:
         status: int = options.run(options, rest)
         return status
     except HvdlmError as error:
-        if options.traceback:
-            raise
-        print(f"hvdlm {options.command}: error: {error}", file=sys.stderr, flush=True)
+        logger.error("%s", error, exc_info=options.traceback)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _set_up_logging(show_tracebacks: bool) -> None:
+    """`hvdlm: message` for information, `hvdlm: error: message` for an error, on stderr."""
+    names = {logging.DEBUG: "debug: ", logging.INFO: "", logging.WARNING: "warning: ", logging.ERROR: "error: "}
+    for level, name in names.items():
+        logging.addLevelName(level, name)
+    logging.basicConfig(format="hvdlm: %(levelname)s%(message)s")
+    logging.getLogger("hvdlm").setLevel(logging.DEBUG if show_tracebacks else logging.INFO)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -68,13 +78,13 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.training.run import evaluate
+    from hvdlm.training.inference import evaluate
 
     return evaluate(options.checkpoint, options.data, engine=options.engine, batch_size=options.batch_size)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.training.run import generate
+    from hvdlm.training.inference import generate
 
     return generate(
         options.checkpoint,

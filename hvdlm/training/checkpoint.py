@@ -1,0 +1,195 @@
+"""Checkpoints: directories that are whole or not there, verified when read.
+
+    checkpoints/
+      latest                    the name of the newest one
+      step_00001000/
+        model.safetensors       parameters by name
+        optimizer.safetensors   moments and step counts by name
+        state.json              everything else
+        tokenizer.json          of the data set, so that a checkpoint can speak by itself
+        manifest.json           size and SHA-256 of each file above
+
+A checkpoint is written under another name, made durable and renamed. Only rank 0 reads and writes: replicas are
+equal, and a cluster need not share a file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from hvdlm.errors import HvdlmError
+
+logger = logging.getLogger(__name__)
+
+_LATEST = "latest"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been verified."""
+
+    path: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Step, data position, loss scale, settings, world size, fingerprint of the data, versions."""
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        return state
+
+    def model(self) -> dict[str, Tensor]:
+        """Parameters by name, float32, on the CPU."""
+        return safetensors.torch.load_file(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's state by name, on the CPU."""
+        return safetensors.torch.load_file(self.path / "optimizer.safetensors")
+
+
+def save(
+    parent: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    tokenizer: Path,
+    keep: int,
+) -> Path:
+    """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest.
+
+    Raises HvdlmError if it cannot be written; what was there before is then as it was.
+    """
+    path = parent / f"step_{step:08d}"
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(f"step_*{_PARTIAL}"):
+            shutil.rmtree(stale)
+        partial.mkdir()
+        safetensors.torch.save_file(_plain(model), partial / "model.safetensors")
+        safetensors.torch.save_file(_plain(optimizer), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        shutil.copyfile(tokenizer, partial / "tokenizer.json")
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
+        }
+        (partial / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if path.exists():  # the same step again, after resuming from an earlier one
+            shutil.rmtree(path)
+        partial.rename(path)
+        pointer = parent / (_LATEST + _PARTIAL)
+        pointer.write_text(path.name + "\n", encoding="utf-8")
+        _sync(pointer)
+        pointer.replace(parent / _LATEST)
+        _sync(parent)
+        for old in _by_step(parent)[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise HvdlmError(
+            f"cannot write the checkpoint {path}: {_reason(error)}; make room or choose another train.run_dir, "
+            "then resume from the checkpoint before it"
+        ) from error
+    return path
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: one itself, or the newest good one of a run directory or its `checkpoints`.
+
+    In a directory of several, a damaged one is named in a warning and the one before it is taken.
+
+    Raises HvdlmError if there is none, or if the one named is damaged.
+    """
+    if (path / "manifest.json").exists() or path.name.startswith("step_"):
+        _verify(path)
+        return Checkpoint(path)
+    parent = directory(path) if directory(path).is_dir() else path
+    damaged = None
+    for candidate in reversed(_by_step(parent)):
+        try:
+            _verify(candidate)
+        except HvdlmError as error:
+            logger.warning("%s; trying the one before it", error)
+            damaged = error
+            continue
+        return Checkpoint(candidate)
+    raise damaged or HvdlmError(
+        f"{path} holds no checkpoint: give a checkpoint, or the run directory of a run that saved"
+    )
+
+
+def open_state(path: Path) -> dict[str, Any]:
+    """The state of `open_checkpoint(path)` with its own `path` beside it: what rank 0 tells the others."""
+    opened = open_checkpoint(path)
+    return {**opened.state, "path": str(opened.path)}
+
+
+def directory(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def exists_in(run_dir: Path) -> bool:
+    """Whether a run has any checkpoint, good or damaged."""
+    return bool(_by_step(directory(run_dir)))
+
+
+def _by_step(parent: Path) -> list[Path]:
+    """Checkpoints from the oldest to the newest. Not by `latest`: a crash may leave that one behind."""
+    return sorted(path for path in parent.glob("step_*") if not path.name.endswith(_PARTIAL))
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if not file.exists():
+                raise HvdlmError(f"checkpoint {path} is damaged: {name} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                sizes = f"{file.stat().st_size} bytes instead of {expected['bytes']}"
+                raise HvdlmError(f"checkpoint {path} is damaged: {name} has {sizes}")
+            if _sha256(file) != expected["sha256"]:
+                raise HvdlmError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
+    except OSError as error:
+        raise HvdlmError(f"cannot read the checkpoint {path}: {_reason(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise HvdlmError(f"checkpoint {path} is damaged: manifest.json is not what was written") from None
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

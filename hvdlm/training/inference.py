@@ -1,0 +1,76 @@
+"""`hvdlm evaluate` and `hvdlm generate`: what a checkpoint is worth, and what it says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config, ModelSection
+from hvdlm.data.tokenizer import Tokenizer
+from hvdlm.data.yardsticks import yardsticks
+from hvdlm.errors import JobError
+from hvdlm.model.generate import generate as continue_prompt
+from hvdlm.model.transformer import Transformer
+from hvdlm.training import checkpoint, evaluation
+from hvdlm.training.agreement import on_first_rank, open_data
+from hvdlm.training.hardware import choose_device, share_cores
+from hvdlm.training.job import job
+from hvdlm.training.replicas import broadcast_tensors
+
+
+def evaluate(path: Path, data_path: Path, engine: str, batch_size: int) -> int:
+    """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside the yardsticks."""
+    with job(engine, timeout=300, config_digest=str((path, data_path, batch_size))) as communicator:
+        data = open_data(communicator, data_path)
+        state = on_first_rank(communicator, lambda: checkpoint.open_state(path))
+        config = Config.model_validate(state["config"])
+        device = choose_device(config.train, communicator.local_rank)
+        share_cores(config.train, communicator)
+        if data.vocab_size > state["vocab_size"]:
+            raise JobError(f"{data_path} has a vocabulary of {data.vocab_size}, the model one of {state['vocab_size']}")
+        model = _load_model(state, config.model, communicator).to(device)
+        result = evaluation.evaluate(model, data, communicator, config.train.precision, batch_size)
+        if communicator.rank == 0:
+            yardstick = yardsticks(data)
+            table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
+            for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):
+                table.add_column(column, justify="right" if column else "left")
+            bits_per_nat = result.bits_per_byte(data) / result.loss
+            for name, loss in (("unigram yardstick", yardstick.unigram), ("bigram yardstick", yardstick.bigram)):
+                table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss * bits_per_nat:.4f}", "")
+            table.add_row(
+                "model",
+                f"{result.loss:.4f}",
+                f"{result.perplexity:.2f}",
+                f"{result.bits_per_byte(data):.4f}",
+                f"{result.accuracy:.2%}",
+            )
+            Console(highlight=False).print(table)
+    return 0
+
+
+def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
+    """Prints a continuation of `prompt`, which an empty one begins a new document."""
+    state = checkpoint.open_state(path)
+    tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+    model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+    ids = torch.tensor(tokenizer.encode(prompt) or [tokenizer.eos_id])
+    ids = continue_prompt(model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id)
+    print(tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eos_id]))
+    return 0
+
+
+def _load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
+    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others."""
+    model = Transformer(config, state["vocab_size"])
+    if communicator is None or communicator.rank == 0:
+        model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model(), strict=False)
+    if communicator is not None:
+        broadcast_tensors(communicator, model.parameters())
+    return model.eval()

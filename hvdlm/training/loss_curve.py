@@ -1,0 +1,25 @@
+"""loss.png: a run's loss over tokens, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hvdlm.training.metrics import read_metrics
+
+
+def draw_loss_curve(run_dir: Path) -> None:
+    """Writes loss.png: training and validation loss, nats per token, over tokens trained on."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, label, style in (("train", "training", {"linewidth": 1}), ("eval", "validation", {"marker": "o"})):
+        points = [(r["tokens"], r["loss"]) for r in records if r["kind"] == kind and r["loss"] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(run_dir / "loss.png")

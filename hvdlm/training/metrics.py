@@ -1,0 +1,68 @@
+"""metrics.jsonl: what a run has measured, one JSON object a line. Everything else is a view of this stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlm.training.console import View
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: of the GPU if it computes there, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` in the run directory, and shows them. Rank 0 has one."""
+
+    def __init__(self, run_dir: Path, start: int, view: View) -> None:
+        """`start`: the step a resumed run goes on from; later lines, of steps that are run again, are dropped."""
+        self._path = run_dir / "metrics.jsonl"
+        if self._path.exists():
+            _drop_after(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._view = view
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none."""
+        record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._view.show(record)
+
+    def close(self) -> None:
+        """Makes the file durable and ends the view."""
+        self._view.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)

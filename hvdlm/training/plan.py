@@ -1,0 +1,36 @@
+"""`hvdlm train --dry-run`: what a run would do, before it costs anything."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from hvdlm.comm.launch import Launch
+from hvdlm.config import Config
+from hvdlm.model.size import flops_per_token, parameter_count, training_memory_bytes
+
+
+def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
+    """Prints the resolved settings, then sizes, memory and batch, to stdout."""
+    console = Console(highlight=False)
+    console.print(config.to_toml(), markup=False)
+    train, model = config.train, config.model
+    share = -(-train.batch_size // launch.size)
+    micro_batch = min(train.micro_batch_size, share)
+    memory = training_memory_bytes(model, vocab_size, micro_batch, train.precision)
+    tokens = train.batch_size * model.context_length
+    table = Table(show_header=False, box=None)
+    rows = {
+        "parameters": f"{parameter_count(model, vocab_size):,}",
+        "vocabulary": f"{vocab_size:,}",
+        "ranks": f"{launch.size}",
+        "sequences per step": f"{train.batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
+        "micro-batches per step": f"{-(-share // micro_batch):,}",
+        "tokens per step": f"{tokens:,}",
+        "tokens in all": f"{tokens * train.steps:,}",
+        "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
+        "memory a rank, estimated": f"{memory.total / 2**20:,.0f} MiB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

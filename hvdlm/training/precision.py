@@ -1,0 +1,49 @@
+"""Arithmetic of the forward and backward pass: fp32, or bf16 and fp16 by autocast with fp32 master weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from hvdlm.config import Precision
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+_GROWTH_INTERVAL = 1000
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a forward pass runs at this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+class LossScale:
+    """A factor on the loss that lifts small fp16 gradients above underflow; 1 for ever at other precisions.
+
+    Dynamic (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2): halved when gradients
+    overflow, doubled after 1000 steps that did not. Always a power of two, so that it divides out exactly.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.is_dynamic = precision == "fp16"
+        self.factor = 2.0**16 if self.is_dynamic else 1.0
+        self._good_steps = 0
+
+    def update(self, overflowed: bool) -> None:
+        """Learns of one step; every rank must tell the same."""
+        if overflowed:
+            self.factor = max(1.0, self.factor / 2)
+            self._good_steps = 0
+            return
+        self._good_steps += 1
+        if self.is_dynamic and self._good_steps % _GROWTH_INTERVAL == 0:
+            self.factor *= 2
+
+    def state_dict(self) -> dict[str, float]:
+        return {"factor": self.factor, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.factor, self._good_steps = float(state["factor"]), int(state["good_steps"])

@@ -1,0 +1,33 @@
+"""SIGTERM and Ctrl-C become a wish to stop, which the trainer grants after the step in hand."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+# The exit status of a job that saved and stopped before its last step: sysexits.h's EX_TEMPFAIL, "try again later".
+STOPPED_EARLY = 75
+
+
+class Preemption:
+    """While entered, `requested` becomes True at the first SIGTERM or SIGINT instead of ending the process.
+
+    Handlers stay after the block if a stop was requested: launchers send the signal again while ranks exit.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Preemption:
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.requested:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

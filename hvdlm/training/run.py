@@ -1,0 +1,120 @@
+"""`hvdlm train` and its dry run, from settings to exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hvdlm.comm.launch import detect
+from hvdlm.config import Config
+from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError, JobError
+from hvdlm.model.size import parameter_count
+from hvdlm.training import checkpoint
+from hvdlm.training.agreement import on_first_rank, open_data
+from hvdlm.training.console import open_view
+from hvdlm.training.hardware import choose_device, share_cores
+from hvdlm.training.job import job
+from hvdlm.training.loss_curve import draw_loss_curve
+from hvdlm.training.metrics import MetricsLog
+from hvdlm.training.plan import print_plan
+from hvdlm.training.preemption import STOPPED_EARLY
+from hvdlm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def plan(config: Config) -> int:
+    """Prints what `train` would do on the ranks that this launcher has started."""
+    launch = detect(os.environ)
+    if launch.rank == 0:
+        vocab_size = config.model.vocab_size or _vocab_size(config, DataSet(Path(config.data.path)))
+        print_plan(config, vocab_size, launch)
+    return 0
+
+
+def train(config: Config, resume: str | None) -> int:
+    """Trains as configured; `resume`: a checkpoint's path, or "latest" of the run directory, or None to begin anew.
+
+    Returns 0 after the last step, STOPPED_EARLY after a signal.
+    """
+    with job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
+        data = open_data(communicator, Path(config.data.path))
+        vocab_size = _vocab_size(config, data)
+        state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
+        device = choose_device(config.train, communicator.local_rank)
+        threads = share_cores(config.train, communicator)
+        trainer = Trainer(config, communicator, data, vocab_size, device)
+        if state is not None:
+            source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
+            trainer.restore(source, state)
+        if communicator.rank == 0:
+            logger.info(
+                "%s parameters, %d ranks on %d nodes, %s, %d CPU threads a rank",
+                f"{parameter_count(config.model, vocab_size):,}",
+                communicator.size,
+                communicator.node_count,
+                device.type,
+                threads,
+            )
+            steps = config.train.steps
+            trainer.metrics = MetricsLog(Path(config.train.run_dir), trainer.step, open_view(steps, trainer.step))
+        try:
+            finished = trainer.train()
+        finally:
+            if trainer.metrics is not None:
+                trainer.metrics.close()
+        if communicator.rank == 0:
+            if finished:
+                draw_loss_curve(Path(config.train.run_dir))
+            else:
+                logger.warning("stopped by a signal after step %d; go on with --resume latest", trainer.step)
+    return 0 if finished else STOPPED_EARLY
+
+
+def _vocab_size(config: Config, data: DataSet) -> int:
+    if config.model.vocab_size and config.model.vocab_size < data.vocab_size:
+        raise JobError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {data.vocab_size} of {data.path}: "
+            f"set it to {data.vocab_size} or more, or to 0 for the data set's own"
+        )
+    return config.model.vocab_size or data.vocab_size
+
+
+def _begin(config: Config, resume: str | None, data: DataSet, vocab_size: int) -> dict[str, Any] | None:
+    """Makes the run directory ready, and finds the state to go on from, if any. Rank 0 alone does this."""
+    run_dir = Path(config.train.run_dir)
+    if resume is None and (run_dir / "metrics.jsonl").exists():
+        raise HvdlmError(
+            f"{run_dir} already holds a run: go on with it by --resume latest, or choose another train.run_dir"
+        )
+    state = None
+    if resume is not None and not (resume == "latest" and not checkpoint.exists_in(run_dir)):
+        state = checkpoint.open_state(run_dir if resume == "latest" else Path(resume))
+        _check_resumable(state, config, data, vocab_size)
+        logger.info("resuming from %s, step %d", state["path"], state["step"])
+    elif resume == "latest":
+        logger.info("%s holds no checkpoint yet: beginning anew", run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise HvdlmError(f"cannot write to train.run_dir = {run_dir}: {error.strerror}") from None
+    return state
+
+
+def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab_size: int) -> None:
+    """A run goes on only on the same model, data and order of samples; anything else may change."""
+    saved, now = state["config"], config.model_dump()
+    fixed = [("model", name) for name in now["model"] if name != "preset"]
+    fixed += [("train", "seed"), ("train", "batch_size")]
+    for section, name in fixed:
+        if saved[section][name] != now[section][name]:
+            raise HvdlmError(
+                f"{state['path']} was made with {section}.{name} = {saved[section][name]!r}, not "
+                f"{now[section][name]!r}: resume with the same, or begin a new run in another train.run_dir"
+            )
+    if state["fingerprint"] != data.fingerprint or state["vocab_size"] != vocab_size:
+        raise HvdlmError(f"{state['path']} was trained on another data set than {data.path}: give data.path the same")

@@ -1,0 +1,30 @@
+"""The learning rate of every step: linear warm-up, then cosine or warm-up-stable-decay."""
+
+from __future__ import annotations
+
+import math
+
+from hvdlm.config import OptimizerSection
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerSection) -> float:
+    """Learning rate of `step` (0 .. steps-1); a pure function, so that resuming needs no state.
+
+    Warm-up rises linearly and reaches `lr` on its last step. "cosine" then falls along half a cosine to
+    `final_lr_ratio * lr` on the last step (Loshchilov & Hutter, "SGDR", ICLR 2017, equation 5, without restarts).
+    "wsd" stays at `lr` and falls linearly to the same end over the last `decay_steps` (Hu et al., "MiniCPM", 2024,
+    section 4).
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    final = settings.lr * settings.final_lr_ratio
+    if settings.schedule == "cosine":
+        progress = _progress(step, settings.warmup_steps, steps)
+        return final + (settings.lr - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay_steps = settings.decay_steps or min(max(1, steps // 5), steps - settings.warmup_steps)
+    return settings.lr + (final - settings.lr) * _progress(step, steps - decay_steps, steps)
+
+
+def _progress(step: int, begin: int, end: int) -> float:
+    """How far `step` has come on the way from `begin` (0) to the last step before `end` (1)."""
+    return min(1.0, max(0.0, (step - begin + 1) / max(1, end - begin)))

@@ -1,0 +1,290 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hvdlm
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.config import Config
+from hvdlm.data.loader import Batch, Loader
+from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError, JobError
+from hvdlm.gradients.sync import GradientSync
+from hvdlm.model.loss import IGNORE, token_loss
+from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.training import checkpoint
+from hvdlm.training.agreement import on_first_rank, raise_together
+from hvdlm.training.evaluation import evaluate
+from hvdlm.training.metrics import MetricsLog, peak_memory_bytes
+from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
+from hvdlm.training.precision import LossScale, autocast
+from hvdlm.training.preemption import Preemption
+from hvdlm.training.replicas import broadcast_tensors, check_replicas
+from hvdlm.training.schedule import learning_rate
+
+
+@dataclass
+class Stretch:
+    """What this rank has spent, in seconds, on the steps since the last logged one."""
+
+    steps: int = 0
+    whole: float = 0.0
+    data: float = 0.0
+    exposed_communication: float = 0.0
+
+
+class Trainer:
+    """Trains one model on the ranks of a communicator; every rank runs the same steps on its part of each batch."""
+
+    def __init__(
+        self, config: Config, communicator: Communicator, data: DataSet, vocab_size: int, device: torch.device
+    ) -> None:
+        self.config, self.communicator, self.data, self.device = config, communicator, data, device
+        self.model = Transformer(config.model, vocab_size)
+        self.model.initialise(config.train.seed)
+        self.model.to(device)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer_state = optimizer_tensors(self.optimizer, self.model)
+        self.sync = GradientSync(self.model, communicator, int(config.comm.bucket_mb * 2**20))
+        self.loss_scale = LossScale(config.train.precision)
+        self.step = 0  # optimizer steps done, and so the number of the next global batch
+        self.metrics: MetricsLog | None = None  # rank 0 has one
+        self.stretch = Stretch()
+        if config.train.compile:
+            for block in self.model.blocks:  # one compiled backward for all would deliver all gradients at its end
+                block.compile()
+
+    def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint: rank 0 has it open, the others have its `state` and get the rest sent."""
+        tensors = {**self.parameters, **self.optimizer_state}
+        if source is not None:
+            saved = {**source.model(), **source.optimizer()}
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved[name])
+        broadcast_tensors(self.communicator, self.optimizer_state.values())
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        self.step = state["data"]["batch"]
+
+    def train(self) -> bool:
+        """Runs to the last step and returns True, or False if a signal to any rank has asked to stop before."""
+        train, save_every = self.config.train, self.config.checkpoint.every
+        broadcast_tensors(self.communicator, self.parameters.values())
+        with self._open_loader() as loader, Preemption() as preemption:
+            stop = False
+            while self.step < train.steps and not stop:
+                stop = self._train_step(loader, preemption.requested)
+                at_end = self.step == train.steps
+                if at_end or _is_due(self.step, train.evaluate_every):
+                    self._validate()
+                if _is_due(self.step, train.check_replicas_every):
+                    check_replicas(self.communicator, self.parameters, self.step)
+                if at_end or stop or _is_due(self.step, save_every):
+                    self._save(loader)
+        return self.step == train.steps
+
+    def _train_step(self, loader: Loader, stop_here: bool) -> bool:
+        """One global batch; returns whether some rank wants to stop."""
+        begin = time.perf_counter()
+        batch, complaint = self._next_batch(loader)
+        data_seconds = time.perf_counter() - begin
+
+        # Agreed on while the first passes run, before the first gradient is sent: who has no batch sends none.
+        tokens = int((batch.targets != IGNORE).sum())
+        agreement = self._agree_async(tokens, stop_here, complaint is not None)
+
+        torch.manual_seed(self._dropout_seed())
+        self.sync.begin()
+        # The loss is a sum over tokens. It is divided by their usual number now, to keep small numbers in range,
+        # and by their true one when that is known.
+        usual_tokens = self.config.train.batch_size * self.config.model.context_length
+        factor = self.loss_scale.factor / usual_tokens
+        micro_batches = self._micro_batches(batch)
+        losses = []
+        for inputs, targets in micro_batches[:-1]:
+            losses.append(self._loss(inputs, targets))
+            (losses[-1] * factor).backward()
+        if micro_batches:
+            losses.append(self._loss(*micro_batches[-1]))
+        begin_wait = time.perf_counter()
+        all_tokens, stop = self._settle(agreement, complaint)
+        settle_seconds = time.perf_counter() - begin_wait
+        self.sync.last_micro_batch()
+        if micro_batches:
+            (losses[-1] * factor).backward()
+        self.sync.wait()
+
+        rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+        norm = self._apply(usual_tokens / (all_tokens * self.loss_scale.factor), rate)
+        self.step += 1
+        self.stretch.steps += 1
+        self.stretch.whole += time.perf_counter() - begin
+        self.stretch.data += data_seconds
+        self.stretch.exposed_communication += settle_seconds + self.sync.exposed_seconds
+        if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
+            self._log(sum(float(loss.detach()) for loss in losses), all_tokens, rate, norm)
+        return stop
+
+    def _next_batch(self, loader: Loader) -> tuple[Batch, str | None]:
+        """This rank's part of the next global batch; or an empty one and the reason."""
+        try:
+            return loader.next(), None
+        except HvdlmError as error:
+            nothing = torch.empty((0, self.config.model.context_length), dtype=torch.int64)
+            return Batch(self.step, nothing, nothing), str(error)
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets, (b, T) each, of at most `micro_batch_size` sequences; none if this rank has none."""
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.inputs, batch.targets))
+        at_once = self.config.train.micro_batch_size
+        return [
+            (inputs[start : start + at_once], targets[start : start + at_once])
+            for start in range(0, len(inputs), at_once)
+        ]
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the loss over the tokens of a micro-batch, in nats."""
+        documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
+        with autocast(self.config.train.precision, self.device):
+            hidden = self.model(inputs, documents)  # (b, T, D)
+            return token_loss(hidden, self.model.output_weight, targets)
+
+    def _agree_async(self, tokens: int, stop: bool, failed: bool) -> Work[Tensor]:
+        return self.communicator.all_reduce_async_(torch.tensor([tokens, int(stop), int(failed)]), ReduceOp.SUM)
+
+    def _settle(self, agreement: Work[Tensor], complaint: str | None) -> tuple[int, bool]:
+        """The tokens of the global batch and whether to stop after it; JobError if some rank cannot read its part."""
+        tokens, stop, failed = agreement.wait().tolist()
+        if failed:
+            raise_together(self.communicator, self.communicator.all_gather_object(complaint))
+        return tokens, stop > 0
+
+    def _apply(self, correction: float, rate: float) -> float:
+        """Clips and applies the summed gradients, which `correction` turns into the mean's; returns its norm."""
+        norm = float(self.sync.norm()) * correction
+        overflowed = not math.isfinite(norm)
+        if self.loss_scale.is_dynamic:
+            overflowed = bool(self.communicator.all_reduce_(torch.tensor([int(overflowed)]), ReduceOp.MAX))
+            self.loss_scale.update(overflowed)
+            if overflowed:
+                self._event(f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}")
+                return norm
+        if overflowed:
+            raise JobError(
+                f"the gradient norm is {norm} at step {self.step + 1}: lower optimizer.lr, or resume from the last "
+                "checkpoint with other settings"
+            )
+        clip_norm = self.config.optimizer.clip_norm
+        scale = correction * (clip_norm / norm if 0 < clip_norm < norm else 1.0)
+        if scale != 1.0:
+            self.sync.scale_(scale)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        return norm
+
+    def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
+        """Writes this step's loss and the mean times since the last line, of the slowest rank. Collective."""
+        stretch, steps = self.stretch, self.stretch.steps
+        self.stretch = Stretch()
+        compute = stretch.whole - stretch.data - stretch.exposed_communication
+        own = (stretch.whole, stretch.data, compute, stretch.exposed_communication, peak_memory_bytes(self.device))
+        everyone = self.communicator.all_gather_object((loss_sum, own))
+        if self.metrics is None:
+            return
+        whole, data, compute, exposed, memory = (max(column) for column in zip(*(t for _, t in everyone), strict=True))
+        traffic = self.sync.traffic
+        self.metrics.write(
+            "train",
+            self.step,
+            loss=sum(each for each, _ in everyone) / tokens,
+            lr=rate,
+            grad_norm=norm,
+            tokens=self._tokens_done(),
+            tokens_per_second=tokens * steps / whole,
+            step_seconds=whole / steps,
+            data_seconds=data / steps,
+            compute_seconds=compute / steps,
+            exposed_comm_seconds=exposed / steps,
+            wire_bytes=traffic.wire_bytes,
+            compression_ratio=traffic.dense_bytes / traffic.encoded_bytes,
+            world_size=self.communicator.size,
+            memory_bytes=memory,
+        )
+
+    def _validate(self) -> None:
+        train = self.config.train
+        result = evaluate(
+            self.model, self.data, self.communicator, train.precision, train.micro_batch_size, train.evaluate_sequences
+        )
+        if self.metrics is not None:
+            self.metrics.write(
+                "eval", self.step, loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done()
+            )
+
+    def _save(self, loader: Loader) -> None:
+        state = {
+            "step": self.step,
+            "data": loader.state_dict(),
+            "loss_scale": self.loss_scale.state_dict(),
+            "config": self.config.model_dump(),
+            "vocab_size": self.model.vocab_size,
+            "world_size": self.communicator.size,
+            "fingerprint": self.data.fingerprint,
+            "versions": {
+                "hvdlm": hvdlm.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
+        path = on_first_rank(
+            self.communicator,
+            lambda: checkpoint.save(
+                checkpoint.directory(self.config.train.run_dir),
+                self.step,
+                self.parameters,
+                self.optimizer_state,
+                state,
+                self.data.tokenizer_path,
+                self.config.checkpoint.keep,
+            ),
+        )
+        self._event(f"saved {path}")
+
+    def _open_loader(self) -> Loader:
+        train, communicator = self.config.train, self.communicator
+        return Loader(
+            self.data,
+            self.config.model.context_length,
+            train.batch_size,
+            train.seed,
+            communicator.rank,
+            communicator.size,
+            self.config.data.read_ahead,
+            start=self.step,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _event(self, message: str) -> None:
+        if self.metrics is not None:
+            self.metrics.write("event", self.step, message=message)
+
+    def _tokens_done(self) -> int:
+        return self.step * self.config.train.batch_size * self.config.model.context_length
+
+    def _dropout_seed(self) -> int:
+        """A function of seed, step and rank, so that resuming needs no state of a random number generator."""
+        mixed = (self.config.train.seed * 1_000_003 + self.step) * 1_000_003 + self.communicator.rank
+        return mixed % 2**63
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
