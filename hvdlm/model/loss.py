@@ -1,0 +1,130 @@
+"""Cross-entropy from hidden states, without ever holding the logits of all tokens.
+
+With a vocabulary of 50,000 the logits of a batch outweigh everything else in memory.
+The loss needs them one token at a time, so tokens are taken in chunks; and because its
+gradient with respect to the logits (softmax minus one-hot) is known as soon as they are,
+each chunk's share of the gradients is computed with the loss and nothing is recomputed
+in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvdlm.model.size import loss_chunk_tokens
+
+IGNORE = -100
+"""A target that does not count."""
+
+
+class TokenStatistics(NamedTuple):
+    """Sums over the targets that count; scalars on the device of the hidden states, so nothing waits for it."""
+
+    loss_sum: Tensor  # fp32, nats
+    correct_count: Tensor  # int64: targets to which the model gives the highest probability
+    target_count: Tensor  # int64
+
+
+def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats.
+
+    hidden: (..., D). weight: (V, D). targets: (...) int64, of which those equal to `IGNORE` do not count.
+    chunk_tokens: how many tokens are taken at once; None chooses by memory.
+
+    Products are in the autocast dtype where autocast is on, else in the weight's; logarithms, sums and the
+    accumulated gradient of the weight in fp32. Returns an fp32 scalar (fp64 for fp64 weights). Differentiable
+    once with respect to hidden and weight; one backward pass only, because it overwrites what it saved.
+    """
+    chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0])
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        loss: Tensor = _TokenLoss.apply(rows, weight, targets.reshape(-1), chunk_tokens)  # type: ignore[no-untyped-call]
+        return loss
+    return token_statistics(hidden, weight, targets, chunk_tokens).loss_sum
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
+) -> TokenStatistics:
+    """Loss and next-token accuracy in one pass, without gradients. Arguments as of `token_loss`."""
+    dtype, precise = _dtypes(hidden, weight)
+    matrix = weight.to(dtype)
+    losses = torch.zeros(targets.numel(), dtype=precise, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        for chunk in _chunks(rows, targets.reshape(-1), dtype, chunk_tokens or loss_chunk_tokens(weight.shape[0])):
+            log_probabilities = torch.log_softmax(chunk.hidden @ matrix.T, dim=-1, dtype=precise)  # (n, V)
+            losses[chunk.tokens] = chunk.losses(log_probabilities)
+            correct += ((log_probabilities.argmax(dim=-1) == chunk.targets) & ~chunk.ignored).sum()
+    return TokenStatistics(losses.sum(), correct, (targets != IGNORE).sum())
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        dtype, precise = _dtypes(hidden, weight)
+        matrix = weight.to(dtype)
+        losses = torch.zeros(targets.numel(), dtype=precise, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=precise) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in _chunks(hidden, targets, dtype, chunk_tokens):
+                log_probabilities = torch.log_softmax(chunk.hidden @ matrix.T, dim=-1, dtype=precise)  # (n, V)
+                losses[chunk.tokens] = chunk.losses(log_probabilities)
+                # d loss / d logits = softmax - one-hot. Ignored tokens are left out of the products below,
+                # whose rows have D numbers, and not here, where they have V.
+                logits_grad = log_probabilities.exp_()
+                logits_grad.scatter_add_(1, chunk.targets[:, None], logits_grad.new_full((len(logits_grad), 1), -1.0))
+                logits_grad = logits_grad.to(dtype)
+                if hidden_grad is not None:
+                    hidden_grad[chunk.tokens] = (
+                        (logits_grad @ matrix).masked_fill_(chunk.ignored[:, None], 0).to(hidden_grad.dtype)
+                    )
+                if weight_grad is not None:
+                    counted = chunk.hidden.masked_fill(chunk.ignored[:, None], 0)
+                    if dtype == precise:
+                        weight_grad.addmm_(logits_grad.T, counted)
+                    else:
+                        weight_grad += logits_grad.T @ counted
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        return losses.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place, because a second (V, D) would be the largest tensor of the step. PyTorch's own check of
+        # saved tensors refuses a second backward pass, which would find them scaled already.
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(loss_grad) for grad in ctx.saved_tensors)
+        return hidden_grad, weight_grad, None, None
+
+
+class _Chunk(NamedTuple):
+    tokens: slice  # which n of all tokens
+    hidden: Tensor  # (n, D), in the dtype of the products
+    targets: Tensor  # (n,); 0 for ignored ones, which is a valid index
+    ignored: Tensor  # (n,) bool
+
+    def losses(self, log_probabilities: Tensor) -> Tensor:
+        """(n, V) to (n,): minus the log-probability of the target, 0 where it is ignored."""
+        return -log_probabilities.gather(1, self.targets[:, None]).squeeze(1).masked_fill_(self.ignored, 0)
+
+
+def _chunks(hidden: Tensor, targets: Tensor, dtype: torch.dtype, chunk_tokens: int) -> Iterator[_Chunk]:
+    for start in range(0, len(targets), chunk_tokens):
+        tokens = slice(start, start + chunk_tokens)
+        ignored = targets[tokens] == IGNORE
+        yield _Chunk(tokens, hidden[tokens].to(dtype), targets[tokens].masked_fill(ignored, 0), ignored)
+
+
+def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of matrix products, and that of logarithms and sums."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return dtype, torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,285 @@
+"""A decoder-only Transformer, GPT-2 or Llama or between them by configuration.
+
+Pre-norm blocks (Radford et al. 2019), causal attention with as many or fewer key
+and value heads than query heads (Ainslie et al. 2023, arXiv:2305.13245), learned
+positions or RoPE (Su et al. 2021, arXiv:2104.09864), LayerNorm or RMSNorm (Zhang and
+Sennrich 2019, arXiv:1910.07467), GELU in GPT-2's tanh approximation or SwiGLU
+(Shazeer 2020, arXiv:2002.05202).
+
+Shapes: B sequences, T tokens, D = width, V = vocabulary, H query heads, K key and
+value heads, E = D / H the size of a head, M the hidden size of the MLP.
+
+Names here and in Hugging Face's models, whose weights map one to one:
+
+| parameter                              | shape           | GPT2LMHeadModel      | LlamaForCausalLM                  |
+| -------------------------------------- | --------------- | -------------------- | --------------------------------- |
+| token_embedding.weight                 | (V, D)          | transformer.wte      | model.embed_tokens                |
+| position_embedding.weight              | (context, D)    | transformer.wpe      |                                   |
+| blocks.N.attention_norm.weight, bias   | (D,)            | transformer.h.N.ln_1 | model.layers.N.input_layernorm    |
+| blocks.N.attention.qkv.weight, bias    | ((H + 2K) E, D) | .attn.c_attn         | .self_attn.q_proj, k_proj, v_proj |
+| blocks.N.attention.output.weight, bias | (D, D)          | .attn.c_proj         | .self_attn.o_proj                 |
+| blocks.N.mlp_norm.weight, bias         | (D,)            | .ln_2                | .post_attention_layernorm         |
+| blocks.N.mlp.up.weight, bias           | (M or 2M, D)    | .mlp.c_fc            | .mlp.gate_proj, up_proj           |
+| blocks.N.mlp.down.weight, bias         | (D, M)          | .mlp.c_proj          | .mlp.down_proj                    |
+| final_norm.weight, bias                | (D,)            | transformer.ln_f     | model.norm                        |
+| output.weight, if untied               | (V, D)          |                      | lm_head                           |
+
+GPT2LMHeadModel holds the matrices of a block transposed. Where one parameter stands for
+several of a Llama, its rows are theirs in the order given.
+
+Parameters are registered in the order in which the forward pass uses them, so that
+their reverse is about the order in which the backward pass completes gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdlm.config import ModelSection
+from hvdlm.errors import HvdlmError
+from hvdlm.model.size import key_value_heads, mlp_width
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states; `logits` or `hvdlm.model.loss.token_loss` take them to the vocabulary.
+
+    Weights are what PyTorch's modules begin with until `initialise` is called. There are no buffers,
+    so a model may be made on the `meta` device, given memory by `to_empty`, and then initialised.
+    """
+
+    def __init__(self, config: ModelSection, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.context_length, config.width) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = _norm(config)
+        self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The (V, D) matrix from hidden states to logits: the token embedding's own if they are tied."""
+        return self.token_embedding.weight if self.output is None else self.output.weight
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        tokens: (B, T) int64. documents: (B, T) int64, as from `document_ids`; a token then attends only to
+        earlier tokens of its own document. Its position stays that in the sequence: it is not reset where a
+        document begins. cache: keys and values of tokens that went before; these tokens follow them and are
+        added to it.
+
+        Returns (B, T, D). Raises HvdlmError if the sequence is longer than `context_length`.
+        """
+        config = self.config
+        length = tokens.shape[1]
+        start = cache.length if cache else 0
+        if start + length > config.context_length:
+            raise HvdlmError(
+                f"a sequence of {start + length} tokens does not fit into model.context_length = "
+                f"{config.context_length}: shorten the sequence or train with a longer context"
+            )
+        positions = torch.arange(start, start + length, device=tokens.device)
+        x = self.token_embedding(tokens)  # (B, T, D)
+        rotation = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        else:
+            rotation = _rotation(positions, config.width // config.heads, config.rope_theta)
+        mask = _attention_mask(positions, documents, cache)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
+        if cache:
+            cache.length += length
+        hidden: Tensor = self.final_norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
+        return functional.linear(hidden, self.output_weight)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Sets every parameter, as a function of the seed and the shape alone.
+
+        Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream
+        of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
+        identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before it and added to the residual stream after it."""
+
+    def __init__(self, config: ModelSection) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cached: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """x: (B, T, D) to (B, T, D); the other arguments are `Attention`'s."""
+        attended: Tensor = self.dropout(self.attention(self.attention_norm(x), rotation, mask, cached))
+        x = x + attended
+        transformed: Tensor = self.dropout(self.mlp(self.mlp_norm(x)))
+        return x + transformed
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each of K key and value heads serves H / K query heads."""
+
+    def __init__(self, config: ModelSection) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.key_value_heads = key_value_heads(config)
+        self.head_width = config.width // config.heads
+        self.dropout = config.dropout
+        rows = (self.heads + 2 * self.key_value_heads) * self.head_width
+        self.qkv = nn.Linear(config.width, rows, bias=config.bias)
+        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cached: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """x: (B, T, D) to (B, T, D).
+
+        mask: (B or 1, 1, T, S) bool, True where a query may look, or None for plain causal attention.
+        cached: keys and values (B, K, S, E) whose last T places these tokens fill.
+        """
+        batch, length, _ = x.shape
+        heads, key_value_heads = self.heads, self.key_value_heads
+        qkv = self.qkv(x).view(batch, length, heads + 2 * key_value_heads, self.head_width).transpose(1, 2)
+        queries, keys, values = qkv.split([heads, key_value_heads, key_value_heads], dim=1)  # (B, H or K, T, E)
+        if rotation is not None:
+            queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
+        if cached is not None:
+            cached[0][:, :, -length:], cached[1][:, :, -length:] = keys, values
+            keys, values = cached
+        attended = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and length > 1,
+            enable_gqa=key_value_heads != heads,
+        )  # (B, H, T, E)
+        output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, -1))
+        return output
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))); for SwiGLU, where up makes a gate as well, down(silu(gate) * up)."""
+
+    def __init__(self, config: ModelSection) -> None:
+        super().__init__()
+        hidden = mlp_width(config)
+        self.gated = config.activation == "swiglu"
+        self.up = nn.Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
+        self.down = nn.Linear(hidden, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, D) to (B, T, D)."""
+        activation = self.up(x)  # (B, T, M), or (B, T, 2M) if gated
+        if self.gated:
+            gate, activation = activation.chunk(2, dim=-1)
+            activation = functional.silu(gate) * activation
+        else:
+            activation = functional.gelu(activation, approximate="tanh")
+        output: Tensor = self.down(activation)
+        return output
+
+
+class KeyValueCache:
+    """Keys and values of the tokens a model has seen, so that the next token costs one position.
+
+    Holds (layers, B, K, context, E) of each, on the device and in the dtype of the model's weights.
+    `length` is how many tokens are in it; setting it to 0 empties it.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int) -> None:
+        config, like = model.config, model.output_weight
+        shape = (
+            config.layers,
+            batch_size,
+            key_value_heads(config),
+            config.context_length,
+            config.width // config.heads,
+        )
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.documents = torch.zeros(batch_size, config.context_length, dtype=torch.int64, device=like.device)
+        self.length = 0
+
+    def layer(self, index: int, new: int) -> tuple[Tensor, Tensor]:
+        """Views (B, K, length + new, E) of one layer's keys and values; the last `new` are to be filled."""
+        end = self.length + new
+        return self.keys[index, :, :, :end], self.values[index, :, :, :end]
+
+
+def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
+    """Which document of its sequence each token belongs to, counted from 0.
+
+    tokens: (B, T) integers to (B, T) int64. An end-of-text token belongs to the document that it ends.
+    """
+    ends = (tokens == eos_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def _norm(config: ModelSection) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, eps=config.norm_eps)
+    return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+
+
+def _attention_mask(positions: Tensor, documents: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
+    """(B or 1, 1, T, S) bool, or None where attention is plainly causal or one query sees all keys."""
+    start, length = cache.length if cache else 0, len(positions)
+    if documents is None and (start == 0 or length == 1):
+        return None
+    keys = torch.arange(start + length, device=positions.device)  # (S,)
+    mask = (positions[:, None] >= keys)[None]  # (1, T, S)
+    if documents is not None:
+        key_documents = documents
+        if cache:
+            cache.documents[:, start : start + length] = documents
+            key_documents = cache.documents[:, : start + length]
+        mask = mask & (documents[:, :, None] == key_documents[:, None, :])  # (B, T, S)
+    return mask[:, None]
+
+
+def _rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
+    """Angles position * theta^(-2i / E), i < E / 2 (Su et al. 2021, equation 15); fp32 whatever the model is in."""
+    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angles = positions[:, None].float() * theta**-exponents  # (T, E / 2)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns the pairs (x[i], x[i + E / 2]) by their angles. x: (B, H, T, E).
+
+    The paper pairs neighbours; halves, as in Llama's published weights, are the same up to the order of rows.
+    """
+    cosines, sines = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1).to(x.dtype)

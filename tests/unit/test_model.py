@@ -1,0 +1,348 @@
+"""The Transformer against Hugging Face's GPT-2 and Llama, and against itself taken apart."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hvdlm.config import ModelSection
+from hvdlm.errors import HvdlmError
+from hvdlm.model.loss import token_loss
+from hvdlm.model.transformer import KeyValueCache, Transformer, document_ids
+
+VOCABULARY = 97
+GPT2 = ModelSection(layers=3, heads=4, width=32, context_length=24)
+LLAMA = ModelSection(
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    width=32,
+    mlp_width=48,
+    context_length=24,
+    norm="rmsnorm",
+    norm_eps=1e-6,
+    activation="swiglu",
+    position="rope",
+    rope_theta=500.0,
+    bias=False,
+    tie_embeddings=False,
+)
+
+
+def make(config: ModelSection, seed: int = 0) -> Transformer:
+    """A model whose every parameter, norms and biases included, differs from its neutral value."""
+    model = Transformer(config, VOCABULARY)
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def draw_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gpt2_weights(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    mapped = {
+        "transformer.wte.weight": weights["token_embedding.weight"],
+        "transformer.wpe.weight": weights["position_embedding.weight"],
+        "transformer.ln_f.weight": weights["final_norm.weight"],
+        "transformer.ln_f.bias": weights["final_norm.bias"],
+        "lm_head.weight": weights["token_embedding.weight"],
+    }
+    names = {
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for layer in range(layers):
+        for ours, theirs in names.items():
+            weight = weights[f"blocks.{layer}.{ours}.weight"]
+            # Conv1D multiplies from the right: its matrices are (in, out).
+            mapped[f"transformer.h.{layer}.{theirs}.weight"] = weight.T if weight.ndim == 2 else weight
+            mapped[f"transformer.h.{layer}.{theirs}.bias"] = weights[f"blocks.{layer}.{ours}.bias"]
+    return mapped
+
+
+def llama_weights(weights: Mapping[str, Tensor], config: ModelSection) -> dict[str, Tensor]:
+    mapped = {
+        "model.embed_tokens.weight": weights["token_embedding.weight"],
+        "model.norm.weight": weights["final_norm.weight"],
+        "lm_head.weight": weights.get("output.weight", weights["token_embedding.weight"]),
+    }
+    names = {
+        "attention_norm": "input_layernorm",
+        "attention.output": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.down": "mlp.down_proj",
+    }
+    head = config.width // config.heads
+    for layer in range(config.layers):
+        for ours, theirs in names.items():
+            mapped[f"model.layers.{layer}.{theirs}.weight"] = weights[f"blocks.{layer}.{ours}.weight"]
+        rows = weights[f"blocks.{layer}.attention.qkv.weight"].split(
+            [config.heads * head, config.kv_heads * head, config.kv_heads * head]
+        )
+        for letter, matrix in zip("qkv", rows, strict=True):
+            mapped[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = matrix
+        gate, up = weights[f"blocks.{layer}.mlp.up.weight"].split(config.mlp_width)
+        mapped[f"model.layers.{layer}.mlp.gate_proj.weight"] = gate
+        mapped[f"model.layers.{layer}.mlp.up_proj.weight"] = up
+    return mapped
+
+
+def hugging_face_gpt2(model: Transformer) -> GPT2LMHeadModel:
+    config = model.config
+    reference = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=config.context_length,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            layer_norm_epsilon=config.norm_eps,
+            attn_implementation="eager",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    reference.load_state_dict(gpt2_weights(model.state_dict(), config.layers))
+    return reference.eval()
+
+
+def hugging_face_llama(model: Transformer) -> LlamaForCausalLM:
+    config = model.config
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context_length,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_embeddings,
+            attn_implementation="eager",
+        )
+    )
+    reference.load_state_dict(llama_weights(model.state_dict(), config))
+    return reference.eval()
+
+
+REFERENCES = [
+    pytest.param(GPT2, hugging_face_gpt2, id="gpt2"),
+    pytest.param(LLAMA, hugging_face_llama, id="llama"),
+    pytest.param(LLAMA.model_copy(update={"tie_embeddings": True}), hugging_face_llama, id="llama-tied"),
+]
+
+
+@pytest.mark.parametrize(("config", "build"), REFERENCES)
+def test_logits_loss_and_gradients_equal_hugging_face(config, build):
+    model = make(config)
+    reference = build(model)
+    tokens = draw_tokens(2, config.context_length)
+
+    hidden = model(tokens)
+    theirs = reference(input_ids=tokens, labels=tokens)
+    torch.testing.assert_close(model.logits(hidden), theirs.logits, atol=1e-5, rtol=1e-5)
+
+    # Their loss is the mean over tokens 1 to T - 1 of each sequence.
+    count = 2 * (config.context_length - 1)
+    loss = token_loss(hidden[:, :-1], model.output_weight, tokens[:, 1:]) / count
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=1e-5)
+
+    loss.backward()
+    theirs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    mapped = gpt2_weights(gradients, config.layers) if config.bias else llama_weights(gradients, config)
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    assert expected.keys() <= mapped.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            mapped[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_no_token_sees_a_later_one(config):
+    model = make(config)
+    tokens = draw_tokens(1, 12)
+    changed = tokens.clone()
+    changed[0, 7] = (tokens[0, 7] + 1) % VOCABULARY
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[0, :7], after[0, :7])
+    assert all((before[0, position] - after[0, position]).abs().max() > 1e-3 for position in range(7, 12))
+
+
+def test_document_ids_by_hand():
+    tokens = torch.tensor([[5, 0, 3, 4, 0, 0, 7], [0, 1, 1, 1, 1, 1, 0]])
+    expected = torch.tensor([[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]])
+    assert torch.equal(document_ids(tokens, eos_id=0), expected)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_documents_in_one_sequence_equal_each_on_its_own(config):
+    """RoPE knows relative positions only. Learned ones count from the start of the sequence, so that a document
+    on its own is run by a model whose first positions are those it had in the sequence."""
+    model = make(config)
+    tokens = draw_tokens(2, 20).clamp_(min=1)
+    lengths = [(6, 9, 5), (1, 12, 7)]
+    for row, (first, second, _) in enumerate(lengths):
+        tokens[row, first - 1] = tokens[row, first + second - 1] = 0
+    packed = model(tokens, document_ids(tokens, eos_id=0))
+    for row, parts in enumerate(lengths):
+        start = 0
+        for length in parts:
+            alone = tokens[row : row + 1, start : start + length]
+            if config.position == "rope":
+                expected = model(alone)
+            else:
+                shifted = make(config)
+                with torch.no_grad():
+                    shifted.position_embedding.weight[:length] = model.position_embedding.weight[start : start + length]
+                expected = shifted(alone)
+            torch.testing.assert_close(packed[row : row + 1, start : start + length], expected, atol=2e-6, rtol=1e-5)
+            start += length
+    assert (packed[0] - model(tokens)[0]).abs().max() > 1e-2  # the mask does something
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+def test_cache_in_pieces_equals_whole(config, documents):
+    model = make(config)
+    tokens = draw_tokens(2, 20)
+    tokens[0, 5] = tokens[1, 11] = 0
+    ids = document_ids(tokens, eos_id=0) if documents else None
+    whole = model(tokens, ids)
+    cache = KeyValueCache(model, batch_size=2)
+    pieces = [
+        model(tokens[:, start:end], None if ids is None else ids[:, start:end], cache)
+        for start, end in [(0, 7), (7, 8), (8, 9), (9, 14), (14, 20)]
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=2e-6, rtol=1e-5)
+    assert cache.length == 20
+    assert cache.keys.shape == (3, 2, 2 if config is LLAMA else 4, 24, 8)
+
+
+def test_too_long_a_sequence_is_an_error():
+    model = make(GPT2)
+    with pytest.raises(HvdlmError, match=r"25 tokens.*model\.context_length = 24"):
+        model(draw_tokens(1, 25))
+    cache = KeyValueCache(model, batch_size=1)
+    model(draw_tokens(1, 20), cache=cache)
+    with pytest.raises(HvdlmError, match="25 tokens"):
+        model(draw_tokens(1, 5), cache=cache)
+    assert cache.length == 20
+
+
+def test_initialisation_statistics():
+    config = ModelSection(layers=8, heads=4, width=128, context_length=64, activation="swiglu", tie_embeddings=False)
+    model = Transformer(config, 1000)
+    model.initialise(7)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.full_like(parameter, float("norm.weight" in name))), name
+            continue
+        # 2 x 8 layers: 0.02 / sqrt(16). The estimate of a deviation from n draws has a standard error of 1 / sqrt(2n).
+        into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        deviation = 0.005 if into_residual else 0.02
+        count = parameter.numel()
+        assert abs(parameter.std().item() / deviation - 1) < 5 / (2 * count) ** 0.5, name
+        assert abs(parameter.mean().item()) < 5 * deviation / count**0.5, name
+
+
+def test_initialisation_depends_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = Transformer(LLAMA, VOCABULARY)
+    first.initialise(3)
+    torch.manual_seed(2)
+    with torch.device("meta"):
+        second = Transformer(LLAMA, VOCABULARY)
+    second.to_empty(device="cpu")
+    state = torch.get_rng_state()
+    second.initialise(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = Transformer(LLAMA, VOCABULARY)
+    other.initialise(4)
+    for (name, one), two, three in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+        assert one.ndim == 1 or not torch.equal(one, three), name
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+    model = Transformer(GPT2, VOCABULARY)
+    model.initialise(0)
+    tokens = draw_tokens(8, 24)
+    loss = token_loss(model(tokens)[:, :-1], model.output_weight, tokens[:, 1:]).item() / (8 * 23)
+    assert loss == pytest.approx(torch.tensor(float(VOCABULARY)).log().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_reverse_registration_order_is_backward_order(config):
+    """Buckets are filled in reverse order: none must wait for a parameter of another part of the model."""
+    model = make(config)
+    completed: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: completed.append(name))
+    tokens = draw_tokens(1, 8)
+    token_loss(model(tokens), model.output_weight, tokens).backward()
+
+    def parts(names: list[str]) -> list[str]:
+        """Consecutive names of one norm, attention or MLP as one; embeddings, both of which come last, likewise."""
+        labels = ["embedding" if "embedding" in name else ".".join(name.split(".")[:3]) for name in names]
+        return [label for label, _ in itertools.groupby(label.replace(".weight", "") for label in labels)]
+
+    expected = parts([name for name, _ in model.named_parameters()][::-1])
+    norms = [label for label in expected if "final_norm" in label]
+    assert len(norms) >= 1
+    assert parts([name for name in completed if "final_norm" not in name]) == [
+        label for label in expected if label not in norms
+    ]
+    assert "final_norm" in completed[0] or completed[0] == "output.weight"
+
+
+def test_dropout_only_in_training():
+    model = make(GPT2.model_copy(update={"dropout": 0.5}))
+    plain = make(GPT2)
+    tokens = draw_tokens(2, 16)
+    assert torch.equal(model(tokens), plain(tokens))
+    model.train()
+    torch.manual_seed(0)
+    first = model(tokens)
+    torch.manual_seed(0)
+    assert torch.equal(model(tokens), first)
+    assert not torch.equal(model(tokens), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_autocast_keeps_the_residual_stream_in_fp32(config, dtype):
+    model = make(config)
+    tokens = draw_tokens(2, 24)
+    exact = model(tokens)
+    with torch.autocast("cpu", dtype=dtype):
+        hidden = model(tokens)
+        loss = token_loss(hidden, model.output_weight, tokens)
+    loss.backward()
+    assert hidden.dtype == torch.float32
+    assert loss.dtype == torch.float32
+    assert functional.cosine_similarity(hidden.flatten(), exact.flatten(), dim=0) > 0.999
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters()
+    )
