@@ -70,7 +70,7 @@ def _load_model(state: dict[str, Any], config: ModelSection, communicator: Commu
     """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others."""
     model = Transformer(config, state["vocab_size"])
     if communicator is None or communicator.rank == 0:
-        model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model(), strict=False)
+        model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
     if communicator is not None:
         broadcast_tensors(communicator, model.parameters())
     return model.eval()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.launch import connect
+from hvdlm.comm.launch import check_alike, connect
 from hvdlm.errors import HvdlmError, JobError
 
 logger = logging.getLogger(__name__)
@@ -16,13 +16,14 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicator]:
-    """The communicator of this job; arguments as of `connect`.
+    """The communicator of this job: `connect(engine, timeout)`, once `check_alike` has found that all ranks fit.
 
     An error that all ranks raise together is told by rank 0, and all leave in good order. One that a rank meets
     alone is told by that rank, which then ends the job at once: the others may be waiting for it for ever.
     """
-    communicator = connect(engine, timeout, config_digest)
+    communicator = connect(engine, timeout)
     try:
+        check_alike(communicator, config_digest)
         yield communicator
     except JobError as error:
         if communicator.rank == 0:

@@ -20,7 +20,7 @@ from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.plan import print_plan
-from hvdlm.training.preemption import STOPPED_EARLY
+from hvdlm.training.preemption import STOPPED_EARLY, Preemption
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def train(config: Config, resume: str | None) -> int:
 
     Returns 0 after the last step, STOPPED_EARLY after a signal.
     """
-    with job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
+    with Preemption() as preemption, job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
         data = open_data(communicator, Path(config.data.path))
         vocab_size = _vocab_size(config, data)
         state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
@@ -62,7 +62,7 @@ def train(config: Config, resume: str | None) -> int:
             steps = config.train.steps
             trainer.metrics = MetricsLog(Path(config.train.run_dir), trainer.step, open_view(steps, trainer.step))
         try:
-            finished = trainer.train()
+            finished = trainer.train(preemption)
         finally:
             if trainer.metrics is not None:
                 trainer.metrics.close()

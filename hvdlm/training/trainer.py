@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +22,13 @@ from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import on_first_rank, raise_together
 from hvdlm.training.evaluation import evaluate
-from hvdlm.training.metrics import MetricsLog, peak_memory_bytes
+from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
 from hvdlm.training.precision import LossScale, autocast
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.replicas import broadcast_tensors, check_replicas
 from hvdlm.training.schedule import learning_rate
-
-
-@dataclass
-class Stretch:
-    """What this rank has spent, in seconds, on the steps since the last logged one."""
-
-    steps: int = 0
-    whole: float = 0.0
-    data: float = 0.0
-    exposed_communication: float = 0.0
+from hvdlm.training.step_metrics import StepMetrics
 
 
 class Trainer:
@@ -58,7 +48,7 @@ class Trainer:
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.metrics: MetricsLog | None = None  # rank 0 has one
-        self.stretch = Stretch()
+        self.step_metrics = StepMetrics(communicator, device)
         if config.train.compile:
             for block in self.model.blocks:  # one compiled backward for all would deliver all gradients at its end
                 block.compile()
@@ -75,14 +65,14 @@ class Trainer:
         self.loss_scale.load_state_dict(state["loss_scale"])
         self.step = state["data"]["batch"]
 
-    def train(self) -> bool:
-        """Runs to the last step and returns True, or False if a signal to any rank has asked to stop before."""
+    def train(self, preemption: Preemption) -> bool:
+        """Runs to the last step and returns True, or False if a signal to any rank asks to stop before."""
         train, save_every = self.config.train, self.config.checkpoint.every
         broadcast_tensors(self.communicator, self.parameters.values())
-        with self._open_loader() as loader, Preemption() as preemption:
+        with self.open_loader() as loader:
             stop = False
             while self.step < train.steps and not stop:
-                stop = self._train_step(loader, preemption.requested)
+                stop = self.train_step(loader, preemption.requested)
                 at_end = self.step == train.steps
                 if at_end or _is_due(self.step, train.evaluate_every):
                     self._validate()
@@ -92,7 +82,7 @@ class Trainer:
                     self._save(loader)
         return self.step == train.steps
 
-    def _train_step(self, loader: Loader, stop_here: bool) -> bool:
+    def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank wants to stop."""
         begin = time.perf_counter()
         batch, complaint = self._next_batch(loader)
@@ -126,10 +116,8 @@ class Trainer:
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         norm = self._apply(usual_tokens / (all_tokens * self.loss_scale.factor), rate)
         self.step += 1
-        self.stretch.steps += 1
-        self.stretch.whole += time.perf_counter() - begin
-        self.stretch.data += data_seconds
-        self.stretch.exposed_communication += settle_seconds + self.sync.exposed_seconds
+        exposed = settle_seconds + self.sync.exposed_seconds
+        self.step_metrics.add(time.perf_counter() - begin, data_seconds, exposed)
         if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log(sum(float(loss.detach()) for loss in losses), all_tokens, rate, norm)
         return stop
@@ -192,33 +180,9 @@ class Trainer:
         return norm
 
     def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
-        """Writes this step's loss and the mean times since the last line, of the slowest rank. Collective."""
-        stretch, steps = self.stretch, self.stretch.steps
-        self.stretch = Stretch()
-        compute = stretch.whole - stretch.data - stretch.exposed_communication
-        own = (stretch.whole, stretch.data, compute, stretch.exposed_communication, peak_memory_bytes(self.device))
-        everyone = self.communicator.all_gather_object((loss_sum, own))
-        if self.metrics is None:
-            return
-        whole, data, compute, exposed, memory = (max(column) for column in zip(*(t for _, t in everyone), strict=True))
-        traffic = self.sync.traffic
-        self.metrics.write(
-            "train",
-            self.step,
-            loss=sum(each for each, _ in everyone) / tokens,
-            lr=rate,
-            grad_norm=norm,
-            tokens=self._tokens_done(),
-            tokens_per_second=tokens * steps / whole,
-            step_seconds=whole / steps,
-            data_seconds=data / steps,
-            compute_seconds=compute / steps,
-            exposed_comm_seconds=exposed / steps,
-            wire_bytes=traffic.wire_bytes,
-            compression_ratio=traffic.dense_bytes / traffic.encoded_bytes,
-            world_size=self.communicator.size,
-            memory_bytes=memory,
-        )
+        numbers = self.step_metrics.collect(loss_sum, tokens, self.sync.traffic)
+        if self.metrics is not None:
+            self.metrics.write("train", self.step, lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
 
     def _validate(self) -> None:
         train = self.config.train
@@ -259,7 +223,7 @@ class Trainer:
         )
         self._event(f"saved {path}")
 
-    def _open_loader(self) -> Loader:
+    def open_loader(self) -> Loader:
         train, communicator = self.config.train, self.communicator
         return Loader(
             self.data,
