@@ -83,10 +83,10 @@ class TrainSection(Section):
     batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over the whole job")
     micro_batch_size: int = Field(8, gt=0, description="sequences a rank computes at once")
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
-    seed: int = Field(0, ge=0, description="of initialisation, sample order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
     run_dir: str = Field("runs/default", description="where config, metrics, checkpoints and pictures go")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: the node's cores shared among its ranks")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
@@ -190,7 +190,7 @@ def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Con
     model = filled.get("model", {})
     if isinstance(model, dict):
         name = model.get("preset", ModelSection.model_fields["preset"].default)
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise HvdlmError(f"{origin}: model.preset = {name!r} is unknown{_nearest(str(name), list(presets))}")
         filled["model"] = {**presets[name], **model, "preset": name}
     try:
@@ -247,12 +247,16 @@ def _sentence(detail: Any) -> str:
         section = Config.model_fields.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else None
         annotation: Any = section.annotation if section else Config
         prefix = f"{detail['loc'][0]}." if section else ""
-        return f"unknown key {key}{_nearest(key, [prefix + name for name in annotation.model_fields])}"
+        return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.model_fields), prefix)}"
+    if detail["type"] == "model_type":
+        return f"{key} must be a section, [{key}]"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
-def _nearest(name: str, valid: list[str]) -> str:
+def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else f" (valid: {', '.join(sorted(valid))})"
+    if close:
+        return f" (did you mean {prefix}{close[0]}?)"
+    return f" (valid: {', '.join(prefix + each for each in sorted(valid))})"

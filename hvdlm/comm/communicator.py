@@ -12,7 +12,8 @@ import logging
 import pickle
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -70,6 +71,18 @@ class Work(Generic[T]):
     def then(self, function: Callable[[T], U]) -> Work[U]:
         """Work whose result is `function` of this one's, applied by the thread that waits."""
         return Work(lambda: function(self.wait()), self.is_done)
+
+
+@contextmanager
+def contact(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None]:
+    """Turns what an engine raises when it has lost a rank into a sentence."""
+    try:
+        yield
+    except failures as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HvdlmError(
+            f"rank {rank} has lost contact with another rank, which may have died: engine {engine} says: {reason}"
+        ) from error
 
 
 def part_lengths(length: int, parts: int) -> list[int]:

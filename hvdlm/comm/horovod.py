@@ -14,7 +14,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
@@ -125,7 +125,8 @@ class HorovodCommunicator(Communicator):
         handle = operation(*arguments, **options, name=name, process_set=self._set)
 
         def finish() -> Tensor:
-            result: Tensor = hvd.synchronize(handle)
+            with contact(self.engine, self.rank, hvd.HorovodInternalError):
+                result: Tensor = hvd.synchronize(handle)
             give_back()
             return result
 

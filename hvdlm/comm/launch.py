@@ -18,7 +18,6 @@ from hvdlm.errors import HvdlmError, JobError
 
 if TYPE_CHECKING:
     from hvdlm.comm.communicator import Communicator
-    from hvdlm.comm.torch import TorchCommunicator
 
 logger = logging.getLogger(__name__)
 
@@ -108,41 +107,11 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
         from hvdlm.comm.horovod import HorovodCommunicator
 
         return HorovodCommunicator.start(timeout)
-    return _start_torch(launch, timeout)
-
-
-def _start_torch(launch: Launch, timeout: float) -> TorchCommunicator:
-    """Brings torch.distributed up: rank 0 listens, and the launcher's own channel tells the others where."""
+    from hvdlm.comm.rendezvous import find_rank_0
     from hvdlm.comm.torch import TorchCommunicator
 
-    if launch.launcher == "none":
-        return TorchCommunicator.start("127.0.0.1", 0, 0, 1, timeout)
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    elif launch.launcher == "srun" and "PMIX_RANK" not in os.environ:
-        address, port = _slurm_rendezvous(os.environ)
-    else:
-        guide = _start("horovod" if launch.launcher == "horovodrun" else "mpi", launch, timeout)
-        address, port = guide.broadcast_object((socket.gethostname(), _free_port()))
-        if guide.node_count == 1:
-            address = "127.0.0.1"
-        guide.close()
+    address, port = find_rank_0(launch.launcher, launch.rank, timeout)
     return TorchCommunicator.start(address, port, launch.rank, launch.size, timeout)
-
-
-def _slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where rank 0 listens, known without a message: the step's first node, a port made from the job's number."""
-    nodes = environment["SLURM_STEP_NODELIST"]
-    head, bracket, rest = nodes.partition("[")
-    first = head + rest.replace("]", ",").replace("-", ",").split(",")[0] if bracket else head.split(",")[0]
-    step = int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"]) % 8
-    return first, 20000 + step % 12000
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 def _horovod_has_nccl() -> bool:

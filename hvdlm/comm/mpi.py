@@ -22,7 +22,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
@@ -108,15 +108,20 @@ class MPICommunicator(Communicator):
         """Queues a collective for the communication thread."""
 
         def run() -> T:
-            self._wait(self._group.Ibarrier(), "the other ranks")
-            return collective()
+            with contact(self.engine, self.rank, MPI.Exception):
+                self._wait(self._group.Ibarrier(), "the other ranks")
+                return collective()
 
         future = self._thread.submit(run)
         return Work(future.result, future.done)
 
     def _poll(self, request: MPI.Request, what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
-        return Work(lambda: self._wait(request, what), request.Test)
+        def finish() -> None:
+            with contact(self.engine, self.rank, MPI.Exception):
+                self._wait(request, what)
+
+        return Work(finish, request.Test)
 
     def _wait(self, request: MPI.Request, what: str) -> None:
         deadline = time.monotonic() + self._timeout

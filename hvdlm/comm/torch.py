@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
+
+# torch 2.13 renamed it, and warns at each call by the old name.
+_all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TorchCommunicator(Communicator):
@@ -67,7 +70,7 @@ class TorchCommunicator(Communicator):
         return True
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
-        return _work(dist.all_reduce(flat, _OPS[op], group=self._group, async_op=True))
+        return self._start(dist.all_reduce, flat, _OPS[op], async_op=True)
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
         # Gloo cannot scatter, NCCL only equal parts: the whole is reduced, and one part of it kept.
@@ -85,23 +88,25 @@ class TorchCommunicator(Communicator):
                 [rows[place * longest :][:length] for place, length in zip(self._place, lengths, strict=True)]
             )
 
-        work = _work(dist.all_gather_into_tensor(rows, padded, group=self._group, async_op=True))
+        work = self._start(_all_gather_equal, rows, padded, async_op=True)
         return work.then(lambda _: in_our_order())
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
-        return _work(dist.broadcast(data, self._members[root], group=self._group, async_op=True))
+        return self._start(dist.broadcast, data, self._members[root], async_op=True)
 
     def _send(self, data: Tensor, destination: int) -> Work[None]:
-        return _work(dist.isend(data, self._members[destination], group=self._group))
+        return self._start(dist.isend, data, self._members[destination])
 
     def _receive(self, data: Tensor, source: int) -> Work[None]:
-        return _work(dist.irecv(data, self._members[source], group=self._group))
+        return self._start(dist.irecv, data, self._members[source])
 
+    def _start(self, operation: Callable[..., dist.Work | None], *arguments: Any, **options: Any) -> Work[None]:
+        with contact(self.engine, self.rank, RuntimeError):
+            work = operation(*arguments, group=self._group, **options)
+        assert work is not None  # torch returns none only to ranks outside the group
 
-def _work(work: dist.Work | None) -> Work[None]:
-    assert work is not None  # torch returns none only to ranks outside the group
+        def finish() -> None:
+            with contact(self.engine, self.rank, RuntimeError):
+                work.wait()
 
-    def finish() -> None:
-        work.wait()
-
-    return Work(finish, work.is_completed)
+        return Work(finish, work.is_completed)

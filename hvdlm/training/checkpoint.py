@@ -32,6 +32,8 @@ from hvdlm.errors import HvdlmError
 
 logger = logging.getLogger(__name__)
 
+_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
+_STEP = "step_" + "[0-9]" * 8
 _LATEST = "latest"
 _PARTIAL = ".partial"
 
@@ -66,7 +68,7 @@ def save(
     tokenizer: Path,
     keep: int,
 ) -> Path:
-    """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest.
+    """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest up to it.
 
     Raises HvdlmError if it cannot be written; what was there before is then as it was.
     """
@@ -89,15 +91,15 @@ def save(
             _sync(file)
         _sync(partial)
         if path.exists():  # the same step again, after resuming from an earlier one
-            shutil.rmtree(path)
+            _remove(path)
         partial.rename(path)
         pointer = parent / (_LATEST + _PARTIAL)
         pointer.write_text(path.name + "\n", encoding="utf-8")
         _sync(pointer)
         pointer.replace(parent / _LATEST)
         _sync(parent)
-        for old in _by_step(parent)[:-keep]:
-            shutil.rmtree(old)
+        for old in [each for each in _by_step(parent) if each <= path][:-keep]:
+            _remove(old)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise HvdlmError(
@@ -114,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises HvdlmError if there is none, or if the one named is damaged.
     """
-    if (path / "manifest.json").exists() or path.name.startswith("step_"):
+    if (path / "manifest.json").exists() or path.match(_STEP):
         _verify(path)
         return Checkpoint(path)
     parent = directory(path) if directory(path).is_dir() else path
@@ -150,12 +152,21 @@ def exists_in(run_dir: Path) -> bool:
 
 def _by_step(parent: Path) -> list[Path]:
     """Checkpoints from the oldest to the newest. Not by `latest`: a crash may leave that one behind."""
-    return sorted(path for path in parent.glob("step_*") if not path.name.endswith(_PARTIAL))
+    return sorted(parent.glob(_STEP))
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, under another name: one half removed must not look like one."""
+    doomed = path.with_name(path.name + ".removed" + _PARTIAL)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _verify(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if not manifest["files"].keys() >= _FILES:
+            raise KeyError
         for name, expected in manifest["files"].items():
             file = path / name
             if not file.exists():

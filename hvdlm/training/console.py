@@ -53,7 +53,9 @@ class ProgressLine:
         if record["kind"] == "train":
             self._progress.update(self._task, completed=record["step"], numbers=_sentence(record, self._steps))
         else:
-            self._progress.console.print(_sentence(record, self._steps), highlight=False)
+            self._progress.console.print(
+                _sentence(record, self._steps), highlight=False, markup=False, emoji=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         self._progress.stop()

@@ -23,12 +23,12 @@ def choose_device(settings: TrainSection, local_rank: int) -> torch.device:
 
 
 def share_cores(settings: TrainSection, communicator: Communicator) -> int:
-    """Sets and returns the number of CPU threads: `train.threads`, or this rank's share of the cores it may use.
+    """Sets and returns the CPU threads: `train.threads`, else OMP_NUM_THREADS, else this rank's share of its cores.
 
     Ranks that a launcher has bound to cores of their own share them with nobody. Collective.
     """
     own = (communicator.hosts[communicator.rank], sorted(os.sched_getaffinity(0)))
     sharing = communicator.all_gather_object(own).count(own)
-    threads = settings.threads or max(1, len(own[1]) // sharing)
+    threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS") or max(1, len(own[1]) // sharing))
     torch.set_num_threads(threads)
     return threads

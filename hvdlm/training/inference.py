@@ -27,6 +27,8 @@ from hvdlm.training.replicas import broadcast_tensors
 def evaluate(path: Path, data_path: Path, engine: str, batch_size: int) -> int:
     """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside the yardsticks."""
     with job(engine, timeout=300, config_digest=str((path, data_path, batch_size))) as communicator:
+        if batch_size < 1:
+            raise JobError(f"--batch-size {batch_size}: give 1 or more")
         data = open_data(communicator, data_path)
         state = on_first_rank(communicator, lambda: checkpoint.open_state(path))
         config = Config.model_validate(state["config"])

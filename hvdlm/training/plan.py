@@ -13,7 +13,7 @@ from hvdlm.model.size import flops_per_token, parameter_count, training_memory_b
 def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
     """Prints the resolved settings, then sizes, memory and batch, to stdout."""
     console = Console(highlight=False)
-    console.print(config.to_toml(), markup=False)
+    print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model
     share = -(-train.batch_size // launch.size)
     micro_batch = min(train.micro_batch_size, share)

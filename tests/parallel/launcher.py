@@ -69,11 +69,17 @@ def start(command: Sequence[str], extra: Mapping[str, str] | None = None, cwd: P
 
 
 class Job:
-    """A command under way, and every process that it has started, however deep."""
+    """A command under way, and every process that it has started, however deep; none outlives a `with` block."""
 
     def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
         self.process = process
         self._mark = mark
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def finish(self, deadline: float) -> Result:
         """Waits for the end; past `deadline` (seconds), or if processes are left behind, kills them and fails."""
@@ -106,7 +112,7 @@ class Job:
         for process in self.members():
             own = process.environ()
             rank = next((int(own[name]) for name in variables if name in own), None)
-            if rank is not None and "python" in process.name() and not process.children():
+            if rank is not None and not process.children():
                 numbered.append((rank, process))
         return [process for _, process in sorted(numbered, key=lambda pair: pair[0])]
 
@@ -131,7 +137,8 @@ def run(
     cwd: Path | None = None,
 ) -> Result:
     """Runs a command to its end, within `deadline` seconds and leaving no process behind."""
-    return start(command, extra, cwd).finish(deadline)
+    with start(command, extra, cwd) as job:
+        return job.finish(deadline)
 
 
 def run_ranks(launcher: str, ranks: int, arguments: Sequence[str], deadline: float = 120, **options: object) -> Result:

@@ -1,0 +1,132 @@
+"""Averaged gradients against plain PyTorch on the joined batch; run on each rank: `gradients_body.py ENGINE`."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launch import connect
+from hvdlm.config import ModelSection
+from hvdlm.gradients.sync import GradientSync
+from hvdlm.model.loss import token_loss
+from hvdlm.model.transformer import Transformer
+
+VOCABULARY, LENGTH = 61, 32
+SMALL_BUCKET = 40_000  # bytes: several buckets, some parameters larger than one
+
+
+def make_model() -> Transformer:
+    model = Transformer(ModelSection(layers=2, heads=2, width=32, context_length=LENGTH), VOCABULARY)
+    model.initialise(seed=3)
+    return model
+
+
+def joined_batch(sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(VOCABULARY, (sequences, LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def plain_gradients(sequences: int) -> dict[str, torch.Tensor]:
+    """What one process without hvdlm's loss, buckets or communicator computes: the mean over all tokens."""
+    model = make_model()
+    inputs, targets = joined_batch(sequences)
+    logits = functional.linear(model(inputs), model.token_embedding.weight)
+    functional.cross_entropy(logits.reshape(-1, VOCABULARY), targets.reshape(-1)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_joined_batch(comm: Communicator) -> None:
+    """Shares are equal, unequal, cut into micro-batches of unequal size, or empty on some ranks."""
+    for sequences, at_once in ((12, 12), (7, 2), (7, 1), (2, 1), (1, 1)):
+        model = make_model()
+        sync = GradientSync(model, comm, SMALL_BUCKET)
+        assert len(sync.buckets) > 3
+        first = comm.rank * sequences // comm.size
+        last = (comm.rank + 1) * sequences // comm.size
+        inputs, targets = (part[first:last] for part in joined_batch(sequences))
+        for repetition in range(2):  # the second step must not remember the first
+            sync.begin()
+            starts = list(range(0, last - first, at_once))
+            for start in starts:
+                loss = token_loss(model(inputs[start:][:at_once]), model.output_weight, targets[start:][:at_once])
+                if start == starts[-1]:
+                    sync.last_micro_batch()
+                loss.backward()
+            sync.wait()
+            sync.scale_(1 / (sequences * LENGTH))
+            expected = plain_gradients(sequences)
+            for name, parameter in model.named_parameters():
+                difference = (parameter.grad - expected[name]).abs().max()
+                assert difference <= 1e-6, (name, sequences, at_once, repetition, difference)
+            norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+            assert torch.allclose(sync.norm(), norm, rtol=1e-5)
+
+
+def check_overlap(comm: Communicator) -> None:
+    """The first bucket leaves before the backward pass ends, and buckets leave in one order on all ranks."""
+    model = make_model()
+    sync = GradientSync(model, comm, SMALL_BUCKET)
+    inputs, targets = joined_batch(4)
+    sync.begin()
+    sync.last_micro_batch()
+    token_loss(model(inputs), model.output_weight, targets).backward()
+    backward_ended = time.perf_counter()
+    sync.wait()
+    assert sync.traffic.first_sent < backward_ended
+    gradient_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert sync.traffic.dense_bytes == gradient_bytes
+    # a ring sends 2 (n-1)/n of the buffer; each bucket may round a byte away
+    ring = 2 * (comm.size - 1) * gradient_bytes / comm.size
+    assert ring - len(sync.buckets) <= sync.traffic.wire_bytes <= ring
+
+
+def check_missing_gradients(comm: Communicator) -> None:
+    """A parameter that got no gradient, on one rank or on all, counts as zero and nobody waits for ever."""
+    model = nn.ModuleDict({"first": nn.Linear(50, 50), "second": nn.Linear(50, 50), "never": nn.Linear(50, 50)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    sync = GradientSync(model, comm, bucket_bytes=1000)
+    sync.begin()
+    sync.last_micro_batch()
+    x = torch.ones(1, 50)
+    (model["first"](x) if comm.rank == 0 else model["first"](x) + model["second"](x)).sum().backward()
+    sync.wait()
+    # d sum(W x + b) / dW = 1 for each rank that used the layer
+    assert torch.equal(model["first"].weight.grad, torch.full((50, 50), float(comm.size)))
+    assert torch.equal(model["second"].bias.grad, torch.full((50,), float(comm.size - 1)))
+    assert torch.equal(model["never"].weight.grad, torch.zeros(50, 50))
+
+
+def check_cleared_gradients_are_noticed(comm: Communicator) -> None:
+    model = make_model()
+    sync = GradientSync(model, comm, SMALL_BUCKET)
+    sync.begin()
+    for parameter in model.parameters():
+        parameter.grad = None
+    try:
+        sync.wait()
+    except RuntimeError as error:
+        assert "GradientSync.begin()" in str(error)
+    else:
+        raise AssertionError("a gradient outside its bucket went unnoticed")
+
+
+def main(engine: str) -> None:
+    torch.set_num_threads(1)
+    comm = connect(engine, timeout=60)
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check(comm)
+            comm.barrier()
+    comm.close()
+    print(f"rank {comm.rank} finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,58 @@
+"""Training jobs for tests: one small configuration, started as a user would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from launcher import BIN, Job, Result, launcher_command, run, start
+
+SETTINGS = {
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.width": 32,
+    "model.context_length": 32,
+    "train.steps": 50,
+    "train.batch_size": 16,  # not divisible by 3
+    "train.micro_batch_size": 3,
+    "train.evaluate_sequences": 50,
+    "train.check_replicas_every": 10,
+    "optimizer.warmup_steps": 5,
+    "optimizer.lr": 0.01,
+    "log.every": 1,
+}
+
+
+def command(data: Path, run_dir: Path, *options: str, **overrides: object) -> list[str]:
+    """`hvdlm train` with `SETTINGS`; `overrides` have `__` for the dot."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    config = run_dir.parent / "empty.toml"
+    config.touch()
+    settings = {**SETTINGS, "data.path": data, "train.run_dir": run_dir}
+    settings.update({name.replace("__", "."): value for name, value in overrides.items()})
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [str(BIN / "hvdlm"), "train", str(config), *options, *words]
+
+
+def train(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str, **overrides: object) -> Result:
+    return run([*launcher_command(launcher, ranks), *command(data, run_dir, *options, **overrides)])
+
+
+def start_training(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str, **overrides: object) -> Job:
+    return start([*launcher_command(launcher, ranks), *command(data, run_dir, *options, **overrides)])
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {int(str(record["step"])): float(str(record["loss"])) for record in records(run_dir)}
+
+
+def assert_same_curve(actual: dict[int, float], expected: dict[int, float], relative: float) -> None:
+    assert actual.keys() == expected.keys()
+    worst = max(abs(actual[step] / expected[step] - 1) for step in expected)
+    assert worst <= relative, worst

@@ -1,0 +1,130 @@
+"""A run that was stopped, by a signal, a kill or a damaged disk, and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from jobs import assert_same_curve, losses, records, start_training, train
+from launcher import Job
+from safetensors.torch import load_file
+
+SAVING = {"checkpoint__every": 7, "model__dropout": 0.1}
+
+
+def wait_for_step(job: Job, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or max(losses(run_dir), default=0) < step:
+        assert job.process.poll() is None and time.monotonic() < deadline, "the job ended or never reached the step"
+        time.sleep(0.02)
+
+
+def assert_bit_identical(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    for name in ("model", "optimizer"):
+        files = [run / "checkpoints" / "step_00000050" / f"{name}.safetensors" for run in (one, other)]
+        first, second = (load_file(file) for file in files)
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first)
+
+
+def uninterrupted(ranks: int, data: Path, folder: Path) -> Path:
+    result = train("mpirun", ranks, data, folder / "whole", **SAVING)
+    assert result.status == 0, result.output
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed(ranks: int, small_data: Path, tmp_path: Path) -> None:
+    """kill -9 of one rank; the launcher ends the rest; steps after the checkpoint are run again, with dropout."""
+    whole = uninterrupted(ranks, small_data, tmp_path)
+    broken = tmp_path / "broken"
+    with start_training("mpirun", ranks, small_data, broken, **SAVING) as job:
+        wait_for_step(job, broken, 17)
+        job.ranks()[-1].kill()
+        assert job.finish(deadline=60).status != 0
+    result = train("mpirun", ranks, small_data, broken, "--resume", "latest", **SAVING)
+    assert result.status == 0, result.output
+    assert "resuming from" in result.output
+    assert_bit_identical(whole, broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("launcher", "which"), [("mpirun", 0), ("mpirun", 1), ("horovodrun --gloo", 1)])
+def test_signal_to_any_rank(
+    number: signal.Signals, launcher: str, which: int, small_data: Path, tmp_path: Path
+) -> None:
+    """All ranks finish the step, save and exit with 75, and the run goes on as if nothing had been."""
+    run_dir = tmp_path / "run"
+    settings = {**SAVING, "train__steps": 100_000}
+    with start_training(launcher, 2, small_data, run_dir, **settings) as job:
+        wait_for_step(job, run_dir, 10)
+        job.ranks()[which].send_signal(number)
+        result = job.finish(deadline=60)
+    assert result.status == 75 if launcher == "mpirun" else "Exit code: 75" in result.output, result.output
+    stopped_at = max(losses(run_dir))
+    assert f"stopped by a signal after step {stopped_at}; go on with --resume latest" in result.output
+    assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
+
+
+def test_stopped_by_a_signal_and_resumed(small_data: Path, tmp_path: Path) -> None:
+    whole = uninterrupted(2, small_data, tmp_path)
+    stopped = tmp_path / "stopped"
+    with start_training("mpirun", 2, small_data, stopped, **SAVING) as job:
+        wait_for_step(job, stopped, 3)
+        job.ranks()[0].send_signal(signal.SIGTERM)
+        job.finish(deadline=60)
+    assert max(losses(stopped)) < 50
+    result = train("mpirun", 2, small_data, stopped, "--resume", "latest", **SAVING)
+    assert result.status == 0, result.output
+    assert_bit_identical(whole, stopped)
+
+
+def test_resumed_on_other_numbers_of_ranks(small_data: Path, tmp_path: Path) -> None:
+    """3 ranks, then 1, then 4: the curve of 2 that never stopped."""
+    settings = {"checkpoint__every": 10}
+    whole = train("mpirun", 2, small_data, tmp_path / "whole", **settings)
+    assert whole.status == 0, whole.output
+    run_dir = tmp_path / "moved"
+    for ranks, goal in ((3, 20), (1, 30), (4, 50)):
+        # a part of a run must keep the whole run's schedule, so it is a signal that ends it
+        with start_training("mpirun", ranks, small_data, run_dir, "--resume", "latest", **settings) as job:
+            if goal < 50:
+                wait_for_step(job, run_dir, goal)
+                job.ranks()[0].send_signal(signal.SIGTERM)
+            result = job.finish(deadline=60)
+            assert result.status == (75 if goal < 50 else 0), result.output
+    assert {record["world_size"] for record in records(run_dir)} == {3, 1, 4}
+    assert_same_curve(losses(run_dir), losses(tmp_path / "whole"), relative=1e-4)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(small_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train("mpirun", 2, small_data, run_dir, **SAVING).status == 0
+    expected = losses(run_dir)
+    newest = run_dir / "checkpoints" / "step_00000050" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    result = train("mpirun", 2, small_data, run_dir, "--resume", "latest", **SAVING)
+    assert result.status == 0, result.output
+    assert f"{newest.parent} is damaged: model.safetensors does not match its SHA-256" in result.output
+    assert "step_00000049, step 49" in result.output
+    assert losses(run_dir) == expected
+    explicit = tmp_path / "explicit"
+    newest.write_bytes(content)
+    result = train("mpirun", 2, small_data, explicit, "--resume", str(newest.parent), **SAVING)
+    assert result.status != 0
+    assert result.output.count("is damaged: model.safetensors") == 1
+    assert not explicit.exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(small_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train("none", 1, small_data, run_dir).status == 0
+    before = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    result = train("none", 1, small_data, run_dir, "--resume", "latest")
+    assert result.status == 0, result.output
+    assert (run_dir / "metrics.jsonl").read_text(encoding="utf-8") == before
