@@ -1,0 +1,47 @@
+"""`hvdlm train` with something wrong on one rank: `sabotage.py KIND RANK ARGUMENTS...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import hvdlm
+from hvdlm.cli import main
+from hvdlm.training.trainer import Trainer
+
+
+def own_rank() -> int:
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+
+
+def other_version() -> None:
+    hvdlm.__version__ = "0.0.1"
+
+
+def diverging_parameter() -> None:
+    apply = Trainer._apply
+
+    def apply_wrongly(self: Trainer, correction: float, rate: float) -> float:
+        norm = apply(self, correction, rate)
+        if self.step == 12:
+            with torch.no_grad():
+                self.model.final_norm.weight[0] += 1e-6
+        return norm
+
+    Trainer._apply = apply_wrongly  # type: ignore[method-assign]
+
+
+def bug() -> None:
+    def apply_never(self: Trainer, correction: float, rate: float) -> float:
+        raise ZeroDivisionError("a bug for the test")
+
+    Trainer._apply = apply_never  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    kind, rank, *arguments = sys.argv[1:]
+    if own_rank() == int(rank):
+        globals()[kind]()
+    sys.exit(main(arguments))

@@ -1,0 +1,218 @@
+"""What goes wrong is said once, in a sentence that names it, and no rank is left behind (launcher.py sees to that)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import pytest
+from jobs import command, losses, start_training, train
+from launcher import BIN, Result, launcher_command, run
+from test_resume import wait_for_step
+
+SABOTAGE = Path(__file__).with_name("sabotage.py")
+
+
+def assert_said_once(result: Result, *parts: str) -> None:
+    """One line of the output is the error; it contains all parts; nothing else complains, and no traceback shows."""
+    assert result.status != 0, result.output
+    said = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    assert len(said) == 1, result.output
+    assert all(part in said[0] for part in parts), said[0]
+    assert "Traceback" not in result.output, result.output
+
+
+def sabotaged(kind: str, rank: int, data: Path, run_dir: Path, **overrides: object) -> Result:
+    words = command(data, run_dir, **overrides)[1:]
+    return run([*launcher_command("mpirun", 2), sys.executable, str(SABOTAGE), kind, str(rank), *words])
+
+
+@pytest.fixture
+def own_data(small_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data set that the test may damage."""
+    return Path(shutil.copytree(small_data, tmp_path / "data"))
+
+
+def chunk_of_middle(file: Path) -> tuple[int, int]:
+    """Where in the file the middle chunk of /tokens lies: offset and size in bytes."""
+    with h5py.File(file) as shard:
+        info = shard["tokens"].id.get_chunk_info(shard["tokens"].id.get_num_chunks() // 2)
+        return info.byte_offset, info.size
+
+
+def test_flipped_byte_in_a_shard(own_data: Path, tmp_path: Path) -> None:
+    """Found in mid-run by the rank that reads it, told to all before anybody waits for its gradients."""
+    file = own_data / "shard_00004.h5"
+    offset, size = chunk_of_middle(file)
+    content = bytearray(file.read_bytes())
+    content[offset + size // 2] ^= 0xFF
+    file.write_bytes(content)
+    result = train("mpirun", 2, own_data, tmp_path / "run", train__steps=2000)
+    assert_said_once(result, "shard_00004.h5", "chunk", "rank 1")
+
+
+def test_truncated_shard(own_data: Path, tmp_path: Path) -> None:
+    file = own_data / "shard_00002.h5"
+    os.truncate(file, file.stat().st_size - 1000)
+    assert_said_once(train("mpirun", 2, own_data, tmp_path / "run"), "shard_00002.h5")
+
+
+def test_missing_shard(own_data: Path, tmp_path: Path) -> None:
+    (own_data / "shard_00003.h5").unlink()
+    assert_said_once(train("mpirun", 3, own_data, tmp_path / "run"), "shard_00003.h5")
+
+
+def test_swapped_shards(own_data: Path, tmp_path: Path) -> None:
+    one, other = own_data / "shard_00000.h5", own_data / "shard_00001.h5"
+    one.rename(own_data / "aside")
+    other.rename(one)
+    (own_data / "aside").rename(other)
+    assert_said_once(train("mpirun", 2, own_data, tmp_path / "run"), "shard_0000")
+
+
+def test_unfinished_shard(own_data: Path, tmp_path: Path) -> None:
+    with h5py.File(own_data / "shard_00005.h5", "r+") as shard:
+        shard.attrs["complete"] = False
+    assert_said_once(train("mpirun", 2, own_data, tmp_path / "run"), "shard_00005.h5")
+
+
+def test_data_set_that_is_not_there(tmp_path: Path) -> None:
+    result = train("mpirun", 2, tmp_path / "nowhere", tmp_path / "run")
+    assert_said_once(result, str(tmp_path / "nowhere"), "hvdlm prepare")
+
+
+def test_different_settings(small_data: Path, tmp_path: Path) -> None:
+    one = command(small_data, tmp_path / "run")
+    other = command(small_data, tmp_path / "run", train__seed=5)
+    result = run([*launcher_command("mpirun", 1), *one, ":", "-np", "1", *other])
+    assert_said_once(result, "ranks differ in settings: rank 0 on", "rank 1 on")
+
+
+def test_different_versions(small_data: Path, tmp_path: Path) -> None:
+    result = sabotaged("other_version", 1, small_data, tmp_path / "run")
+    assert_said_once(result, "ranks differ in hvdlm: rank 0 on", "rank 1 on", "has 0.0.1")
+
+
+def test_replicas_that_drift_apart(small_data: Path, tmp_path: Path) -> None:
+    """One parameter of one rank off by a millionth: found at the next comparison."""
+    result = sabotaged("diverging_parameter", 1, small_data, tmp_path / "run", train__check_replicas_every=5)
+    assert_said_once(result, "after step 15 the parameters of rank 1 on", "differ")
+
+
+def test_bug_on_one_rank_ends_all(small_data: Path, tmp_path: Path) -> None:
+    result = sabotaged("bug", 1, small_data, tmp_path / "run")
+    assert result.status != 0
+    assert "rank 1 met a bug in hvdlm" in result.output
+    assert "ZeroDivisionError: a bug for the test" in result.output
+
+
+@pytest.fixture(scope="module")
+def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mpiexec of another MPI than the one that mpi4py has loaded."""
+    prefix = tmp_path_factory.mktemp("mpich")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--prefix", str(prefix), "mpich"]
+    if subprocess.run(install, capture_output=True).returncode:
+        pytest.skip("MPICH's wheel cannot be installed here")
+    return prefix / "bin" / "mpiexec"
+
+
+def test_all_ranks_believe_they_are_rank_0(mpich: Path, small_data: Path, tmp_path: Path) -> None:
+    """mpiexec of one MPI, mpi4py of another: the trap behind horovod issue 1756."""
+    words = command(small_data, tmp_path / "run", comm__engine="mpi")
+    result = run([str(mpich), "-n", "2", *words], extra={"LD_LIBRARY_PATH": ""})
+    assert result.status != 0
+    said = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    assert said, result.output
+    assert "mpirun started 2 ranks and this is rank" in said[0]
+    assert "engine mpi sees 1" in said[0] and "Open MPI" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_engine_that_does_not_fit_the_launcher(small_data: Path, tmp_path: Path) -> None:
+    result = train("mpirun", 2, small_data, tmp_path / "run", comm__engine="solo")
+    assert result.status != 0
+    assert "mpirun started 2 ranks" in result.output and "leave comm.engine at auto" in result.output
+
+
+def test_run_directory_in_use(small_data: Path, tmp_path: Path) -> None:
+    assert train("none", 1, small_data, tmp_path / "run", train__steps=5).status == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert_said_once(train("mpirun", 2, small_data, tmp_path / "run"), "already holds a run", "--resume latest")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_run_directory_that_cannot_be_made(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_said_once(train("mpirun", 2, small_data, tmp_path / "file"), "train.run_dir", "file: File exists")
+
+
+def test_resuming_another_model(small_data: Path, tmp_path: Path) -> None:
+    assert train("none", 1, small_data, tmp_path / "run", train__steps=5).status == 0
+    result = train("mpirun", 2, small_data, tmp_path / "run", "--resume", "latest", model__width=64)
+    assert_said_once(result, "model.width = 32, not 64")
+
+
+def test_resuming_what_is_not_there(small_data: Path, tmp_path: Path) -> None:
+    result = train("mpirun", 2, small_data, tmp_path / "run", "--resume", str(tmp_path / "nowhere"))
+    assert_said_once(result, str(tmp_path / "nowhere"), "no checkpoint")
+
+
+def test_vocabulary_too_small(small_data: Path, tmp_path: Path) -> None:
+    result = train("mpirun", 2, small_data, tmp_path / "run", model__vocab_size=100)
+    assert_said_once(result, "model.vocab_size = 100 is less than the 257")
+
+
+def test_divergence(small_data: Path, tmp_path: Path) -> None:
+    result = train("mpirun", 2, small_data, tmp_path / "run", optimizer__lr=1e30, optimizer__warmup_steps=0)
+    assert_said_once(result, "the gradient norm is", "at step", "optimizer.lr")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("engine", ["mpi", "torch"])
+def test_rank_that_stopped(engine: str, small_data: Path, tmp_path: Path) -> None:
+    """The others wait comm.timeout for it, say so and end the job, the stopped rank too."""
+    settings = {"train__steps": 100_000, "comm__engine": engine, "comm__timeout": 5}
+    with start_training("mpirun", 2, small_data, tmp_path / "run", **settings) as job:
+        wait_for_step(job, tmp_path / "run", 5)
+        job.ranks()[1].send_signal(signal.SIGSTOP)
+        result = job.finish(deadline=60)
+    assert result.status != 0
+    assert "hvdlm: error: rank 0" in result.output
+    assert "Traceback" not in result.output, result.output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 KiB: room for one checkpoint of the test's model and a part of the next."""
+    if os.geteuid():
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk(small_disk: Path, small_data: Path, tmp_path: Path) -> None:
+    run_dir = small_disk / "run"
+    result = train("mpirun", 2, small_data, run_dir, checkpoint__every=10, log__every=10)
+    assert_said_once(result, "cannot write the checkpoint", "step_00000020", "No space left on device")
+    assert [path.name for path in sorted((run_dir / "checkpoints").glob("step_*"))] == ["step_00000010"]
+    resumed = train("mpirun", 2, small_data, tmp_path / "run", "--resume", str(run_dir), log__every=10)
+    assert resumed.status == 0, resumed.output
+    assert "step_00000010, step 10" in resumed.output
+    assert max(losses(tmp_path / "run")) == 50
+
+
+def test_horovod_not_installed(small_data: Path, tmp_path: Path) -> None:
+    """The sentence names the command that installs it."""
+    script = "import sys; sys.modules['horovod'] = None; from hvdlm.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = command(small_data, tmp_path / "run", comm__engine="horovod")[1:]
+    result = run([*launcher_command("none", 1), str(BIN / "python"), "-c", script, *words])
+    assert_said_once(result, "hvdlm install-horovod")
