@@ -1,0 +1,53 @@
+#!/bin/bash
+# What the tests cannot reach without a GPU, on a machine with at least one: run from the repository, after `make setup`.
+# Several ranks may share one GPU: over MPI and Gloo, whose messages are staged through the host.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=data/python-stdlib
+out=$(mktemp -d)
+small=(--data.path "$data" --train.steps 20 --train.evaluate_sequences 64 --log.every 1 --train.device cuda)
+
+python - <<'PYTHON'
+import torch
+
+assert torch.cuda.is_available(), "PyTorch finds no GPU here"
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+PYTHON
+[ -d "$data" ] || hvdlm prepare --input python-stdlib --output "$data"
+
+echo "== the same curve on CPU and GPU, alone and on two ranks of each engine"
+hvdlm train examples/quickstart.toml "${small[@]}" --train.device cpu --train.run_dir "$out/cpu"
+hvdlm train examples/quickstart.toml "${small[@]}" --train.run_dir "$out/alone"
+for engine in mpi torch; do
+  mpirun -np 2 --bind-to none hvdlm train examples/quickstart.toml "${small[@]}" \
+    --comm.engine "$engine" --train.run_dir "$out/$engine"
+done
+python - "$out" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+
+def losses(run: str) -> list[float]:
+    lines = (Path(sys.argv[1]) / run / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+for run in ("alone", "mpi", "torch"):
+    worst = max(abs(a / b - 1) for a, b in zip(losses(run), losses("cpu"), strict=True))
+    print(f"{run}: within {worst:.1e} of the CPU's curve")
+    assert worst < 1e-3, run
+PYTHON
+
+echo "== bf16 and fp16, compiled, GPT-2 124M"
+for precision in bf16 fp16; do
+  hvdlm train examples/quickstart.toml "${small[@]}" --model.preset gpt2 --model.layers 12 --train.batch_size 16 \
+    --train.micro_batch_size 16 --train.precision "$precision" --train.compile true --train.run_dir "$out/$precision"
+done
+tail -n 2 "$out/bf16/metrics.jsonl"
+
+echo "== stop and resume on the GPU"
+hvdlm train examples/quickstart.toml "${small[@]}" --checkpoint.every 10 --train.run_dir "$out/whole"
+timeout -s TERM 15 hvdlm train examples/quickstart.toml "${small[@]}" --train.steps 100000 --train.run_dir "$out/stopped" || [ $? = 124 ] || [ $? = 75 ]
+hvdlm generate "$out/whole" --prompt "def " --tokens 20
+echo "all GPU checks passed; runs are in $out"
