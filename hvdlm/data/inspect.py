@@ -1,0 +1,91 @@
+"""`hvdlm inspect`: what a data set holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
+from hvdlm.data.shard import DataSet, Split, check_shard
+from hvdlm.errors import HvdlmError
+
+
+def inspect(path: Path, verify: bool) -> None:
+    """Prints a table of the data set `path`; with `verify`, reads every token and checks every hash.
+
+    Raises HvdlmError if it is no data set or is damaged; with `verify`, after every damaged file has been listed.
+    """
+    manifest = Manifest.load(path)
+    console = Console()
+    if verify:
+        damage = _damage(path, manifest)
+        for sentence in damage:
+            console.print(f"damaged: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if damage:
+            raise HvdlmError(f"{path} is damaged: {len(damage)} of its files are bad (listed above); prepare it again")
+    else:
+        DataSet(path)
+    console.print(_table(path, manifest))
+    made_from = ", ".join(f"{name} {value}" for name, value in manifest.recipe.items())
+    for line in (
+        f"vocabulary {manifest.vocab_size:,}, end of text {manifest.eos_id}",
+        f"fingerprint {manifest.fingerprint}",
+        f"made with {made_from}",
+        *(["every token and every hash is as it was written"] if verify else []),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(path: Path, manifest: Manifest) -> Table:
+    shards = [*manifest.train, *manifest.validation]
+    table = Table(title=str(path), box=box.SIMPLE, show_footer=True)
+    table.add_column("shard", "all")
+    for name in ("tokens", "documents", "text MiB", "file MiB", "bytes/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for shard in shards:
+        table.add_row(shard.file, *_figures([shard]))
+    for column, total in zip(table.columns[1:], _figures(shards), strict=True):
+        column.footer = total
+    return table
+
+
+def _figures(shards: list[ShardRecord]) -> list[str]:
+    """The cells of a row on these shards together."""
+    tokens, documents = sum(shard.n_tokens for shard in shards), sum(shard.n_docs for shard in shards)
+    text, size = sum(shard.n_bytes for shard in shards), sum(shard.size for shard in shards)
+    ratio = text / max(tokens - documents, 1)  # ends of text are no part of the text
+    return [f"{tokens:,}", f"{documents:,}", f"{text / 2**20:,.1f}", f"{size / 2**20:,.1f}", f"{ratio:.2f}"]
+
+
+def _damage(path: Path, manifest: Manifest) -> list[str]:
+    """A sentence for every file that is not as it was written."""
+    damage: list[str] = []
+    try:
+        if hashlib.sha256((path / TOKENIZER).read_bytes()).hexdigest() != manifest.tokenizer_sha256:
+            damage.append(f"{path / TOKENIZER} is not the tokenizer that the tokens were made with")
+    except OSError as error:
+        damage.append(f"{path / TOKENIZER} cannot be read ({error.strerror})")
+    for shards in (manifest.train, manifest.validation):
+        for index, record in enumerate(shards):
+            try:
+                check_shard(path, manifest, shards, index)
+                _check_contents(path, record)
+            except HvdlmError as error:
+                damage.append(str(error))
+    return damage
+
+
+def _check_contents(directory: Path, record: ShardRecord) -> None:
+    split = Split(directory, [record])
+    sha256 = hashlib.sha256()
+    for block in split.blocks(0):
+        sha256.update(block.tobytes())
+    if sha256.hexdigest() != record.tokens_sha256:
+        raise HvdlmError(f"{directory / record.file} holds other tokens than were written")
+    offsets = split.document_offsets(0)
+    if offsets[0] != 0 or offsets[-1] != record.n_tokens or (offsets[1:] <= offsets[:-1]).any():
+        raise HvdlmError(f"{directory / record.file} has bounds of documents that do not fit its tokens")

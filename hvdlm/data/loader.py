@@ -1,0 +1,160 @@
+"""Batches of token windows, read ahead of the step that uses them."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hvdlm.data.sampler import Sampler, part
+from hvdlm.data.shard import DataSet
+
+IGNORE = -100  # target of a place where nothing is to be predicted; PyTorch's default ignore_index
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a batch of sequences: b of them, maybe 0, of T tokens each.
+
+    Attributes:
+        index: number of the batch, from 0.
+        inputs: (b, T) int64.
+        targets: (b, T) int64; the token after each input, or IGNORE.
+    """
+
+    index: int
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class Loader:
+    """Context manager that delivers one rank's part of the global batches `start`, `start` + 1, ... for ever.
+
+    One thread reads up to `read_ahead` batches ahead.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        size: int,
+        read_ahead: int,
+        start: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """`batch_size` counts the sequences of all ranks; `pin_memory` lets a GPU fetch batches while it computes.
+
+        Raises HvdlmError if the training split is too small.
+        """
+        self._split = data.train
+        self._context_length = context_length
+        windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
+        self._sampler = Sampler(windows, batch_size, seed, data.fingerprint)
+        self._places = part(batch_size, rank, size)
+        self._pin_memory = pin_memory
+        self._seed = seed
+        self._next = start
+        self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=read_ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(start,), name="hvdlm-loader", daemon=True)
+        self._thread.start()
+        # A daemon thread that the interpreter's end stops while it holds h5py's lock would hang that end.
+        atexit.register(self.close)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def next(self) -> Batch:
+        """The next batch. Raises HvdlmError, from here on every time, if its shards cannot be read."""
+        if self._closed.is_set():
+            raise RuntimeError("next() on a closed Loader")
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._queue.put(item)  # the thread has ended: whoever asks again must not wait for it
+            raise item
+        self._next = item.index + 1
+        return item
+
+    def state_dict(self) -> dict[str, int]:
+        """What the constructor needs to go on from here, on any number of ranks: `seed`, and `batch` as its `start`."""
+        return {"seed": self._seed, "batch": self._next}
+
+    def close(self) -> None:
+        """Ends the thread. May be called again."""
+        atexit.unregister(self.close)
+        self._closed.set()
+        while self._thread.is_alive():
+            # The thread looks at `_closed` after each put; an empty queue lets its last put through.
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self._thread.join(timeout=0.1)
+
+    def _read_ahead(self, start: int) -> None:
+        try:
+            for index in itertools.count(start):
+                self._queue.put(self._read(index))
+                if self._closed.is_set():
+                    return
+        except Exception as error:
+            self._queue.put(error)
+
+    def _read(self, index: int) -> Batch:
+        shards, windows = self._sampler.batch(index)
+        places = slice(self._places.start, self._places.stop)
+        length = self._context_length
+        rows = np.empty((len(self._places), length + 1), dtype=np.int64)
+        for row, shard, window in zip(rows, shards[places].tolist(), windows[places].tolist(), strict=True):
+            row[:] = self._split.read(shard, window * length, length + 1)
+        batch = Batch(index, _tensor(rows[:, :-1]), _tensor(rows[:, 1:]))
+        if self._pin_memory:
+            return Batch(index, batch.inputs.pin_memory(), batch.targets.pin_memory())
+        return batch
+
+
+def validation_batches(
+    data: DataSet, context_length: int, sequences_at_once: int, rank: int, size: int, limit: int = 0
+) -> Iterator[Batch]:
+    """The validation split's windows in order, the first `limit` of them if that is above 0, this rank's part.
+
+    The last window of a shard may be short: it is filled up with the end of text, and IGNORE in its targets. So every
+    token but the first of each shard is predicted exactly once. `index` counts this rank's batches from 0. Ranks may
+    have different numbers of batches, or none; there are none at all in a data set without validation.
+    """
+    windows = [
+        (shard, start)
+        for shard, info in enumerate(data.validation.shards)
+        for start in range(0, info.n_tokens - 1, context_length)
+    ]
+    if limit:
+        windows = windows[:limit]
+    places = part(len(windows), rank, size)
+    for index, first in enumerate(range(places.start, places.stop, sequences_at_once)):
+        chosen = windows[first : min(first + sequences_at_once, places.stop)]
+        inputs = np.full((len(chosen), context_length), data.eos_id, dtype=np.int64)
+        targets = np.full((len(chosen), context_length), IGNORE, dtype=np.int64)
+        for row, (shard, start) in enumerate(chosen):
+            count = min(context_length, data.validation.shards[shard].n_tokens - 1 - start)
+            tokens = data.validation.read(shard, start, count + 1)
+            inputs[row, :count] = tokens[:-1]
+            targets[row, :count] = tokens[1:]
+        yield Batch(index, _tensor(inputs), _tensor(targets))
+
+
+def _tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,114 @@
+"""`manifest.json`: what a data set consists of, and the hashes that tell whether it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hvdlm.errors import HvdlmError
+
+FORMAT = "hvdlm-data-set"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+VALIDATION_DIRECTORY = "val"
+
+
+class ShardRecord(BaseModel):
+    """One shard, as its writer left it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    file: str  # relative to the data set's directory
+    size: int  # bytes of the file
+    n_tokens: int  # end-of-text tokens included
+    n_docs: int
+    n_bytes: int  # UTF-8 bytes of the documents
+    tokens_sha256: str  # of the little-endian tokens in order
+
+
+class Manifest(BaseModel):
+    """The whole data set. `recipe` is what it was made from: compared when it is to be made again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: str = FORMAT
+    version: int = VERSION
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str
+    train: list[ShardRecord]
+    validation: list[ShardRecord]
+    recipe: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the tokenizer's and every shard's hash: names what the tokens are and how they lie."""
+        parts = [("tokenizer", self.tokenizer_sha256)]
+        parts += [("train", shard.tokens_sha256) for shard in self.train]
+        parts += [("validation", shard.tokens_sha256) for shard in self.validation]
+        return _digest(" ".join(part) for part in parts)
+
+    def save(self, directory: Path) -> None:
+        """Writes `manifest.json`, with the fingerprint and a hash of itself added."""
+        content = self.model_dump() | {"fingerprint": self.fingerprint}
+        (directory / MANIFEST).write_text(json.dumps(content | {"sha256": _self_hash(content)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Reads and checks `manifest.json`; the shards are not looked at.
+
+        Raises HvdlmError if `directory` is no data set, or an unfinished, a newer or a damaged one.
+        """
+        path = directory / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_data_set(directory) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise HvdlmError(f"cannot read {path}: {error}") from None
+        try:
+            content = json.loads(text)
+            if content.get("format") != FORMAT:
+                raise HvdlmError(f"{directory} is not a data set of `hvdlm prepare`: {path} is something else")
+            if content.get("version") != VERSION:
+                raise HvdlmError(
+                    f"{path} has format version {content.get('version')}, but this hvdlm reads version {VERSION}; "
+                    "install the hvdlm that wrote it, or prepare the data set again"
+                )
+            sha256 = content.pop("sha256", None)
+            if sha256 != _self_hash(content):
+                raise ValueError("its contents do not match its own hash")
+            fingerprint = content.pop("fingerprint", None)
+            manifest = cls.model_validate(content)
+            if fingerprint != manifest.fingerprint:
+                raise ValueError("its fingerprint does not match its shards")
+        except (ValueError, AttributeError, ValidationError) as error:
+            raise HvdlmError(f"{path} is damaged ({error}); prepare the data set again") from None
+        return manifest
+
+
+def _no_data_set(directory: Path) -> HvdlmError:
+    if not directory.exists():
+        return HvdlmError(f"{directory}: no such data set; write it with `hvdlm prepare --output {directory}`")
+    if not directory.is_dir():
+        return HvdlmError(f"{directory} is not a data set but a file; give the directory `hvdlm prepare` wrote")
+    if any(directory.glob("*.h5")):
+        return HvdlmError(
+            f"{directory} is an unfinished data set: it has shards but no {MANIFEST}; "
+            "remove it and run `hvdlm prepare` again"
+        )
+    return HvdlmError(f"{directory} is not a data set: it has no {MANIFEST}; write one with `hvdlm prepare`")
+
+
+def _self_hash(content: Mapping[str, Any]) -> str:
+    return _digest([json.dumps(content, sort_keys=True)])
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,184 @@
+"""A data set opened for reading: two splits of HDF5 shards, checked before they are trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
+from hvdlm.data.shard_writer import CHUNK_TOKENS, SHARD_FORMAT, SHARD_VERSION
+from hvdlm.errors import HvdlmError
+
+CACHE_BYTES = 64 * 2**20  # of verified chunks, shared by the shards of a split: small data sets are checked but once
+CHUNK_BYTES = CHUNK_TOKENS * 4
+BLOCK_TOKENS = 2**22  # read at a time when a shard is read through
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a split, as the manifest describes it."""
+
+    path: Path
+    size: int  # bytes of the file
+    n_tokens: int  # end-of-text tokens included
+    n_docs: int
+    n_bytes: int  # UTF-8 bytes of the documents
+    tokens_sha256: str
+
+
+class Split:
+    """The shards of training or of validation.
+
+    Files are opened when first read and in the process that reads: HDF5 handles do not survive a fork.
+    """
+
+    def __init__(self, directory: Path, records: Sequence[ShardRecord]) -> None:
+        """The shards that `records` of the manifest in `directory` describe."""
+        self.shards = tuple(Shard(directory / r.file, **r.model_dump(exclude={"file"})) for r in records)
+        self._directory = directory
+        self._files: dict[int, h5py.File] = {}
+        self._process = os.getpid()
+
+    def read(self, shard: int, start: int, count: int) -> npt.NDArray[Any]:
+        """Tokens `start` to `start + count` of a shard: (count,), uint16 or uint32 as stored.
+
+        Raises HvdlmError if the file has become unreadable or its checksum fails, IndexError beyond its end.
+        """
+        info = self.shards[shard]
+        if not 0 <= start <= start + count <= info.n_tokens:
+            raise IndexError(f"tokens {start} to {start + count} of {info.n_tokens} in {info.path}")
+        try:
+            tokens: npt.NDArray[Any] = self._file(shard)["tokens"][start : start + count]
+        except (OSError, KeyError) as error:
+            where = f"chunk {self._bad_chunk(shard, start, count)} of its tokens"
+            raise self._unreadable(shard, where, error) from None
+        return tokens
+
+    def document_offsets(self, shard: int) -> npt.NDArray[np.uint64]:
+        """Where each document of a shard begins, and the last one ends: (n_docs + 1,) uint64.
+
+        Raises HvdlmError if the file has become unreadable or its checksum fails.
+        """
+        try:
+            offsets: npt.NDArray[np.uint64] = self._file(shard)["doc_offsets"][:]
+        except (OSError, KeyError) as error:
+            raise self._unreadable(shard, "the bounds of its documents", error) from None
+        return offsets
+
+    def blocks(self, shard: int, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """A whole shard in order, in blocks of bounded size; each begins with the last `overlap` tokens before it."""
+        n_tokens = self.shards[shard].n_tokens
+        for start in range(0, n_tokens, BLOCK_TOKENS):
+            begin = max(start - overlap, 0)
+            yield self.read(shard, begin, min(start + BLOCK_TOKENS, n_tokens) - begin)
+
+    def _file(self, shard: int) -> h5py.File:
+        if self._process != os.getpid():
+            self._files, self._process = {}, os.getpid()
+        if shard not in self._files:
+            cache = max(CACHE_BYTES // len(self.shards), CHUNK_BYTES)
+            self._files[shard] = _open(self.shards[shard].path, rdcc_nbytes=cache)
+        return self._files[shard]
+
+    def _bad_chunk(self, shard: int, start: int, count: int) -> int:
+        """The first chunk of the range that cannot be read."""
+        first, last = start // CHUNK_TOKENS, (start + count - 1) // CHUNK_TOKENS
+        for chunk in range(first, last):
+            try:
+                self._file(shard)["tokens"][chunk * CHUNK_TOKENS]
+            except (OSError, KeyError):
+                return chunk
+        return last
+
+    def _unreadable(self, shard: int, where: str, error: Exception) -> HvdlmError:
+        return HvdlmError(
+            f"{self.shards[shard].path} cannot be read at {where} ({error}); see how much is damaged with "
+            f"`hvdlm inspect {self._directory} --verify`, and prepare the data set again"
+        )
+
+
+class DataSet:
+    """A directory that `hvdlm prepare` wrote.
+
+    Opening checks the manifest, and the size and attributes of every shard, but reads no tokens; checksums are
+    checked as tokens are read.
+
+    Attributes:
+        fingerprint: SHA-256 (hex) over all tokens and the tokenizer.
+        vocab_size, eos_id: of the tokenizer.
+        tokenizer_path: the data set's `tokenizer.json`.
+        train, validation: the two splits; validation has no shards if the data set was prepared without it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises HvdlmError if `path` is no data set, an unfinished, a damaged or a mixed-up one."""
+        self.path = path
+        manifest = Manifest.load(path)
+        for shards in (manifest.train, manifest.validation):
+            for index in range(len(shards)):
+                check_shard(path, manifest, shards, index)
+        self.fingerprint = manifest.fingerprint
+        self.vocab_size = manifest.vocab_size
+        self.eos_id = manifest.eos_id
+        self.tokenizer_path = path / TOKENIZER
+        if not self.tokenizer_path.is_file():
+            raise HvdlmError(f"{self.tokenizer_path} is missing; prepare the data set again")
+        self.train = Split(path, manifest.train)
+        self.validation = Split(path, manifest.validation)
+
+
+def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], index: int) -> None:
+    """Compares the size and attributes of a shard with the manifest. Raises HvdlmError where they differ."""
+    record = shards[index]
+    path = directory / record.file
+    again = f"restore it, or prepare {directory} again"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise HvdlmError(f"the shard {path} is missing ({error.strerror}); {again}") from None
+    if size != record.size:
+        raise HvdlmError(f"{path} has {size:,} bytes where the manifest says {record.size:,}; {again}")
+    try:
+        with _open(path) as file:
+            found = {name: _plain(value) for name, value in file.attrs.items()}
+            lengths = file["tokens"].shape[0], file["doc_offsets"].shape[0]
+    except (OSError, KeyError, RuntimeError) as error:
+        raise HvdlmError(f"{path} is damaged ({error}); {again}") from None
+    if not found.get("complete"):
+        raise HvdlmError(f"{path} is unfinished: it is not marked complete; {again}")
+    if lengths != (record.n_tokens, record.n_docs + 1):
+        raise HvdlmError(f"{path} has {lengths[0]:,} tokens where the manifest says {record.n_tokens:,}; {again}")
+    if (found.get("format"), found.get("version")) != (SHARD_FORMAT, SHARD_VERSION):
+        raise HvdlmError(f"{path} is not a shard of format version {SHARD_VERSION}; {again}")
+    expected = {
+        "shard_index": index,
+        "num_shards": len(shards),
+        "vocab_size": manifest.vocab_size,
+        "eos_id": manifest.eos_id,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        **record.model_dump(exclude={"file", "size"}),
+    }
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise HvdlmError(
+                f"{path} belongs elsewhere: its {name} is {found.get(name)} where the manifest says {value}, "
+                f"so shards were swapped or come from another data set; {again}"
+            )
+
+
+def _open(path: Path, **options: int) -> h5py.File:
+    # Complete shards are never written again, and many cluster file systems cannot lock.
+    return h5py.File(path, "r", locking=False, **options)
+
+
+def _plain(attribute: Any) -> Any:
+    """An attribute as a Python value."""
+    value = attribute.item() if isinstance(attribute, np.generic) else attribute
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value

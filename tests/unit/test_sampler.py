@@ -1,0 +1,135 @@
+"""The sample order: a pure function of fingerprint, seed and batch number, whoever computes it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hvdlm.data.sampler import ROUNDS, Sampler, part, permute
+from hvdlm.errors import HvdlmError
+
+WINDOWS = [5, 1, 7, 3, 4, 9]
+MASK = 2**64 - 1
+
+
+def pairs(sampler: Sampler, k: int) -> list[tuple[int, int]]:
+    shards, windows = sampler.batch(k)
+    return list(zip(shards.tolist(), windows.tolist(), strict=True))
+
+
+def reference(windows: list[int], batch_size: int, seed: int, fingerprint: str, k: int) -> list[tuple[int, int]]:
+    """The order once more, a sequence at a time in Python integers, with the swaps of the published network."""
+    lanes = math.gcd(batch_size, len(windows))
+    shards, places = len(windows) // lanes, batch_size // lanes
+    batch = []
+    for lane in range(lanes):
+        own = [(s, w) for s in range(lane * shards, (lane + 1) * shards) for w in range(windows[s])]
+        for place in range(places):
+            epoch, value = divmod(k * places + place, len(own))
+            digest = hashlib.shake_256(f"{fingerprint} {seed} {lane} {epoch}".encode()).digest(8 * ROUNDS)
+            keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+            a = math.isqrt(len(own) - 1) + 1
+            b = -(-len(own) // a)
+            value = network(value, a, b, keys)
+            while value >= len(own):
+                value = network(value, a, b, keys)
+            batch.append(own[value])
+    return batch
+
+
+def network(value: int, a: int, b: int, keys: list[int]) -> int:
+    left, right = value % a, value // a
+    for number, key in enumerate(keys):
+        left, right = right, (left + mix(right, key)) % (b if number % 2 else a)
+    return right * a + left
+
+
+def mix(value: int, key: int) -> int:
+    value = ((value + 1) * 0x9E3779B97F4A7C15 + key) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 6, 9, 12])
+@pytest.mark.parametrize("k", [0, 1, 17, 10**9])
+def test_agrees_with_an_independent_implementation(batch_size: int, k: int) -> None:
+    assert pairs(Sampler(WINDOWS, batch_size, 3, "f"), k) == reference(WINDOWS, batch_size, 3, "f", k)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 7, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_parts_make_up_the_batch(batch_size: int, size: int) -> None:
+    parts = [part(batch_size, rank, size) for rank in range(size)]
+    assert [place for own in parts for place in own] == list(range(batch_size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_more_ranks_than_sequences_leaves_empty_parts() -> None:
+    assert [len(part(2, rank, 5)) for rank in range(5)] == [0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_a_rank_reads_only_its_own_shards(size: int) -> None:
+    sampler = Sampler(WINDOWS, 12, 0, "f")
+    for rank in range(size):
+        own = {shard for k in range(40) for shard, _ in np.array(pairs(sampler, k))[list(part(12, rank, size))]}
+        assert own == set(range(rank * 6 // size, (rank + 1) * 6 // size))
+
+
+def test_each_epoch_of_a_lane_visits_each_window_once() -> None:
+    # Batches of 4 over 6 shards make 2 lanes of 3 shards: 13 and 16 windows, 2 places each.
+    sampler = Sampler(WINDOWS, 4, 0, "f")
+    batches = [pairs(sampler, k) for k in range(13 * 16)]
+    for lane, shards in ((0, (0, 1, 2)), (1, (3, 4, 5))):
+        windows = {(shard, window) for shard in shards for window in range(WINDOWS[shard])}
+        walk = [pair for batch in batches for pair in batch[2 * lane : 2 * lane + 2]]
+        epochs = [walk[i : i + len(windows)] for i in range(0, len(walk), len(windows))]
+        assert all(Counter(epoch) == Counter(windows) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_order_depends_on_seed_and_fingerprint() -> None:
+    orders = {tuple(pairs(Sampler([1000], 50, seed, fingerprint), 0)) for seed in (0, 1) for fingerprint in ("f", "g")}
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 10, 64, 1000])
+def test_permutation_is_one_to_one(size: int) -> None:
+    keys = np.broadcast_to(np.arange(ROUNDS, dtype=np.uint64), (size, ROUNDS))
+    permuted = permute(np.arange(size), np.full(size, size), keys)
+    assert sorted(permuted.tolist()) == list(range(size))
+
+
+def test_permutation_of_a_huge_range_stays_in_it() -> None:
+    size = 10**12 + 39
+    values = np.array([0, 1, size // 2, size - 1])
+    permuted = permute(values, np.full(4, size), np.zeros((4, ROUNDS), dtype=np.uint64))
+    assert ((permuted >= 0) & (permuted < size)).all()
+    assert len(set(permuted.tolist())) == 4
+
+
+@pytest.mark.parametrize("size", [3, 10, 17])
+def test_every_window_is_as_likely_in_every_place(size: int) -> None:
+    trials = 20_000
+    keys = np.random.default_rng(0).integers(0, 2**64, (trials, ROUNDS), dtype=np.uint64)
+    for place in (0, 1, size - 1):
+        counts = np.bincount(permute(np.full(trials, place), np.full(trials, size), keys), minlength=size)
+        chi_squared = float(((counts - trials / size) ** 2).sum() * size / trials)
+        # Mean size - 1, variance 2 (size - 1); 5 standard deviations.
+        assert chi_squared < size - 1 + 5 * math.sqrt(2 * (size - 1))
+
+
+def test_neighbours_are_torn_apart() -> None:
+    order = np.array([window for k in range(20) for _, window in pairs(Sampler([1000], 50, 0, "f"), k)])
+    # The mean distance of two random numbers below n is n / 3, with a standard error here of about 8.
+    assert abs(np.abs(np.diff(order)).mean() - 1000 / 3) < 40
+
+
+def test_too_little_data_says_what_to_change() -> None:
+    with pytest.raises(HvdlmError, match=r"shards 2 to 3 hold no whole sequence; shorten model\.context_length"):
+        Sampler([4, 0, 0, 0], 2, 0, "f")

@@ -1,0 +1,106 @@
+"""Tokenizers: there and back, through a file, and what they refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from hvdlm.data.tokenizer import Tokenizer
+from hvdlm.errors import HvdlmError
+
+TEXTS = [
+    "plain words\n",
+    "  spaces \t and\r\nline ends\n\n",
+    "Grüße, 世界, 🙂 and \x00 controls \x7f",
+    "a literal <|endoftext|> is text",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return Tokenizer.train([f"the cat number {i} sat on the mat\n" for i in range(200)], 280)
+
+
+def test_byte_ids_are_the_utf8_bytes() -> None:
+    tokenizer = Tokenizer.byte()
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.encode("aé\n") == [0x61, 0xC3, 0xA9, 0x0A]
+
+
+def test_byte_shortcut_agrees_with_the_library(tmp_path: Path) -> None:
+    Tokenizer.byte().save(tmp_path / "tokenizer.json")
+    library = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        ids = library.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert Tokenizer.byte().encode(text) == ids
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_round_trip_through_a_file(name: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = bpe if name == "bpe" else Tokenizer.byte()
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.sha256 == tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (loaded.vocab_size, loaded.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    for text, ids in zip(TEXTS, loaded.encode_batch(TEXTS), strict=True):
+        assert ids == tokenizer.encode(text)
+        assert loaded.decode(ids) == text
+        assert tokenizer.eos_id not in ids
+
+
+def test_bpe_merges_what_repeats(bpe: Tokenizer) -> None:
+    assert bpe.vocab_size == 280
+    assert len(bpe.encode("the cat sat on the mat")) < 11
+
+
+def test_training_is_deterministic(bpe: Tokenizer) -> None:
+    again = Tokenizer.train([f"the cat number {i} sat on the mat\n" for i in reversed(range(200))], 280)
+    assert again.sha256 == bpe.sha256
+
+
+def test_too_little_text_gives_a_smaller_vocabulary() -> None:
+    assert Tokenizer.train(["abc"], 1000).vocab_size == 257
+
+
+def test_truncation_and_padding_of_a_file_are_off(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 7}, unk_token="a"))
+    backend.enable_truncation(1)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "short.json"))
+    tokenizer = Tokenizer.load(tmp_path / "short.json")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (8, 7)
+    assert tokenizer.encode("a") == [0]
+
+
+def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "endless.json"))
+    with pytest.raises(HvdlmError, match=r"endless\.json has no token that ends a document; add one of"):
+        Tokenizer.load(tmp_path / "endless.json")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("bpe:abc", "--tokenizer bpe:abc: the vocabulary must be a number of at least 257"),
+        ("bpe:256", "--tokenizer bpe:256: the vocabulary must be a number of at least 257"),
+        ("missing.json", "--tokenizer missing.json: no such file; give byte, bpe:VOCAB or the path"),
+        ("document.txt", "document.txt is not a tokenizer.json"),
+    ],
+)
+def test_bad_choice_is_one_sentence(tokenizer: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "document.txt").write_text("text")
+    command = [sys.executable, "-m", "hvdlm", "prepare", "--input", "document.txt", "--output", "out"]
+    done = subprocess.run([*command, "--tokenizer", tokenizer], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
