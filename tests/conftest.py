@@ -13,11 +13,16 @@ sys.path.insert(0, str(Path(__file__).parent / "parallel"))
 
 
 @pytest.fixture(scope="session")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level data set of some packages of the standard library, 6 shards."""
-    directory = tmp_path_factory.mktemp("data") / "small"
+def small_texts() -> list[str]:
+    """Some packages of the standard library, as globs."""
     library = Path(sysconfig.get_path("stdlib"))
-    sources = [str(library / package / "*.py") for package in ("asyncio", "email", "json", "logging", "unittest")]
-    command = [sys.executable, "-m", "hvdlm", "prepare", "--input", *sources, "--output", str(directory)]
+    return [str(library / package / "*.py") for package in ("asyncio", "email", "json", "logging", "unittest")]
+
+
+@pytest.fixture(scope="session")
+def small_data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level data set of those, 6 shards."""
+    directory = tmp_path_factory.mktemp("data") / "small"
+    command = [sys.executable, "-m", "hvdlm", "prepare", "--input", *small_texts, "--output", str(directory)]
     subprocess.run([*command, "--shards", "6", "--validation", "0.1", "--skip-bad"], check=True)
     return directory

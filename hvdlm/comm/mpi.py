@@ -35,7 +35,7 @@ _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
 # Polls before the first sleep, then the length of a sleep in seconds: ranks that come together lose nothing,
 # and one that comes late is noticed within a fraction of what a message of a bucket's size takes.
 _EAGER_POLLS = 50
-_SLEEP = 500e-6
+_SLEEP = 200e-6
 
 
 class MPICommunicator(Communicator):

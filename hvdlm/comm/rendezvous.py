@@ -1,8 +1,9 @@
-"""Where the ranks of engine `torch` meet: each launcher has a channel of its own by which rank 0 can tell the others."""
+"""Where the ranks of engine `torch` meet: each launcher has a channel by which rank 0 can tell the others."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -30,9 +31,8 @@ def find_rank_0(launcher: str, rank: int, timeout: float) -> tuple[str, int]:
 
 def through_slurm(environment: Mapping[str, str]) -> tuple[str, int]:
     """Known without a message: the first node of the step, and a port made from the numbers of job and step."""
-    nodes = environment["SLURM_STEP_NODELIST"]
-    head, bracket, rest = nodes.partition("[")
-    first = head + rest.replace("]", ",").replace("-", ",").split(",")[0] if bracket else head.split(",")[0]
+    # gpu-a[03-10,12],b7: each bracket by its first number, then the first name
+    first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
     number = int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"]) % 8
     return first, 20000 + number % 12000
 

@@ -177,7 +177,7 @@ def _verify(path: Path) -> None:
             if _sha256(file) != expected["sha256"]:
                 raise HvdlmError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
     except OSError as error:
-        raise HvdlmError(f"cannot read the checkpoint {path}: {_reason(error)}") from None
+        raise HvdlmError(f"cannot read the checkpoint {error.filename or path}: {_reason(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise HvdlmError(f"checkpoint {path} is damaged: manifest.json is not what was written") from None
 

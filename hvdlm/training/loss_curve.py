@@ -19,7 +19,8 @@ def draw_loss_curve(run_dir: Path) -> None:
         points = [(r["tokens"], r["loss"]) for r in records if r["kind"] == kind and r["loss"] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(run_dir.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure).print_png(run_dir / "loss.png")

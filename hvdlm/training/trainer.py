@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ class Trainer:
 
         # Agreed on while the first passes run, before the first gradient is sent: who has no batch sends none.
         tokens = int((batch.targets != IGNORE).sum())
-        agreement = self._agree_async(tokens, stop_here, complaint is not None)
+        control = torch.tensor([tokens, int(stop_here), int(complaint is not None)])
+        agreement = self.communicator.all_reduce_async_(control, ReduceOp.SUM)
 
-        torch.manual_seed(self._dropout_seed())
+        self._seed_dropout()
         self.sync.begin()
         # The loss is a sum over tokens. It is divided by their usual number now, to keep small numbers in range,
         # and by their true one when that is known.
@@ -134,10 +136,9 @@ class Trainer:
         """Inputs and targets, (b, T) each, of at most `micro_batch_size` sequences; none if this rank has none."""
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.inputs, batch.targets))
         at_once = self.config.train.micro_batch_size
-        return [
-            (inputs[start : start + at_once], targets[start : start + at_once])
-            for start in range(0, len(inputs), at_once)
-        ]
+        if not len(inputs):
+            return []
+        return list(zip(inputs.split(at_once), targets.split(at_once), strict=True))
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats."""
@@ -145,9 +146,6 @@ class Trainer:
         with autocast(self.config.train.precision, self.device):
             hidden = self.model(inputs, documents)  # (b, T, D)
             return token_loss(hidden, self.model.output_weight, targets)
-
-    def _agree_async(self, tokens: int, stop: bool, failed: bool) -> Work[Tensor]:
-        return self.communicator.all_reduce_async_(torch.tensor([tokens, int(stop), int(failed)]), ReduceOp.SUM)
 
     def _settle(self, agreement: Work[Tensor], complaint: str | None) -> tuple[int, bool]:
         """The tokens of the global batch and whether to stop after it; JobError if some rank cannot read its part."""
@@ -185,17 +183,19 @@ class Trainer:
             self.metrics.write("train", self.step, lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
 
     def _validate(self) -> None:
+        if not self.data.validation.shards:
+            self._event("no validation: the data set was prepared without it")
+            return
         train = self.config.train
-        result = evaluate(
-            self.model, self.data, self.communicator, train.precision, train.micro_batch_size, train.evaluate_sequences
-        )
+        at_once, limit = train.micro_batch_size, train.evaluate_sequences
+        result = evaluate(self.model, self.data, self.communicator, train.precision, at_once, limit)
         if self.metrics is not None:
-            self.metrics.write(
-                "eval", self.step, loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done()
-            )
+            tokens = self._tokens_done()
+            self.metrics.write("eval", self.step, loss=result.loss, accuracy=result.accuracy, tokens=tokens)
 
-    def _save(self, loader: Loader) -> None:
-        state = {
+    def _state(self, loader: Loader) -> dict[str, Any]:
+        """What a checkpoint's state.json says."""
+        return {
             "step": self.step,
             "data": loader.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
@@ -209,21 +209,17 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        path = on_first_rank(
-            self.communicator,
-            lambda: checkpoint.save(
-                checkpoint.directory(self.config.train.run_dir),
-                self.step,
-                self.parameters,
-                self.optimizer_state,
-                state,
-                self.data.tokenizer_path,
-                self.config.checkpoint.keep,
-            ),
-        )
-        self._event(f"saved {path}")
+
+    def _save(self, loader: Loader) -> None:
+        def write() -> Path:
+            parent, keep = checkpoint.directory(self.config.train.run_dir), self.config.checkpoint.keep
+            tensors = self.parameters, self.optimizer_state
+            return checkpoint.save(parent, self.step, *tensors, self._state(loader), self.data.tokenizer_path, keep)
+
+        self._event(f"saved {on_first_rank(self.communicator, write)}")
 
     def open_loader(self) -> Loader:
+        """Reads this rank's batches from the next one on."""
         train, communicator = self.config.train, self.communicator
         return Loader(
             self.data,
@@ -244,10 +240,10 @@ class Trainer:
     def _tokens_done(self) -> int:
         return self.step * self.config.train.batch_size * self.config.model.context_length
 
-    def _dropout_seed(self) -> int:
-        """A function of seed, step and rank, so that resuming needs no state of a random number generator."""
-        mixed = (self.config.train.seed * 1_000_003 + self.step) * 1_000_003 + self.communicator.rank
-        return mixed % 2**63
+    def _seed_dropout(self) -> None:
+        """By seed, step and rank, so that resuming needs no state of a random number generator."""
+        seed = (self.config.train.seed * 1_000_003 + self.step) * 1_000_003 + self.communicator.rank
+        torch.manual_seed(seed % 2**63)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from jobs import assert_same_curve, losses, records, train
+from launcher import BIN, launcher_command, run
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,36 @@ def test_more_ranks_than_sequences(small_data: Path, tmp_path: Path) -> None:
         result = train("mpirun", ranks, small_data, tmp_path / str(ranks), **settings)
         assert result.status == 0, result.output
     assert_same_curve(losses(tmp_path / "4"), losses(tmp_path / "1"), relative=1e-4)
+
+
+def test_data_set_without_validation(tmp_path: Path, small_texts: list[str]) -> None:
+    """Trains, says that there is no validation, and keeps what it trained."""
+    prepared = run(
+        [
+            str(BIN / "hvdlm"),
+            "prepare",
+            "--input",
+            *small_texts,
+            "--output",
+            str(tmp_path / "data"),
+            "--validation",
+            "0",
+        ]
+    )
+    assert prepared.status == 0, prepared.output
+    result = train("mpirun", 2, tmp_path / "data", tmp_path / "run", train__steps=10)
+    assert result.status == 0, result.output
+    assert "no validation" in result.output
+    assert (tmp_path / "run" / "checkpoints" / "step_00000010").exists()
+
+
+def test_evaluation_is_the_same_on_any_number_of_ranks(small_data: Path, alone: Path) -> None:
+    """And the table shows the yardsticks that a trained model must beat."""
+    tables = []
+    for launcher, ranks in (("none", 1), ("mpirun", 3)):
+        words = [str(BIN / "hvdlm"), "evaluate", str(alone), "--data", str(small_data)]
+        result = run([*launcher_command(launcher, ranks), *words])
+        assert result.status == 0, result.output
+        tables.append([line.split() for line in result.output.splitlines() if " model " in line or "yardstick" in line])
+    assert [row[:3] for row in tables[0]] == [row[:3] for row in tables[1]]
+    assert len(tables[0]) == 3
