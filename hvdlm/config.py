@@ -174,7 +174,7 @@ def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Confi
     Raises HvdlmError for an unreadable file, an unknown key, a wrong type or an impossible combination.
     """
     settings = _read_toml(path) if path else {}
-    origin = str(path) if path else "the command line"
+    origin = " and ".join(([str(path)] if path else []) + (["the command line"] if overrides else []))
     for key, value in _parse_overrides(overrides):
         section, _, name = key.partition(".")
         table = settings.setdefault(section, {})

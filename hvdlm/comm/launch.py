@@ -44,7 +44,9 @@ _VARIABLES = (
 
 def detect(environment: Mapping[str, str]) -> Launch:
     """Reads the launcher, rank and size from environment variables; MPI itself is not touched."""
-    for launcher, rank, size in _VARIABLES:
+    # torchrun inside a Slurm step: Slurm counts the torchruns, not the ranks that they have started.
+    variables = _VARIABLES[::-1] if "TORCHELASTIC_RUN_ID" in environment else _VARIABLES
+    for launcher, rank, size in variables:
         if rank in environment and size in environment:
             if environment.get("HOROVOD_CONTROLLER") == "mpi":
                 launcher = "horovodrun"

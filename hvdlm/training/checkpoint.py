@@ -98,6 +98,7 @@ def save(
         _sync(pointer)
         pointer.replace(parent / _LATEST)
         _sync(parent)
+        _sync(parent.parent)
         for old in [each for each in _by_step(parent) if each <= path][:-keep]:
             _remove(old)
     except (OSError, safetensors.SafetensorError) as error:
@@ -121,7 +122,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path)
     parent = directory(path) if directory(path).is_dir() else path
     damaged = None
-    for candidate in reversed(_by_step(parent)):
+    for candidate in _best_first(parent):
         try:
             _verify(candidate)
         except HvdlmError as error:
@@ -151,8 +152,22 @@ def exists_in(run_dir: Path) -> bool:
 
 
 def _by_step(parent: Path) -> list[Path]:
-    """Checkpoints from the oldest to the newest. Not by `latest`: a crash may leave that one behind."""
+    """Checkpoints from the lowest step to the highest."""
     return sorted(parent.glob(_STEP))
+
+
+def _best_first(parent: Path) -> list[Path]:
+    """The one that `latest` names, those before it, and only then later ones.
+
+    Later ones are of a time line that was left by resuming from an earlier checkpoint, or were made durable just
+    before a crash.
+    """
+    falling = _by_step(parent)[::-1]
+    try:
+        latest = (parent / _LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return falling
+    return sorted(falling, key=lambda path: path.name > latest)  # stable: each part stays in falling order
 
 
 def _remove(path: Path) -> None:

@@ -28,7 +28,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def bits_per_byte(self, data: DataSet) -> float:
         """Bits per byte of text, which can be compared between tokenizers; end-of-text tokens count no bytes."""

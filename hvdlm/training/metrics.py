@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hvdlm.errors import HvdlmError
 from hvdlm.training.console import View
 
 
@@ -29,14 +30,18 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)  # what a full disk refuses must not come up again in close()
         self._view = view
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none."""
         record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise HvdlmError(
+                f"cannot write {self._path}: {error.strerror}; make room, then go on with --resume latest"
+            ) from error
         self._view.show(record)
 
     def close(self) -> None:

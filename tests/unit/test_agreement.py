@@ -1,0 +1,191 @@
+"""What one rank finds out alone becomes known to all; and replicas that are no longer equal are named."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.errors import HvdlmError, JobError
+from hvdlm.training.agreement import on_first_rank, open_data, raise_together, together
+from hvdlm.training.replicas import broadcast_tensors, check_replicas, parameter_hash
+
+T = TypeVar("T")
+
+
+class ThreadRank(SoloCommunicator):
+    """One rank of several that are threads of this process; they exchange objects and nothing else."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
+        self.hosts = [f"n{rank}" for rank in range(self.size)]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.slots[self.rank] = value
+        self.exchange.wait()
+        everyone = list(self.slots)
+        self.exchange.wait()
+        return everyone
+
+
+def on_ranks(size: int, body: Callable[[Communicator], T]) -> list[T | JobError]:
+    """What `body` returns, or the JobError it raises, on each of `size` ranks."""
+
+    def run(communicator: Communicator) -> T | JobError:
+        try:
+            return body(communicator)
+        except JobError as error:
+            return error
+
+    slots: list[Any] = [None] * size
+    barrier = threading.Barrier(size, timeout=60)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, [ThreadRank(rank, slots, barrier) for rank in range(size)]))
+
+
+def sentences(outcomes: list[Any]) -> set[str]:
+    assert all(type(outcome) is JobError for outcome in outcomes)
+    return {str(outcome) for outcome in outcomes}
+
+
+def failing_on(*ranks: int) -> Callable[[Communicator], list[int]]:
+    def body(communicator: Communicator) -> list[int]:
+        def action() -> int:
+            if communicator.rank in ranks:
+                raise HvdlmError(f"disk {communicator.rank} is full")
+            return communicator.rank * 10
+
+        return together(communicator, action)
+
+    return body
+
+
+# ---- one rank
+
+
+def test_alone_the_result_is_one_s_own() -> None:
+    assert together(SoloCommunicator(), lambda: {"a": 1}) == [{"a": 1}]
+    assert together(SoloCommunicator(), lambda: None) == [None]
+    assert on_first_rank(SoloCommunicator(), lambda: "x") == "x"
+
+
+def test_alone_an_error_keeps_its_sentence_and_becomes_the_job_s() -> None:
+    def fail() -> None:
+        raise HvdlmError("the disk is full")
+
+    for function in (together, on_first_rank):
+        with pytest.raises(JobError) as caught:
+            function(SoloCommunicator(), fail)
+        assert str(caught.value) == "the disk is full"
+
+
+def test_a_bug_is_not_made_into_a_sentence() -> None:
+    with pytest.raises(ZeroDivisionError):
+        together(SoloCommunicator(), lambda: 1 // 0)
+
+
+# ---- several
+
+
+def test_every_rank_gets_every_result_in_the_order_of_ranks() -> None:
+    assert on_ranks(4, failing_on()) == [[0, 10, 20, 30]] * 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sentence"),
+    [
+        ([2], "rank 2 on n2: disk 2 is full"),
+        ([0], "disk 0 is full"),  # what rank 0 does alone concerns no place
+        ([1, 3], "rank 1 on n1 (and 1 more ranks): disk 1 is full"),
+        ([0, 1, 2], "rank 0 on n0 (and 2 more ranks): disk 0 is full"),
+        ([0, 1, 2, 3], "disk 0 is full"),  # it is the same everywhere
+    ],
+)
+def test_an_error_of_some_ranks_is_raised_on_all(ranks: list[int], sentence: str) -> None:
+    assert sentences(on_ranks(4, failing_on(*ranks))) == {sentence}
+
+
+def test_the_first_rank_works_for_all() -> None:
+    worked = []
+
+    def action() -> str:
+        worked.append(threading.get_ident())
+        return "done"
+
+    assert on_ranks(3, lambda communicator: on_first_rank(communicator, action)) == ["done"] * 3
+    assert len(worked) == 1
+
+
+def test_without_complaints_nothing_is_raised() -> None:
+    raise_together(SoloCommunicator(), [None])
+    assert on_ranks(2, lambda communicator: raise_together(communicator, [None, None])) == [None, None]
+
+
+def test_an_empty_complaint_is_one() -> None:
+    assert sentences(on_ranks(2, lambda communicator: raise_together(communicator, [None, ""]))) == {"rank 1 on n1: "}
+
+
+def test_a_data_set_that_is_not_there_is_told_once(tmp_path: Path) -> None:
+    outcomes = on_ranks(2, lambda communicator: open_data(communicator, tmp_path / "none"))
+    (sentence,) = sentences(outcomes)
+    assert sentence.startswith(f"{tmp_path / 'none'}: no such data set")
+
+
+def test_a_data_set_is_opened_by_every_rank(small_data: Path) -> None:
+    opened = on_ranks(2, lambda communicator: open_data(communicator, small_data))
+    assert opened[0] is not opened[1]  # each has files of its own
+    assert opened[0].fingerprint == opened[1].fingerprint  # type: ignore[union-attr]
+
+
+# ---- replicas
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    return {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(5.0)}
+
+
+def test_the_hash_is_sha256_over_names_and_bytes() -> None:
+    expected = hashlib.sha256(b"a" + struct.pack("<4f", 1, 2, 3, 4) + b"b" + struct.pack("<f", 5)).hexdigest()
+    assert parameter_hash(parameters()) == expected
+    as_parameters = {name: torch.nn.Parameter(tensor) for name, tensor in parameters().items()}
+    assert parameter_hash(as_parameters) == expected
+    assert parameter_hash({**parameters(), "a": torch.tensor([[1.0, 3.0], [2.0, 4.0]]).t()}) == expected  # strides
+
+
+def test_the_hash_sees_a_single_bit_and_the_sign_of_zero() -> None:
+    one = torch.ones(3)
+    next_up = torch.tensor([1.0, 1.0, 1.0 + 2**-23])
+    hashes = {parameter_hash({"a": tensor}) for tensor in (one, next_up, torch.zeros(3), -torch.zeros(3))}
+    assert len({*hashes, parameter_hash({"b": one})}) == 5
+
+
+def test_equal_replicas_pass() -> None:
+    check_replicas(SoloCommunicator(), parameters(), 10)
+    assert on_ranks(3, lambda communicator: check_replicas(communicator, parameters(), 10)) == [None] * 3
+
+
+@pytest.mark.parametrize(("odd", "named"), [([2], "rank 2 on n2"), ([0, 3], "rank 0 on n0, 3 on n3")])
+def test_replicas_that_differ_from_most_are_named(odd: list[int], named: str) -> None:
+    def body(communicator: Communicator) -> None:
+        own = parameters()
+        if communicator.rank in odd:
+            own["b"] += communicator.rank + 1
+        check_replicas(communicator, own, 70)
+
+    (sentence,) = sentences(on_ranks(5, body))
+    assert sentence.startswith(f"after step 70 the parameters of {named} differ from those of the other ranks: ")
+
+
+def test_alone_a_broadcast_changes_nothing() -> None:
+    given = parameters()
+    broadcast_tensors(SoloCommunicator(), given.values())
+    assert parameter_hash(given) == parameter_hash(parameters())

@@ -1,0 +1,90 @@
+"""The `hvdlm` command: every subcommand explains itself, and what it does not know it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hvdlm
+
+COMMANDS = ("train", "prepare", "inspect", "evaluate", "generate", "install-horovod")
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hvdlm", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"\n    {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
+    done = run(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: hvdlm {command}")
+    assert done.stderr == ""
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = "import sys, hvdlm.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_version(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"hvdlm {hvdlm.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["inspect", "x", "--verfy"], "unrecognized arguments: --verfy"),
+        (["inspect", "x", "--train.steps", "5"], "unrecognized arguments: --train.steps 5"),
+        (["generate"], "the following arguments are required: CHECKPOINT"),
+        (["generate", "x", "--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
+        (["prepare", "--output", "x"], "the following arguments are required: --input"),
+        (["evaluate", "x", "--data", "y", "--engine", "nccl"], "invalid choice: 'nccl'"),
+        (["train"], "the following arguments are required: CONFIG"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(
+    tmp_path: Path, arguments: list[str], part: str
+) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "missing.toml"], "cannot read the configuration missing.toml: No such file or directory"),
+        # Settings and options of `train` are not abbreviated, so that a misspelt setting cannot become an option.
+        (["train", "x.toml", "--res", "latest"], "unknown argument '--res'"),
+        (["train", "x.toml", "--steps", "5"], "unknown argument '--steps'"),
+        (["train", "x.toml", "y.toml"], "unknown argument 'y.toml'"),
+        (["inspect", "none"], "none: no such data set"),
+        (["generate", "none"], "none holds no checkpoint"),
+        (["evaluate", "none", "--data", "none"], "none: no such data set"),
+        (["evaluate", "none", "--data", "none", "--batch-size", "0"], "--batch-size 0: give 1 or more"),
+    ],
+)
+def test_a_wrong_argument_exits_with_1_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    (tmp_path / "x.toml").touch()
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("hvdlm: engine ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("hvdlm: error: ")
+    assert sentence in errors[0]
+    assert done.stdout == ""

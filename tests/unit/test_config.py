@@ -1,0 +1,331 @@
+"""Settings: what may be written, what is refused and with which sentence, and who wins over whom."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdlm.config import Config, load
+from hvdlm.errors import HvdlmError
+
+PRESETS = {
+    "tiny": {},
+    "small": {"layers": 3, "heads": 5, "width": 20, "bias": False},
+    "smaller": {"layers": 2},
+}
+
+
+def configure(*overrides: str) -> Config:
+    return load(None, overrides, PRESETS)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(HvdlmError) as caught:
+        configure(*overrides)
+    return str(caught.value)
+
+
+def refusal_of_file(path: Path, text: str, *overrides: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(HvdlmError) as caught:
+        load(path, overrides, PRESETS)
+    return str(caught.value)
+
+
+def hvdlm(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "hvdlm", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_nothing_given_gives_the_defaults() -> None:
+    config = configure()
+    assert (config.model.preset, config.model.layers, config.model.width) == ("tiny", 4, 128)
+    assert (config.train.steps, config.optimizer.lr) == (1000, 1e-3)
+    assert config == Config()
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "right"),
+    [
+        ("[model]\nlayer = 3", "model.layer", "model.layers"),
+        ("[train]\nstep = 3", "train.step", "train.steps"),
+        ("[optimizer]\nlearning_rte = 1.0\n", "optimizer.learning_rte", None),
+        ("[optimiser]\nlr = 1.0", "optimiser", "optimizer"),
+        ("[chekpoint]\nkeep = 1", "chekpoint", "checkpoint"),
+        ("steps = 3", "steps", None),
+        ("[comm]\nengines = 'mpi'", "comm.engines", "comm.engine"),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_gives_the_nearest_valid_one(
+    tmp_path: Path, text: str, wrong: str, right: str | None
+) -> None:
+    message = refusal_of_file(tmp_path / "a.toml", text)
+    assert f"a.toml: unknown key {wrong} (" in message
+    if right:
+        assert f"(did you mean {right}?)" in message
+
+
+def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
+    assert refusal("--log.xyzzyx", "3").endswith("unknown key log.xyzzyx (valid: log.every)")
+    assert "valid: checkpoint, comm, data, log, model, optimizer, train" in refusal("--xyzzyx.q", "3")
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    message = refusal("--train.steps", "0", "--model.layers", "x", "--log.evry", "3")
+    for part in ("train.steps = 0", "model.layers = 'x'", "log.evry (did you mean log.every?)"):
+        assert part in message
+
+
+# ---- types and bounds
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[train]\nsteps = 'many'", "train.steps = 'many'"),
+        ("[train]\nsteps = 1.5", "train.steps = 1.5"),
+        ("[train]\nsteps = true", "train.steps = True"),
+        ("[train]\ncompile = 1", "train.compile = 1"),
+        ("[optimizer]\nlr = '1e-3'", "optimizer.lr = '1e-3'"),
+        ("[data]\npath = 3", "data.path = 3"),
+        ("[model]\nnorm = 'batchnorm'", "'layernorm' or 'rmsnorm'"),
+        ("[model]\npreset = ['tiny']", "model.preset = ['tiny']"),
+        ("model = 3", "model must be a section, [model]"),
+        ("[[train]]\nsteps = 1", "train must be a section, [train]"),
+    ],
+)
+def test_a_wrong_type_is_named_and_not_converted(tmp_path: Path, text: str, named: str) -> None:
+    message = refusal_of_file(tmp_path / "a.toml", text)
+    assert "a.toml: " in message
+    assert named in message
+    assert "\n" not in message
+
+
+def test_a_section_that_is_no_section_is_told_before_it_is_overridden(tmp_path: Path) -> None:
+    message = refusal_of_file(tmp_path / "a.toml", "train = 3", "--train.steps", "5")
+    assert "train must be a section, [train]" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "refused", "taken"),
+    [
+        ("model.layers", "0", "1"),
+        ("model.dropout", "1.0", "0.99"),
+        ("model.dropout", "-0.1", "0"),
+        ("model.kv_heads", "-1", "0"),
+        ("train.steps", "0", "100"),
+        ("train.micro_batch_size", "0", "1"),
+        ("train.seed", "-1", "0"),
+        ("train.seed", str(2**63), str(2**63 - 1)),  # what a generator of random numbers takes
+        ("optimizer.lr", "0", "1e-9"),
+        ("optimizer.lr", "nan", "1"),
+        ("optimizer.beta2", "1", "0.999"),
+        ("optimizer.final_lr_ratio", "1.1", "1"),
+        ("comm.timeout", "0", "0.5"),
+        ("checkpoint.keep", "0", "1"),
+        ("log.every", "0", "1"),
+    ],
+)
+def test_bounds(key: str, refused: str, taken: str) -> None:
+    assert f"{key} = " in refusal(f"--{key}", refused)
+    section, name = key.split(".")
+    value = getattr(getattr(configure(f"--{key}", taken), section), name)
+    assert value == float(taken) or value == int(taken)
+
+
+# ---- settings that do not go together
+
+
+def test_impossible_combinations_are_refused_with_their_numbers() -> None:
+    assert "model.width = 128 is not a multiple of model.heads = 3" in refusal("--model.heads", "3")
+    assert "model.heads = 4 is not a multiple of model.kv_heads = 3" in refusal("--model.kv_heads", "3")
+    assert "model.width / model.heads = 3 is odd" in refusal(
+        "--model.position=rope", "--model.width=6", "--model.heads=2"
+    )
+    assert "optimizer.warmup_steps = 100 is more than train.steps = 99" in refusal("--train.steps", "99")
+    message = refusal("--train.steps=100", "--optimizer.warmup_steps=60", "--optimizer.decay_steps=41")
+    assert "optimizer.decay_steps = 41 does not fit between" in message
+    assert "optimizer.warmup_steps = 60 and train.steps = 100" in message
+
+
+def test_the_last_possible_combinations_are_taken() -> None:
+    assert configure("--train.steps=100", "--optimizer.warmup_steps=60", "--optimizer.decay_steps=40")
+    assert configure("--train.steps=100", "--optimizer.warmup_steps=100")
+    assert configure("--model.kv_heads=2").model.kv_heads == 2
+    assert configure("--model.width=6", "--model.heads=2", "--optimizer.warmup_steps=0").model.width == 6
+
+
+# ---- overrides
+
+
+def test_overrides_take_the_type_of_their_setting() -> None:
+    config = configure(
+        "--train.steps", "500",
+        "--train.batch_size=7",
+        "--optimizer.lr", "2",
+        "--optimizer.eps=1e-6",
+        "--train.compile", "true",
+        "--model.bias=false",
+        "--data.path", "a b/c = d",
+        "--train.run_dir=runs/x=y",
+        "--train.precision", "bf16",
+        "--train.seed", "1_000",
+    )  # fmt: skip
+    assert config.train.steps == 500
+    assert config.train.batch_size == 7
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (2.0, float)
+    assert config.optimizer.eps == 1e-6
+    assert config.train.compile is True
+    assert config.model.bias is False
+    assert config.data.path == "a b/c = d"
+    assert config.train.run_dir == "runs/x=y"
+    assert config.train.precision == "bf16"
+    assert config.train.seed == 1000
+
+
+@pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", "", '"quoted"', "-x", "café ☕", "a\\b"])
+def test_a_text_setting_takes_any_text_as_it_is(path: str) -> None:
+    assert configure("--data.path", path).data.path == path
+    assert configure(f"--data.path={path}").data.path == path
+
+
+def test_a_negative_number_is_a_value_and_not_a_flag() -> None:
+    assert "train.steps = -5: input should be greater than 0" in refusal("--train.steps", "-5")
+    assert "optimizer.lr = -0.1" in refusal("--optimizer.lr=-1e-1")
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert configure("--train.steps", "500", "--train.steps=600").train.steps == 600
+
+
+def test_what_is_no_override_is_refused() -> None:
+    assert refusal("--train.steps") == "--train.steps needs a value: --train.steps VALUE"
+    assert "unknown argument '--steps'" in refusal("--steps", "5")
+    assert "unknown argument 'train.steps'" in refusal("train.steps", "5")
+    assert "unknown argument '5'" in refusal("--train.steps", "6", "5")
+    assert "train.steps = ''" in refusal("--train.steps=")
+    assert "train.compile = 'yes'" in refusal("--train.compile", "yes")
+    assert "unknown key train.steps.more" in refusal("--train.steps.more", "5")
+
+
+# ---- presets, file, command line
+
+
+def test_a_preset_fills_what_neither_file_nor_command_line_gives(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[model]\npreset = 'small'\nwidth = 40\nheads = 4\n")
+    model = load(path, ["--model.heads", "2"], PRESETS).model
+    assert (model.preset, model.layers, model.width, model.heads, model.bias) == ("small", 3, 40, 2, False)
+    assert model.activation == "gelu"
+
+
+def test_the_preset_itself_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[model]\npreset = 'small'\n")
+    model = load(path, ["--model.preset", "smaller"], PRESETS).model
+    assert (model.preset, model.layers, model.heads, model.bias) == ("smaller", 2, 4, True)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
+    assert refusal("--model.preset", "smal").endswith("model.preset = 'smal' is unknown (did you mean small?)")
+    assert "(valid: small, smaller, tiny)" in refusal("--model.preset", "xyzzy")
+
+
+# ---- there and back
+
+
+def test_to_toml_is_read_back_as_an_equal_configuration(tmp_path: Path) -> None:
+    config = configure(
+        "--model.preset=small", "--data.path", 'C:\\new "data"\ttab ü', "--optimizer.lr=3e-4", "--train.precision=fp16",
+        "--comm.bucket_mb", "0.5", "--train.compile=true", "--train.seed", str(2**63 - 1),
+    )  # fmt: skip
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    again = load(path, [], PRESETS)
+    assert again == config
+    assert again.digest() == config.digest()
+    # What a run was trained with does not change when the preset does.
+    assert load(path, [], {"small": {"layers": 99}}) == config
+
+
+def test_digests_are_equal_exactly_if_the_settings_are() -> None:
+    base = configure("--optimizer.lr", "1", "--model.layers=4")
+    assert base.digest() == configure("--model.layers", "4", "--optimizer.lr=1.0").digest()
+    assert len(base.digest()) == 64
+    others = [
+        ("--train.seed", "1"),
+        ("--data.path", "elsewhere"),
+        ("--optimizer.lr", "1.0000000000000002"),
+        ("--model.bias", "false"),
+        ("--log.every", "11"),
+        ("--comm.engine", "mpi"),
+    ]
+    digests = {configure("--optimizer.lr", "1", *other).digest() for other in others} | {base.digest()}
+    assert len(digests) == len(others) + 1
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        configure().train.steps = 5
+
+
+# ---- files, and the command as a user runs it
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"[train\nsteps = 3", "line 1"),
+        (b"[train]\nsteps = 3\nsteps = 4", "overwrite"),
+        (b"\xff\xfe[train]", "utf-8"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(HvdlmError) as caught:
+        load(path, [], PRESETS)
+    assert str(caught.value).startswith(f"{path} is not valid TOML: ")
+    assert part in str(caught.value)
+
+
+def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(HvdlmError, match=r"cannot read the configuration .*none\.toml: No such file"):
+        load(tmp_path / "none.toml", [], PRESETS)
+    with pytest.raises(HvdlmError, match="Is a directory"):
+        load(tmp_path, [], PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "part"),
+    [
+        ("[train]\nstep = 3\n", [], "x.toml: unknown key train.step (did you mean train.steps?)"),
+        ("[train]\n", ["--model.width=5"], "model.width = 5 is not a multiple of model.heads = 4"),
+        ("[train\n", [], "x.toml is not valid TOML"),
+    ],
+)
+def test_the_command_says_one_sentence_and_exits_with_1(
+    tmp_path: Path, text: str, overrides: list[str], part: str
+) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    done = hvdlm("train", "x.toml", "--dry-run", *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("hvdlm: error: ")
+    assert part in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_traceback_is_shown_on_request(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[train]\nstep = 3\n")
+    done = hvdlm("--traceback", "train", "x.toml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("hvdlm: error: x.toml: unknown key train.step")
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "HvdlmError" in done.stderr

@@ -1,0 +1,270 @@
+"""metrics.jsonl and its views: what is written, what a crash and a resumed run leave of it, and how it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.gradients.sync import Traffic
+from hvdlm.training.console import Lines, ProgressLine, open_view
+from hvdlm.training.loss_curve import draw_loss_curve
+from hvdlm.training.metrics import MetricsLog, peak_memory_bytes, read_metrics
+from hvdlm.training.step_metrics import StepMetrics
+
+TRAIN = {
+    "kind": "train",
+    "step": 300,
+    "loss": 2.34567,
+    "tokens_per_second": 12345.6,
+    "step_seconds": 0.1,
+    "exposed_comm_seconds": 0.02,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class View:
+    def __init__(self) -> None:
+        self.shown: list[dict[str, Any]] = []
+        self.closed = False
+
+    def show(self, record: dict[str, Any]) -> None:
+        self.shown.append(record)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_steps(run_dir: Path, *steps: int, start: int = 0) -> None:
+    log = MetricsLog(run_dir, start, View())
+    for step in steps:
+        log.write("train", step, loss=1 / step, tokens=step * 10)
+    log.close()
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    """Every line of the file, cut or not, must be JSON."""
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the file
+
+
+def test_each_record_is_a_line_and_is_shown_at_once(tmp_path: Path) -> None:
+    view = View()
+    log = MetricsLog(tmp_path, 0, view)
+    log.write("train", 10, loss=2.5, lr=1e-3, tokens=100)
+    log.write("event", 10, message='saved "x"\nü')
+    lines = (tmp_path / "metrics.jsonl").read_bytes().decode("ascii").split("\n")  # before it is closed
+    assert [json.loads(line) for line in lines[:-1]] == view.shown
+    assert view.shown == [
+        {"kind": "train", "step": 10, "loss": 2.5, "lr": 1e-3, "tokens": 100},
+        {"kind": "event", "step": 10, "message": 'saved "x"\nü'},
+    ]
+    assert lines[-1] == ""
+    assert not view.closed
+    log.close()
+    assert view.closed
+    assert read_metrics(tmp_path / "metrics.jsonl") == view.shown
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_has_not_become_null(tmp_path: Path, value: float) -> None:
+    log = MetricsLog(tmp_path, 0, View())
+    log.write("train", 1, loss=value, lr=0.0)
+    log.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert record == {"kind": "train", "step": 1, "loss": None, "lr": 0.0}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 30])
+def test_a_last_line_that_a_crash_cut_is_left_out(tmp_path: Path, cut: int) -> None:
+    write_steps(tmp_path, 1, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-cut])
+    kept = [1, 2, 3] if cut == 1 else [1, 2]  # without its newline alone, a line is still whole
+    assert [record["step"] for record in read_metrics(path)] == kept
+    write_steps(tmp_path, 4, start=3)
+    assert steps_in(tmp_path) == [*kept, 4]
+
+
+def test_a_resumed_run_drops_the_steps_that_it_runs_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, *range(1, 11))
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    write_steps(tmp_path, 7, 8, start=6)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert read_metrics(tmp_path / "metrics.jsonl")[:6] == before[:6]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_that_begins_anew_drops_everything(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    write_steps(tmp_path, 1, start=0)
+    assert steps_in(tmp_path) == [1]
+
+
+def test_memory_is_in_bytes() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(16 * 2**20)  # 64 MiB, touched
+    grown = peak_memory_bytes(torch.device("cpu"))
+    assert block.sum() == 16 * 2**20
+    assert 2**20 < before <= grown < 2**50
+    assert grown >= 64 * 2**20
+
+
+# ---- what a step's line says
+
+
+class FirstOfTwo(SoloCommunicator):
+    """Rank 0, beside a rank 1 that says what it is given."""
+
+    def __init__(self, other: object) -> None:
+        super().__init__()
+        self.size, self.other = 2, other
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value, self.other] if self.size == 2 else [value]  # it is asked for hosts before it knows its size
+
+
+def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
+    whole, data, compute, exposed, memory = 6.0, 0.5, 5.25, 0.25, 7
+    metrics = StepMetrics(FirstOfTwo((30.0, (whole, data, compute, exposed, memory))), torch.device("cpu"))
+    metrics.add(whole=1.0, data=0.25, exposed=0.5)
+    metrics.add(whole=3.0, data=0.75, exposed=0.5)
+    record = metrics.collect(20.0, 100, Traffic(dense_bytes=400, encoded_bytes=100, wire_bytes=60))
+    memory_bytes = record.pop("memory_bytes")
+    assert memory_bytes >= 2**20
+    assert record == {
+        "loss": 0.5,  # (20 + 30) / 100
+        "tokens_per_second": 100 * 2 / 6.0,
+        "step_seconds": 3.0,
+        "data_seconds": 0.5,  # this rank's: (0.25 + 0.75) / 2
+        "compute_seconds": 2.625,  # the other's
+        "exposed_comm_seconds": 0.5,  # this rank's
+        "wire_bytes": 60,
+        "compression_ratio": 4.0,
+        "world_size": 2,
+    }
+
+
+def test_each_line_counts_from_the_one_before() -> None:
+    metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"))
+    metrics.add(whole=100.0, data=1.0, exposed=1.0)
+    metrics.collect(1.0, 1, Traffic(dense_bytes=1, encoded_bytes=1))
+    metrics.add(whole=2.0, data=0.5, exposed=0.0)
+    record = metrics.collect(8.0, 4, Traffic(dense_bytes=1, encoded_bytes=1))
+    assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
+    assert record["tokens_per_second"] == 2.0
+
+
+# ---- the console
+
+
+def test_a_plain_line_says_step_loss_speed_communication_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    Lines(1000).show(TRAIN)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "step 300/1000  loss 2.3457  12,346 tokens/s  communication 20%  1:10 left\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"step": 1000}, "0:00 left"),
+        ({"step": 0, "step_seconds": 12.0}, "200:00 left"),
+        ({"loss": None}, "loss nan"),
+        ({"exposed_comm_seconds": 0.0}, "communication 0%"),
+        ({"kind": "eval", "loss": 1.5}, "step 300/1000  validation loss 1.5000\n"),
+        ({"kind": "eval", "loss": None}, "validation loss nan"),
+        ({"kind": "event", "message": "saved [a] :smile:"}, "step 300/1000  saved [a] :smile:\n"),
+    ],
+)
+def test_plain_lines(capsys: pytest.CaptureFixture[str], changes: dict[str, Any], expected: str) -> None:
+    Lines(1000).show({**TRAIN, **changes})
+    assert expected in capsys.readouterr().err
+
+
+def test_a_terminal_has_a_live_line_and_a_file_has_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert isinstance(open_view(10, 0), Lines)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    view = open_view(1000, 0)
+    assert isinstance(view, ProgressLine)
+    view.show(TRAIN)
+    view.close()
+    for part in ("training", "step 300/1000", "loss 2.3457", "12,346 tokens/s", "communication 20%", "1:10 left"):
+        assert part in terminal.getvalue()
+
+
+def test_what_scrolls_by_above_the_live_line_is_shown_letter_by_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    message = "saved runs/[a]/:smile:/[/b]/" + "long/" * 20
+    view = ProgressLine(1000, 0)
+    view.show({"kind": "event", "step": 300, "message": message})
+    view.show({"kind": "eval", "step": 300, "loss": 1.5})
+    view.close()
+    assert f"step 300/1000  {message}\n" in terminal.getvalue()
+    assert "step 300/1000  validation loss 1.5000\n" in terminal.getvalue()
+
+
+# ---- the picture
+
+
+def draw(run_dir: Path, *records: dict[str, Any]) -> bytes:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    draw_loss_curve(run_dir)
+    return (run_dir / "loss.png").read_bytes()
+
+
+def points(kind: str, *losses: float | None) -> list[dict[str, Any]]:
+    return [{"kind": kind, "step": step, "tokens": 10 * step, "loss": loss} for step, loss in enumerate(losses)]
+
+
+def test_the_loss_curve_is_a_png(tmp_path: Path) -> None:
+    event = {"kind": "event", "step": 2, "message": "saved"}
+    picture = draw(tmp_path / "run", *points("train", 3.0, None, 2.0), *points("eval", 2.5), event)
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture[12:16] == b"IHDR"
+    assert struct.unpack(">II", picture[16:24]) == (800, 450)
+
+
+def test_the_picture_follows_the_metrics(tmp_path: Path) -> None:
+    train = points("train", 3.0, 2.5, 2.0)
+    pictures = [
+        draw(tmp_path / "run", *records)
+        for records in (
+            train,
+            train,
+            [*train, *points("eval", 2.5)],
+            points("train", 3.0, 2.9, 2.0),
+            points("train", 3.0, None, 2.0),
+        )
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures)) == 4
+
+
+@pytest.mark.parametrize("name", ["$100", r"a$\frac$", "a_b^c"])
+def test_any_name_of_a_run_can_be_its_title(tmp_path: Path, name: str) -> None:
+    assert draw(tmp_path / name, *points("train", 3.0, 2.0)).startswith(b"\x89PNG")
