@@ -130,7 +130,9 @@ def race(
     return rates
 
 
-def report(rates: dict[str, list[float]], options: argparse.Namespace, communicator: Communicator, threads: int) -> None:
+def report(
+    rates: dict[str, list[float]], options: argparse.Namespace, communicator: Communicator, threads: int
+) -> None:
     peer = rates["PyTorch DDP gloo"]
     limit = rates["no communication"]
     rows = {

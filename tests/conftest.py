@@ -1,7 +1,8 @@
-"""What several test folders use: the launcher module, and a small data set made once."""
+"""What several test folders use: the launcher module, a small data set made once, and no silent skips in CI."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -26,3 +27,13 @@ def small_data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory)
     command = [sys.executable, "-m", "hvdlm", "prepare", "--input", *small_texts, "--output", str(directory)]
     subprocess.run([*command, "--shards", "6", "--validation", "0.1", "--skip-bad"], check=True)
     return directory
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In continuous integration a test may be skipped for want of a GPU and for nothing else."""
+    if not os.environ.get("CI"):
+        return
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "GPU" not in str(report.longrepr)]
+    if skipped:
+        names = ", ".join(report.nodeid for report in skipped)
+        pytest.exit(f"skipped in continuous integration, which must run every test: {names}", returncode=1)

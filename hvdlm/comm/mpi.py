@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as WaitTimeout  # the built-in one from Python 3.11 on
 from typing import NoReturn, TypeVar
 
 import torch
@@ -113,7 +114,14 @@ class MPICommunicator(Communicator):
                 return collective()
 
         future = self._thread.submit(run)
-        return Work(future.result, future.done)
+
+        def finish() -> T:
+            try:
+                return future.result(self._timeout)
+            except WaitTimeout:  # in the collective itself: a rank has stopped after the barrier
+                raise self._waited_in_vain("the other ranks") from None
+
+        return Work(finish, future.done)
 
     def _poll(self, request: MPI.Request, what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
@@ -131,7 +139,10 @@ class MPICommunicator(Communicator):
             if polls > _EAGER_POLLS:
                 time.sleep(_SLEEP)
                 if time.monotonic() > deadline:
-                    raise HvdlmError(
-                        f"rank {self.rank} on {socket.gethostname()} waited {self._timeout:g} s (comm.timeout) for "
-                        f"{what}: look for a rank that has stopped or fallen behind"
-                    )
+                    raise self._waited_in_vain(what)
+
+    def _waited_in_vain(self, what: str) -> HvdlmError:
+        return HvdlmError(
+            f"rank {self.rank} on {socket.gethostname()} waited {self._timeout:g} s (comm.timeout) for {what}: "
+            "look for a rank that has stopped or fallen behind"
+        )

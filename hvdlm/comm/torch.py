@@ -65,6 +65,7 @@ class TorchCommunicator(Communicator):
     def close(self) -> None:
         if self._group is dist.group.WORLD:
             dist.destroy_process_group()
+        del self._group  # else its threads live on into the interpreter's end, and abort it there
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return True

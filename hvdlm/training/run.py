@@ -60,6 +60,8 @@ def train(config: Config, resume: str | None) -> int:
                 threads,
             )
             steps = config.train.steps
+            if trainer.step >= steps:
+                logger.info("all %d steps are done: nothing to train; raise train.steps to go on", steps)
             trainer.metrics = MetricsLog(Path(config.train.run_dir), trainer.step, open_view(steps, trainer.step))
         try:
             finished = trainer.train(preemption)

