@@ -90,4 +90,4 @@ $(VENV)/test.stamp: $(VENV)/horovod.stamp
 
 $(DATA)/manifest.json: | $(VENV)/horovod.stamp
 	@echo "== Preparing $(DATA)"
-	@hvdlm prepare --input python-stdlib --output $(DATA)
+	@hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output $(DATA)

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import hvdlm
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import connect
 from hvdlm.comm.solo import SoloCommunicator
@@ -35,7 +36,10 @@ from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
+from hvdlm.model.transformer import Transformer
 from hvdlm.training.hardware import share_cores
+from hvdlm.training.optimizer import set_learning_rate
+from hvdlm.training.schedule import learning_rate
 from hvdlm.training.trainer import Trainer
 
 SEQUENCES_A_RANK = 4
@@ -54,20 +58,23 @@ def main() -> None:
 
     communicator = connect(options.engine, timeout=300)
     # The peer's process group; under --engine torch it is the one that hvdlm uses too.
-    if options.engine != "torch":
-        connect("torch", timeout=300)
+    peer = communicator if options.engine == "torch" else connect("torch", timeout=300)
     data = DataSet(options.data)
     config = configure(options, SEQUENCES_A_RANK * communicator.size)
-    threads = share_cores(config.train, communicator)
-    contestants: dict[str, Callable[[], None]] = {
+    threads = share_cores(1, communicator)
+    contestants = {
         "no communication": hvdlm_steps(configure(options, SEQUENCES_A_RANK), SoloCommunicator(), data),
         f"hvdlm {options.engine}": hvdlm_steps(config, communicator, data),
         "PyTorch DDP gloo": ddp_steps(config, communicator, data),
     }
     rates = race(contestants, communicator, options.rounds, options.steps, config.model.context_length)
+    check_answers(contestants[f"hvdlm {options.engine}"][1], contestants["PyTorch DDP gloo"][1])
     if communicator.rank == 0:
         report(rates, options, communicator, threads)
     communicator.barrier()
+    if peer is not communicator:
+        peer.close()
+    communicator.close()
 
 
 def configure(options: argparse.Namespace, batch_size: int) -> Config:
@@ -81,13 +88,20 @@ def configure(options: argparse.Namespace, batch_size: int) -> Config:
     return from_dict(settings, "one_host.py", PRESETS)
 
 
-def hvdlm_steps(config: Config, communicator: Communicator, data: DataSet) -> Callable[[], None]:
+Step = Callable[[], None]
+
+
+def hvdlm_steps(config: Config, communicator: Communicator, data: DataSet) -> tuple[Step, Transformer]:
     trainer = Trainer(config, communicator, data, data.vocab_size, CPU)
     loader = trainer.open_loader()
-    return lambda: bool(trainer.train_step(loader, stop_here=False)) and None
+
+    def step() -> None:
+        trainer.train_step(loader, stop_here=False)
+
+    return step, trainer.model
 
 
-def ddp_steps(config: Config, communicator: Communicator, data: DataSet) -> Callable[[], None]:
+def ddp_steps(config: Config, communicator: Communicator, data: DataSet) -> tuple[Step, Transformer]:
     trainer = Trainer(config, SoloCommunicator(), data, data.vocab_size, CPU)  # for its model and optimizer alone
     model, optimizer = trainer.model, trainer.optimizer
     for parameter in model.parameters():
@@ -100,6 +114,7 @@ def ddp_steps(config: Config, communicator: Communicator, data: DataSet) -> Call
 
     def step() -> None:
         batch = loader.next()
+        set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = token_loss(replica(batch.inputs), model.output_weight, batch.targets) / batch.targets.numel()
@@ -107,11 +122,11 @@ def ddp_steps(config: Config, communicator: Communicator, data: DataSet) -> Call
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    return step, model
 
 
 def race(
-    contestants: dict[str, Callable[[], None]], communicator: Communicator, rounds: int, steps: int, context: int
+    contestants: dict[str, tuple[Step, Transformer]], communicator: Communicator, rounds: int, steps: int, context: int
 ) -> dict[str, list[float]]:
     """Tokens per second of the whole job, by contestant and round."""
     tokens = steps * SEQUENCES_A_RANK * communicator.size * context
@@ -123,11 +138,23 @@ def race(
             communicator.barrier()
             begin = time.perf_counter()
             for _ in range(steps):
-                contestants[name]()
+                contestants[name][0]()
             seconds = max(communicator.all_gather_object(time.perf_counter() - begin))
             if round_number >= 0:
                 rates[name].append(tokens / seconds)
     return rates
+
+
+def check_answers(ours: Transformer, theirs: Transformer) -> None:
+    """After equal steps on equal batches both hold the same model, up to the rounding of bf16."""
+    moved = distance = 0.0
+    begin = Transformer(ours.config, ours.vocab_size)
+    begin.initialise(0)
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), begin.parameters(), strict=True):
+        distance += float((a - b).detach().square().sum())
+        moved += float((a - c).detach().square().sum())
+    ratio = (distance / moved) ** 0.5
+    assert ratio < 0.1, f"the contestants have trained different models: {ratio:.3f} of the way apart"
 
 
 def report(
@@ -150,7 +177,12 @@ def report(
     if options.output:
         result = {
             "machine": {"host": socket.gethostname(), "cpu": cpu_model(), "cores": os.cpu_count()},
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "mpi": mpi_version()},
+            "versions": {
+                "hvdlm": hvdlm.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+                "mpi": mpi_version(),
+            },
             "settings": {
                 "ranks": communicator.size,
                 "threads_a_rank": threads,

@@ -14,7 +14,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, wait_until
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
@@ -47,8 +47,9 @@ class HorovodCommunicator(Communicator):
 
     engine = "horovod"
 
-    def __init__(self, process_set: Any, members: Sequence[int]) -> None:
+    def __init__(self, process_set: Any, members: Sequence[int], timeout: float) -> None:
         """`members`: the ranks of `process_set` as Horovod numbers them, in our order. `start` makes the first one."""
+        self._timeout = timeout
         self._set = process_set
         self._members = list(members)
         # Horovod orders a process set by its own ranks: our rank r stands at place[r] there.
@@ -60,12 +61,11 @@ class HorovodCommunicator(Communicator):
 
     @classmethod
     def start(cls, timeout: float) -> HorovodCommunicator:
-        """Initialises Horovod; `timeout`: seconds without a word from some rank before Horovod ends the job."""
+        """Initialises Horovod; `timeout`: seconds that a rank waits for another."""
         os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # lets `split` add process sets
-        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(timeout / 2)))
-        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(math.ceil(timeout)))
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
         hvd.init()
-        return cls(hvd.global_process_set, range(hvd.size()))
+        return cls(hvd.global_process_set, range(hvd.size()), timeout)
 
     @property
     def _is_whole_job(self) -> bool:
@@ -84,7 +84,7 @@ class HorovodCommunicator(Communicator):
             if each == color:
                 mine = (process_set, members)
         assert mine is not None
-        return HorovodCommunicator(*mine)
+        return HorovodCommunicator(*mine, self._timeout)
 
     def abort(self, reason: str) -> NoReturn:
         print(reason, file=sys.stderr, flush=True)
@@ -121,10 +121,14 @@ class HorovodCommunicator(Communicator):
         return self._start("broadcast", hvd.broadcast_async_, data, self._members[root]).then(lambda _: None)
 
     def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Tensor]:
-        name, give_back = self._names.take(kind)
-        handle = operation(*arguments, **options, name=name, process_set=self._set)
+        # Horovod remembers a tensor by name, dtype and shape: only like ones may share a name from step to step.
+        alike = f"{kind}.{arguments[0].dtype}.{arguments[0].numel()}"
+        name, give_back = self._names.take(alike)
+        with contact(self.engine, self.rank, hvd.HorovodInternalError):
+            handle = operation(*arguments, **options, name=name, process_set=self._set)
 
         def finish() -> Tensor:
+            wait_until(lambda: hvd.poll(handle), self._timeout, self.rank, "the other ranks")
             with contact(self.engine, self.rank, hvd.HorovodInternalError):
                 result: Tensor = hvd.synchronize(handle)
             give_back()

@@ -81,7 +81,13 @@ def connect(engine: str, timeout: float) -> Communicator:
     # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     engine, reason = choose_engine(launch, engine)
-    communicator = _start(engine, launch, timeout)
+    try:
+        communicator = _start(engine, launch, timeout)
+    except (RuntimeError, ImportError, OSError) as error:  # each library has errors of its own; these are their bases
+        reason = str(error).strip().partition("\n")[0]
+        raise HvdlmError(
+            f"rank {launch.rank} on {socket.gethostname()} cannot start engine {engine}: {reason}"
+        ) from error
     if communicator.size != launch.size:
         raise HvdlmError(
             f"{launch.launcher} started {launch.size} ranks and this is rank {launch.rank} on {socket.gethostname()}, "
@@ -129,7 +135,7 @@ def _size_remedy(engine: str) -> str:
         from mpi4py import MPI
 
         library = MPI.Get_library_version().splitlines()[0].strip().rstrip(",")
-        return f"mpi4py has loaded {library}; start the job with the mpirun of that MPI"
+        return f"mpi4py has loaded {library}; start the job with the mpirun of that MPI, or with srun --mpi=pmix"
     if engine == "solo":
         return "leave comm.engine at auto, or start one process"
     return "start the job with one launcher only, and build the engine for its MPI"

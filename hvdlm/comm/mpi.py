@@ -11,9 +11,7 @@ polled with short sleeps; only when all have come does the collective run, at fu
 from __future__ import annotations
 
 import os
-import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitTimeout  # the built-in one from Python 3.11 on
@@ -23,7 +21,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, wait_until, waited_in_vain
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
@@ -32,11 +30,6 @@ _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
 
 # MPI has neither IEEE half nor bfloat16 among its standard datatypes.
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
-
-# Polls before the first sleep, then the length of a sleep in seconds: ranks that come together lose nothing,
-# and one that comes late is noticed within a fraction of what a message of a bucket's size takes.
-_EAGER_POLLS = 50
-_SLEEP = 200e-6
 
 
 class MPICommunicator(Communicator):
@@ -110,7 +103,7 @@ class MPICommunicator(Communicator):
 
         def run() -> T:
             with contact(self.engine, self.rank, MPI.Exception):
-                self._wait(self._group.Ibarrier(), "the other ranks")
+                wait_until(self._group.Ibarrier().Test, self._timeout, self.rank, "the other ranks")
                 return collective()
 
         future = self._thread.submit(run)
@@ -119,7 +112,7 @@ class MPICommunicator(Communicator):
             try:
                 return future.result(self._timeout)
             except WaitTimeout:  # in the collective itself: a rank has stopped after the barrier
-                raise self._waited_in_vain("the other ranks") from None
+                raise waited_in_vain(self._timeout, self.rank, "the other ranks") from None
 
         return Work(finish, future.done)
 
@@ -127,22 +120,6 @@ class MPICommunicator(Communicator):
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
         def finish() -> None:
             with contact(self.engine, self.rank, MPI.Exception):
-                self._wait(request, what)
+                wait_until(request.Test, self._timeout, self.rank, what)
 
         return Work(finish, request.Test)
-
-    def _wait(self, request: MPI.Request, what: str) -> None:
-        deadline = time.monotonic() + self._timeout
-        polls = 0
-        while not request.Test():
-            polls += 1
-            if polls > _EAGER_POLLS:
-                time.sleep(_SLEEP)
-                if time.monotonic() > deadline:
-                    raise self._waited_in_vain(what)
-
-    def _waited_in_vain(self, what: str) -> HvdlmError:
-        return HvdlmError(
-            f"rank {self.rank} on {socket.gethostname()} waited {self._timeout:g} s (comm.timeout) for {what}: "
-            "look for a rank that has stopped or fallen behind"
-        )

@@ -7,7 +7,9 @@ under srun, through Horovod under horovodrun, and through MASTER_ADDR where some
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -43,9 +45,10 @@ class TorchCommunicator(Communicator):
     @classmethod
     def start(cls, address: str, port: int, rank: int, size: int, timeout: float) -> TorchCommunicator:
         """Joins the ranks that meet at `address`:`port` (rank 0 listens there); `timeout` in seconds, of everything."""
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         limit = timedelta(seconds=timeout)
-        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=limit)  # type: ignore[attr-defined]
+        is_master = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # there torchrun itself listens
+        store = dist.TCPStore(address, port, size, is_master=is_master, timeout=limit)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if _one_gpu_a_rank(store, rank, size) else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         group = dist.group.WORLD
         assert group is not None
@@ -111,3 +114,11 @@ class TorchCommunicator(Communicator):
                 work.wait()
 
         return Work(finish, work.is_completed)
+
+
+def _one_gpu_a_rank(store: Any, rank: int, size: int) -> bool:
+    """Whether no two ranks of any host would share a GPU, which NCCL refuses; the same answer on all ranks."""
+    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    store.set(f"hvdlm/{rank}", f"{gpus} {socket.gethostname()}")
+    places = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
+    return all(int(place.split()[0]) >= count for place, count in Counter(places).items())

@@ -26,7 +26,7 @@ class Traffic:
 
     dense_bytes: int = 0  # of the gradients themselves
     encoded_bytes: int = 0  # of what stands for them
-    wire_bytes: int = 0  # that this rank has sent
+    wire_bytes: int = 0  # that this rank sends in a ring all-reduce
     first_sent: float = math.nan  # time.perf_counter() when the first bucket left; nan: none has
 
 

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from hvdlm.comm.communicator import Communicator
-from hvdlm.data.shard import DataSet
+import torch
+
+from hvdlm.comm.communicator import Communicator, ReduceOp
 from hvdlm.errors import HvdlmError, JobError
 
 T = TypeVar("T")
 
+# How often, in seconds, rank 0 tells the others that it is still at work.
+_SIGN_OF_LIFE = 1.0
 
-def together(communicator: Communicator, action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank and returns what it returned on each, in the order of ranks; picklable.
 
-    Raises JobError on every rank if it raised HvdlmError on any. `action` must not communicate.
+def together(communicator: Communicator, action: Callable[[], T]) -> T:
+    """Runs `action`, which must not communicate, on every rank and returns each rank its own result.
+
+    Raises JobError on every rank if it raised HvdlmError on any.
     """
-    result: T | None = None
-    complaint: str | None = None
+    outcome: Future[T] = Future()
     try:
-        result = action()
+        outcome.set_result(action())
     except HvdlmError as error:
-        complaint = str(error)
-    outcomes = communicator.all_gather_object((result, complaint))
-    raise_together(communicator, [complaint for _, complaint in outcomes])
-    return [value for value, _ in outcomes]  # type: ignore[misc]
+        outcome.set_exception(error)
+    complaint = outcome.exception()
+    raise_together(communicator, communicator.all_gather_object(None if complaint is None else str(complaint)))
+    return outcome.result()
 
 
 def on_first_rank(communicator: Communicator, action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 alone and returns its result, which must be picklable, on every rank."""
-    return together(communicator, lambda: action() if communicator.rank == 0 else None)[0]  # type: ignore[return-value]
+    """Runs `action` on rank 0 alone and returns its result, which must be picklable, on every rank.
+
+    It may take longer than `comm.timeout`: while it runs, on a thread, rank 0 gives signs of life. Raises JobError on
+    every rank if it raised HvdlmError.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        task = thread.submit(action) if communicator.rank == 0 else None
+        running = True
+        while running:
+            still = task is not None and bool(wait([task], timeout=_SIGN_OF_LIFE).not_done)
+            running = bool(communicator.all_reduce_(torch.tensor([int(still)]), ReduceOp.MAX))
+        result = together(communicator, lambda: None if task is None else task.result())
+    return communicator.broadcast_object(result)  # type: ignore[return-value]
 
 
 def raise_together(communicator: Communicator, complaints: list[str | None]) -> None:
@@ -44,10 +58,3 @@ def raise_together(communicator: Communicator, complaints: list[str | None]) -> 
         raise JobError(str(first))
     others = f" (and {len(loud) - 1} more ranks)" if len(loud) > 1 else ""
     raise JobError(f"rank {loud[0]} on {communicator.hosts[loud[0]]}{others}: {first}")
-
-
-def open_data(communicator: Communicator, path: Path) -> DataSet:
-    """Opens a data set on every rank, or raises JobError on all."""
-    opened: list[DataSet] = []
-    together(communicator, lambda: opened.append(DataSet(path)))
-    return opened[0]

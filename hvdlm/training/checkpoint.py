@@ -70,7 +70,7 @@ def save(
 ) -> Path:
     """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest up to it.
 
-    Raises HvdlmError if it cannot be written; what was there before is then as it was.
+    Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
     path = parent / f"step_{step:08d}"
     partial = path.with_name(path.name + _PARTIAL)
@@ -93,11 +93,7 @@ def save(
         if path.exists():  # the same step again, after resuming from an earlier one
             _remove(path)
         partial.rename(path)
-        pointer = parent / (_LATEST + _PARTIAL)
-        pointer.write_text(path.name + "\n", encoding="utf-8")
-        _sync(pointer)
-        pointer.replace(parent / _LATEST)
-        _sync(parent)
+        _point(path)
         _sync(parent.parent)
         for old in [each for each in _by_step(parent) if each <= path][:-keep]:
             _remove(old)
@@ -141,6 +137,12 @@ def open_state(path: Path) -> dict[str, Any]:
     return {**opened.state, "path": str(opened.path)}
 
 
+def lead(path: Path, run_dir: Path) -> None:
+    """Points `latest` of a run at one of its own checkpoints: later ones are now of a time line that it has left."""
+    if path.parent.resolve() == directory(run_dir).resolve():
+        _point(path)
+
+
 def directory(run_dir: str | Path) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
@@ -168,6 +170,14 @@ def _best_first(parent: Path) -> list[Path]:
     except (OSError, UnicodeDecodeError):
         return falling
     return sorted(falling, key=lambda path: path.name > latest)  # stable: each part stays in falling order
+
+
+def _point(path: Path) -> None:
+    pointer = path.with_name(_LATEST + _PARTIAL)
+    pointer.write_text(path.name + "\n", encoding="utf-8")
+    _sync(pointer)
+    pointer.replace(path.with_name(_LATEST))
+    _sync(path.parent)
 
 
 def _remove(path: Path) -> None:

@@ -68,7 +68,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        parts = together(communicator, own_part)
+        parts = communicator.all_gather_object(together(communicator, own_part))
     model.train(was_training)
     loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
     if not count:

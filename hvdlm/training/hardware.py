@@ -1,34 +1,51 @@
-"""Which device a rank computes on, and with how many threads."""
+"""Which device a rank computes on, with how many threads, and how much memory it has held."""
 
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.config import TrainSection
 from hvdlm.errors import HvdlmError
 
 
-def choose_device(settings: TrainSection, local_rank: int) -> torch.device:
-    """The GPU with this rank's number on its node, several ranks sharing one where there are too few; or the CPU."""
-    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+def choose_device(wanted: str, communicator: Communicator) -> torch.device:
+    """The device for "auto", "cpu" or "cuda": the GPU with this rank's number on its node, or the CPU.
+
+    Where a node has fewer GPUs than ranks they share them, if the engine sends its messages through the host.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise HvdlmError("train.device = 'cuda', but PyTorch finds no GPU here: install its CUDA build, or set 'cpu'")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    gpus, ranks = torch.cuda.device_count(), communicator.local_size
+    if ranks > gpus and communicator.supports("cuda"):
+        raise HvdlmError(
+            f"{ranks} ranks on {communicator.hosts[communicator.rank]} share {gpus} GPUs, which NCCL refuses: "
+            "start one rank a GPU, or set comm.engine = 'mpi'"
+        )
+    device = torch.device("cuda", communicator.local_rank % gpus)
     torch.cuda.set_device(device)
     return device
 
 
-def share_cores(settings: TrainSection, communicator: Communicator) -> int:
-    """Sets and returns the CPU threads: `train.threads`, else OMP_NUM_THREADS, else this rank's share of its cores.
+def share_cores(wanted: int, communicator: Communicator) -> int:
+    """Sets and returns the CPU threads: `wanted` if above 0, else OMP_NUM_THREADS, else this rank's share of its cores.
 
     Ranks that a launcher has bound to cores of their own share them with nobody. Collective.
     """
     own = (communicator.hosts[communicator.rank], sorted(os.sched_getaffinity(0)))
     sharing = communicator.all_gather_object(own).count(own)
-    threads = settings.threads or int(os.environ.get("OMP_NUM_THREADS") or max(1, len(own[1]) // sharing))
+    share = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else max(1, len(own[1]) // sharing)
+    threads = wanted or share
     torch.set_num_threads(threads)
     return threads
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: of the GPU if it computes there, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

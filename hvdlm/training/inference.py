@@ -12,13 +12,14 @@ from rich.table import Table
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, ModelSection
+from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.data.yardsticks import yardsticks
-from hvdlm.errors import JobError
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
-from hvdlm.training.agreement import on_first_rank, open_data
+from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.replicas import broadcast_tensors
@@ -29,17 +30,15 @@ def evaluate(path: Path, data_path: Path, engine: str, batch_size: int) -> int:
     with job(engine, timeout=300, config_digest=str((path, data_path, batch_size))) as communicator:
         if batch_size < 1:
             raise JobError(f"--batch-size {batch_size}: give 1 or more")
-        data = open_data(communicator, data_path)
-        state = on_first_rank(communicator, lambda: checkpoint.open_state(path))
+        data = together(communicator, lambda: DataSet(data_path))
+        state = on_first_rank(communicator, lambda: _open_for(data, path))
         config = Config.model_validate(state["config"])
-        device = choose_device(config.train, communicator.local_rank)
-        share_cores(config.train, communicator)
-        if data.vocab_size > state["vocab_size"]:
-            raise JobError(f"{data_path} has a vocabulary of {data.vocab_size}, the model one of {state['vocab_size']}")
+        device = choose_device("auto", communicator)
+        share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
         result = evaluation.evaluate(model, data, communicator, config.train.precision, batch_size)
+        yardstick = on_first_rank(communicator, lambda: yardsticks(data))
         if communicator.rank == 0:
-            yardstick = yardsticks(data)
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
             for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):
                 table.add_column(column, justify="right" if column else "left")
@@ -66,6 +65,14 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: in
     ids = continue_prompt(model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id)
     print(tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eos_id]))
     return 0
+
+
+def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose model reads the same tokens as the data set."""
+    state = checkpoint.open_state(path)
+    if Tokenizer.load(Path(state["path"]) / "tokenizer.json").sha256 != Tokenizer.load(data.tokenizer_path).sha256:
+        raise HvdlmError(f"{state['path']} was trained with another tokenizer than {data.path} was prepared with")
+    return state
 
 
 def _load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:

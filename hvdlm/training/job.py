@@ -25,6 +25,8 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
     try:
         check_alike(communicator, config_digest)
         yield communicator
+        communicator.barrier()
+        communicator.close()
     except JobError as error:
         if communicator.rank == 0:
             logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
@@ -41,6 +43,3 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
         if communicator.size == 1:
             raise
         communicator.abort(f"rank {communicator.rank} met a bug in hvdlm:\n{traceback.format_exc()}")
-    else:
-        communicator.barrier()
-        communicator.close()

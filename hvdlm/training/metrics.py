@@ -5,21 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvdlm.errors import HvdlmError
 from hvdlm.training.console import View
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: of the GPU if it computes there, else of the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class MetricsLog:
@@ -36,13 +26,17 @@ class MetricsLog:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none."""
         record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
+        line = json.dumps(record).encode() + b"\n"
         try:
-            self._file.write(json.dumps(record).encode() + b"\n")
+            written = self._file.write(line)
         except OSError as error:
-            raise HvdlmError(
-                f"cannot write {self._path}: {error.strerror}; make room, then go on with --resume latest"
-            ) from error
+            raise self._full(error.strerror) from error
+        if written != len(line):
+            raise self._full("only a part of the line fits")
         self._view.show(record)
+
+    def _full(self, reason: str | None) -> HvdlmError:
+        return HvdlmError(f"cannot write {self._path}: {reason}; make room, then go on with --resume latest")
 
     def close(self) -> None:
         """Makes the file durable and ends the view."""

@@ -43,7 +43,9 @@ class LossScale:
             self.factor *= 2
 
     def state_dict(self) -> dict[str, float]:
-        return {"factor": self.factor, "good_steps": self._good_steps}
+        return {"is_dynamic": self.is_dynamic, "factor": self.factor, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.factor, self._good_steps = float(state["factor"]), int(state["good_steps"])
+        """Goes on from a saved one; from one of another kind of precision there is nothing to go on from."""
+        if bool(state["is_dynamic"]) == self.is_dynamic:
+            self.factor, self._good_steps = float(state["factor"]), int(state["good_steps"])

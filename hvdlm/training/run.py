@@ -13,7 +13,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
-from hvdlm.training.agreement import on_first_rank, open_data
+from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.console import open_view
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
@@ -41,15 +41,16 @@ def train(config: Config, resume: str | None) -> int:
     Returns 0 after the last step, STOPPED_EARLY after a signal.
     """
     with Preemption() as preemption, job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
-        data = open_data(communicator, Path(config.data.path))
+        data = together(communicator, lambda: DataSet(Path(config.data.path)))
         vocab_size = _vocab_size(config, data)
-        state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
-        device = choose_device(config.train, communicator.local_rank)
-        threads = share_cores(config.train, communicator)
+        device = choose_device(config.train.device, communicator)
+        threads = share_cores(config.train.threads, communicator)
         trainer = Trainer(config, communicator, data, vocab_size, device)
+        state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
             trainer.restore(source, state)
+        loader = together(communicator, trainer.open_loader)
         if communicator.rank == 0:
             logger.info(
                 "%s parameters, %d ranks on %d nodes, %s, %d CPU threads a rank",
@@ -64,7 +65,8 @@ def train(config: Config, resume: str | None) -> int:
                 logger.info("all %d steps are done: nothing to train; raise train.steps to go on", steps)
             trainer.metrics = MetricsLog(Path(config.train.run_dir), trainer.step, open_view(steps, trainer.step))
         try:
-            finished = trainer.train(preemption)
+            with loader:
+                finished = trainer.train(loader, preemption)
         finally:
             if trainer.metrics is not None:
                 trainer.metrics.close()
@@ -96,6 +98,7 @@ def _begin(config: Config, resume: str | None, data: DataSet, vocab_size: int) -
     if resume is not None and not (resume == "latest" and not checkpoint.exists_in(run_dir)):
         state = checkpoint.open_state(run_dir if resume == "latest" else Path(resume))
         _check_resumable(state, config, data, vocab_size)
+        checkpoint.lead(Path(state["path"]), run_dir)
         logger.info("resuming from %s, step %d", state["path"], state["step"])
     elif resume == "latest":
         logger.info("%s holds no checkpoint yet: beginning anew", run_dir)

@@ -8,7 +8,7 @@ import torch
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.gradients.sync import Traffic
-from hvdlm.training.metrics import peak_memory_bytes
+from hvdlm.training.hardware import peak_memory_bytes
 
 
 class StepMetrics:

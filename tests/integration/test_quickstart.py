@@ -20,7 +20,7 @@ def last_number(output: str, row: str) -> float:
 def test_quickstart_beats_the_bigram(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in (
-        "hvdlm prepare --input python-stdlib --output data/python-stdlib",
+        "hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output data/python-stdlib",
         "horovodrun -np 2 hvdlm train examples/quickstart.toml",
         "hvdlm evaluate runs/quickstart --data data/python-stdlib",
     ):

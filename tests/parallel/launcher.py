@@ -43,11 +43,13 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def launcher_command(launcher: str, ranks: int) -> list[str]:
-    """The words before the program: launcher is "none", "mpirun", "horovodrun --gloo" or "horovodrun --mpi"."""
+    """The words before the program; launcher: "none", "mpirun", "torchrun", "horovodrun --gloo", "horovodrun --mpi"."""
     if launcher == "none":
         return []
     if launcher == "mpirun":
         return ["mpirun", "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    if launcher == "torchrun":
+        return ["torchrun", "--nproc-per-node", str(ranks), "--no-python"]
     name, *options = launcher.split()
     return [name, *options, "-np", str(ranks), "-H", f"localhost:{ranks}"]
 

@@ -12,6 +12,7 @@ BODY = Path(__file__).with_name("communicator_body.py")
 WAYS = [
     ("mpi", "mpirun"),
     ("torch", "mpirun"),
+    ("torch", "torchrun"),
     ("horovod", "horovodrun --gloo"),
     ("horovod", "horovodrun --mpi"),
 ]

@@ -174,17 +174,29 @@ def test_divergence(small_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("engine", ["mpi", "torch"])
-def test_rank_that_stopped(engine: str, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "launcher"),
+    [("mpi", "mpirun"), ("torch", "mpirun"), ("horovod", "mpirun"), ("horovod", "horovodrun --gloo")],
+)
+def test_rank_that_stopped(engine: str, launcher: str, small_data: Path, tmp_path: Path) -> None:
     """The others wait comm.timeout for it, say so and end the job, the stopped rank too."""
     settings = {"train__steps": 100_000, "comm__engine": engine, "comm__timeout": 5}
-    with start_training("mpirun", 2, small_data, tmp_path / "run", **settings) as job:
+    with start_training(launcher, 2, small_data, tmp_path / "run", **settings) as job:
         wait_for_step(job, tmp_path / "run", 5)
         job.ranks()[1].send_signal(signal.SIGSTOP)
         result = job.finish(deadline=60)
     assert result.status != 0
     assert "hvdlm: error: rank 0" in result.output
-    assert "Traceback" not in result.output, result.output
+    assert "Traceback" not in result.output or launcher.startswith("horovodrun"), result.output  # horovodrun's own
+
+
+def test_data_set_too_small(small_texts: list[str], tmp_path: Path) -> None:
+    """And the corrected command finds the run directory free."""
+    words = ["prepare", "--input", *small_texts, "--output", str(tmp_path / "data"), "--shards", "2"]
+    assert run([str(BIN / "hvdlm"), *words, "--validation", "0.1"]).status == 0
+    result = train("mpirun", 2, tmp_path / "data", tmp_path / "run", model__context_length=10**7)
+    assert_said_once(result, "context_length")
+    assert train("mpirun", 2, tmp_path / "data", tmp_path / "run", train__steps=5).status == 0
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs import assert_same_curve, losses, records, train
+from jobs import assert_same_curve, command, losses, records, train
 from launcher import BIN, launcher_command, run
 
 
@@ -93,22 +93,26 @@ def test_low_precision_follows_fp32(precision: str, small_data: Path, alone: Pat
     late = sum("overflowed" in str(event["message"]) for event in records(run_dir, "event"))
     assert late <= 5
     assert losses(run_dir)[50] == pytest.approx(expected[50 - late], rel=0.05)
+    assert losses(run_dir)[50] != pytest.approx(expected[50 - late], rel=1e-6)  # it was another arithmetic
 
 
 def test_compiled_blocks_give_the_same_curve(small_data: Path, alone: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    result = train("mpirun", 2, small_data, run_dir, train__compile="true", train__steps=10)
+    run_dir, cache = tmp_path / "run", tmp_path / "cache"
+    words = command(small_data, run_dir, train__compile="true", train__steps=10)
+    result = run([*launcher_command("mpirun", 2), *words], extra={"TORCHINDUCTOR_CACHE_DIR": str(cache)})
     assert result.status == 0, result.output
+    assert any(cache.rglob("*.so")) or any(cache.rglob("*.cpp"))  # something was compiled
     expected = {step: loss for step, loss in losses(alone).items() if step < 4}
     actual = {step: loss for step, loss in losses(run_dir).items() if step < 4}
     assert_same_curve(actual, expected, relative=1e-4)
 
 
-def test_documents_are_masked_alike_on_any_number_of_ranks(small_data: Path, tmp_path: Path) -> None:
+def test_documents_are_masked_alike_on_any_number_of_ranks(small_data: Path, alone: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         result = train("mpirun", ranks, small_data, tmp_path / str(ranks), model__document_mask="true", train__steps=10)
         assert result.status == 0, result.output
     assert_same_curve(losses(tmp_path / "2"), losses(tmp_path / "1"), relative=1e-4)
+    assert losses(tmp_path / "1")[10] != pytest.approx(losses(alone)[10], rel=1e-4)  # the mask matters
 
 
 def test_llama_trains(small_data: Path, tmp_path: Path) -> None:
@@ -149,6 +153,14 @@ def test_data_set_without_validation(tmp_path: Path, small_texts: list[str]) -> 
     assert result.status == 0, result.output
     assert "no validation" in result.output
     assert (tmp_path / "run" / "checkpoints" / "step_00000010").exists()
+
+
+def test_evaluation_wants_the_tokenizer_of_the_model(alone: Path, small_texts: list[str], tmp_path: Path) -> None:
+    words = ["prepare", "--input", *small_texts, "--output", str(tmp_path / "bpe"), "--tokenizer", "bpe:300"]
+    assert run([str(BIN / "hvdlm"), *words, "--shards", "2", "--validation", "0.1"]).status == 0
+    result = run([str(BIN / "hvdlm"), "evaluate", str(alone), "--data", str(tmp_path / "bpe")])
+    assert result.status == 1
+    assert "was trained with another tokenizer" in result.output
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(small_data: Path, alone: Path) -> None:

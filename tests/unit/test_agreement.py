@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.communicator import Communicator, ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.training.agreement import on_first_rank, open_data, raise_together, together
+from hvdlm.training.agreement import on_first_rank, raise_together, together
 from hvdlm.training.replicas import broadcast_tensors, check_replicas, parameter_hash
 
 T = TypeVar("T")
@@ -35,6 +37,13 @@ class ThreadRank(SoloCommunicator):
         everyone = list(self.slots)
         self.exchange.wait()
         return everyone
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        return self.all_gather_object(value)[root]
+
+    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
+        assert op is ReduceOp.MAX
+        return tensor.copy_(torch.stack(self.all_gather_object(tensor.clone())).amax(0))
 
 
 def on_ranks(size: int, body: Callable[[Communicator], T]) -> list[T | JobError]:
@@ -57,8 +66,8 @@ def sentences(outcomes: list[Any]) -> set[str]:
     return {str(outcome) for outcome in outcomes}
 
 
-def failing_on(*ranks: int) -> Callable[[Communicator], list[int]]:
-    def body(communicator: Communicator) -> list[int]:
+def failing_on(*ranks: int) -> Callable[[Communicator], int]:
+    def body(communicator: Communicator) -> int:
         def action() -> int:
             if communicator.rank in ranks:
                 raise HvdlmError(f"disk {communicator.rank} is full")
@@ -73,8 +82,8 @@ def failing_on(*ranks: int) -> Callable[[Communicator], list[int]]:
 
 
 def test_alone_the_result_is_one_s_own() -> None:
-    assert together(SoloCommunicator(), lambda: {"a": 1}) == [{"a": 1}]
-    assert together(SoloCommunicator(), lambda: None) == [None]
+    assert together(SoloCommunicator(), lambda: {"a": 1}) == {"a": 1}
+    assert together(SoloCommunicator(), lambda: None) is None
     assert on_first_rank(SoloCommunicator(), lambda: "x") == "x"
 
 
@@ -96,8 +105,8 @@ def test_a_bug_is_not_made_into_a_sentence() -> None:
 # ---- several
 
 
-def test_every_rank_gets_every_result_in_the_order_of_ranks() -> None:
-    assert on_ranks(4, failing_on()) == [[0, 10, 20, 30]] * 4
+def test_every_rank_gets_its_own_result() -> None:
+    assert on_ranks(4, failing_on()) == [0, 10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,31 @@ def test_the_first_rank_works_for_all() -> None:
     assert len(worked) == 1
 
 
+def test_the_others_wait_as_long_as_the_first_rank_gives_signs_of_life() -> None:
+    """Two and a half seconds of work, with a sign after each."""
+    signs = []
+
+    def body(communicator: Communicator) -> str:
+        gather = communicator.all_reduce_
+
+        def counting(*arguments: Any) -> torch.Tensor:
+            signs.append(communicator.rank)
+            return gather(*arguments)
+
+        communicator.all_reduce_ = counting  # type: ignore[method-assign]
+        return on_first_rank(communicator, lambda: time.sleep(2.5) or "done")  # type: ignore[func-returns-value]
+
+    assert on_ranks(2, body) == ["done"] * 2
+    assert signs.count(0) == signs.count(1) >= 2
+
+
+def test_what_the_first_rank_cannot_do_is_told_as_its_own() -> None:
+    def fail() -> None:
+        raise HvdlmError("the disk is full")
+
+    assert sentences(on_ranks(3, lambda communicator: on_first_rank(communicator, fail))) == {"the disk is full"}
+
+
 def test_without_complaints_nothing_is_raised() -> None:
     raise_together(SoloCommunicator(), [None])
     assert on_ranks(2, lambda communicator: raise_together(communicator, [None, None])) == [None, None]
@@ -135,13 +169,13 @@ def test_an_empty_complaint_is_one() -> None:
 
 
 def test_a_data_set_that_is_not_there_is_told_once(tmp_path: Path) -> None:
-    outcomes = on_ranks(2, lambda communicator: open_data(communicator, tmp_path / "none"))
+    outcomes = on_ranks(2, lambda communicator: together(communicator, lambda: DataSet(tmp_path / "none")))
     (sentence,) = sentences(outcomes)
     assert sentence.startswith(f"{tmp_path / 'none'}: no such data set")
 
 
 def test_a_data_set_is_opened_by_every_rank(small_data: Path) -> None:
-    opened = on_ranks(2, lambda communicator: open_data(communicator, small_data))
+    opened = on_ranks(2, lambda communicator: together(communicator, lambda: DataSet(small_data)))
     assert opened[0] is not opened[1]  # each has files of its own
     assert opened[0].fingerprint == opened[1].fingerprint  # type: ignore[union-attr]
 

@@ -15,8 +15,9 @@ import torch
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.gradients.sync import Traffic
 from hvdlm.training.console import Lines, ProgressLine, open_view
+from hvdlm.training.hardware import peak_memory_bytes
 from hvdlm.training.loss_curve import draw_loss_curve
-from hvdlm.training.metrics import MetricsLog, peak_memory_bytes, read_metrics
+from hvdlm.training.metrics import MetricsLog, read_metrics
 from hvdlm.training.step_metrics import StepMetrics
 
 TRAIN = {
