@@ -120,6 +120,17 @@ def part_lengths(length: int, parts: int) -> list[int]:
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
+def group_by_color(wishes: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """Ranks by color in rising order, each group by key, then by rank; `wishes[r]` is (color, key) of rank r."""
+    ranks = sorted(range(len(wishes)), key=lambda rank: (*wishes[rank], rank))
+    return {color: [rank for rank in ranks if wishes[rank][0] == color] for color in sorted({w[0] for w in wishes})}
+
+
+def places(members: Sequence[int]) -> list[int]:
+    """Where each member stands among them in rising order: engines number a group so, whatever order was asked for."""
+    return [sorted(members).index(member) for member in members]
+
+
 class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 

@@ -14,7 +14,7 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, wait_until
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, group_by_color, places, wait_until
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
@@ -52,8 +52,7 @@ class HorovodCommunicator(Communicator):
         self._timeout = timeout
         self._set = process_set
         self._members = list(members)
-        # Horovod orders a process set by its own ranks: our rank r stands at place[r] there.
-        self._place = [sorted(members).index(member) for member in members]
+        self._place = places(members)
         self._names = _Names("hvdlm" if self._is_whole_job else f"hvdlm.{'.'.join(map(str, members))}")
         self.capabilities = frozenset({"float16", "cuda"} if hvd.nccl_built() else {"float16"})
         self.rank, self.size = self._members.index(hvd.rank()), len(self._members)
@@ -74,11 +73,9 @@ class HorovodCommunicator(Communicator):
     def split(self, color: int, key: int) -> Communicator:
         if not self._is_whole_job:
             raise HvdlmError("engine horovod can split only the whole job, not a part of it: use engine mpi or torch")
-        wishes = self.all_gather_object((color, key))
         mine: tuple[Any, list[int]] | None = None
         # Adding a process set is collective over all ranks, so each rank adds those of the other colors too.
-        for each in sorted({wish[0] for wish in wishes}):
-            ranks = sorted((r for r in range(self.size) if wishes[r][0] == each), key=lambda r: (wishes[r][1], r))
+        for each, ranks in group_by_color(self.all_gather_object((color, key))).items():
             members = [self._members[rank] for rank in ranks]
             process_set = _process_set(tuple(sorted(members)))
             if each == color:
@@ -99,11 +96,11 @@ class HorovodCommunicator(Communicator):
         return dtype in _REDUCIBLE or (dtype is torch.float16 and op is ReduceOp.SUM)
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
-        return self._start("all_reduce", hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
+        return self._start(_alike("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
         if op is ReduceOp.SUM and min(lengths) > 0 and self._place == sorted(self._place):
-            return self._start("reduce_scatter", hvd.reducescatter_async, flat, op=hvd.Sum)
+            return self._start(_alike("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
         # Horovod scatters only sums, in its own order of ranks and with no part empty.
         reduced = flat.clone()
         return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
@@ -115,15 +112,15 @@ class HorovodCommunicator(Communicator):
             pieces = torch.split(gathered, their_lengths)
             return torch.cat([pieces[place] for place in self._place])
 
-        return self._start("all_gather", hvd.allgather_async, data).then(in_our_order)
+        return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_our_order)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
-        return self._start("broadcast", hvd.broadcast_async_, data, self._members[root]).then(lambda _: None)
+        return self._start(_alike("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
+            lambda _: None
+        )
 
     def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Tensor]:
-        # Horovod remembers a tensor by name, dtype and shape: only like ones may share a name from step to step.
-        alike = f"{kind}.{arguments[0].dtype}.{arguments[0].numel()}"
-        name, give_back = self._names.take(alike)
+        name, give_back = self._names.take(kind)
         with contact(self.engine, self.rank, hvd.HorovodInternalError):
             handle = operation(*arguments, **options, name=name, process_set=self._set)
 
@@ -135,6 +132,11 @@ class HorovodCommunicator(Communicator):
             return result
 
         return Work(finish, lambda: bool(hvd.poll(handle)))
+
+
+def _alike(kind: str, flat: Tensor) -> str:
+    """Horovod remembers a tensor by name, dtype and shape: only like ones may share a name from step to step."""
+    return f"{kind}.{flat.dtype}.{flat.numel()}"
 
 
 @functools.cache

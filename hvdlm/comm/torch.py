@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, group_by_color, places
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
 
@@ -35,8 +35,7 @@ class TorchCommunicator(Communicator):
         """`members`: the global ranks of `group`, in our order. `start` makes the first one."""
         self._group = group
         self._members = list(members)
-        # A process group orders its ranks by their global ones: our rank r stands at place[r] there.
-        self._place = [sorted(members).index(member) for member in members]
+        self._place = places(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
         self.capabilities = frozenset({"send", "float16", "bfloat16"} | gpu)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
@@ -55,8 +54,7 @@ class TorchCommunicator(Communicator):
         return cls(group, range(size))
 
     def split(self, color: int, key: int) -> Communicator:
-        wishes = self.all_gather_object((color, key))
-        ranks = sorted((r for r in range(self.size) if wishes[r][0] == color), key=lambda r: (wishes[r][1], r))
+        ranks = group_by_color(self.all_gather_object((color, key)))[color]
         members = [self._members[rank] for rank in ranks]
         group = dist.new_group(sorted(members), use_local_synchronization=True)
         return TorchCommunicator(group, members)

@@ -31,10 +31,10 @@ def staged(output: Path) -> Iterator[Path]:
                 _clear(staging)
                 yield staging
                 for path in (*staging.rglob("*"), staging):
-                    _sync(path)
+                    make_durable(path)
                 (staging / "lock").unlink()
                 staging.rename(output)
-                _sync(output.parent)
+                make_durable(output.parent)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
@@ -59,7 +59,8 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
-def _sync(path: Path) -> None:
+def make_durable(path: Path) -> None:
+    """Returns when a file's content, or a directory's entries, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from hvdlm.data.staging import make_durable
 from hvdlm.errors import HvdlmError
 
 logger = logging.getLogger(__name__)
@@ -88,13 +88,13 @@ def save(
         }
         (partial / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            make_durable(file)
+        make_durable(partial)
         if path.exists():  # the same step again, after resuming from an earlier one
             _remove(path)
         partial.rename(path)
         _point(path)
-        _sync(parent.parent)
+        make_durable(parent.parent)
         for old in [each for each in _by_step(parent) if each <= path][:-keep]:
             _remove(old)
     except (OSError, safetensors.SafetensorError) as error:
@@ -175,9 +175,9 @@ def _best_first(parent: Path) -> list[Path]:
 def _point(path: Path) -> None:
     pointer = path.with_name(_LATEST + _PARTIAL)
     pointer.write_text(path.name + "\n", encoding="utf-8")
-    _sync(pointer)
+    make_durable(pointer)
     pointer.replace(path.with_name(_LATEST))
-    _sync(path.parent)
+    make_durable(path.parent)
 
 
 def _remove(path: Path) -> None:
@@ -217,14 +217,6 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:
