@@ -11,10 +11,8 @@ from __future__ import annotations
 import logging
 import pickle
 import socket
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -32,12 +30,6 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int32, t
 
 # What a dtype travels as where an engine cannot reduce it: no value is lost on the way, only rounded at the end.
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.uint8: torch.int32}
-
-
-# Polls before the first sleep, then the length of a sleep in seconds: ranks that come together lose nothing,
-# and one that comes late is noticed within a fraction of what a message of a bucket's size takes.
-_EAGER_POLLS = 50
-_SLEEP = 200e-6
 
 
 class ReduceOp(Enum):
@@ -78,41 +70,6 @@ class Work(Generic[T]):
     def then(self, function: Callable[[T], U]) -> Work[U]:
         """Work whose result is `function` of this one's, applied by the thread that waits."""
         return Work(lambda: function(self.wait()), self.is_done)
-
-
-@contextmanager
-def contact(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None]:
-    """Turns what an engine raises when it has lost a rank into a sentence."""
-    try:
-        yield
-    except failures as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HvdlmError(
-            f"rank {rank} has lost contact with another rank, which may have died: engine {engine} says: {reason}"
-        ) from error
-
-
-def wait_until(is_done: Callable[[], bool], timeout: float, rank: int, what: str) -> None:
-    """Polls until done, with short sleeps that leave the core to whoever computes.
-
-    Raises HvdlmError after `timeout` seconds: `rank` has then waited in vain for `what`.
-    """
-    deadline = time.monotonic() + timeout
-    polls = 0
-    while not is_done():
-        polls += 1
-        if polls > _EAGER_POLLS:
-            time.sleep(_SLEEP)
-            if time.monotonic() > deadline:
-                raise waited_in_vain(timeout, rank, what)
-
-
-def waited_in_vain(timeout: float, rank: int, what: str) -> HvdlmError:
-    """The error of a rank whose patience has ended."""
-    return HvdlmError(
-        f"rank {rank} on {socket.gethostname()} waited {timeout:g} s (comm.timeout) for {what}: "
-        "look for a rank that has stopped or fallen behind"
-    )
 
 
 def part_lengths(length: int, parts: int) -> list[int]:

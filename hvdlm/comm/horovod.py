@@ -14,7 +14,8 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, group_by_color, places, wait_until
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
+from hvdlm.comm.failure import contact, wait_until
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}

@@ -21,7 +21,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, wait_until, waited_in_vain
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.failure import contact, wait_until, waited_in_vain
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, contact, group_by_color, places
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
+from hvdlm.comm.failure import contact
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
 
