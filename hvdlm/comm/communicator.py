@@ -97,8 +97,8 @@ class Communicator(ABC):
     operation has an `_async` form that returns a `Work`.
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
-    engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "cuda" (GPU
-    tensors need no staging through host memory).
+    engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"
+    (GPU tensors need no staging through host memory).
     """
 
     engine: str

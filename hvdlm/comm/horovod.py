@@ -55,14 +55,14 @@ class HorovodCommunicator(Communicator):
         self._members = list(members)
         self._place = places(members)
         self._names = _Names("hvdlm" if self._is_whole_job else f"hvdlm.{'.'.join(map(str, members))}")
-        self.capabilities = frozenset({"float16", "cuda"} if hvd.nccl_built() else {"float16"})
+        can_split = {"split"} if os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") == "1" else set()
+        self.capabilities = frozenset({"float16"} | can_split | ({"cuda"} if hvd.nccl_built() else set()))
         self.rank, self.size = self._members.index(hvd.rank()), len(self._members)
         self._locate()
 
     @classmethod
     def start(cls, timeout: float) -> HorovodCommunicator:
         """Initialises Horovod; `timeout`: seconds that a rank waits for another."""
-        os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # lets `split` add process sets
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
         hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
@@ -72,6 +72,11 @@ class HorovodCommunicator(Communicator):
         return self._set is hvd.global_process_set
 
     def split(self, color: int, key: int) -> Communicator:
+        if not self.supports("split"):
+            raise HvdlmError(
+                "engine horovod can split a job only if HOROVOD_DYNAMIC_PROCESS_SETS=1 is in the environment of all "
+                "ranks, which costs it a message in every cycle; or use engine mpi or torch"
+            )
         if not self._is_whole_job:
             raise HvdlmError("engine horovod can split only the whole job, not a part of it: use engine mpi or torch")
         mine: tuple[Any, list[int]] | None = None

@@ -37,7 +37,7 @@ class MPICommunicator(Communicator):
     """Ranks of an MPI communicator. Needs MPI_THREAD_MULTIPLE, which Open MPI and MPICH give by default."""
 
     engine = "mpi"
-    capabilities = frozenset({"send"})
+    capabilities = frozenset({"send", "split"})
 
     def __init__(self, timeout: float, group: MPI.Comm | None = None) -> None:
         """`timeout`: seconds that a rank waits for the others before it gives up."""

@@ -17,7 +17,7 @@ class SoloCommunicator(Communicator):
     """One rank."""
 
     engine = "solo"
-    capabilities = frozenset({"float16", "bfloat16", "cuda"})
+    capabilities = frozenset({"float16", "bfloat16", "split", "cuda"})
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1

@@ -6,6 +6,7 @@ under srun, through Horovod under horovodrun, and through MASTER_ADDR where some
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -38,7 +39,7 @@ class TorchCommunicator(Communicator):
         self._members = list(members)
         self._place = places(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
-        self.capabilities = frozenset({"send", "float16", "bfloat16"} | gpu)
+        self.capabilities = frozenset({"send", "split", "float16", "bfloat16"} | gpu)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
         self._locate()
 
@@ -68,6 +69,7 @@ class TorchCommunicator(Communicator):
         if self._group is dist.group.WORLD:
             dist.destroy_process_group()
         del self._group  # else its threads live on into the interpreter's end, and abort it there
+        gc.collect()  # operations that have ended hold on to the connections too
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return True

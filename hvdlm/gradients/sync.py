@@ -62,7 +62,6 @@ class GradientSync:
         for index, bucket in enumerate(self.buckets):
             bucket.buffer.zero_()
             self._missing[index] = len(bucket.parameters)
-        self._under_way.clear()
         self._is_last_micro_batch = False
         self.traffic = Traffic()
 
@@ -78,6 +77,7 @@ class GradientSync:
         for work in self._under_way:
             work.wait()
         self._waiting.stop()
+        self._under_way.clear()
 
     @property
     def exposed_seconds(self) -> float:

@@ -164,6 +164,7 @@ def check_places(comm: Communicator) -> None:
 
 def check_split(comm: Communicator) -> None:
     """Odd and even ranks, each group in falling order of rank."""
+    assert comm.supports("split")
     group = comm.split(color=comm.rank % 2, key=-comm.rank)
     members = [rank for rank in reversed(range(comm.size)) if rank % 2 == comm.rank % 2]
     assert (group.size, group.rank) == (len(members), members.index(comm.rank))

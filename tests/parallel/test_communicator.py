@@ -21,10 +21,18 @@ WAYS = [
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("engine", "launcher"), WAYS)
 def test_every_operation(engine: str, launcher: str, ranks: int) -> None:
-    result = run_ranks(launcher, ranks, [str(BODY), engine, str(ranks)])
+    splitting = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    result = run_ranks(launcher, ranks, [str(BODY), engine, str(ranks)], extra=splitting)
     assert result.status == 0, result.output
     for rank in range(ranks):
         assert f"rank {rank} of {ranks} finished" in result.output, result.output
+
+
+def test_horovod_says_what_splitting_needs() -> None:
+    script = "from hvdlm.comm.launch import connect; connect('horovod', 60).split(0, 0)"
+    result = run_ranks("mpirun", 2, ["-c", script], extra={"HOROVOD_DYNAMIC_PROCESS_SETS": "0"})
+    assert result.status != 0
+    assert "only if HOROVOD_DYNAMIC_PROCESS_SETS=1 is in the environment" in result.output
 
 
 def test_every_operation_alone() -> None:
