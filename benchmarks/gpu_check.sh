@@ -49,7 +49,7 @@ tail -n 2 "$out/bf16/metrics.jsonl"
 echo "== stop and resume on the GPU"
 hvdlm train examples/quickstart.toml "${small[@]}" --checkpoint.every 10 --train.run_dir "$out/whole"
 hvdlm train examples/quickstart.toml "${small[@]}" --checkpoint.every 1 --train.run_dir "$out/stopped" &
-while [ ! -d "$out/stopped/checkpoints/step_00000003" ]; do sleep 0.1; done
+while [ ! -e "$out/stopped/checkpoints/latest" ]; do sleep 0.1; done
 kill -TERM $!
 wait $! || [ $? = 75 ]
 hvdlm train examples/quickstart.toml "${small[@]}" --train.run_dir "$out/stopped" --resume latest
