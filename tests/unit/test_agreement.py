@@ -7,14 +7,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from thread_rank import on_threads
 
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
@@ -22,28 +22,6 @@ from hvdlm.training.agreement import on_first_rank, raise_together, together
 from hvdlm.training.replicas import broadcast_tensors, check_replicas, parameter_hash
 
 T = TypeVar("T")
-
-
-class ThreadRank(SoloCommunicator):
-    """One rank of several that are threads of this process; they exchange objects and nothing else."""
-
-    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
-        self.hosts = [f"n{rank}" for rank in range(self.size)]
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self.slots[self.rank] = value
-        self.exchange.wait()
-        everyone = list(self.slots)
-        self.exchange.wait()
-        return everyone
-
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        return self.all_gather_object(value)[root]
-
-    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
-        assert op is ReduceOp.MAX
-        return tensor.copy_(torch.stack(self.all_gather_object(tensor.clone())).amax(0))
 
 
 def on_ranks(size: int, body: Callable[[Communicator], T]) -> list[T | JobError]:
@@ -55,10 +33,7 @@ def on_ranks(size: int, body: Callable[[Communicator], T]) -> list[T | JobError]
         except JobError as error:
             return error
 
-    slots: list[Any] = [None] * size
-    barrier = threading.Barrier(size, timeout=60)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, [ThreadRank(rank, slots, barrier) for rank in range(size)]))
+    return on_threads(size, run)
 
 
 def sentences(outcomes: list[Any]) -> set[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import h5py
 import pytest
 import torch
+from thread_rank import on_threads
 from torch.nn import functional
 
 from hvdlm.comm.communicator import Communicator
@@ -138,30 +137,12 @@ def test_a_limit_beyond_the_end_is_none(path: Path) -> None:
     assert evaluate(model, data, SoloCommunicator(), "fp32", 4, limit=10**6) == unlimited
 
 
-class ThreadRank(SoloCommunicator):
-    """One rank of several that are threads of this process; they exchange objects and nothing else."""
-
-    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
-        self.hosts = ["n"] * self.size
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self.slots[self.rank] = value
-        self.exchange.wait()
-        everyone = list(self.slots)
-        self.exchange.wait()
-        return everyone
-
-
 def evaluate_on(ranks: int, path: Path, limit: int = 0) -> list[Evaluation]:
     def run(communicator: Communicator) -> Evaluation:
         data = DataSet(path)
         return evaluate(make_model(data), data, communicator, "fp32", 2, limit)
 
-    slots: list[Any] = [None] * ranks
-    barrier = threading.Barrier(ranks, timeout=60)
-    with ThreadPoolExecutor(ranks) as pool:
-        return list(pool.map(run, [ThreadRank(rank, slots, barrier) for rank in range(ranks)]))
+    return on_threads(ranks, run)
 
 
 @pytest.mark.parametrize(("ranks", "limit"), [(2, 0), (3, 0), (5, 7), (4, 2)])  # the last leaves ranks without any

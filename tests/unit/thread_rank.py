@@ -1,0 +1,45 @@
+"""Several ranks as threads of one process, for tests of what ranks tell each other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.solo import SoloCommunicator
+
+T = TypeVar("T")
+
+
+class ThreadRank(SoloCommunicator):
+    """One rank of several that are threads of this process; they exchange objects and nothing else."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
+        self.hosts = [f"n{rank}" for rank in range(self.size)]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.slots[self.rank] = value
+        self.exchange.wait()
+        everyone = list(self.slots)
+        self.exchange.wait()
+        return everyone
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        return self.all_gather_object(value)[root]
+
+    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
+        assert op is ReduceOp.MAX
+        return tensor.copy_(torch.stack(self.all_gather_object(tensor.clone())).amax(0))
+
+
+def on_threads(size: int, body: Callable[[Communicator], T]) -> list[T]:
+    """What `body` returns on each of `size` ranks; a rank that waits a minute for another fails."""
+    slots: list[Any] = [None] * size
+    barrier = threading.Barrier(size, timeout=60)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(body, [ThreadRank(rank, slots, barrier) for rank in range(size)]))
