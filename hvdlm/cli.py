@@ -98,7 +98,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.cluster.horovod_build import install
+    from hvdlm.cluster.horovod_build.build import install
 
     install(dry_run=options.dry_run)
     return 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from horovod.runner.common.util.hosts import parse_host_files
 
-from hvdlm.cluster import horovod_source
-from hvdlm.cluster.horovod_source import fetch, unpack_and_patch
+from hvdlm.cluster.horovod_build import source
+from hvdlm.cluster.horovod_build.source import fetch, unpack_and_patch
 from hvdlm.errors import HvdlmError
 
 RANK = """
@@ -72,7 +72,7 @@ def test_patches_apply_to_the_release_even_inside_a_repository(archive: Path, tm
 def test_patch_that_does_not_apply(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = tmp_path / "0099-wrong.patch"
     patch.write_text("--- a/setup.py\n+++ b/setup.py\n@@ -1 +1 @@\n-no such line\n+another\n")
-    monkeypatch.setattr(horovod_source, "PATCHES", (patch,))
+    monkeypatch.setattr(source, "PATCHES", (patch,))
     with pytest.raises(HvdlmError, match=r"applying 0099-wrong.patch to Horovod 0.28.1 failed: .*setup.py.*log"):
         unpack_and_patch(archive, tmp_path, tmp_path / "log")
 

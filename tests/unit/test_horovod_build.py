@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hvdlm.cluster import target as target_module
-from hvdlm.cluster.command import run_logged
-from hvdlm.cluster.target import Mpi, Target, find_target
-from hvdlm.cluster.wheel_cache import build_directory, cached_wheel
+from hvdlm.cluster.horovod_build import target as target_module
+from hvdlm.cluster.horovod_build.command import run_logged
+from hvdlm.cluster.horovod_build.target import Mpi, Target, find_target
+from hvdlm.cluster.horovod_build.wheel_cache import build_directory, cached_wheel
 from hvdlm.errors import HvdlmError
 
 OUTSIDE = Mpi("Open MPI", "5.0.1", Path("/opt/mpi/bin/mpicxx"), Path("/opt/mpi/bin/mpirun"))

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 ENGINES = ("horovod", "mpi4py", "torch.distributed")
 # Proves an installation of Horovod itself, in a process of its own, before any engine of ours can use it.
-PROOF = HOUSE / "cluster" / "proof.py"
+PROOF = HOUSE / "cluster" / "horovod_build" / "proof.py"
 
 
 def room(file: Path) -> str:

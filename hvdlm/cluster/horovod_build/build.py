@@ -11,12 +11,12 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-from hvdlm.cluster.command import run_logged
-from hvdlm.cluster.horovod_source import VERSION, fetch, patches_sha256, unpack_and_patch
-from hvdlm.cluster.proof import prove
-from hvdlm.cluster.target import Target, find_target
-from hvdlm.cluster.toolchain import Toolchain, find_toolchain
-from hvdlm.cluster.wheel_cache import build_directory, cached_wheel, open_cache
+from hvdlm.cluster.horovod_build.command import run_logged
+from hvdlm.cluster.horovod_build.proof import prove
+from hvdlm.cluster.horovod_build.source import VERSION, fetch, patches_sha256, unpack_and_patch
+from hvdlm.cluster.horovod_build.target import Target, find_target
+from hvdlm.cluster.horovod_build.toolchain import Toolchain, find_toolchain
+from hvdlm.cluster.horovod_build.wheel_cache import build_directory, cached_wheel, open_cache
 from hvdlm.errors import HvdlmError
 
 # Horovod's setup.py imports these; kept out of the environment that it is built for.

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hvdlm.cluster.command import run_logged
+from hvdlm.cluster.horovod_build.command import run_logged
 from hvdlm.errors import HvdlmError
 
 VERSION = "0.28.1"

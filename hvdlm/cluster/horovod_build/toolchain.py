@@ -9,7 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm.cluster.target import output_of, version_in
+from hvdlm.cluster.horovod_build.target import output_of, version_in
 from hvdlm.errors import HvdlmError
 
 OLDEST_CMAKE = (3, 13)

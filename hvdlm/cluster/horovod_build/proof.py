@@ -1,6 +1,6 @@
 """Proof that an installed Horovod works: its own report, and two ranks that add up integers.
 
-Run as `python -m hvdlm.cluster.proof CONTROLLER` this module is one of those ranks.
+Run as `python -m hvdlm.cluster.horovod_build.proof CONTROLLER` this module is one of those ranks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdlm.cluster.command import run_logged
-from hvdlm.cluster.target import Target
+from hvdlm.cluster.horovod_build.command import run_logged
+from hvdlm.cluster.horovod_build.target import Target
 from hvdlm.errors import HvdlmError
 
 RANKS = 2
