@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after an error sentence, 130 after Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "slurm"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _set_up_logging(options.traceback)
     try:
@@ -104,6 +104,51 @@ def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    if options.hostfile:
+        from hvdlm.cluster.doctor.hosts import examine_hosts
+
+        return examine_hosts(options.hostfile, options.timeout)
+    from hvdlm.cluster.doctor.ranks import examine_ranks
+
+    return examine_ranks(options.engine, options.timeout)
+
+
+def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.cluster.slurm.job import write_job
+
+    write_job(
+        options.config,
+        overrides,
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node,
+        gpus_per_rank=options.gpus_per_rank,
+        time=options.time,
+        launcher=options.launcher,
+        sbatch=options.sbatch,
+        output=options.output,
+        submit=options.submit,
+    )
+    return 0
+
+
+def _fabric(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.cluster.fabric.fabric import Fabric
+
+    fabric = Fabric(options.state)
+    if options.action == "up":
+        fabric.up(options.hosts, options.slots, options.rate, slurm=options.slurm)
+    elif options.action == "run":
+        return fabric.run(options.host, options.program)
+    elif options.action == "link":
+        fabric.link(options.host, options.change)
+    elif options.action == "status":
+        fabric.print_status()
+    else:
+        fabric.down()
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdlm", description=hvdlm.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hvdlm {hvdlm.__version__}")
@@ -172,4 +217,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
     install.set_defaults(run=_install_horovod)
+
+    doctor = commands.add_parser("doctor", help="say whether this machine, these ranks or these hosts can train")
+    doctor.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
+    )
+    doctor.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    doctor.add_argument("--timeout", type=float, default=20, metavar="SECONDS", help="for each wait (default: 20)")
+    doctor.set_defaults(run=_doctor)
+
+    slurm = commands.add_parser(
+        "slurm",
+        help="write a Slurm job that trains, and goes on by itself after its time limit",
+        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        allow_abbrev=False,
+    )
+    slurm.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")
+    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
+    slurm.add_argument("--ranks-per-node", type=int, required=True, metavar="R")
+    slurm.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0, for training on CPUs")
+    slurm.add_argument("--time", default="4:00:00", metavar="LIMIT", help="as sbatch takes it (default: 4:00:00)")
+    slurm.add_argument("--launcher", default="mpirun", choices=["mpirun", "srun", "horovodrun"])
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help='more for sbatch, as in "--partition=gpu"'
+    )
+    slurm.add_argument("--output", type=Path, metavar="DIR", help="the job's directory (default: RUN_DIR.slurm)")
+    slurm.add_argument("--submit", action="store_true", help="submit it too")
+    slurm.set_defaults(run=_slurm)
+
+    _add_fabric(commands)
     return parser
+
+
+def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fabric = commands.add_parser("fabric", help="a cluster in a box: emulated hosts on this machine, for rehearsals")
+    fabric.add_argument(
+        "--state", type=Path, metavar="DIR", help="where its state lies (default: HVDLM_FABRIC, or /var/lib/hvdlm/fabric)"
+    )
+    actions = fabric.add_subparsers(dest="action", metavar="ACTION", required=True)
+    up = actions.add_parser("up", help="start hosts h1, h2, ...")
+    up.add_argument("--hosts", type=int, required=True, metavar="N")
+    up.add_argument("--slots", type=int, default=2, metavar="S", help="ranks a host (default: 2)")
+    up.add_argument("--rate", metavar="RATE", help="of each host's link, as 100mbit or 1gbit (default: unlimited)")
+    up.add_argument("--slurm", action="store_true", help="with Slurm: munge, slurmctld on h1, slurmd on every host")
+    run = actions.add_parser("run", help="run a program inside a host")
+    run.add_argument("host", metavar="HOST")
+    run.add_argument("program", nargs="+", metavar="-- PROGRAM", help="and its arguments")
+    link = actions.add_parser("link", help="cut, heal or reshape a host's link, while jobs run")
+    link.add_argument("host", metavar="HOST")
+    link.add_argument("change", metavar="down|up|RATE")
+    actions.add_parser("status", help="print hosts, addresses, links and processes")
+    actions.add_parser("down", help="end every process of the hosts and remove them")
+    fabric.set_defaults(run=_fabric)

@@ -1,0 +1,63 @@
+"""The system programs that a fabric is made of: found, or named with the package that brings them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from hvdlm.errors import HvdlmError
+
+_PACKAGES = {
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+}
+_SLURM_PACKAGES = dict.fromkeys(("munged", "slurmctld", "slurmd", "srun", "sbatch"), "slurm-wlm")
+
+# Daemons lie where an ordinary user's PATH does not lead.
+_DIRECTORIES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def require(slurm: bool) -> None:
+    """Raises HvdlmError, with what to install, unless a fabric can be had here; `slurm`: with Slurm."""
+    if os.geteuid() != 0:
+        raise HvdlmError(
+            "hvdlm fabric makes network namespaces, which only root may do: run it as root, or in a virtual machine"
+        )
+    packages = _PACKAGES | (_SLURM_PACKAGES if slurm else {})
+    missing = [name for name in packages if shutil.which(name, path=_DIRECTORIES) is None]
+    if missing:
+        wanted = " ".join(sorted({packages[name] for name in missing}))
+        raise HvdlmError(
+            f"hvdlm fabric needs {', '.join(missing)}: install them (Debian, Ubuntu: apt-get install {wanted})"
+        )
+
+
+def path_of(name: str) -> str:
+    """The absolute path of a program: sshd does not start by any other."""
+    path = shutil.which(name, path=_DIRECTORIES)
+    if path is None:
+        raise HvdlmError(f"{name} is not on the PATH")
+    return path
+
+
+def run(*command: str) -> str:
+    """Runs a command to its end and returns what it printed; raises HvdlmError with what it said if it fails."""
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        said = " ".join(result.stdout.split()) or f"exit status {result.returncode}"
+        raise HvdlmError(f"{' '.join(command)}: {said}")
+    return result.stdout
+
+
+def enter(process: int, namespaces: Sequence[str]) -> list[str]:
+    """The words that, before a command, run it in some namespaces ("net", "uts", ...) of a process."""
+    return ["nsenter", "--target", str(process), *(f"--{namespace}" for namespace in namespaces), "--"]

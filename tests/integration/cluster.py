@@ -1,0 +1,67 @@
+"""An emulated cluster for tests: `hvdlm fabric`, programs run in its hosts, and nothing left behind on any of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from launcher import BIN, Result, run
+
+from hvdlm.cluster.fabric.fabric import Fabric
+from hvdlm.cluster.fabric.programs import require
+from hvdlm.errors import HvdlmError
+
+
+class Cluster:
+    """A fabric that is up."""
+
+    def __init__(self, state: Path, hosts: int, slots: int, *options: str) -> None:
+        """`options`: more words for `hvdlm fabric up`. Skips the test, and says why, where no fabric can be."""
+        try:
+            require(slurm="--slurm" in options)
+        except HvdlmError as error:
+            pytest.skip(str(error))
+        self.fabric = Fabric(state)
+        self.hosts = [f"h{index}" for index in range(1, hosts + 1)]
+        self.hostfile = state / "hostfile"
+        result = self.command("up", "--hosts", str(hosts), "--slots", str(slots), *options)
+        assert result.status == 0, result.output
+
+    def command(self, *words: str, deadline: float = 60) -> Result:
+        """`hvdlm fabric` with this fabric's state."""
+        return run([str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), *words], deadline)
+
+    def run(
+        self,
+        host: str,
+        command: Sequence[str] | str,
+        deadline: float = 120,
+        extra: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Result:
+        """Runs words, or a line as a shell takes it, in a host; fails if processes are left on any host afterwards."""
+        words = ["bash", "-c", command] if isinstance(command, str) else list(map(str, command))
+        inside = [str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), "run", host, "--", *words]
+        try:
+            result = run(inside, deadline, extra, cwd)
+        finally:
+            left = self.end_jobs()
+        assert not left, f"{shlex.join(words)} left processes behind: {left}\n{result.output}"
+        return result
+
+    def end_jobs(self, patience: float = 10) -> list[str]:
+        """Waits `patience` seconds for the processes of all hosts to end; kills the rest and names them."""
+        jobs = [job for host in self.hosts for job in self.fabric.jobs(host)]
+        _, alive = psutil.wait_procs(jobs, timeout=patience)
+        names = [shlex.join(each.cmdline()) for each in alive if each.is_running()]
+        for process in alive:
+            process.kill()
+        return names
+
+    def down(self) -> None:
+        result = self.command("down")
+        assert result.status == 0, result.output
+        assert not self.fabric.state.exists()
