@@ -30,10 +30,12 @@ def small_data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """In continuous integration a test may be skipped for want of a GPU and for nothing else."""
+    """In continuous integration a test may be skipped for want of a GPU or of root, and for nothing else."""
     if not os.environ.get("CI"):
         return
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "GPU" not in str(report.longrepr)]
+    wants = ("GPU", "only root may")
+    reports = terminalreporter.stats.get("skipped", [])
+    skipped = [report for report in reports if not any(want in str(report.longrepr) for want in wants)]
     if skipped:
         names = ", ".join(report.nodeid for report in skipped)
         pytest.exit(f"skipped in continuous integration, which must run every test: {names}", returncode=1)

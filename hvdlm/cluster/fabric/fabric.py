@@ -107,7 +107,8 @@ class Fabric:
             with suppress(psutil.Error, OSError):
                 if _process_namespace(process.pid) != namespace or process.pid == first:
                     continue
-                if not (process.ppid() == first and process.name() in _DAEMONS):
+                is_daemon = process.name() in _DAEMONS and process.ppid() == first
+                if not is_daemon and process.name() != "slurmscriptd":  # a part of slurmctld
                     found.append(process)
         return found
 
