@@ -252,7 +252,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fabric = commands.add_parser("fabric", help="a cluster in a box: emulated hosts on this machine, for rehearsals")
     fabric.add_argument(
-        "--state", type=Path, metavar="DIR", help="where its state lies (default: HVDLM_FABRIC, or /var/lib/hvdlm/fabric)"
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="its directory (default: HVDLM_FABRIC, or /var/lib/hvdlm/fabric)",
     )
     actions = fabric.add_subparsers(dest="action", metavar="ACTION", required=True)
     up = actions.add_parser("up", help="start hosts h1, h2, ...")

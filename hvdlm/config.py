@@ -113,7 +113,17 @@ class CommSection(Section):
 
     engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field("auto", description="what carries messages")
     bucket_mb: float = Field(4.0, gt=0, description="gradient bytes sent at once, in units of 2**20")
+    algorithm: Literal["auto", "ring", "engine"] = Field(
+        "auto", description="what sums gradients: our ring, the engine's all-reduce, or the faster in a trial at start"
+    )
     timeout: float = Field(300.0, gt=0, description="seconds that a rank waits for another before it gives up")
+
+
+class CompressionSection(Section):
+    """`[compression]`: what gradients travel as."""
+
+    codec: str = Field("none", description="none, fp16, bf16, or FILE.py:CLASS of your own")
+    error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
 
 
 class CheckpointSection(Section):
@@ -137,6 +147,7 @@ class Config(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     comm: CommSection = Field(default_factory=CommSection)
+    compression: CompressionSection = Field(default_factory=CompressionSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
 

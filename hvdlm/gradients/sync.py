@@ -1,8 +1,8 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
-A gradient's way: `backward()` adds it into its bucket (bucket.py) -> a hook counts it -> the bucket is full ->
-its all-reduce starts, on the engine's own thread or stream -> `wait` returns when every bucket holds the sum.
-A codec that compresses what travels has its place in `_send`.
+A gradient's way: `backward()` adds it into its bucket (bucket.py) -> a hook counts it -> the bucket is full -> a codec
+(codecs/) sends it on the communication thread or stream (courier.py, exchange.py) -> `wait` returns when every bucket
+holds the sum.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.ring import Ring
+from hvdlm.config import CommSection, CompressionSection
+from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import make_buckets
+from hvdlm.gradients.codecs.choice import codec_maker
+from hvdlm.gradients.courier import Courier
+from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.stopwatch import Stopwatch
 
 
 @dataclass
 class Traffic:
-    """What one step's gradients cost on the wire."""
+    """What one step's gradients cost, on this rank."""
 
-    dense_bytes: int = 0  # of the gradients themselves
-    encoded_bytes: int = 0  # of what stands for them
-    wire_bytes: int = 0  # that this rank sends in a ring all-reduce
-    first_sent: float = math.nan  # time.perf_counter() when the first bucket left; nan: none has
+    dense_bytes: int  # that a ring all-reduce of the gradients as they are would send
+    wire_bytes: int  # that was sent
+    codec_seconds: float  # making and reading messages
+    exchange_seconds: float  # sending them and waiting for those of others, most of it behind the backward pass
+    first_sent: float  # time.perf_counter() when the first message left
 
 
 class GradientSync:
@@ -44,15 +51,28 @@ class GradientSync:
     rank sends every bucket, in the order of buckets, so none waits for ever.
     """
 
-    def __init__(self, module: nn.Module, communicator: Communicator, bucket_bytes: int) -> None:
-        """Takes over `.grad` of every trainable parameter of `module`; `bucket_bytes`: size of a bucket."""
-        self._communicator = communicator
-        self.buckets = make_buckets(module.parameters(), bucket_bytes)
+    def __init__(
+        self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
+    ) -> None:
+        """Takes over `.grad` of every trainable parameter of `module`. Collective."""
+        self.buckets = make_buckets(dict(module.named_parameters()), int(comm.bucket_mb * 2**20))
+        device = self.buckets[0].buffer.device
+        # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
+        # is then no message among them.
+        own = communicator.split(0, communicator.rank) if communicator.supports("split") else communicator
+        self._exchange = Exchange(own, _ring(own, comm.algorithm, device))
+        self._courier = Courier(device)
+        make_codec = codec_maker(compression.codec)
+        self.codecs = [make_codec(bucket, compression) for bucket in self.buckets]
+        self.step = 0  # of the optimizer: the number of the gradients that are being made
+        # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
+        # codec owes after a step that is then skipped would be wrong.
+        self.only_if_finite = False
         self._missing = [0] * len(self.buckets)  # gradients not made yet, by bucket
-        self._under_way: list[Work[Tensor]] = []  # of buckets 0 .. len-1, in their order
+        self._under_way: list[Work[None]] = []  # of buckets 0 .. len-1, in their order
         self._is_last_micro_batch = False
-        self._waiting = Stopwatch(self.buckets[0].buffer.device)
-        self.traffic = Traffic()
+        self._busy_seconds = 0.0
+        self._waiting = Stopwatch(device)
         for index, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._counter(index))
@@ -63,14 +83,19 @@ class GradientSync:
             bucket.buffer.zero_()
             self._missing[index] = len(bucket.parameters)
         self._is_last_micro_batch = False
-        self.traffic = Traffic()
+        self._exchange.clear()
+        self._busy_seconds = 0.0
 
     def last_micro_batch(self) -> None:
         """From here on a gradient that is made is complete, and full buckets are sent."""
         self._is_last_micro_batch = True
 
     def wait(self) -> None:
-        """Returns when every bucket, on every rank, holds the sum over all ranks."""
+        """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if those were not to be sent."""
+        if self.only_if_finite and not self._is_finite_everywhere():
+            for bucket in self.buckets:
+                bucket.buffer.fill_(math.nan)
+            return
         for index in range(len(self._under_way), len(self.buckets)):
             self._send(index)
         self._waiting.start()
@@ -78,11 +103,39 @@ class GradientSync:
             work.wait()
         self._waiting.stop()
         self._under_way.clear()
+        self.step += 1
 
     @property
     def exposed_seconds(self) -> float:
         """How long the last `wait` has waited: communication that no computation hid."""
         return self._waiting.seconds
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the last step's gradients cost."""
+        size, exchange = self._exchange.size, self._exchange
+        return Traffic(
+            dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
+            wire_bytes=exchange.wire_bytes,
+            codec_seconds=self._busy_seconds - exchange.seconds,
+            exchange_seconds=exchange.seconds,
+            first_sent=math.nan if exchange.first_sent is None else exchange.first_sent,
+        )
+
+    def codec_state(self) -> dict[str, Tensor]:
+        """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
+        return {
+            f"{kind}.{name}": piece
+            for bucket, codec in zip(self.buckets, self.codecs, strict=True)
+            for kind, flat in codec.state().items()
+            for name, piece in zip(bucket.names, bucket.cut(flat), strict=True)
+        }
+
+    def scale_owed_(self, factor: float) -> None:
+        """Multiplies what codecs keep by a number, as gradients are from now on."""
+        for codec in self.codecs if factor != 1 else []:
+            for flat in codec.state().values():
+                flat.mul_(factor)
 
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a float32 scalar on their device."""
@@ -105,8 +158,15 @@ class GradientSync:
 
     def _send_what_is_full(self) -> None:
         """Sends full buckets, but none before its predecessors: all ranks must send in one order."""
+        if self.only_if_finite:
+            return
         while len(self._under_way) < len(self.buckets) and self._missing[len(self._under_way)] == 0:
             self._send(len(self._under_way))
+
+    def _is_finite_everywhere(self) -> bool:
+        bad = torch.tensor([float(not math.isfinite(float(self.norm())))])
+        self._exchange.all_reduce_(bad)
+        return not bad.any()
 
     def _send(self, index: int) -> None:
         bucket = self.buckets[index]
@@ -114,12 +174,20 @@ class GradientSync:
             raise RuntimeError(
                 "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
             )
-        if not self._under_way:
-            self.traffic.first_sent = time.perf_counter()
-        self._under_way.append(self._communicator.all_reduce_async_(bucket.buffer))
-        self.traffic.dense_bytes += bucket.nbytes()
-        self.traffic.encoded_bytes += bucket.nbytes()
-        # A ring all-reduce sends each byte on to the next rank twice, less the part that is its own
-        # (Patarasuk & Yuan, JPDC 2009, section 3).
-        size = self._communicator.size
-        self.traffic.wire_bytes += 2 * (size - 1) * bucket.nbytes() // size
+        self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
+
+    def _reduce(self, index: int) -> None:
+        begin = time.perf_counter()
+        try:
+            self.codecs[index].reduce_(self.buckets[index].buffer, self._exchange, self.step)
+        except HvdlmError as error:
+            raise HvdlmError(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
+        self._busy_seconds += time.perf_counter() - begin
+
+
+def _ring(communicator: Communicator, algorithm: str, device: torch.device) -> Ring | None:
+    if algorithm == "ring" and not communicator.supports("send"):
+        raise HvdlmError(
+            f"comm.algorithm = 'ring' needs messages between ranks, which engine {communicator.engine} has not"
+        )
+    return Ring(communicator) if algorithm == "ring" else None

@@ -7,6 +7,7 @@
         optimizer.safetensors   moments and step counts by name
         state.json              everything else
         tokenizer.json          of the data set, so that a checkpoint can speak by itself
+      ranks/                  what differs from rank to rank, if anything does: rank_00003.safetensors
         manifest.json           size and SHA-256 of each file above
 
 A checkpoint is written under another name, made durable and renamed. Only rank 0 reads and writes: replicas are
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+import hvdlm
 from hvdlm.data.staging import make_durable
 from hvdlm.errors import HvdlmError
 
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
 _STEP = "step_" + "[0-9]" * 8
 _LATEST = "latest"
+_RANKS = "ranks"
 _PARTIAL = ".partial"
 
 
@@ -58,6 +63,11 @@ class Checkpoint:
         """The optimizer's state by name, on the CPU."""
         return safetensors.torch.load_file(self.path / "optimizer.safetensors")
 
+    def rank_state(self, rank: int) -> dict[str, Tensor]:
+        """What that rank had of its own, on the CPU; nothing if ranks did not differ."""
+        file = self.path / _RANKS / f"rank_{rank:05d}.safetensors"
+        return safetensors.torch.load_file(file) if file.exists() else {}
+
 
 def save(
     parent: Path,
@@ -67,8 +77,11 @@ def save(
     state: Mapping[str, Any],
     tokenizer: Path,
     keep: int,
+    ranks: Path | None = None,
 ) -> Path:
     """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest up to it.
+
+    `ranks`: a directory in `parent` of files by rank, which becomes a part of the checkpoint.
 
     Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
@@ -83,12 +96,16 @@ def save(
         safetensors.torch.save_file(_plain(optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
+        if ranks is not None:
+            ranks.rename(partial / _RANKS)
         files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
+            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
         }
         (partial / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-        for file in partial.iterdir():
-            make_durable(file)
+        for path_inside in partial.rglob("*"):
+            make_durable(path_inside)
         make_durable(partial)
         if path.exists():  # the same step again, after resuming from an earlier one
             _remove(path)
@@ -104,6 +121,15 @@ def save(
             "then resume from the checkpoint before it"
         ) from error
     return path
+
+
+def versions() -> dict[str, str]:
+    """Of what a checkpoint's state depends on."""
+    return {
+        "hvdlm": hvdlm.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

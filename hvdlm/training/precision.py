@@ -32,15 +32,15 @@ class LossScale:
         self.factor = 2.0**16 if self.is_dynamic else 1.0
         self._good_steps = 0
 
-    def update(self, overflowed: bool) -> None:
-        """Learns of one step; every rank must tell the same."""
+    def update(self, overflowed: bool) -> float:
+        """Learns of one step, every rank the same, and returns by what the factor has been multiplied."""
+        before = self.factor
+        self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:
             self.factor = max(1.0, self.factor / 2)
-            self._good_steps = 0
-            return
-        self._good_steps += 1
-        if self.is_dynamic and self._good_steps % _GROWTH_INTERVAL == 0:
+        elif self.is_dynamic and self._good_steps % _GROWTH_INTERVAL == 0:
             self.factor *= 2
+        return self.factor / before
 
     def state_dict(self) -> dict[str, float]:
         return {"is_dynamic": self.is_dynamic, "factor": self.factor, "good_steps": self._good_steps}

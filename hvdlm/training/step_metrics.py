@@ -21,14 +21,15 @@ class StepMetrics:
 
     def _clear(self) -> None:
         self._steps = 0
-        self._whole = self._data = self._exposed = 0.0
+        self._whole = self._data = self._exposed = self._codec = 0.0
 
-    def add(self, whole: float, data: float, exposed: float) -> None:
-        """Seconds of one step: all of it, waiting for data, and waiting for communication."""
+    def add(self, whole: float, data: float, exposed: float, codec: float) -> None:
+        """Seconds of one step: the whole, waiting for data, waiting for communication; in codecs, behind all that."""
         self._steps += 1
         self._whole += whole
         self._data += data
         self._exposed += exposed
+        self._codec += codec
 
     def collect(self, loss_sum: float, tokens: int, traffic: Traffic) -> dict[str, Any]:
         """The last step's loss over all ranks, and mean times since the last call, each of the slowest rank.
@@ -38,10 +39,10 @@ class StepMetrics:
         """
         steps = self._steps
         compute = self._whole - self._data - self._exposed
-        own = (self._whole, self._data, compute, self._exposed, peak_memory_bytes(self._device))
+        own = (self._whole, self._data, compute, self._exposed, self._codec, peak_memory_bytes(self._device))
         self._clear()
         everyone = self._communicator.all_gather_object((loss_sum, own))
-        whole, data, compute, exposed, memory = (
+        whole, data, compute, exposed, codec, memory = (
             max(column) for column in zip(*(numbers for _, numbers in everyone), strict=True)
         )
         return {
@@ -51,8 +52,9 @@ class StepMetrics:
             "data_seconds": data / steps,
             "compute_seconds": compute / steps,
             "exposed_comm_seconds": exposed / steps,
+            "codec_seconds": codec / steps,
             "wire_bytes": traffic.wire_bytes,
-            "compression_ratio": traffic.dense_bytes / traffic.encoded_bytes,
+            "compression_ratio": traffic.dense_bytes / traffic.wire_bytes if traffic.wire_bytes else 1.0,
             "world_size": self._communicator.size,
             "memory_bytes": memory,
         }

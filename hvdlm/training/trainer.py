@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hvdlm
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
@@ -27,6 +25,7 @@ from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
 from hvdlm.training.precision import LossScale, autocast
 from hvdlm.training.preemption import Preemption
+from hvdlm.training.rank_states import gather_to_files, hand_out
 from hvdlm.training.replicas import broadcast_tensors, check_replicas
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.step_metrics import StepMetrics
@@ -45,8 +44,9 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.optimizer_state = optimizer_tensors(self.optimizer, self.model)
-        self.sync = GradientSync(self.model, communicator, int(config.comm.bucket_mb * 2**20))
+        self.sync = GradientSync(self.model, communicator, config.comm, config.compression)
         self.loss_scale = LossScale(config.train.precision)
+        self.sync.only_if_finite = self.loss_scale.is_dynamic and bool(self.sync.codec_state())
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.metrics: MetricsLog | None = None  # rank 0 has one
         self.step_metrics = StepMetrics(communicator, device)
@@ -63,8 +63,9 @@ class Trainer:
                 for name, tensor in tensors.items():
                     tensor.copy_(saved[name])
         broadcast_tensors(self.communicator, self.optimizer_state.values())
+        hand_out(self.communicator, source, self.sync.codec_state(), state["world_size"])
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self.step = state["step"]
+        self.step = self.sync.step = state["step"]
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before."""
@@ -119,7 +120,7 @@ class Trainer:
         norm = self._apply(usual_tokens / (all_tokens * self.loss_scale.factor), rate)
         self.step += 1
         exposed = settle_seconds + self.sync.exposed_seconds
-        self.step_metrics.add(time.perf_counter() - begin, data_seconds, exposed)
+        self.step_metrics.add(time.perf_counter() - begin, data_seconds, exposed, self.sync.traffic.codec_seconds)
         if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log(sum(float(loss.detach()) for loss in losses), all_tokens, rate, norm)
         return stop
@@ -160,7 +161,7 @@ class Trainer:
         overflowed = not math.isfinite(norm)
         if self.loss_scale.is_dynamic:
             overflowed = bool(self.communicator.all_reduce_(torch.tensor([int(overflowed)]), ReduceOp.MAX))
-            self.loss_scale.update(overflowed)
+            self.sync.scale_owed_(self.loss_scale.update(overflowed))
             if overflowed:
                 self._event(f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}")
                 return norm
@@ -203,18 +204,16 @@ class Trainer:
             "vocab_size": self.model.vocab_size,
             "world_size": self.communicator.size,
             "fingerprint": self.data.fingerprint,
-            "versions": {
-                "hvdlm": hvdlm.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
+            "versions": checkpoint.versions(),
         }
 
     def _save(self, loader: Loader) -> None:
+        parent, keep = checkpoint.directory(self.config.train.run_dir), self.config.checkpoint.keep
+        ranks = gather_to_files(self.communicator, self.sync.codec_state(), parent)
+
         def write() -> Path:
-            parent, keep = checkpoint.directory(self.config.train.run_dir), self.config.checkpoint.keep
-            tensors = self.parameters, self.optimizer_state
-            return checkpoint.save(parent, self.step, *tensors, self._state(loader), self.data.tokenizer_path, keep)
+            tensors, tokenizer = (self.parameters, self.optimizer_state), self.data.tokenizer_path
+            return checkpoint.save(parent, self.step, *tensors, self._state(loader), tokenizer, keep, ranks)
 
         self._event(f"saved {on_first_rank(self.communicator, write)}")
 

@@ -11,18 +11,21 @@ BODY = Path(__file__).with_name("gradients_body.py")
 
 
 @pytest.mark.parametrize(
-    ("engine", "launcher", "ranks"),
+    ("engine", "launcher", "ranks", "algorithm"),
     [
-        ("solo", "none", 1),
-        ("mpi", "mpirun", 2),
-        ("mpi", "mpirun", 3),
-        ("mpi", "mpirun", 4),
-        ("torch", "mpirun", 2),
-        ("horovod", "horovodrun --gloo", 2),
-        ("horovod", "horovodrun --mpi", 2),
+        ("solo", "none", 1, "engine"),
+        ("mpi", "mpirun", 2, "engine"),
+        ("mpi", "mpirun", 2, "ring"),
+        ("mpi", "mpirun", 3, "ring"),
+        ("mpi", "mpirun", 4, "engine"),
+        ("mpi", "mpirun", 4, "ring"),
+        ("torch", "mpirun", 2, "engine"),
+        ("torch", "mpirun", 3, "ring"),
+        ("horovod", "horovodrun --gloo", 2, "engine"),
+        ("horovod", "horovodrun --mpi", 2, "engine"),
     ],
 )
-def test_gradients_equal_those_of_the_joined_batch(engine: str, launcher: str, ranks: int) -> None:
-    result = run_ranks(launcher, ranks, [str(BODY), engine])
+def test_gradients_equal_those_of_the_joined_batch(engine: str, launcher: str, ranks: int, algorithm: str) -> None:
+    result = run_ranks(launcher, ranks, [str(BODY), engine, algorithm])
     assert result.status == 0, result.output
     assert result.output.count("finished") == ranks

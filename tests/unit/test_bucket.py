@@ -16,6 +16,10 @@ def parameters(*sizes: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.full((size,), float(index))) for index, size in enumerate(sizes)]
 
 
+def named(given: list[nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {f"parameter {index}": parameter for index, parameter in enumerate(given)}
+
+
 def sizes(buckets: list[Bucket]) -> list[list[int]]:
     return [[parameter.numel() for parameter in bucket.parameters] for bucket in buckets]
 
@@ -32,22 +36,22 @@ def sizes(buckets: list[Bucket]) -> list[list[int]]:
     ],
 )
 def test_buckets_are_filled_in_reverse_order(given: list[int], floats: int, expected: list[list[int]]) -> None:
-    assert sizes(make_buckets(parameters(*given), floats * 4)) == expected
+    assert sizes(make_buckets(named(parameters(*given)), floats * 4)) == expected
 
 
 def test_what_is_not_trained_is_left_out() -> None:
     given = parameters(1, 2, 3)
     given[1].requires_grad_(False)
-    assert sizes(make_buckets(given, 400)) == [[3, 1]]
+    assert sizes(make_buckets(named(given), 400)) == [[3, 1]]
     assert given[1].grad is None
     for parameter in given:
         parameter.requires_grad_(False)
-    assert make_buckets(given, 400) == []
+    assert make_buckets(named(given), 400) == []
 
 
 def test_gradients_are_views_that_fill_the_buffer_without_gaps() -> None:
     a, b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
-    bucket = Bucket([a, b])
+    bucket = Bucket({"a": a, "b": b})
     assert (bucket.buffer.shape, bucket.buffer.dtype, bucket.nbytes()) == ((10,), torch.float32, 40)
     assert not bucket.buffer.any()
     bucket.buffer.copy_(torch.arange(10.0))
@@ -55,11 +59,14 @@ def test_gradients_are_views_that_fill_the_buffer_without_gaps() -> None:
     assert b.grad is not None
     assert a.grad.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert b.grad.tolist() == [6, 7, 8, 9]
+    other = torch.arange(10.0, 20.0)
+    assert bucket.names == ["a", "b"]
+    assert [piece.tolist() for piece in bucket.cut(other)] == [[[10, 11, 12], [13, 14, 15]], [16, 17, 18, 19]]
 
 
 def test_the_backward_pass_writes_into_the_buffer() -> None:
     a, b = nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
-    bucket = Bucket([a, b])
+    bucket = Bucket({"a": a, "b": b})
     place = bucket.buffer.data_ptr()
     for _ in range(2):  # a second micro-batch is added
         (a * b).sum().backward()
@@ -70,7 +77,7 @@ def test_the_backward_pass_writes_into_the_buffer() -> None:
 
 def test_an_optimizer_step_reads_the_buffer() -> None:
     a = nn.Parameter(torch.tensor([1.0, 2.0]))
-    bucket = Bucket([a])
+    bucket = Bucket({"a": a})
     bucket.buffer.copy_(torch.tensor([8.0, 16.0]))
     torch.optim.SGD([a], lr=0.125).step()
     assert a.tolist() == [0.0, 0.0]
@@ -78,14 +85,14 @@ def test_an_optimizer_step_reads_the_buffer() -> None:
 
 def test_it_notices_a_gradient_that_was_taken_out() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    bucket = Bucket(list(module.parameters()))
+    bucket = Bucket(dict(module.named_parameters()))
     assert bucket.holds_its_gradients()
     module.zero_grad(set_to_none=False)
     assert bucket.holds_its_gradients()
     module[0].bias.grad = torch.zeros(2)
     assert not bucket.holds_its_gradients()
 
-    bucket = Bucket(list(module.parameters()))
+    bucket = Bucket(dict(module.named_parameters()))
     module.zero_grad()  # sets them to None
     assert not bucket.holds_its_gradients()
 

@@ -144,11 +144,11 @@ class FirstOfTwo(SoloCommunicator):
 
 
 def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
-    whole, data, compute, exposed, memory = 6.0, 0.5, 5.25, 0.25, 7
-    metrics = StepMetrics(FirstOfTwo((30.0, (whole, data, compute, exposed, memory))), torch.device("cpu"))
-    metrics.add(whole=1.0, data=0.25, exposed=0.5)
-    metrics.add(whole=3.0, data=0.75, exposed=0.5)
-    record = metrics.collect(20.0, 100, Traffic(dense_bytes=400, encoded_bytes=100, wire_bytes=60))
+    whole, data, compute, exposed, codec, memory = 6.0, 0.5, 5.25, 0.25, 0.5, 7
+    metrics = StepMetrics(FirstOfTwo((30.0, (whole, data, compute, exposed, codec, memory))), torch.device("cpu"))
+    metrics.add(whole=1.0, data=0.25, exposed=0.5, codec=0.25)
+    metrics.add(whole=3.0, data=0.75, exposed=0.5, codec=0.75)
+    record = metrics.collect(20.0, 100, Traffic(dense_bytes=240, wire_bytes=60, codec_seconds=9, exchange_seconds=9, first_sent=0))
     memory_bytes = record.pop("memory_bytes")
     assert memory_bytes >= 2**20
     assert record == {
@@ -158,6 +158,7 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
         "data_seconds": 0.5,  # this rank's: (0.25 + 0.75) / 2
         "compute_seconds": 2.625,  # the other's
         "exposed_comm_seconds": 0.5,  # this rank's
+        "codec_seconds": 0.5,
         "wire_bytes": 60,
         "compression_ratio": 4.0,
         "world_size": 2,
@@ -166,10 +167,10 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
 
 def test_each_line_counts_from_the_one_before() -> None:
     metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"))
-    metrics.add(whole=100.0, data=1.0, exposed=1.0)
-    metrics.collect(1.0, 1, Traffic(dense_bytes=1, encoded_bytes=1))
-    metrics.add(whole=2.0, data=0.5, exposed=0.0)
-    record = metrics.collect(8.0, 4, Traffic(dense_bytes=1, encoded_bytes=1))
+    metrics.add(whole=100.0, data=1.0, exposed=1.0, codec=1.0)
+    metrics.collect(1.0, 1, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, exchange_seconds=0, first_sent=math.nan))
+    metrics.add(whole=2.0, data=0.5, exposed=0.0, codec=0.0)
+    record = metrics.collect(8.0, 4, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, exchange_seconds=0, first_sent=math.nan))
     assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
     assert record["tokens_per_second"] == 2.0
 

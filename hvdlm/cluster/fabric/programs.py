@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from hvdlm.errors import HvdlmError
 
@@ -32,6 +33,9 @@ def require(slurm: bool) -> None:
         )
     packages = _PACKAGES | (_SLURM_PACKAGES if slurm else {})
     missing = [name for name in packages if shutil.which(name, path=_DIRECTORIES) is None]
+    if slurm and not any(Path("/usr").glob("lib*/libpmix.so")) and not any(Path("/usr/lib").glob("*/libpmix.so")):
+        packages["libpmix.so"] = "libpmix-dev"  # `srun --mpi=pmix` opens it by that name
+        missing.append("libpmix.so")
     if missing:
         wanted = " ".join(sorted({packages[name] for name in missing}))
         raise HvdlmError(

@@ -1,0 +1,81 @@
+"""Codecs `fp16` and `bf16`: half as many bits a number.
+
+On our ring each segment carries a scale of its own, so no finite gradient overflows or vanishes beside its neighbours,
+and sums are float32. Where there is no ring the engine sums numbers of that type, scaled so that no sum overflows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import ReduceOp
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.feedback import Residual
+
+_SCALE_BYTES = 4
+
+# The largest magnitude of a segment becomes this, whose half-precision neighbours fp16 and bf16 both have: far from
+# fp16's largest number, 65504, and as far as can be from its smallest normal one, 2**-14.
+_TOP = 2.0**15
+
+
+class ScaledCast:
+    """A segment as a float32 scale, a power of two, then its numbers in a smaller type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def nbytes(self, elements: int) -> int:
+        return _SCALE_BYTES + (elements * self._dtype.itemsize + 3) // 4 * 4  # messages begin at multiples of 4
+
+    def encode(self, values: Tensor, message: Tensor) -> None:
+        scale = _power_of_two(_TOP, float(torch.linalg.vector_norm(values, math.inf)))
+        message[:_SCALE_BYTES].view(torch.float32).fill_(scale)
+        torch.mul(values, scale, out=self._numbers(message, len(values)))
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        scale = float(message[:_SCALE_BYTES].view(torch.float32))
+        torch.mul(self._numbers(message, len(values)), 1 / scale, out=values)
+
+    def _numbers(self, message: Tensor, length: int) -> Tensor:
+        return message[_SCALE_BYTES:].view(self._dtype)[:length]
+
+
+class Cast(Codec):
+    """Gradients as numbers of a smaller type; what rounding took is added to the next step's, if so configured."""
+
+    def __init__(self, dtype: torch.dtype, bucket: Bucket, settings: CompressionSection) -> None:
+        super().__init__(bucket, settings)
+        self._dtype = dtype
+        self._encoding = ScaledCast(dtype)
+        self._residual = Residual(bucket, settings.error_feedback)
+
+    def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        self._residual.carry_into_(gradients)
+        if exchange.has_ring:
+            exchange.all_reduce_(gradients, self._encoding, self._residual.cleared())
+            return
+        largest = torch.linalg.vector_norm(gradients, math.inf).reshape(1)
+        exchange.all_reduce_(largest, op=ReduceOp.MAX)
+        scale = _power_of_two(_TOP / exchange.size, float(largest))
+        numbers = (gradients * scale).to(self._dtype)
+        self._residual.keep(gradients, lambda: numbers.float() * (1 / scale))
+        exchange.all_reduce_(numbers)
+        torch.mul(numbers, 1 / scale, out=gradients)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._residual.state()
+
+
+def _power_of_two(top: float, largest: float) -> float:
+    """The greatest power of two that takes `largest` to no more than `top`; 1 if there is nothing finite to scale."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    exponent = math.floor(math.log2(top) - math.log2(largest))
+    return 2.0 ** max(-120, min(exponent, 120))  # it and its inverse are normal float32 numbers

@@ -1,0 +1,46 @@
+"""Which codec a name stands for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hvdlm.config import CompressionSection
+from hvdlm.errors import HvdlmError
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.cast import Cast
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.dense import Dense
+
+MakeCodec = Callable[[Bucket, CompressionSection], Codec]
+
+CODECS: dict[str, MakeCodec] = {
+    "none": Dense,
+    "fp16": partial(Cast, torch.float16),
+    "bf16": partial(Cast, torch.bfloat16),
+}
+
+
+def codec_maker(name: str) -> MakeCodec:
+    """What makes the codec called `name`, one of `CODECS` or FILE.py:CLASS, for a bucket; HvdlmError if unknown."""
+    if name in CODECS:
+        return CODECS[name]
+    path, colon, class_name = name.rpartition(":")
+    if not colon:
+        raise HvdlmError(
+            f"compression.codec = {name!r} is unknown: it is one of {', '.join(CODECS)}, or FILE.py:CLASS of your own"
+        )
+    if not Path(path).is_file():
+        raise HvdlmError(f"compression.codec = {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Codec)):
+        raise HvdlmError(f"compression.codec = {name!r}: {path} has no class {class_name} that derives from Codec")
+    return found

@@ -1,0 +1,89 @@
+"""How the messages of codecs travel, and what that took: the part of a `Communicator` that a codec sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.ring import Encoding, Ring
+
+
+class Exchange:
+    """Blocking operations among all ranks of a communicator, counted in bytes and seconds."""
+
+    def __init__(self, communicator: Communicator, ring: Ring | None) -> None:
+        """`ring`: what sums; None: the engine's own all-reduce."""
+        self._communicator = communicator
+        self._ring = ring
+        self.rank, self.size = communicator.rank, communicator.size
+        self.has_ring = ring is not None
+        self.wire_bytes = 0  # sent by this rank
+        self.seconds = 0.0  # sending, receiving and waiting
+        self.first_sent: float | None = None  # time.perf_counter() of the first message since `clear`
+
+    def clear(self) -> None:
+        """Starts counting anew."""
+        self.wire_bytes, self.seconds, self.first_sent = 0, 0.0, None
+
+    def all_reduce_(
+        self,
+        values: Tensor,
+        encoding: Encoding | None = None,
+        errors: Tensor | None = None,
+        op: ReduceOp = ReduceOp.SUM,
+    ) -> None:
+        """Replaces `values` (contiguous, 1-D) by their sum over all ranks.
+
+        With a ring, float32 sums may travel by an `encoding`, whose `errors` are added up as `Ring.all_reduce_` says.
+        """
+        with self._counted():
+            if self._ring is not None and values.dtype is torch.float32 and op is ReduceOp.SUM:
+                self.wire_bytes += self._ring.all_reduce_(values, encoding, errors)
+                return
+            if encoding is not None:
+                raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
+            self._communicator.all_reduce_(values, op)
+            # A ring all-reduce sends each byte on to the next rank twice, less the part that is its own
+            # (Patarasuk & Yuan, JPDC 2009, section 3); engines may do otherwise, but not with less.
+            self.wire_bytes += 2 * (self.size - 1) * values.nbytes // self.size
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """The messages of all ranks, of one length and dtype, in the order of ranks."""
+        with self._counted():
+            gathered = self._communicator.all_gather_v(message, [len(message)] * self.size)
+            self.wire_bytes += (self.size - 1) * message.nbytes
+            return gathered
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        """What each rank has for this one, in the order of ranks, when `messages[r]` goes to rank r.
+
+        All messages of all ranks have one length and dtype. Engines without point-to-point messages send all to all.
+        """
+        with self._counted():
+            if not self._communicator.supports("send"):
+                rows = self._communicator.all_gather(torch.stack(list(messages)))  # (from, to, length)
+                self.wire_bytes += (self.size - 1) * self.size * messages[0].nbytes
+                return list(rows[:, self.rank])
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
+            received[self.rank].copy_(messages[self.rank])
+            works: list[Work[Any]] = [self._communicator.receive_async_(received[rank], rank) for rank in others]
+            works += [self._communicator.send_async(messages[rank], rank) for rank in others]
+            for work in works:
+                work.wait()
+            self.wire_bytes += sum(messages[rank].nbytes for rank in others)
+            return received
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        if self.first_sent is None:
+            self.first_sent = begin
+        yield
+        self.seconds += time.perf_counter() - begin
