@@ -123,6 +123,7 @@ class CompressionSection(Section):
     """`[compression]`: what gradients travel as."""
 
     codec: str = Field("none", description="none, fp16, bf16, or FILE.py:CLASS of your own")
+    by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
 
 

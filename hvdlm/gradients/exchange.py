@@ -12,15 +12,17 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.ring import Encoding, Ring
+from hvdlm.gradients.trial import Trial, prefers_ring
 
 
 class Exchange:
     """Blocking operations among all ranks of a communicator, counted in bytes and seconds."""
 
-    def __init__(self, communicator: Communicator, ring: Ring | None) -> None:
-        """`ring`: what sums; None: the engine's own all-reduce."""
+    def __init__(self, communicator: Communicator, ring: Ring | None, trials: Sequence[Trial]) -> None:
+        """`ring`: what sums; None: the engine's own all-reduce. `trials`: at which sizes the ring is faster."""
         self._communicator = communicator
         self._ring = ring
+        self.trials = trials
         self.rank, self.size = communicator.rank, communicator.size
         self.has_ring = ring is not None
         self.wire_bytes = 0  # sent by this rank
@@ -40,14 +42,16 @@ class Exchange:
     ) -> None:
         """Replaces `values` (contiguous, 1-D) by their sum over all ranks.
 
-        With a ring, float32 sums may travel by an `encoding`, whose `errors` are added up as `Ring.all_reduce_` says.
+        With a ring, which is faster for some sizes and the only way for encodings, float32 sums may travel by an
+        `encoding`, whose `errors` are added up as `Ring.all_reduce_` says.
         """
         with self._counted():
-            if self._ring is not None and values.dtype is torch.float32 and op is ReduceOp.SUM:
+            if encoding is not None and self._ring is None:
+                raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
+            can_ring = self._ring is not None and values.dtype is torch.float32 and op is ReduceOp.SUM
+            if self._ring is not None and can_ring and (encoding or prefers_ring(self.trials, values.numel())):
                 self.wire_bytes += self._ring.all_reduce_(values, encoding, errors)
                 return
-            if encoding is not None:
-                raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
             self._communicator.all_reduce_(values, op)
             # A ring all-reduce sends each byte on to the next rank twice, less the part that is its own
             # (Patarasuk & Yuan, JPDC 2009, section 3); engines may do otherwise, but not with less.

@@ -7,10 +7,12 @@ holds the sum.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.ring import Ring
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.bucket import make_buckets
+from hvdlm.gradients.bucket import Bucket, make_buckets
 from hvdlm.gradients.codecs.choice import codec_maker
 from hvdlm.gradients.courier import Courier
 from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.nodes import Nodes
 from hvdlm.gradients.stopwatch import Stopwatch
+from hvdlm.gradients.trial import Trial, try_algorithms
 
 
 @dataclass
@@ -60,7 +64,10 @@ class GradientSync:
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
         own = communicator.split(0, communicator.rank) if communicator.supports("split") else communicator
-        self._exchange = Exchange(own, _ring(own, comm.algorithm, device))
+        self._communicator = own
+        self._nodes = Nodes(own) if compression.by_node and own.node_count > 1 else None
+        among = self._nodes.between if self._nodes else own
+        self._exchange = _open_exchange(among, comm.algorithm, self.buckets)
         self._courier = Courier(device)
         make_codec = codec_maker(compression.codec)
         self.codecs = [make_codec(bucket, compression) for bucket in self.buckets]
@@ -122,6 +129,17 @@ class GradientSync:
             first_sent=math.nan if exchange.first_sent is None else exchange.first_sent,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is equal on all ranks: the step, and the trials by which an all-reduce is chosen."""
+        trials = [dataclasses.astuple(trial) for trial in self._exchange.trials]
+        return {"step": self.step, "trials": trials, "ranks": self._communicator.size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved one, on as many ranks with the same all-reduce: another would round otherwise."""
+        self.step = state["step"]
+        if state["ranks"] == self._communicator.size and self._exchange.trials:
+            self._exchange.trials = [Trial(*each) for each in state["trials"]]
+
     def codec_state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
         return {
@@ -165,7 +183,7 @@ class GradientSync:
 
     def _is_finite_everywhere(self) -> bool:
         bad = torch.tensor([float(not math.isfinite(float(self.norm())))])
-        self._exchange.all_reduce_(bad)
+        self._communicator.all_reduce_(bad)
         return not bad.any()
 
     def _send(self, index: int) -> None:
@@ -177,17 +195,32 @@ class GradientSync:
         self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
 
     def _reduce(self, index: int) -> None:
-        begin = time.perf_counter()
         try:
-            self.codecs[index].reduce_(self.buckets[index].buffer, self._exchange, self.step)
+            if self._nodes is None:
+                self._reduce_by_codec(index)
+            else:
+                self._nodes.reduce_(self.buckets[index].buffer, lambda: self._reduce_by_codec(index))
         except HvdlmError as error:
             raise HvdlmError(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
+
+    def _reduce_by_codec(self, index: int) -> None:
+        begin = time.perf_counter()
+        self.codecs[index].reduce_(self.buckets[index].buffer, self._exchange, self.step)
         self._busy_seconds += time.perf_counter() - begin
 
 
-def _ring(communicator: Communicator, algorithm: str, device: torch.device) -> Ring | None:
-    if algorithm == "ring" and not communicator.supports("send"):
-        raise HvdlmError(
-            f"comm.algorithm = 'ring' needs messages between ranks, which engine {communicator.engine} has not"
-        )
-    return Ring(communicator) if algorithm == "ring" else None
+def _open_exchange(communicator: Communicator, algorithm: str, buckets: Sequence[Bucket]) -> Exchange:
+    """Settles what sums: "ring", "engine", or by size ("auto") whichever is faster in a trial. Collective."""
+    if algorithm == "engine" or communicator.size == 1:
+        return Exchange(communicator, None, [])
+    can_ring = communicator.supports("send") and buckets[0].buffer.device.type == "cpu"
+    if not can_ring:
+        if algorithm == "ring":
+            raise HvdlmError(
+                f"comm.algorithm = 'ring' needs gradients on the CPU and point-to-point messages, which engine "
+                f"{communicator.engine} does not have here: set it to 'auto'"
+            )
+        return Exchange(communicator, None, [])
+    ring = Ring(communicator)
+    largest = max(bucket.buffer.numel() for bucket in buckets)
+    return Exchange(communicator, ring, try_algorithms(communicator, ring, largest) if algorithm == "auto" else [])

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a wish to stop, which the trainer grants after the step in hand."""
+"""SIGTERM, SIGUSR1 and Ctrl-C become a wish to stop, which the trainer grants after the step in hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from types import FrameType, TracebackType
 # The exit status of a job that saved and stopped before its last step: sysexits.h's EX_TEMPFAIL, "try again later".
 STOPPED_EARLY = 75
 
+# SIGUSR1 is the one that launchers pass on to their ranks without killing them.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class Preemption:
-    """While entered, `requested` becomes True at the first SIGTERM or SIGINT instead of ending the process.
+    """While entered, `requested` becomes True at the first SIGTERM, SIGINT or SIGUSR1 instead of ending the process.
 
     Handlers stay after the block if a stop was requested: launchers send the signal again while ranks exit.
     """
@@ -19,7 +22,7 @@ class Preemption:
         self.requested = False
 
     def __enter__(self) -> Preemption:
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
     def __exit__(

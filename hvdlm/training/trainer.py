@@ -65,7 +65,8 @@ class Trainer:
         broadcast_tensors(self.communicator, self.optimizer_state.values())
         hand_out(self.communicator, source, self.sync.codec_state(), state["world_size"])
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self.step = self.sync.step = state["step"]
+        self.sync.load_state_dict(state["gradients"])
+        self.step = state["step"]
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before."""
@@ -200,6 +201,7 @@ class Trainer:
             "step": self.step,
             "data": loader.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
+            "gradients": self.sync.state_dict(),
             "config": self.config.model_dump(),
             "vocab_size": self.model.vocab_size,
             "world_size": self.communicator.size,
@@ -240,7 +242,7 @@ class Trainer:
         return self.step * self.config.train.batch_size * self.config.model.context_length
 
     def _seed_dropout(self) -> None:
-        """By seed, step and rank, so that resuming needs no state of a random number generator."""
+        """By seed, step and rank: resuming needs no random-number state."""
         seed = (self.config.train.seed * 1_000_003 + self.step) * 1_000_003 + self.communicator.rank
         torch.manual_seed(seed % 2**63)
 

@@ -1,0 +1,70 @@
+"""Which all-reduce is faster here, our ring or the engine's? Tried at start-up, for messages of several sizes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.ring import Ring
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST = 4096  # elements
+_GROWTH = 8  # from one size to the next
+_REPETITIONS = 5
+_PATIENCE = 0.5  # seconds a size and algorithm may take, on a slow link
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of an all-reduce of so many float32 `elements`, of the slowest rank."""
+
+    elements: int
+    ring: float
+    engine: float
+
+
+def try_algorithms(communicator: Communicator, ring: Ring, largest: int) -> list[Trial]:
+    """Times both for a few sizes up to `largest` elements, in turns; equal on all ranks. Collective."""
+    sizes = [largest]
+    while sizes[0] // _GROWTH >= _SMALLEST:
+        sizes.insert(0, sizes[0] // _GROWTH)
+    trials = []
+    for elements in sizes:
+        values = torch.zeros(elements)
+        ways: list[Callable[[Tensor], object]] = [ring.all_reduce_, communicator.all_reduce_]
+        seconds: list[list[float]] = [[], []]
+        for repetition in range(-1, _REPETITIONS):  # the first time warms up
+            for way, taken in zip(ways, seconds, strict=True):
+                if sum(taken) > _PATIENCE:
+                    continue
+                communicator.barrier()
+                begin = time.perf_counter()
+                way(values)
+                slowest = max(communicator.all_gather_object(time.perf_counter() - begin))
+                if repetition >= 0 or slowest > _PATIENCE:
+                    taken.append(slowest)
+        trials.append(Trial(elements, *map(statistics.median, seconds)))
+    if communicator.rank == 0:
+        logger.info("all-reduce, ring against engine %s: %s", communicator.engine, "; ".join(map(_told, trials)))
+    return trials
+
+
+def prefers_ring(trials: Sequence[Trial], elements: int) -> bool:
+    """Whether the ring was faster at the size nearest to `elements`."""
+    if not trials:
+        return True
+    nearest = min(trials, key=lambda trial: abs(math.log(trial.elements / elements)))
+    return nearest.ring < nearest.engine
+
+
+def _told(trial: Trial) -> str:
+    return f"{trial.elements * 4 / 2**10:,.0f} KiB {trial.ring * 1e3:.2f} against {trial.engine * 1e3:.2f} ms"
