@@ -164,7 +164,10 @@ class Trainer:
             overflowed = bool(self.communicator.all_reduce_(torch.tensor([int(overflowed)]), ReduceOp.MAX))
             self.sync.scale_owed_(self.loss_scale.update(overflowed))
             if overflowed:
-                self._event(f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}")
+                self._write(
+                    "event",
+                    message=f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}",
+                )
                 return norm
         if overflowed:
             raise JobError(
@@ -181,19 +184,16 @@ class Trainer:
 
     def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
         numbers = self.step_metrics.collect(loss_sum, tokens, self.sync.traffic)
-        if self.metrics is not None:
-            self.metrics.write("train", self.step, lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
+        self._write("train", lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
 
     def _validate(self) -> None:
         if not self.data.validation.shards:
-            self._event("no validation: the data set was prepared without it")
+            self._write("event", message="no validation: the data set was prepared without it")
             return
         train = self.config.train
         at_once, limit = train.micro_batch_size, train.evaluate_sequences
         result = evaluate(self.model, self.data, self.communicator, train.precision, at_once, limit)
-        if self.metrics is not None:
-            tokens = self._tokens_done()
-            self.metrics.write("eval", self.step, loss=result.loss, accuracy=result.accuracy, tokens=tokens)
+        self._write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
 
     def _state(self, loader: Loader) -> dict[str, Any]:
         """What a checkpoint's state.json says."""
@@ -217,7 +217,7 @@ class Trainer:
             tensors, tokenizer = (self.parameters, self.optimizer_state), self.data.tokenizer_path
             return checkpoint.save(parent, self.step, *tensors, self._state(loader), tokenizer, keep, ranks)
 
-        self._event(f"saved {on_first_rank(self.communicator, write)}")
+        self._write("event", message=f"saved {on_first_rank(self.communicator, write)}")
 
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
@@ -234,9 +234,9 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _event(self, message: str) -> None:
+    def _write(self, kind: str, **values: Any) -> None:
         if self.metrics is not None:
-            self.metrics.write("event", self.step, message=message)
+            self.metrics.write(kind, self.step, **values)
 
     def _tokens_done(self) -> int:
         return self.step * self.config.train.batch_size * self.config.model.context_length
