@@ -8,6 +8,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
 from hvdlm.comm.failure import contact, wait_until
+from hvdlm.comm.first_contact import first_contact
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
@@ -61,10 +63,12 @@ class HorovodCommunicator(Communicator):
         self._locate()
 
     @classmethod
-    def start(cls, timeout: float) -> HorovodCommunicator:
-        """Initialises Horovod; `timeout`: seconds that a rank waits for another."""
+    def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
+        """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
-        hvd.init()
+        # Horovod's own start over Gloo keeps that time; over MPI it would wait for ever.
+        with nullcontext() if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else first_contact(rank, timeout):
+            hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
 
     @property

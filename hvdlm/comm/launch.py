@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import hvdlm
+from hvdlm.comm.first_contact import first_contact, keep_open_mpi_off_bridges
 from hvdlm.errors import HvdlmError, JobError
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def connect(engine: str, timeout: float) -> Communicator:
     # Open MPI's waits leave their core to whoever computes, which is us (a small all-reduce with more ranks than
     # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    if launch.size > 1:
+        keep_open_mpi_off_bridges(os.environ)
     engine, reason = choose_engine(launch, engine)
     try:
         communicator = _start(engine, launch, timeout)
@@ -106,20 +109,21 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
 
         return SoloCommunicator()
     if engine == "mpi":
-        from hvdlm.comm.mpi import MPICommunicator
+        from hvdlm.comm.mpi import MPICommunicator  # MPI_Init returns when all ranks have come
 
-        return MPICommunicator(timeout)
+        with first_contact(launch.rank, timeout):
+            return MPICommunicator(timeout)
     if engine == "horovod":
         if importlib.util.find_spec("horovod") is None:
             raise HvdlmError("engine horovod needs Horovod, which is not installed: run `hvdlm install-horovod`")
         from hvdlm.comm.horovod import HorovodCommunicator
 
-        return HorovodCommunicator.start(timeout)
-    from hvdlm.comm.rendezvous import find_rank_0
+        return HorovodCommunicator.start(launch.rank, timeout)
+    from hvdlm.comm.rendezvous import meet
     from hvdlm.comm.torch import TorchCommunicator
 
-    address, port = find_rank_0(launch.launcher, launch.rank, timeout)
-    return TorchCommunicator.start(address, port, launch.rank, launch.size, timeout)
+    store = meet(launch.launcher, launch.rank, launch.size, timeout)
+    return TorchCommunicator.start(store, launch.rank, launch.size, timeout)
 
 
 def _horovod_has_nccl() -> bool:

@@ -1,32 +1,86 @@
-"""Where the ranks of engine `torch` meet: each launcher has a channel by which rank 0 can tell the others."""
+"""Where the ranks of engine `torch` meet: a store that rank 0 serves, found on hosts with any number of networks.
+
+Each launcher has a channel by which rank 0 can tell the others where it is: under Slurm and with MASTER_ADDR a place
+that all know beforehand, under mpirun MPI itself, under horovodrun its key-value store. By such a channel rank 0 tells
+all its addresses, and each rank takes the first that answers with this job's own word: an address may be unreachable,
+or be that of another host too (docker0).
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
+import socketserver
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
+
+from hvdlm.comm.first_contact import first_contact
+from hvdlm.comm.interfaces import interface_towards, own_interfaces
 from hvdlm.errors import HvdlmError
 
+LOOPBACK = "127.0.0.1"
 
-def find_rank_0(launcher: str, rank: int, timeout: float) -> tuple[str, int]:
-    """Address and port at which rank 0 is to listen; every rank of the job gets the same.
+# Seconds for one address to answer: a lost packet is sent again after one.
+_PATIENCE = 2.5
 
-    `launcher`: as of `launch.Launch`. `timeout`: seconds to wait for rank 0's word.
+
+@dataclass(frozen=True)
+class _Place:
+    """Where rank 0 is: a store, and beside it a doorbell that answers with a word."""
+
+    addresses: list[str]  # of rank 0, the best first
+    store_port: int
+    bell_port: int
+    word: str
+
+
+def meet(launcher: str, rank: int, size: int, timeout: float) -> Store:
+    """The store of all ranks of this job; Gloo is told by which network they have met, unless the user has told it.
+
+    `launcher`: as of `launch.Launch`; `timeout`: seconds of each wait, here and in the store. Raises HvdlmError on a
+    rank that does not find rank 0.
     """
+    limit = timedelta(seconds=timeout)
+    known = _known_place(launcher, os.environ)
+    if known:
+        is_server = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # there torchrun itself listens
+        store = TCPStore(*known, size, is_master=is_server, timeout=limit)
+        _use_network(store, rank, size, _resolve(known[0]))
+    elif rank == 0:
+        store = TCPStore(LOOPBACK, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
+        word = uuid.uuid4().hex
+        with _doorbell(word) as bell_port:
+            place = _Place(_own_addresses(), store.port, bell_port, word)
+            _exchange(json.dumps(asdict(place)), rank, timeout)
+            _use_network(store, rank, size, LOOPBACK)  # returns when all have come
+    else:
+        place = _Place(**json.loads(_exchange("", rank, timeout)))
+        address = _answering(place, rank)
+        store = TCPStore(address, place.store_port, size, wait_for_workers=False, timeout=limit)
+        _use_network(store, rank, size, address)
+    return store
+
+
+def _known_place(launcher: str, environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port at which rank 0 listens, where all ranks know them without a message."""
     if launcher == "none":
-        return "127.0.0.1", 0
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        return _through_horovodrun(os.environ, rank, timeout)
-    if launcher == "srun" and "PMIX_RANK" not in os.environ:
-        return through_slurm(os.environ)
-    return _through_mpi(timeout)
+        return LOOPBACK, 0
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if launcher == "srun" and "PMIX_RANK" not in environment:
+        return through_slurm(environment)
+    return None
 
 
 def through_slurm(environment: Mapping[str, str]) -> tuple[str, int]:
@@ -37,38 +91,92 @@ def through_slurm(environment: Mapping[str, str]) -> tuple[str, int]:
     return first, 20000 + number % 12000
 
 
-def _through_mpi(timeout: float) -> tuple[str, int]:
+def _exchange(text: str, rank: int, timeout: float) -> str:
+    """`text` of rank 0, on every rank, by the channel that the launcher has."""
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        return _through_horovodrun(os.environ, text, rank, timeout)
+    return _through_mpi(text, rank, timeout)
+
+
+def _through_mpi(text: str, rank: int, timeout: float) -> str:
     from hvdlm.comm.mpi import MPICommunicator
 
-    guide = MPICommunicator(timeout)
-    address, port = guide.broadcast_object(_own_place())
-    one_node = guide.node_count == 1
-    guide.close()
-    return ("127.0.0.1" if one_node else address), port
+    with first_contact(rank, timeout):
+        guide = MPICommunicator(timeout)
+        text = guide.broadcast_object(text)
+        guide.close()
+    return text
 
 
-def _through_horovodrun(environment: Mapping[str, str], rank: int, timeout: float) -> tuple[str, int]:
+def _through_horovodrun(environment: Mapping[str, str], text: str, rank: int, timeout: float) -> str:
     """By the key-value store that horovodrun serves over HTTP to its ranks: PUT a value, GET it, 404 until then."""
     server = f"{environment['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{environment['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     url = f"http://{server}/hvdlm/rank_0"
     if rank == 0:
-        address, port = _own_place()
-        if environment["HOROVOD_LOCAL_SIZE"] == environment["HOROVOD_SIZE"]:
-            address = "127.0.0.1"
-        urllib.request.urlopen(urllib.request.Request(url, f"{address} {port}".encode(), method="PUT"), timeout=timeout)
-        return address, port
+        urllib.request.urlopen(urllib.request.Request(url, text.encode(), method="PUT"), timeout=timeout)
+        return text
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(url, timeout=timeout) as answer:
-                address, port_text = answer.read().decode().split()
-                return address, int(port_text)
+                return str(answer.read().decode())
         except urllib.error.HTTPError:
             time.sleep(0.05)
     raise HvdlmError(f"rank {rank} heard nothing from rank 0 at {server} within {timeout:g} s (comm.timeout)")
 
 
-def _own_place() -> tuple[str, int]:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return socket.gethostname(), int(listener.getsockname()[1])
+def _own_addresses() -> list[str]:
+    """Loopback for ranks of this host, then networks by speed, then the name for those that have no IPv4."""
+    interfaces = sorted(own_interfaces(), key=lambda interface: -(interface.megabits or 0))
+    return [LOOPBACK, *(str(interface.address.ip) for interface in interfaces), socket.gethostname()]
+
+
+@contextmanager
+def _doorbell(word: str) -> Iterator[int]:
+    """Answers whoever connects, at the port it yields, with `word`."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(word.encode())
+
+    class Bell(socketserver.TCPServer):
+        request_queue_size = 4096  # all ranks may ring at once
+
+    with Bell(("", 0), Answer) as bell:
+        threading.Thread(target=bell.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield bell.server_address[1]
+        bell.shutdown()
+
+
+def _answering(place: _Place, rank: int) -> str:
+    """The first of rank 0's addresses at which this job's rank 0 answers."""
+    for address in place.addresses:
+        try:
+            with socket.create_connection((address, place.bell_port), timeout=_PATIENCE) as bell:
+                if bell.recv(len(place.word), socket.MSG_WAITALL) == place.word.encode():
+                    return address
+        except OSError:
+            continue
+    own = ", ".join(f"{each.address} ({each.name})" for each in own_interfaces()) or "no network"
+    raise HvdlmError(
+        f"rank {rank} on {socket.gethostname()}, which has {own}, reaches rank 0 at none of its addresses "
+        f"{', '.join(place.addresses[1:])}: let one network join all hosts, with its TCP ports open between them"
+    )
+
+
+def _use_network(store: Store, rank: int, size: int, reached: str) -> None:
+    """Gloo's interface on this host: that towards the address at which other hosts have reached rank 0."""
+    store.set(f"hvdlm/reached/{rank}", reached)
+    everyone = [store.get(f"hvdlm/reached/{each}").decode() for each in range(size)]
+    remote = [address for address in everyone if not address.startswith("127.")]
+    towards = interface_towards(remote[0]) if remote else None
+    name = towards.name if towards else "lo" if not remote else None
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _resolve(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:  # it has no IPv4 address
+        return host

@@ -1,7 +1,7 @@
 """Engine `torch`: torch.distributed, NCCL on GPUs and Gloo on CPUs, for those who cannot build Horovod.
 
 It needs no launcher of its own: ranks find each other through MPI under mpirun, through Slurm's environment
-under srun, through Horovod under horovodrun, and through MASTER_ADDR where somebody has set it (launch.py).
+under srun, through Horovod under horovodrun, and through MASTER_ADDR where somebody has set it (rendezvous.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]  # it fills itself in at run time
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
 from hvdlm.comm.failure import contact
@@ -44,11 +45,9 @@ class TorchCommunicator(Communicator):
         self._locate()
 
     @classmethod
-    def start(cls, address: str, port: int, rank: int, size: int, timeout: float) -> TorchCommunicator:
-        """Joins the ranks that meet at `address`:`port` (rank 0 listens there); `timeout` in seconds, of everything."""
+    def start(cls, store: Store, rank: int, size: int, timeout: float) -> TorchCommunicator:
+        """Joins the ranks that meet in `store`; `timeout` in seconds, of everything."""
         limit = timedelta(seconds=timeout)
-        is_master = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # there torchrun itself listens
-        store = dist.TCPStore(address, port, size, is_master=is_master, timeout=limit)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if _one_gpu_a_rank(store, rank, size) else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         group = dist.group.WORLD

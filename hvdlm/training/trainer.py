@@ -164,10 +164,8 @@ class Trainer:
             overflowed = bool(self.communicator.all_reduce_(torch.tensor([int(overflowed)]), ReduceOp.MAX))
             self.sync.scale_owed_(self.loss_scale.update(overflowed))
             if overflowed:
-                self._write(
-                    "event",
-                    message=f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}",
-                )
+                skipped = f"fp16 gradients overflowed: step skipped, loss scale now {self.loss_scale.factor:g}"
+                self._write("event", message=skipped)
                 return norm
         if overflowed:
             raise JobError(

@@ -12,7 +12,7 @@ import pytest
 
 from hvdlm.training.preemption import STOPPED_EARLY, Preemption
 
-NUMBERS = [signal.SIGTERM, signal.SIGINT]
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 CHILD = """
 import sys, time

@@ -1,4 +1,4 @@
-"""How a bucket is cut for top-k: matrices into blocks, the blocks into parts, and small tensors into none."""
+"""How a bucket is cut for top-k: matrices into blocks, and blocks into parts of which each rank owns one."""
 
 from __future__ import annotations
 
@@ -13,44 +13,52 @@ from hvdlm.gradients.bucket import Bucket
 # A place within a block travels as one byte.
 LONGEST_BLOCK = 256
 
-# Tensors below this many elements travel as they are: choosing among them would save next to nothing.
+# Elements of a tensor that is small: choosing among them would save next to nothing, and hurt.
 _SMALL = 4096
 
 
 def is_compressed(parameter: nn.Parameter) -> bool:
-    """Whether it is a matrix of some size; biases, normalisation weights and small tensors travel as they are."""
-    return parameter.dim() >= 2 and parameter.numel() >= _SMALL
+    """Whether it is a matrix of some size. Biases, normalisation weights and small tensors travel as they are."""
+    return parameter.dim() >= 2 and parameter.numel() > _SMALL
 
 
 class Part(NamedTuple):
     """Consecutive blocks of a bucket, and some of its elements that are in no block."""
 
-    spans: Tensor  # (n, 2) int64, on the CPU: starts and stops in the buffer; blocks begin at each start
-    dense: Tensor  # (m,) int64: places in the buffer of elements that travel as they are
+    spans: Tensor  # (n, 2) int64, on the CPU: start and stop in the buffer; blocks follow one another from each start
+    dense: Tensor  # (m,) int64: where in the buffer elements lie that travel as they are
 
     def entries(self, block: int, kept: int) -> int:
-        """How many elements are chosen, `kept` of each `block`; the last block of a span may be short."""
+        """Elements chosen where each block gives its `kept` largest, or all it has: the last of a span may be short."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
-        chosen = lengths // block * min(kept, block) + (lengths % block).clamp(max=kept)
-        return int(chosen.sum())
+        return int((lengths // block * min(kept, block) + (lengths % block).clamp(max=kept)).sum())
 
 
-def cut_into_parts(bucket: Bucket, block: int, parts: int) -> list[Part]:
-    """Cuts `bucket` into `parts` of equal numbers of blocks, but for the last ones, which may have fewer or none."""
-    spans, dense, start = [], [], 0
+def cut_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
+    """Cuts `bucket` into `count` parts of as many blocks each; the last ones may have fewer, or none."""
+    compressed, dense, start = [], [], 0
     for parameter in bucket.parameters:
         stop = start + parameter.numel()
-        (spans if is_compressed(parameter) else dense).append((start, stop))
+        (compressed if is_compressed(parameter) else dense).append((start, stop))
         start = stop
-    starts = torch.tensor([first for span in spans for first in range(*span, block)], dtype=torch.int64)
-    stops = torch.tensor([min(at + block, span[1]) for span in spans for at in range(*span, block)], dtype=torch.int64)
-    places = torch.cat([torch.arange(*span) for span in dense] or [starts[:0]]).to(bucket.buffer.device)
-    at_once = max(-(-len(starts) // parts), 1)
-    pieces = places.split(part_lengths(len(places), parts))
+
+    blocks_a_part = -(-sum(-(-(stop - start) // block) for start, stop in compressed) // count)
+    spans: list[list[tuple[int, int]]] = [[]]
+    room = blocks_a_part
+    for start, stop in compressed:
+        while start < stop:
+            if room == 0:
+                spans.append([])
+                room = blocks_a_part
+            end = min(stop, start + room * block)
+            spans[-1].append((start, end))
+            room -= -(-(end - start) // block)
+            start = end
+    spans += [[] for _ in range(count - len(spans))]
+
+    places = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(*span) for span in dense)])
+    pieces = places.to(bucket.buffer.device).split(part_lengths(len(places), count))
     return [
-        Part(_joined(starts[at : at + at_once], stops[at : at + at_once]), piece)
-        for at, piece in zip(range(0, parts * at_once, at_once), pieces, strict=True)
+        Part(torch.tensor(own, dtype=torch.int64).reshape(-1, 2), piece)
+        for own, piece in zip(spans, pieces, strict=True)
     ]
-
-
-def _joined(starts: Tensor, stops: Tensor) -> Tensor: ...
