@@ -15,20 +15,31 @@ from hvdlm.cluster.fabric.programs import require
 from hvdlm.errors import HvdlmError
 
 
+def skip_without_fabric(slurm: bool) -> None:
+    """Skips the test, and says why, where no fabric can be."""
+    try:
+        require(slurm)
+    except HvdlmError as error:
+        pytest.skip(str(error))
+
+
 class Cluster:
     """A fabric that is up."""
 
-    def __init__(self, state: Path, hosts: int, slots: int, *options: str) -> None:
-        """`options`: more words for `hvdlm fabric up`. Skips the test, and says why, where no fabric can be."""
-        try:
-            require(slurm="--slurm" in options)
-        except HvdlmError as error:
-            pytest.skip(str(error))
+    def __init__(self, state: Path, hosts: int) -> None:
+        """`state`: of a fabric that is up. `start` makes one."""
         self.fabric = Fabric(state)
         self.hosts = [f"h{index}" for index in range(1, hosts + 1)]
         self.hostfile = state / "hostfile"
-        result = self.command("up", "--hosts", str(hosts), "--slots", str(slots), *options)
+
+    @classmethod
+    def start(cls, state: Path, hosts: int, slots: int, *options: str) -> Cluster:
+        """`options`: more words for `hvdlm fabric up`."""
+        skip_without_fabric(slurm="--slurm" in options)
+        cluster = cls(state, hosts)
+        result = cluster.command("up", "--hosts", str(hosts), "--slots", str(slots), *options)
         assert result.status == 0, result.output
+        return cluster
 
     def command(self, *words: str, deadline: float = 60) -> Result:
         """`hvdlm fabric` with this fabric's state."""
@@ -41,10 +52,16 @@ class Cluster:
         deadline: float = 120,
         extra: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        may_go_on: bool = False,
     ) -> Result:
-        """Runs words, or a line as a shell takes it, in a host; fails if processes are left on any host afterwards."""
+        """Runs words, or a line as a shell takes it, in a host.
+
+        Fails if processes are left on any host afterwards, unless it has started what `may_go_on`.
+        """
         words = ["bash", "-c", command] if isinstance(command, str) else list(map(str, command))
         inside = [str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), "run", host, "--", *words]
+        if may_go_on:
+            return run(inside, deadline, extra, cwd)
         try:
             result = run(inside, deadline, extra, cwd)
         finally:

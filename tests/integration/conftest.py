@@ -14,7 +14,7 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     started: list[Cluster] = []
 
     def start(hosts: int, slots: int, *options: str) -> Cluster:
-        started.append(Cluster(tmp_path_factory.mktemp("fabric"), hosts, slots, *options))
+        started.append(Cluster.start(tmp_path_factory.mktemp("fabric"), hosts, slots, *options))
         return started[-1]
 
     yield start

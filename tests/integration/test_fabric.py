@@ -135,7 +135,7 @@ def test_status_counts_what_runs(cluster: Cluster) -> None:
 
 
 def test_down_ends_what_it_started_also_after_a_crash(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path / "state", 2, 1)
+    cluster = Cluster.start(tmp_path / "state", 2, 1)
     bystander = subprocess.Popen(["sleep", "60"])
     words = [str(BIN / "hvdlm"), "fabric", "--state", str(cluster.fabric.state)]
     # a job that has left its session and its parents, as daemons do
@@ -158,7 +158,7 @@ def test_down_ends_what_it_started_also_after_a_crash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", [0.02, 0.1, 0.2])
 def test_down_after_up_was_killed(tmp_path: Path, moment: float) -> None:
     state = tmp_path / "state"
-    Cluster(state, 1, 1).down()  # or skip
+    Cluster.start(state, 1, 1).down()  # or skip
     process = subprocess.Popen([str(BIN / "hvdlm"), "fabric", "--state", str(state), "up", "--hosts", "3"])
     try:
         process.wait(moment)
@@ -167,7 +167,7 @@ def test_down_after_up_was_killed(tmp_path: Path, moment: float) -> None:
         process.wait()
     assert run([str(BIN / "hvdlm"), "fabric", "--state", str(state), "down"]).status == 0
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(state) in (each.info["cmdline"] or [])]
-    Cluster(state, 1, 1).down()
+    Cluster.start(state, 1, 1).down()
 
 
 @pytest.mark.parametrize(

