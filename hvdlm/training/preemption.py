@@ -15,7 +15,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Preemption:
     """While entered, `requested` becomes True at the first SIGTERM, SIGINT or SIGUSR1 instead of ending the process.
 
-    Handlers stay after the block if a stop was requested: launchers send the signal again while ranks exit.
+    If a stop was requested, these signals are ignored after the block: launchers send them again while ranks exit, and
+    Python would restore its own handlers on the way out, by which they kill.
     """
 
     def __init__(self) -> None:
@@ -28,9 +29,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.requested:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
