@@ -122,9 +122,13 @@ class CommSection(Section):
 class CompressionSection(Section):
     """`[compression]`: what gradients travel as."""
 
-    codec: str = Field("none", description="none, fp16, bf16, or FILE.py:CLASS of your own")
+    codec: str = Field("none", description="none, fp16, bf16, topk, powersgd, auto, or FILE.py:CLASS of your own")
+    candidates: str = Field("none,fp16,powersgd,topk", description="what auto chooses among, by measurement")
     by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
+    density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk sends")
+    warmup_steps: int = Field(0, ge=0, description="steps in which topk's density falls from 1, exponentially")
+    rank: int = Field(4, gt=0, description="of the matrices that powersgd sends for a gradient")
 
 
 class CheckpointSection(Section):

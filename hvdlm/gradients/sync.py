@@ -22,11 +22,16 @@ from hvdlm.comm.ring import Ring
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket, make_buckets
-from hvdlm.gradients.codecs.choice import codec_maker
+from hvdlm.gradients.chooser import Chooser
+from hvdlm.gradients.codec_trial import try_codec
+from hvdlm.gradients.codecs.choice import AUTO, codec_maker
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.switching import Switching
 from hvdlm.gradients.courier import Courier
 from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.forecast import Cost
+from hvdlm.gradients.moment import Moment
 from hvdlm.gradients.nodes import Nodes
-from hvdlm.gradients.stopwatch import Stopwatch
 from hvdlm.gradients.trial import Trial, try_algorithms
 
 
@@ -60,7 +65,7 @@ class GradientSync:
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
         self.buckets = make_buckets(dict(module.named_parameters()), int(comm.bucket_mb * 2**20))
-        device = self.buckets[0].buffer.device
+        self._device = device = self.buckets[0].buffer.device
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
         own = communicator.split(0, communicator.rank) if communicator.supports("split") else communicator
@@ -69,17 +74,26 @@ class GradientSync:
         among = self._nodes.between if self._nodes else own
         self._exchange = _open_exchange(among, comm.algorithm, self.buckets)
         self._courier = Courier(device)
-        make_codec = codec_maker(compression.codec)
-        self.codecs = [make_codec(bucket, compression) for bucket in self.buckets]
+        self._compression = compression
+        self.codecs: list[Codec] = []
+        self._chooser: Chooser | None = None
+        if compression.codec == AUTO:
+            candidates = compression.candidates.split(",")
+            switching = [Switching(candidates[0], bucket, compression) for bucket in self.buckets]
+            self.codecs += switching
+            self._chooser = Chooser(own, device, switching, candidates)
+        else:
+            self.codecs += [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
         self.step = 0  # of the optimizer: the number of the gradients that are being made
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
         self.only_if_finite = False
         self._missing = [0] * len(self.buckets)  # gradients not made yet, by bucket
+        self._full = 0  # buckets 0 .. full-1 are
         self._under_way: list[Work[None]] = []  # of buckets 0 .. len-1, in their order
         self._is_last_micro_batch = False
         self._busy_seconds = 0.0
-        self._waiting = Stopwatch(device)
+        self._backward_ended = self._arrived = Moment(device)
         for index, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._counter(index))
@@ -90,32 +104,41 @@ class GradientSync:
             bucket.buffer.zero_()
             self._missing[index] = len(bucket.parameters)
         self._is_last_micro_batch = False
+        self._full = 0
         self._exchange.clear()
         self._busy_seconds = 0.0
 
     def last_micro_batch(self) -> None:
         """From here on a gradient that is made is complete, and full buckets are sent."""
         self._is_last_micro_batch = True
+        if self._chooser:
+            self._chooser.begin()
 
     def wait(self) -> None:
         """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if those were not to be sent."""
+        while self._full < len(self.buckets):
+            self._count_full()
+        if self._chooser:
+            self._chooser.backward_ended()
         if self.only_if_finite and not self._is_finite_everywhere():
             for bucket in self.buckets:
                 bucket.buffer.fill_(math.nan)
             return
+        self._backward_ended = Moment(self._device)
         for index in range(len(self._under_way), len(self.buckets)):
             self._send(index)
-        self._waiting.start()
         for work in self._under_way:
             work.wait()
-        self._waiting.stop()
+        self._arrived = Moment(self._device)
         self._under_way.clear()
         self.step += 1
+        if self._chooser:
+            self._chooser.arrived(self._try)
 
     @property
     def exposed_seconds(self) -> float:
         """How long the last `wait` has waited: communication that no computation hid."""
-        return self._waiting.seconds
+        return self._arrived - self._backward_ended
 
     @property
     def traffic(self) -> Traffic:
@@ -132,11 +155,14 @@ class GradientSync:
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks: the step, and the trials by which an all-reduce is chosen."""
         trials = [dataclasses.astuple(trial) for trial in self._exchange.trials]
-        return {"step": self.step, "trials": trials, "ranks": self._communicator.size}
+        state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
+        return {**state, "auto": self._chooser.state_dict()} if self._chooser else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved one, on as many ranks with the same all-reduce: another would round otherwise."""
         self.step = state["step"]
+        if self._chooser and "auto" in state:
+            self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
         if state["ranks"] == self._communicator.size and self._exchange.trials:
             self._exchange.trials = [Trial(*each) for each in state["trials"]]
 
@@ -178,8 +204,17 @@ class GradientSync:
         """Sends full buckets, but none before its predecessors: all ranks must send in one order."""
         if self.only_if_finite:
             return
-        while len(self._under_way) < len(self.buckets) and self._missing[len(self._under_way)] == 0:
+        while self._full < len(self.buckets) and self._missing[self._full] == 0:
+            self._count_full()
+        if self._chooser and self._chooser.holds_back:
+            return
+        while len(self._under_way) < self._full:
             self._send(len(self._under_way))
+
+    def _count_full(self) -> None:
+        self._full += 1
+        if self._chooser:
+            self._chooser.full()
 
     def _is_finite_everywhere(self) -> bool:
         bad = torch.tensor([float(not math.isfinite(float(self.norm())))])
@@ -196,17 +231,31 @@ class GradientSync:
 
     def _reduce(self, index: int) -> None:
         try:
-            if self._nodes is None:
-                self._reduce_by_codec(index)
-            else:
-                self._nodes.reduce_(self.buckets[index].buffer, lambda: self._reduce_by_codec(index))
+            self._reduce_by(self.codecs[index], self.buckets[index].buffer)
         except HvdlmError as error:
             raise HvdlmError(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 
-    def _reduce_by_codec(self, index: int) -> None:
-        begin = time.perf_counter()
-        self.codecs[index].reduce_(self.buckets[index].buffer, self._exchange, self.step)
-        self._busy_seconds += time.perf_counter() - begin
+    def _reduce_by(self, codec: Codec, gradients: Tensor) -> None:
+        def reduce() -> None:
+            begin = time.perf_counter()
+            codec.reduce_(gradients, self._exchange, self.step)
+            self._busy_seconds += time.perf_counter() - begin
+
+        if self._nodes is None:
+            reduce()
+        else:
+            self._nodes.reduce_(gradients, reduce)
+
+    def _try(self, index: int, name: str) -> Cost:
+        """What the bucket would cost by the codec called `name`."""
+        codec = codec_maker(name)(self.buckets[index], self._compression)
+
+        def reduce(gradients: Tensor) -> float:
+            before = self._busy_seconds - self._exchange.seconds
+            self._reduce_by(codec, gradients)
+            return self._busy_seconds - self._exchange.seconds - before
+
+        return try_codec(self._communicator, self.buckets[index].buffer, reduce)
 
 
 def _open_exchange(communicator: Communicator, algorithm: str, buckets: Sequence[Bucket]) -> Exchange:

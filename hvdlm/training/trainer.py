@@ -63,9 +63,9 @@ class Trainer:
                 for name, tensor in tensors.items():
                     tensor.copy_(saved[name])
         broadcast_tensors(self.communicator, self.optimizer_state.values())
+        self.sync.load_state_dict(state["gradients"])
         hand_out(self.communicator, source, self.sync.codec_state(), state["world_size"])
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self.sync.load_state_dict(state["gradients"])
         self.step = state["step"]
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:

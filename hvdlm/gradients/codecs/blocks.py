@@ -13,33 +13,36 @@ from hvdlm.gradients.bucket import Bucket
 # A place within a block travels as one byte.
 LONGEST_BLOCK = 256
 
-# Elements of a tensor that is small: choosing among them would save next to nothing, and hurt.
+# Elements of a tensor that is small: choosing among them would save next to nothing.
 _SMALL = 4096
 
 
-def is_compressed(parameter: nn.Parameter) -> bool:
-    """Whether it is a matrix of some size. Biases, normalisation weights and small tensors travel as they are."""
+def is_large_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it is worth compressing: biases, normalisation weights and small tensors are not."""
     return parameter.dim() >= 2 and parameter.numel() > _SMALL
 
 
 class Part(NamedTuple):
     """Consecutive blocks of a bucket, and some of its elements that are in no block."""
 
+    block: int  # numbers in a block, but for the last of a span, which may have fewer
     spans: Tensor  # (n, 2) int64, on the CPU: start and stop in the buffer; blocks follow one another from each start
     dense: Tensor  # (m,) int64: where in the buffer elements lie that travel as they are
 
-    def entries(self, block: int, kept: int) -> int:
-        """Elements chosen where each block gives its `kept` largest, or all it has: the last of a span may be short."""
+    def entries(self, kept: int) -> int:
+        """Numbers chosen where each block gives its `kept` largest, or all it has."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
-        return int((lengths // block * min(kept, block) + (lengths % block).clamp(max=kept)).sum())
+        return int((lengths // self.block * min(kept, self.block) + (lengths % self.block).clamp(max=kept)).sum())
 
 
 def cut_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
     """Cuts `bucket` into `count` parts of as many blocks each; the last ones may have fewer, or none."""
-    compressed, dense, start = [], [], 0
+    compressed: list[tuple[int, int]] = []
+    dense: list[tuple[int, int]] = []
+    start = 0
     for parameter in bucket.parameters:
         stop = start + parameter.numel()
-        (compressed if is_compressed(parameter) else dense).append((start, stop))
+        (compressed if is_large_matrix(parameter) else dense).append((start, stop))
         start = stop
 
     blocks_a_part = -(-sum(-(-(stop - start) // block) for start, stop in compressed) // count)
@@ -59,6 +62,6 @@ def cut_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
     places = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(*span) for span in dense)])
     pieces = places.to(bucket.buffer.device).split(part_lengths(len(places), count))
     return [
-        Part(torch.tensor(own, dtype=torch.int64).reshape(-1, 2), piece)
+        Part(block, torch.tensor(own, dtype=torch.int64).reshape(-1, 2), piece)
         for own, piece in zip(spans, pieces, strict=True)
     ]

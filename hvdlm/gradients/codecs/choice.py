@@ -15,13 +15,20 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.cast import Cast
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
+from hvdlm.gradients.codecs.powersgd import PowerSGD
+from hvdlm.gradients.codecs.topk import TopK
 
 MakeCodec = Callable[[Bucket, CompressionSection], Codec]
+
+# The codec that is chosen anew for each bucket, by measurement: see codecs/switching.py.
+AUTO = "auto"
 
 CODECS: dict[str, MakeCodec] = {
     "none": Dense,
     "fp16": partial(Cast, torch.float16),
     "bf16": partial(Cast, torch.bfloat16),
+    "topk": TopK,
+    "powersgd": PowerSGD,
 }
 
 
@@ -32,7 +39,8 @@ def codec_maker(name: str) -> MakeCodec:
     path, colon, class_name = name.rpartition(":")
     if not colon:
         raise HvdlmError(
-            f"compression.codec = {name!r} is unknown: it is one of {', '.join(CODECS)}, or FILE.py:CLASS of your own"
+            f"compression.codec = {name!r} is unknown: it is one of {', '.join([*CODECS, AUTO])}, "
+            "or FILE.py:CLASS of your own"
         )
     if not Path(path).is_file():
         raise HvdlmError(f"compression.codec = {name!r}: there is no file {path}")

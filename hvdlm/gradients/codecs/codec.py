@@ -39,3 +39,7 @@ class Codec(ABC):
         of the sum over the old ones: so nothing that was owed is lost.
         """
         return {}
+
+    def further_state(self) -> dict[str, Tensor]:
+        """More of the kind of `state`, in tensors of any shape, by names that no other bucket has."""
+        return {}

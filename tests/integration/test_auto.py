@@ -1,0 +1,82 @@
+"""Codec `auto` on links whose rate is known, and changes: it compresses where that pays, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from jobs import command, losses
+from launcher import BIN, start
+
+# Gradients of some MiB, which travel for half a second at 100 Mbit/s and next to no time at 10 Gbit/s
+SETTINGS = {
+    "model__layers": 2,
+    "model__width": 256,
+    "model__context_length": 64,
+    "train__batch_size": 8,
+    "train__micro_batch_size": 8,
+    "train__evaluate_sequences": 8,
+    "comm__bucket_mb": 1.0,
+    "compression__codec": "auto",
+    "compression__candidates": "none,fp16,topk",
+}
+MPIRUN = ["mpirun", "-np", "2", "-x", "PATH", "-x", "OMP_NUM_THREADS", "--bind-to", "none"]
+
+
+@pytest.fixture(scope="module")
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    return start_cluster(2, 1, "--rate", "10gbit")
+
+
+def test_it_compresses_on_a_slow_link_and_keeps_to_it(cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*MPIRUN, "--hostfile", str(cluster.hostfile)]
+    for host in cluster.hosts:
+        assert cluster.command("link", host, "100mbit").status == 0
+    result = cluster.run("h1", [*words, *command(small_data, run_dir, train__steps=8, **SETTINGS)])
+    assert result.status == 0, result.output
+    chosen = json.loads((run_dir / "checkpoints" / "step_00000008" / "state.json").read_text())["gradients"]["auto"]
+    assert set(chosen["codecs"]) <= {"fp16", "topk", "none"}
+    assert "topk" in chosen["codecs"]
+    assert re.search(r"codec auto: .*topk for \d+ of \d+ buckets", result.output)
+
+    again = cluster.run("h1", [*words, *command(small_data, run_dir, "--resume", "latest", train__steps=9, **SETTINGS)])
+    assert again.status == 0, again.output
+    assert "buckets" not in again.output  # it has not measured
+    resumed = json.loads((run_dir / "checkpoints" / "step_00000009" / "state.json").read_text())["gradients"]["auto"]
+    assert resumed == chosen
+
+
+def test_it_chooses_again_when_a_link_changes(cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
+    for host in cluster.hosts:
+        assert cluster.command("link", host, "10gbit").status == 0
+    run_dir = tmp_path / "run"
+    words = [*MPIRUN, "--hostfile", str(cluster.hostfile)]
+    words += command(small_data, run_dir, train__steps=100000, log__every=1, **SETTINGS)
+    fabric = [str(BIN / "hvdlm"), "fabric", "--state", str(cluster.fabric.state), "run", "h1", "--"]
+    log = tmp_path / "log"
+    log.touch()
+    with start([*fabric, "bash", "-c", 'exec "$@" >"$0" 2>&1', str(log), *words]):
+
+        def told(pattern: str, beyond: int = 0) -> re.Match[str]:
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline:
+                if found := re.compile(pattern).search(log.read_text(), beyond):
+                    return found
+                time.sleep(0.2)
+            raise AssertionError(f"no {pattern!r} in\n{log.read_text()}")
+
+        first = told(r"codec auto: (.*);")
+        assert "none for" in first.group(1)
+        for host in cluster.hosts:
+            assert cluster.command("link", host, "100mbit").status == 0
+        parted = told("measuring anew", first.end())
+        again = told(r"codec auto: (.* buckets);", parted.end())
+        assert "topk" in again.group(1)
+    cluster.end_jobs()
+    assert len(losses(run_dir)) > 10
