@@ -15,6 +15,10 @@ _EAGER_POLLS = 50
 _SLEEP = 200e-6
 
 
+class LostRankError(HvdlmError):
+    """Another rank has not come, or has gone; which one, a roll call may tell (roll_call.py)."""
+
+
 @contextmanager
 def contact(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None]:
     """Turns what an engine raises when it has lost a rank into a sentence."""
@@ -22,15 +26,14 @@ def contact(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None
         yield
     except failures as error:
         reason = str(error).strip().partition("\n")[0]
-        raise HvdlmError(
-            f"rank {rank} has lost contact with another rank, which may have died: engine {engine} says: {reason}"
-        ) from error
+        sentence = f"rank {rank} has lost contact with another rank: engine {engine} says: {reason}"
+        raise LostRankError(sentence) from error
 
 
 def wait_until(is_done: Callable[[], bool], timeout: float, rank: int, what: str) -> None:
     """Polls until done, with short sleeps that leave the core to whoever computes.
 
-    Raises HvdlmError after `timeout` seconds: `rank` has then waited in vain for `what`.
+    Raises LostRankError after `timeout` seconds: `rank` has then waited in vain for `what`.
     """
     deadline = time.monotonic() + timeout
     polls = 0
@@ -42,9 +45,6 @@ def wait_until(is_done: Callable[[], bool], timeout: float, rank: int, what: str
                 raise waited_in_vain(timeout, rank, what)
 
 
-def waited_in_vain(timeout: float, rank: int, what: str) -> HvdlmError:
+def waited_in_vain(timeout: float, rank: int, what: str) -> LostRankError:
     """The error of a rank whose patience has ended."""
-    return HvdlmError(
-        f"rank {rank} on {socket.gethostname()} waited {timeout:g} s (comm.timeout) for {what}: "
-        "look for a rank that has stopped or fallen behind"
-    )
+    return LostRankError(f"rank {rank} on {socket.gethostname()} waited {timeout:g} s (comm.timeout) for {what}")

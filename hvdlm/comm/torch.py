@@ -34,9 +34,9 @@ class TorchCommunicator(Communicator):
 
     engine = "torch"
 
-    def __init__(self, group: dist.ProcessGroup, members: Sequence[int]) -> None:
-        """`members`: the global ranks of `group`, in our order. `start` makes the first one."""
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int], limit: timedelta) -> None:
+        """`members`: the global ranks of `group`, in our order; `limit`: of every wait. `start` makes the first one."""
+        self._group, self._limit = group, limit
         self._members = list(members)
         self._place = places(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
@@ -52,13 +52,13 @@ class TorchCommunicator(Communicator):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         group = dist.group.WORLD
         assert group is not None
-        return cls(group, range(size))
+        return cls(group, range(size), limit)
 
     def split(self, color: int, key: int) -> Communicator:
         ranks = group_by_color(self.all_gather_object((color, key)))[color]
         members = [self._members[rank] for rank in ranks]
-        group = dist.new_group(sorted(members), use_local_synchronization=True)
-        return TorchCommunicator(group, members)
+        group = dist.new_group(sorted(members), timeout=self._limit, use_local_synchronization=True)
+        return TorchCommunicator(group, members, self._limit)
 
     def abort(self, reason: str) -> NoReturn:
         print(reason, file=sys.stderr, flush=True)

@@ -168,12 +168,14 @@ class GradientSync:
 
     def codec_state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
-        return {
+        by_parameter = {
             f"{kind}.{name}": piece
             for bucket, codec in zip(self.buckets, self.codecs, strict=True)
             for kind, flat in codec.state().items()
             for name, piece in zip(bucket.names, bucket.cut(flat), strict=True)
         }
+        further = {name: tensor for codec in self.codecs for name, tensor in codec.further_state().items()}
+        return {**by_parameter, **further}
 
     def scale_owed_(self, factor: float) -> None:
         """Multiplies what codecs keep by a number, as gradients are from now on."""
@@ -233,7 +235,7 @@ class GradientSync:
         try:
             self._reduce_by(self.codecs[index], self.buckets[index].buffer)
         except HvdlmError as error:
-            raise HvdlmError(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
+            raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 
     def _reduce_by(self, codec: Codec, gradients: Tensor) -> None:
         def reduce() -> None:

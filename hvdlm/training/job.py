@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.launch import check_alike, connect
+from hvdlm.comm.roll_call import RollCall
 from hvdlm.errors import HvdlmError, JobError
 
 logger = logging.getLogger(__name__)
+
+# Seconds in which all ranks that have lost another can say so, before the first of them ends them all.
+_ALL_SPEAK = 1.0
 
 
 @contextmanager
@@ -22,10 +29,13 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
     alone is told by that rank, which then ends the job at once: the others may be waiting for it for ever.
     """
     communicator = connect(engine, timeout)
+    place = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
     try:
         check_alike(communicator, config_digest)
+        roll_call = RollCall(communicator)
         yield communicator
         communicator.barrier()
+        roll_call.close()
         communicator.close()
     except JobError as error:
         if communicator.rank == 0:
@@ -33,11 +43,14 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
         communicator.barrier()  # rank 0 has spoken before any other rank's exit makes the launcher end it
         communicator.close()
         raise SystemExit(1) from None
+    except LostRankError as error:
+        print(f"hvdlm: error: {error}; {roll_call.missing()}", file=sys.stderr, flush=True)
+        time.sleep(_ALL_SPEAK)
+        communicator.abort(f"hvdlm: {place} ends the job")
     except HvdlmError as error:
         if communicator.size == 1:
             raise
         logger.debug("where the error arose", exc_info=True)
-        place = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
         communicator.abort(f"hvdlm: error: {place}: {error}")
     except Exception:
         if communicator.size == 1:

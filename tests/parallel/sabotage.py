@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import torch
+from torch import Tensor
 
 import hvdlm
 from hvdlm.cli import main
@@ -13,7 +15,7 @@ from hvdlm.training.trainer import Trainer
 
 
 def own_rank() -> int:
-    return int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+    return int(os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 
 
 def other_version() -> None:
@@ -38,6 +40,18 @@ def bug() -> None:
         raise ZeroDivisionError("a bug for the test")
 
     Trainer._apply = apply_never  # type: ignore[method-assign]
+
+
+def stopped() -> None:
+    """Stops, as a debugger or a suspended machine would, in the middle of a backward pass."""
+    forward = Trainer._loss
+
+    def loss(self: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.step == 12:
+            self.model.final_norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+        return forward(self, inputs, targets)
+
+    Trainer._loss = loss  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,8 @@ from pathlib import Path
 
 import h5py
 import pytest
-from jobs import command, losses, start_training, train
+from jobs import command, losses, train
 from launcher import BIN, Result, launcher_command, run
-from test_resume import wait_for_step
 
 SABOTAGE = Path(__file__).with_name("sabotage.py")
 
@@ -175,18 +175,25 @@ def test_divergence(small_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "launcher"),
-    [("mpi", "mpirun"), ("torch", "mpirun"), ("horovod", "mpirun"), ("horovod", "horovodrun --gloo")],
+    ("engine", "launcher", "algorithm"),
+    [
+        ("mpi", "mpirun", "ring"),
+        ("mpi", "mpirun", "engine"),
+        ("torch", "mpirun", "ring"),
+        ("horovod", "mpirun", "auto"),
+        ("horovod", "horovodrun --gloo", "auto"),
+    ],
 )
-def test_rank_that_stopped(engine: str, launcher: str, small_data: Path, tmp_path: Path) -> None:
-    """The others wait comm.timeout for it, say so and end the job, the stopped rank too."""
-    settings = {"train__steps": 100_000, "comm__engine": engine, "comm__timeout": 5}
-    with start_training(launcher, 2, small_data, tmp_path / "run", **settings) as job:
-        wait_for_step(job, tmp_path / "run", 5)
-        job.ranks()[1].send_signal(signal.SIGSTOP)
-        result = job.finish(deadline=60)
+def test_rank_that_stopped(engine: str, launcher: str, algorithm: str, small_data: Path, tmp_path: Path) -> None:
+    """The others wait comm.timeout for it, each says for whom and with what, and the stopped rank ends too."""
+    settings = {"comm__engine": engine, "comm__timeout": 5, "comm__algorithm": algorithm}
+    words = command(small_data, tmp_path / "run", train__micro_batch_size=16, **settings)[1:]
+    result = run([*launcher_command(launcher, 3), sys.executable, str(SABOTAGE), "stopped", "1", *words])
     assert result.status != 0
-    assert "hvdlm: error: rank 0" in result.output
+    for rank in (0, 2):
+        said = re.search(f"hvdlm: error: gradient bucket 1 of 1: rank {rank} .*", result.output)
+        assert said, result.output
+        assert f"; rank 1 on {socket.gethostname()} does not answer" in said[0]
     assert "Traceback" not in result.output or launcher.startswith("horovodrun"), result.output  # horovodrun's own
 
 

@@ -35,13 +35,14 @@ class ScaledCast:
         return _SCALE_BYTES + (elements * self._dtype.itemsize + 3) // 4 * 4  # messages begin at multiples of 4
 
     def encode(self, values: Tensor, message: Tensor) -> None:
-        scale = _power_of_two(_TOP, float(torch.linalg.vector_norm(values, math.inf)))
+        scale = _power_of_two(_TOP, float(_largest(values)))
         message[:_SCALE_BYTES].view(torch.float32).fill_(scale)
         torch.mul(values, scale, out=self._numbers(message, len(values)))
 
     def decode(self, message: Tensor, values: Tensor) -> None:
         scale = float(message[:_SCALE_BYTES].view(torch.float32))
-        torch.mul(self._numbers(message, len(values)), 1 / scale, out=values)
+        # float32 before it is multiplied: PyTorch would round, and overflow, as the smaller type does
+        values.copy_(self._numbers(message, len(values))).mul_(1 / scale)
 
     def _numbers(self, message: Tensor, length: int) -> Tensor:
         return message[_SCALE_BYTES:].view(self._dtype)[:length]
@@ -61,16 +62,21 @@ class Cast(Codec):
         if exchange.has_ring:
             exchange.all_reduce_(gradients, self._encoding, self._residual.cleared())
             return
-        largest = torch.linalg.vector_norm(gradients, math.inf).reshape(1)
+        largest = _largest(gradients).reshape(1)
         exchange.all_reduce_(largest, op=ReduceOp.MAX)
         scale = _power_of_two(_TOP / exchange.size, float(largest))
         numbers = (gradients * scale).to(self._dtype)
         self._residual.keep(gradients, lambda: numbers.float() * (1 / scale))
         exchange.all_reduce_(numbers)
-        torch.mul(numbers, 1 / scale, out=gradients)
+        gradients.copy_(numbers).mul_(1 / scale)
 
     def state(self) -> dict[str, Tensor]:
         return self._residual.state()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest magnitude; NaN if one is. In a tenth of the time that torch.linalg.vector_norm takes for it."""
+    return torch.stack(torch.aminmax(values)).abs().amax()
 
 
 def _power_of_two(top: float, largest: float) -> float:

@@ -48,3 +48,6 @@ class Switching(Codec):
                 self._owed = torch.zeros_like(self.bucket.buffer)
             state = {**state, _RESIDUAL: self._owed}
         return state
+
+    def further_state(self) -> dict[str, Tensor]:
+        return self._codec.further_state()

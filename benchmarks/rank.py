@@ -1,0 +1,45 @@
+"""One rank of a job of contestants: builds them, then takes turns as the race asks, until it hangs up.
+
+Started by job.py, through a launcher: rank.py SOCKET CONFIG INTERFACE ENGINE CONTESTANT...
+"""
+
+from __future__ import annotations
+
+import sys
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import torch
+from lineup import build
+from torch.nn.utils import parameters_to_vector
+from turns import Request, digest, take_turn
+
+from hvdlm.config import load
+from hvdlm.data.shard import DataSet
+from hvdlm.model.presets import PRESETS
+from hvdlm.training.job import job
+
+
+def main(address: str, config_path: str, interface: str, engine: str, *names: str) -> None:
+    """`interface`: empty if there is none whose bytes are to be counted."""
+    race = Client(address)
+    config = load(Path(config_path), [], PRESETS)
+    torch.set_num_threads(config.train.threads)
+    with job(engine, config.comm.timeout, config.digest()) as communicator:
+        data = DataSet(Path(config.data.path))
+        contestants = {name: build(name, config, communicator, data) for name in names}
+        race.send("ready")
+        while True:
+            try:
+                request: Request = race.recv()
+            except EOFError:
+                break
+            contestant = contestants[request.contestant]
+            turn = take_turn(contestant, request.steps, interface or None)
+            if request.parameters is not None and communicator.rank == 0:
+                torch.save(parameters_to_vector(contestant.model.parameters()).detach(), request.parameters)
+            race.send((turn, digest(contestant)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

