@@ -9,15 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
 import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from hvdlm.comm.interfaces import Interface, own_interfaces
+
+if TYPE_CHECKING:
+    from hvdlm.comm.mpi import MPICommunicator
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +35,7 @@ _GUESTS_ONLY = re.compile(r"docker\d+|br-[0-9a-f]{12}|podman\d+|cni-podman\d+|cn
 _OPEN_MPI_EXCLUDES = "127.0.0.1/8,sppp"
 
 # Seconds between ranks that have all started, and their first word to each other, before something is wrong.
-_PATIENCE = 60.0
+PATIENCE = 60.0
 
 
 def for_guests_only(interface: Interface) -> bool:
@@ -56,31 +62,56 @@ def _open_mpi_decides_alone() -> bool:
     return bool(sources) and all(line.endswith(":default") for line in sources)
 
 
+def meet_over_mpi(rank: int, timeout: float) -> MPICommunicator:
+    """Starts MPI and joins its ranks; `timeout`: seconds that a rank waits for another."""
+    # MPI_Init returns when all have come, and holds Python's lock till then: what was noted meanwhile is read after it.
+    with first_contact(rank, timeout):
+        from hvdlm.comm.mpi import MPICommunicator
+    with first_contact(rank, min(timeout, PATIENCE)):
+        return MPICommunicator(timeout)
+
+
 @contextmanager
-def first_contact(rank: int, timeout: float) -> Iterator[None]:
-    """Ends the process, after a sentence, unless the block ends within `timeout` seconds, at most a minute.
+def first_contact(rank: int, seconds: float) -> Iterator[None]:
+    """Ends the process, after a sentence, unless the block ends within `seconds`. For the main thread.
 
     What hangs there is inside a library that nothing but the end of the process gets out of, and whose functions at
-    exit would wait for the same ranks again.
+    exit would wait for the same ranks again. Where Open MPI aborts one rank in there, mpirun ends the others by
+    SIGTERM: they say what the aborted one could not.
     """
-    seconds = min(timeout, _PATIENCE)
+    # A handler in Python runs only after the library has returned; what the interpreter writes here is read at once.
+    watched, noted = socket.socketpair()
+    noted.setblocking(False)
 
-    def end() -> None:
-        logger.error("%s", _in_vain(rank, seconds, own_interfaces()))
+    def watch() -> None:
+        while select.select([watched], [], [], seconds)[0]:
+            number = watched.recv(1)[0]
+            if number == signal.SIGTERM:
+                logger.error("%s", _in_vain(rank, "was ended before it had reached the others", own_interfaces()))
+                os._exit(128 + number)
+            if number == 0:
+                return
+        logger.error("%s", _in_vain(rank, f"has not reached the others within {seconds:g} s", own_interfaces()))
         os._exit(1)
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(noted.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        timer.cancel()
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGTERM, handler)
+        noted.send(b"\0")
+        watcher.join()
+        watched.close()
+        noted.close()
 
 
-def _in_vain(rank: int, seconds: float, interfaces: Sequence[Interface]) -> str:
+def _in_vain(rank: int, what: str, interfaces: Sequence[Interface]) -> str:
     """What a rank can say that has reached nobody: it knows its own networks, and not which of them the others have."""
-    sentence = f"rank {rank} on {socket.gethostname()} has started, but not reached the others within {seconds:g} s"
+    sentence = f"rank {rank} on {socket.gethostname()} {what}"
     networks = {str(each.address.network): each.name for each in interfaces if not for_guests_only(each)}
     if len(networks) < 2:
         return (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
 from hvdlm.comm.failure import contact, wait_until
-from hvdlm.comm.first_contact import first_contact
+from hvdlm.comm.first_contact import PATIENCE, first_contact
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
@@ -67,7 +67,8 @@ class HorovodCommunicator(Communicator):
         """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
         # Horovod's own start over Gloo keeps that time; over MPI it would wait for ever.
-        with nullcontext() if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else first_contact(rank, timeout):
+        over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+        with nullcontext() if over_gloo else first_contact(rank, min(timeout, PATIENCE)):
             hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
 

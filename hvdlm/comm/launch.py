@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import hvdlm
-from hvdlm.comm.first_contact import first_contact, keep_open_mpi_off_bridges
+from hvdlm.comm.first_contact import keep_open_mpi_off_bridges, meet_over_mpi
 from hvdlm.errors import HvdlmError, JobError
 
 if TYPE_CHECKING:
@@ -109,10 +109,7 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
 
         return SoloCommunicator()
     if engine == "mpi":
-        from hvdlm.comm.mpi import MPICommunicator  # MPI_Init returns when all ranks have come
-
-        with first_contact(launch.rank, timeout):
-            return MPICommunicator(timeout)
+        return meet_over_mpi(launch.rank, timeout)
     if engine == "horovod":
         if importlib.util.find_spec("horovod") is None:
             raise HvdlmError("engine horovod needs Horovod, which is not installed: run `hvdlm install-horovod`")

@@ -25,7 +25,7 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.first_contact import first_contact
+from hvdlm.comm.first_contact import meet_over_mpi
 from hvdlm.comm.interfaces import interface_towards, own_interfaces
 from hvdlm.errors import HvdlmError
 
@@ -99,12 +99,9 @@ def _exchange(text: str, rank: int, timeout: float) -> str:
 
 
 def _through_mpi(text: str, rank: int, timeout: float) -> str:
-    from hvdlm.comm.mpi import MPICommunicator
-
-    with first_contact(rank, timeout):
-        guide = MPICommunicator(timeout)
-        text = guide.broadcast_object(text)
-        guide.close()
+    guide = meet_over_mpi(rank, timeout)
+    text = guide.broadcast_object(text)
+    guide.close()
     return text
 
 

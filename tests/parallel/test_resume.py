@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_stopped_by_a_signal_and_resumed(small_data: Path, tmp_path: Path) -> No
     result = train("mpirun", 2, small_data, stopped, "--resume", "latest", **SAVING)
     assert result.status == 0, result.output
     assert_bit_identical(whole, stopped)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "topk", "powersgd"])
+def test_what_codecs_owe_is_resumed_exactly(codec: str, small_data: Path, tmp_path: Path) -> None:
+    """On as many ranks bit for bit; on more, as near as it can be when the residuals have new owners."""
+    settings = {"checkpoint__every": 7, "model__width": 64, "optimizer__lr": 0.002, "compression__codec": codec}
+    whole, broken, moved = (tmp_path / name for name in ("whole", "broken", "moved"))
+    assert train("mpirun", 2, small_data, whole, **settings).status == 0
+    with start_training("mpirun", 2, small_data, broken, **settings) as job:
+        wait_for_step(job, broken, 17)
+        job.ranks()[1].kill()
+        assert job.finish(deadline=60).status != 0
+    shutil.copytree(broken, moved)
+    owed = [
+        load_file(broken / "checkpoints" / "step_00000014" / "ranks" / f"rank_0000{rank}.safetensors")
+        for rank in (0, 1)
+    ]
+    assert any(owed[0][name].any() and not owed[0][name].equal(owed[1][name]) for name in owed[0])
+    result = train("mpirun", 2, small_data, broken, "--resume", "latest", **settings)
+    assert result.status == 0, result.output
+    assert_bit_identical(whole, broken)
+    result = train("mpirun", 3, small_data, moved, "--resume", "latest", **settings)
+    assert result.status == 0, result.output
+    assert_same_curve(losses(moved), losses(whole), relative=1e-3 if codec == "fp16" else 0.05)
 
 
 def test_resumed_on_other_numbers_of_ranks(small_data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,7 @@ def examine_ranks(engine: str, timeout: float) -> int:
     launch = detect(os.environ)
     variables = interface_variables(os.environ)
     shared_memory = psutil.disk_usage("/dev/shm").free
+    torch.set_num_threads(1)  # by default each rank has one a core, and they fight for the cores
     try:
         communicator = connect(engine, timeout)
     except HvdlmError as error:

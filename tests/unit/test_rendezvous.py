@@ -1,0 +1,136 @@
+"""Where ranks of engine torch meet: which of rank 0's addresses a rank takes, and which interface Gloo is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from torch.distributed import TCPStore
+
+from hvdlm.comm import rendezvous
+from hvdlm.comm.rendezvous import LOOPBACK, meet
+from hvdlm.errors import HvdlmError
+
+WORD = "a-word-of-this-job"
+
+
+def place(addresses: list[str], bell_port: int) -> rendezvous._Place:
+    return rendezvous._Place(addresses, 1, bell_port, WORD)
+
+
+def test_the_first_address_that_answers_is_taken() -> None:
+    """127.0.0.2 and .3 lead here too, but nobody listens on them at that port."""
+    with socket.socket() as only, socket.socket() as closed:
+        only.bind(("127.0.0.3", 0))
+        only.listen()
+        port = only.getsockname()[1]
+        closed.bind(("127.0.0.2", port))  # bound, not listening: refuses
+        answerer = threading.Thread(target=lambda: only.accept()[0].sendall(WORD.encode()), daemon=True)
+        answerer.start()
+        assert rendezvous._answering(place(["127.0.0.2", "127.0.0.3"], port), rank=1) == "127.0.0.3"
+        answerer.join(5)
+
+
+def test_another_job_that_answers_is_not_taken() -> None:
+    """docker0 has one address on all hosts: what listens there may be another job's."""
+    with (
+        rendezvous._doorbell("another-word-as-long") as port,
+        pytest.raises(HvdlmError, match=r"rank 3 on .* reaches rank 0 at none of its addresses 127.0.0.2: let one"),
+    ):
+        rendezvous._answering(place([LOOPBACK, "127.0.0.2"], port), rank=3)
+
+
+def test_a_doorbell_answers_many() -> None:
+    with rendezvous._doorbell(WORD) as port:
+        assert {rendezvous._answering(place([LOOPBACK], port), rank) for rank in range(1, 9)} == {LOOPBACK}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "expected"),
+    [
+        ("none", {}, (LOOPBACK, 0)),
+        ("mpirun", {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, ("n1", 29500)),
+        ("torchrun", {"MASTER_ADDR": "n2", "MASTER_PORT": "29501"}, ("n2", 29501)),
+        ("mpirun", {}, None),
+        ("horovodrun", {}, None),
+        ("srun", {"PMIX_RANK": "0", "SLURM_STEP_NODELIST": "n1"}, None),  # there MPI works
+        # job 77, step 0: 20000 + 77 * 8
+        ("srun", {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}, ("n1", 20616)),
+    ],
+)
+def test_what_all_know_beforehand(launcher: str, environment: dict[str, str], expected: tuple[str, int] | None) -> None:
+    assert rendezvous._known_place(launcher, environment) == expected
+
+
+class KeyValues(BaseHTTPRequestHandler):
+    """What horovodrun serves to its ranks."""
+
+    kept: dict[str, bytes]
+
+    def do_PUT(self) -> None:
+        self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path in self.kept else 404)
+        self.end_headers()
+        self.wfile.write(self.kept.get(self.path, b""))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def horovodrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """The environment of a rank of horovodrun's, and what its key-value store keeps."""
+    KeyValues.kept = {}
+    with HTTPServer((LOOPBACK, 0), KeyValues) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", LOOPBACK)
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(server.server_address[1]))
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is as before after the test
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        yield KeyValues.kept
+        server.shutdown()
+
+
+def meet_both() -> list[TCPStore]:
+    """Ranks 0 and 1 as threads."""
+    stores: dict[int, TCPStore] = {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: stores.update({rank: meet("horovodrun", rank, 2, 10)}))  # type: ignore[misc]
+        for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [stores[0], stores[1]]
+
+
+def test_two_ranks_of_a_host_meet_on_its_loopback(horovodrun: dict[str, bytes]) -> None:
+    first, second = meet_both()
+    first.set("said", "by rank 0")
+    assert second.get("said") == b"by rank 0"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    told = json.loads(horovodrun["/hvdlm/rank_0"])
+    assert told["addresses"][0] == LOOPBACK and told["store_port"] == first.port
+
+
+def test_the_users_interface_is_kept(horovodrun: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    meet_both()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+@pytest.mark.usefixtures("horovodrun")
+def test_a_rank_that_hears_nothing_of_rank_0() -> None:
+    with pytest.raises(HvdlmError, match=r"rank 1 heard nothing from rank 0 at 127.0.0.1:\d+ within 0.2 s"):
+        meet("horovodrun", 1, 2, timeout=0.2)
