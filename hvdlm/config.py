@@ -112,9 +112,11 @@ class CommSection(Section):
     """`[comm]`: how ranks talk."""
 
     engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field("auto", description="what carries messages")
-    bucket_mb: float = Field(4.0, gt=0, description="gradient bytes sent at once, in units of 2**20")
+    bucket_mb: float = Field(
+        0.0, ge=0, description="gradient bytes sent at once, in units of 2**20; 0: what suits the codec"
+    )
     algorithm: Literal["auto", "ring", "engine"] = Field(
-        "auto", description="what sums gradients: our ring, the engine's all-reduce, or the faster in a trial at start"
+        "auto", description="what sums gradients: our ring, the engine's all-reduce, or by a trial at start"
     )
     timeout: float = Field(300.0, gt=0, description="seconds that a rank waits for another before it gives up")
 

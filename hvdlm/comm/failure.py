@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 from hvdlm.errors import HvdlmError
 
-# Polls before the first sleep, then the length of a sleep in seconds: ranks that come together lose nothing,
-# and one that comes late is noticed within a fraction of what a message of a bucket's size takes.
+# Polls before the first sleep: ranks that come together lose nothing. Then a sleep is a tenth of the wait until then,
+# between these bounds in seconds: who waits long leaves the core to whoever computes, and loses little more.
 _EAGER_POLLS = 50
-_SLEEP = 200e-6
+_SHORTEST_SLEEP = 200e-6
+_LONGEST_SLEEP = 2e-3
 
 
 class LostRankError(HvdlmError):
@@ -35,14 +36,15 @@ def wait_until(is_done: Callable[[], bool], timeout: float, rank: int, what: str
 
     Raises LostRankError after `timeout` seconds: `rank` has then waited in vain for `what`.
     """
-    deadline = time.monotonic() + timeout
+    begin = time.monotonic()
     polls = 0
     while not is_done():
         polls += 1
         if polls > _EAGER_POLLS:
-            time.sleep(_SLEEP)
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begin
+            if waited > timeout:
                 raise waited_in_vain(timeout, rank, what)
+            time.sleep(min(max(waited / 10, _SHORTEST_SLEEP), _LONGEST_SLEEP))
 
 
 def waited_in_vain(timeout: float, rank: int, what: str) -> LostRankError:

@@ -81,6 +81,10 @@ def connect(engine: str, timeout: float) -> Communicator:
     # Open MPI's waits leave their core to whoever computes, which is us (a small all-reduce with more ranks than
     # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # A segment of the ring (256 KiB) leaves at once over TCP, not after an answer to the question whether it may: while
+    # a rank computes, its answers are late (benchmarks/LOG.md).
+    for name in ("eager_limit", "rndv_eager_limit", "max_send_size"):
+        os.environ.setdefault(f"OMPI_MCA_btl_tcp_{name}", str(320 * 1024))
     if launch.size > 1:
         keep_open_mpi_off_bridges(os.environ)
     engine, reason = choose_engine(launch, engine)

@@ -19,7 +19,7 @@ class Exchange:
     """Blocking operations among all ranks of a communicator, counted in bytes and seconds."""
 
     def __init__(self, communicator: Communicator, ring: Ring | None, trials: Sequence[Trial]) -> None:
-        """`ring`: what sums; None: the engine's own all-reduce. `trials`: at which sizes the ring is faster."""
+        """`ring`: what sums; None: the engine's own all-reduce. `trials`: at which sizes the ring costs less."""
         self._communicator = communicator
         self._ring = ring
         self.trials = trials
@@ -42,7 +42,7 @@ class Exchange:
     ) -> None:
         """Replaces `values` (contiguous, 1-D) by their sum over all ranks.
 
-        With a ring, which is faster for some sizes and the only way for encodings, float32 sums may travel by an
+        With a ring, which costs less for some sizes and the only way for encodings, float32 sums may travel by an
         `encoding`, whose `errors` are added up as `Ring.all_reduce_` says.
         """
         with self._counted():

@@ -24,7 +24,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket, make_buckets
 from hvdlm.gradients.chooser import Chooser
 from hvdlm.gradients.codec_trial import try_codec
-from hvdlm.gradients.codecs.choice import AUTO, codec_maker
+from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes, codec_maker
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.switching import Switching
 from hvdlm.gradients.courier import Courier
@@ -64,7 +64,7 @@ class GradientSync:
         self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
-        self.buckets = make_buckets(dict(module.named_parameters()), int(comm.bucket_mb * 2**20))
+        self.buckets = make_buckets(dict(module.named_parameters()), bucket_bytes(comm, compression))
         self._device = device = self.buckets[0].buffer.device
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
@@ -261,7 +261,7 @@ class GradientSync:
 
 
 def _open_exchange(communicator: Communicator, algorithm: str, buckets: Sequence[Bucket]) -> Exchange:
-    """Settles what sums: "ring", "engine", or by size ("auto") whichever is faster in a trial. Collective."""
+    """Settles what sums: "ring", "engine", or by size ("auto") whichever costs less in a trial. Collective."""
     if algorithm == "engine" or communicator.size == 1:
         return Exchange(communicator, None, [])
     can_ring = communicator.supports("send") and buckets[0].buffer.device.type == "cpu"

@@ -61,8 +61,8 @@ def test_a_run_leaves_everything_it_promises(alone: Path) -> None:
     assert json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] == 50
     names = {
         "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds",
-        "compute_seconds", "exposed_comm_seconds", "wire_bytes", "compression_ratio", "world_size", "memory_bytes",
-        "kind",
+        "compute_seconds", "exposed_comm_seconds", "codec_seconds", "wire_bytes", "compression_ratio", "world_size",
+        "memory_bytes", "kind",
     }  # fmt: skip
     assert all(set(record) == names for record in records(alone))
     last = records(alone)[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hvdlm.config import CompressionSection
+from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.cast import Cast
@@ -30,6 +30,16 @@ CODECS: dict[str, MakeCodec] = {
     "topk": TopK,
     "powersgd": PowerSGD,
 }
+
+# MiB of gradients that travel at once where `comm.bucket_mb` does not say (benchmarks/LOG.md). Larger ones cost fewer
+# turns of the communication thread; smaller ones leave sooner, which matters where there is much to send.
+_BUCKET_MB = 8.0
+_BUCKET_MB_OF = {"topk": 16.0, "powersgd": 16.0}
+
+
+def bucket_bytes(comm: CommSection, compression: CompressionSection) -> int:
+    """Bytes of a bucket, about."""
+    return int((comm.bucket_mb or _BUCKET_MB_OF.get(compression.codec, _BUCKET_MB)) * 2**20)
 
 
 def codec_maker(name: str) -> MakeCodec:
