@@ -69,9 +69,9 @@ class Ring:
     def all_reduce_(self, values: Tensor, encoding: Encoding | None = None, errors: Tensor | None = None) -> int:
         """Replaces `values` (float32, 1-D, contiguous) by their sum over all ranks; returns the bytes this rank sent.
 
-        `encoding`: what travels; None: the numbers themselves. `errors`, like `values`: whatever an encoding on this
-        rank took from a finite number is added there, so that over all ranks result + errors = the exact sum, up to
-        the rounding of float32 additions.
+        `encoding`: what travels; None: the numbers themselves. `errors`, like `values`: what is still owed, which goes
+        with the sum; then holds what an encoding on this rank has taken from finite numbers. So, over all ranks, result
+        + errors = values + old errors, up to the rounding of float32 additions.
         """
         if self._size == 1 or values.numel() == 0:
             return 0
@@ -127,13 +127,16 @@ class Ring:
         def encode_and_send(segment: _Segment, store: Tensor, is_finished: bool) -> None:
             message = store[segment.chunk, segment.place, : encoding.nbytes(segment.length)]
             numbers = values[segment.span]
+            error = None if errors is None else errors[segment.span]
+            if error is not None:  # a rank encodes each segment once: here it joins the sum, while it is in the cache
+                numbers += error
             encoding.encode(numbers, message)
-            if is_finished or errors is not None:
+            if is_finished or error is not None:
                 stands_for = decoded[: segment.length]
                 encoding.decode(message, stands_for)
-                if errors is not None:
-                    error = numbers - stands_for
-                    errors[segment.span] += error.nan_to_num_(0.0, 0.0, 0.0)  # of what is not finite nothing is owed
+                if error is not None:
+                    torch.sub(numbers, stands_for, out=error)
+                    error.nan_to_num_(0.0, 0.0, 0.0)  # of what is not finite nothing is owed
                 if is_finished:
                     numbers.copy_(stands_for)
             send(message)

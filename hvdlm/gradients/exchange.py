@@ -43,7 +43,7 @@ class Exchange:
         """Replaces `values` (contiguous, 1-D) by their sum over all ranks.
 
         With a ring, which costs less for some sizes and the only way for encodings, float32 sums may travel by an
-        `encoding`, whose `errors` are added up as `Ring.all_reduce_` says.
+        `encoding`, whose `errors` are carried on as `Ring.all_reduce_` says.
         """
         with self._counted():
             if encoding is not None and self._ring is None:

@@ -26,10 +26,6 @@ class Residual:
         if self.values is not None:
             gradients.add_(self.values)
 
-    def cleared(self) -> Tensor | None:
-        """The residual set to zero, for errors to be added to; None if none is kept."""
-        return None if self.values is None else self.values.zero_()
-
     def keep(self, intended: Tensor, delivered: Callable[[], Tensor]) -> None:
         """Owes the difference from now on; `delivered` is called only if a residual is kept."""
         if self.values is not None:

@@ -69,6 +69,10 @@ def check_encodings(comm: Communicator) -> None:
                 without = parts[comm.rank].clone()
                 ring.all_reduce_(without, ScaledCast(dtype))
                 assert torch.equal(without, values)  # keeping account of errors changes nothing
+                again = parts[comm.rank].clone()
+                ring.all_reduce_(again, ScaledCast(dtype), errors)  # what was owed goes with it
+                owed_now = comm.all_gather(errors).double().sum(0)
+                assert torch.allclose(again + owed_now, exact + owed, rtol=0, atol=1e-5)
 
 
 def check_extreme_numbers(comm: Communicator) -> None:

@@ -58,10 +58,10 @@ class Cast(Codec):
         self._residual = Residual(bucket, settings.error_feedback)
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
-        self._residual.carry_into_(gradients)
         if exchange.has_ring:
-            exchange.all_reduce_(gradients, self._encoding, self._residual.cleared())
+            exchange.all_reduce_(gradients, self._encoding, self._residual.values)
             return
+        self._residual.carry_into_(gradients)
         largest = _largest(gradients).reshape(1)
         exchange.all_reduce_(largest, op=ReduceOp.MAX)
         scale = _power_of_two(_TOP / exchange.size, float(largest))
