@@ -100,6 +100,7 @@ class OptimizerSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    freeze_after: int = Field(0, ge=0, description="steps after which second moments stay, for lossy codecs; 0: never")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="cosine, or warm-up-stable-decay")
@@ -125,11 +126,13 @@ class CompressionSection(Section):
     """`[compression]`: what gradients travel as."""
 
     codec: str = Field("none", description="none, fp16, bf16, topk, powersgd, auto, or FILE.py:CLASS of your own")
-    candidates: str = Field("none,fp16,powersgd,topk", description="what auto chooses among, by measurement")
+    candidates: str = Field(
+        "none,fp16", description="what auto chooses among, by measurement; powersgd and topk cost loss, so name them"
+    )
     by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
     density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk sends")
-    warmup_steps: int = Field(0, ge=0, description="steps in which topk's density falls from 1, exponentially")
+    warmup_steps: int = Field(0, ge=0, description="steps in which topk's density falls, powersgd sends whole")
     rank: int = Field(4, gt=0, description="of the matrices that powersgd sends for a gradient")
 
 

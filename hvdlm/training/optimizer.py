@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,46 @@ from torch import Tensor, nn
 from hvdlm.config import OptimizerSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEVER = 2**63
+
+
+class FreezingAdamW(torch.optim.AdamW):
+    """AdamW whose second moments stay as they are from some step on, as 1-bit Adam's do.
+
+    Lossy codecs deliver the gradients of many steps at once and nothing in between. The second moment of that is larger
+    by far than the gradients', so AdamW's steps become too small; with a second moment that was settled on whole
+    gradients, steps are linear in what is delivered, and it does not matter when that is (Tang et al., "1-bit Adam",
+    ICML 2021, section 3.3).
+    """
+
+    def __init__(self, parameters: Any, freeze_after: int, **settings: Any) -> None:
+        """`freeze_after`: steps with moving second moments."""
+        super().__init__(parameters, **settings)
+        self._freeze_after = freeze_after
+        self._steps: int | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self._steps is None:  # the beginning, or a checkpoint's
+            self._steps = int(next(iter(self.state.values()))["step"])
+        self._steps += 1
+        if self._steps <= self._freeze_after:
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            self._frozen_step(group)
+
+    def _frozen_step(self, group: dict[str, Any]) -> None:
+        parameters, (beta1, beta2), rate = group["params"], group["betas"], group["lr"]
+        states = [self.state[parameter] for parameter in parameters]
+        first = [state["exp_avg"] for state in states]
+        scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+        torch._foreach_div_(scales, (1 - beta2**self._freeze_after) ** 0.5)
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_lerp_(first, [parameter.grad for parameter in parameters], 1 - beta1)
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        torch._foreach_addcdiv_(parameters, first, scales, -rate / (1 - beta1**self._steps))
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:
@@ -22,8 +63,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = FreezingAdamW(
         [group for group in groups if group["params"]],
+        settings.freeze_after or _NEVER,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

@@ -269,6 +269,20 @@ def test_density_falls_exponentially_over_the_warm_up() -> None:
         assert messages == expected
 
 
+def test_powersgd_sends_whole_sums_until_it_is_warm() -> None:
+    def body(codec: Codec, exchange: ThreadExchange) -> list[Tensor]:
+        delivered = [drawn(exchange.rank, step) for step in range(3)]
+        for step, gradients in enumerate(delivered):
+            codec.reduce_(gradients, exchange, step)
+        return delivered
+
+    for delivered in on_ranks(2, "powersgd", body, warmup_steps=2):
+        whole = [drawn(0, step) + drawn(1, step) for step in range(3)]
+        assert torch.equal(delivered[0], whole[0])
+        assert torch.equal(delivered[1], whole[1])
+        assert not torch.allclose(delivered[2], whole[2], atol=0.1)
+
+
 def test_powersgd_is_its_formula() -> None:
     """Against the paper's algorithm in float64, with an orthonormal basis by another method."""
 

@@ -142,3 +142,24 @@ def test_the_named_tensors_are_the_optimizer_s_own() -> None:
     train(second, second_optimizer, range(3, 5))
     assert torch.equal(second.matrix, whole.matrix)
     assert torch.equal(second.vector, whole.vector)
+
+
+def test_frozen_second_moments() -> None:
+    """Three steps of AdamW, then two by the formula, in float64, with the second moment of the third."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    settings = OptimizerSection(lr=0.1, freeze_after=3)
+    optimizer = make_optimizer(model, settings)
+    gradients = [torch.randn(2, 3) for _ in range(5)]
+    weight = model.weight.detach().double().clone()
+    first, second = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    for step, gradient in enumerate(gradients, start=1):
+        model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(2)
+        optimizer.step()
+        first = settings.beta1 * first + (1 - settings.beta1) * gradient.double()
+        if step <= 3:
+            second = settings.beta2 * second + (1 - settings.beta2) * gradient.double() ** 2
+        unbiased = first / (1 - settings.beta1**step), second / (1 - settings.beta2 ** min(step, 3))
+        weight = weight * (1 - 0.1 * settings.weight_decay) - 0.1 * unbiased[0] / (unbiased[1].sqrt() + settings.eps)
+        assert torch.allclose(model.weight.double(), weight, rtol=1e-5, atol=1e-7)
+    assert optimizer.state[model.weight]["step"] == 5

@@ -64,6 +64,9 @@ class PowerSGD(Codec):
             compile_for_cpu()
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        if step < self.settings.warmup_steps:
+            self._reduce_whole(gradients, exchange)
+            return
         if not self.settings.error_feedback:
             self._residual.zero_()
         matrices, residual = self._matrices, self._residual
@@ -86,6 +89,12 @@ class PowerSGD(Codec):
         residual[self._dense] = 0
         for basis, rights in zip(self._basis_of.values(), matrices.cut_rights(self._rights), strict=True):
             point_along(basis, rights)
+
+    def _reduce_whole(self, gradients: Tensor, exchange: Exchange) -> None:
+        gradients.add_(self._residual)
+        exchange.all_reduce_(gradients)
+        if gradients.isfinite().all():
+            self._residual.zero_()
 
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}
