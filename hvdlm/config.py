@@ -132,7 +132,7 @@ class CompressionSection(Section):
     by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
     density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk sends")
-    warmup_steps: int = Field(0, ge=0, description="steps in which topk's density falls, powersgd sends whole")
+    warmup_steps: int = Field(0, ge=0, description="steps before topk and powersgd begin; topk then takes as many")
     rank: int = Field(4, gt=0, description="of the matrices that powersgd sends for a gradient")
 
 

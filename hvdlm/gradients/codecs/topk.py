@@ -62,8 +62,9 @@ class TopK(Codec):
         return {"residual": self._residual} if self.settings.error_feedback else {}
 
     def _kept_at(self, step: int) -> int:
-        """Numbers of a block that travel: over `compression.warmup_steps` they fall exponentially from all."""
-        progress = min(1.0, step / self.settings.warmup_steps) if self.settings.warmup_steps else 1.0
+        """Numbers of a block that travel: all for `compression.warmup_steps`, then exponentially fewer for as many."""
+        warmup = self.settings.warmup_steps
+        progress = min(max(step / warmup - 1, 0.0), 1.0) if warmup else 1.0
         return max(self._kept, round(self._block * math.pow(self.settings.density, progress)))
 
     def _reduce_whole(self, gradients: Tensor, exchange: Exchange) -> None:
