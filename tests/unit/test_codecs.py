@@ -257,7 +257,7 @@ def test_density_falls_exponentially_after_the_warm_up() -> None:
             codec.reduce_(drawn(exchange.rank, step), exchange, step)
         return exchange.messages
 
-    # Whole, then 200 x 0.01^(step / 4 - 1) of a block; whole blocks, and the rest of a, b, c and cube beyond the last one
+    # Whole, then 200 x 0.01^(step / 4 - 1) of a block; full blocks, and the rest of a, b, c and cube beyond the last
     kept = [63, 20, 6, 2, 2]
     blocks, rests = 29 + 41 + 42 + 22, (10, 56, 180, 0)
     expected = [4 * LENGTH] * 5
