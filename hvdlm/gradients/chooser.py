@@ -87,19 +87,22 @@ class Chooser:
             self._compare()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"codecs": [codec.name for codec in self._codecs], "forecast": self._forecast}
+        codecs = [codec.name for codec in self._codecs]
+        return {"codecs": codecs, "forecast": self._forecast, "measures": self._measures}
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
-        """Goes on with a choice; on another number of ranks measures anew."""
-        for codec, name in zip(self._codecs, state["codecs"], strict=True):
-            codec.become(name)
-        self._forecast = state["forecast"]
-        self._measures = self._measures and not (same_ranks and self._forecast)
+        """Goes on with a choice, on as many ranks and with the same buckets and candidates; else measures anew."""
+        names = state["codecs"]
+        if same_ranks and len(names) == len(self._codecs) and set(names) <= set(self._candidates):
+            for codec, name in zip(self._codecs, names, strict=True):
+                codec.become(name)
+            self._forecast, self._measures = state["forecast"], state["measures"]
 
     def _record(self, end: Moment) -> None:
         if self._seen >= 0:
             self._durations.append(end - self._began)
-            self._fills.append([full - self._began for full in self._full])
+            if self._measures:
+                self._fills.append([full - self._began for full in self._full])
 
     def _choose(self, try_: Try) -> None:
         backward = self._backward_pass()

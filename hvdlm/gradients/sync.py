@@ -78,7 +78,9 @@ class GradientSync:
         self.codecs: list[Codec] = []
         self._chooser: Chooser | None = None
         if compression.codec == AUTO:
-            candidates = compression.candidates.split(",")
+            candidates = [name.strip() for name in compression.candidates.split(",")]
+            for name in candidates:
+                codec_maker(name)  # unknown ones are errors now, not when they are tried
             switching = [Switching(candidates[0], bucket, compression) for bucket in self.buckets]
             self.codecs += switching
             self._chooser = Chooser(own, device, switching, candidates)
@@ -94,6 +96,7 @@ class GradientSync:
         self._is_last_micro_batch = False
         self._busy_seconds = 0.0
         self._backward_ended = self._arrived = Moment(device)
+        self.traffic = self._traffic()  # of the last step
         for index, bucket in enumerate(self.buckets):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._counter(index))
@@ -123,6 +126,8 @@ class GradientSync:
         if self.only_if_finite and not self._is_finite_everywhere():
             for bucket in self.buckets:
                 bucket.buffer.fill_(math.nan)
+            self._backward_ended = self._arrived = Moment(self._device)
+            self.traffic = self._traffic()
             return
         self._backward_ended = Moment(self._device)
         for index in range(len(self._under_way), len(self.buckets)):
@@ -131,6 +136,7 @@ class GradientSync:
             work.wait()
         self._arrived = Moment(self._device)
         self._under_way.clear()
+        self.traffic = self._traffic()
         self.step += 1
         if self._chooser:
             self._chooser.arrived(self._try)
@@ -140,9 +146,7 @@ class GradientSync:
         """How long the last `wait` has waited: communication that no computation hid."""
         return self._arrived - self._backward_ended
 
-    @property
-    def traffic(self) -> Traffic:
-        """What the last step's gradients cost."""
+    def _traffic(self) -> Traffic:
         size, exchange = self._exchange.size, self._exchange
         return Traffic(
             dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
@@ -163,7 +167,7 @@ class GradientSync:
         self.step = state["step"]
         if self._chooser and "auto" in state:
             self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
-        if state["ranks"] == self._communicator.size and self._exchange.trials:
+        if state["ranks"] == self._communicator.size and self._exchange.trials and state["trials"]:
             self._exchange.trials = [Trial(*each) for each in state["trials"]]
 
     def codec_state(self) -> dict[str, Tensor]:
@@ -233,14 +237,14 @@ class GradientSync:
 
     def _reduce(self, index: int) -> None:
         try:
-            self._reduce_by(self.codecs[index], self.buckets[index].buffer)
+            self._reduce_by(self.codecs[index], self.buckets[index].buffer, self.step)
         except HvdlmError as error:
             raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 
-    def _reduce_by(self, codec: Codec, gradients: Tensor) -> None:
+    def _reduce_by(self, codec: Codec, gradients: Tensor, step: int) -> None:
         def reduce() -> None:
             begin = time.perf_counter()
-            codec.reduce_(gradients, self._exchange, self.step)
+            codec.reduce_(gradients, self._exchange, step)
             self._busy_seconds += time.perf_counter() - begin
 
         if self._nodes is None:
@@ -249,12 +253,13 @@ class GradientSync:
             self._nodes.reduce_(gradients, reduce)
 
     def _try(self, index: int, name: str) -> Cost:
-        """What the bucket would cost by the codec called `name`."""
+        """What the bucket would cost by the codec called `name`, once it is warm."""
         codec = codec_maker(name)(self.buckets[index], self._compression)
+        step = max(self.step, 2 * self._compression.warmup_steps)
 
         def reduce(gradients: Tensor) -> float:
             before = self._busy_seconds - self._exchange.seconds
-            self._reduce_by(codec, gradients)
+            self._reduce_by(codec, gradients, step)
             return self._busy_seconds - self._exchange.seconds - before
 
         return try_codec(self._communicator, self.buckets[index].buffer, reduce)

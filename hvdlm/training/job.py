@@ -30,6 +30,7 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
     """
     communicator = connect(engine, timeout)
     place = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+    roll_call = None
     try:
         check_alike(communicator, config_digest)
         roll_call = RollCall(communicator)
@@ -44,7 +45,8 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
         communicator.close()
         raise SystemExit(1) from None
     except LostRankError as error:
-        print(f"hvdlm: error: {error}; {roll_call.missing()}", file=sys.stderr, flush=True)
+        missing = f"; {roll_call.missing()}" if roll_call else ""
+        print(f"hvdlm: error: {error}{missing}", file=sys.stderr, flush=True)
         time.sleep(_ALL_SPEAK)
         communicator.abort(f"hvdlm: {place} ends the job")
     except HvdlmError as error:

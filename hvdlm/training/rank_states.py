@@ -66,14 +66,13 @@ def hand_out(communicator: Communicator, source: Checkpoint | None, own: Mapping
                     tensor.copy_(moved)
         return
     if source is not None:
-        sums = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+        sums: dict[str, Tensor] = {}
         for rank in range(old_size):
             saved = source.rank_state(rank)
-            for name, total in sums.items():
-                if name in saved:
-                    total += saved[name].to(total.device)
-        for name, tensor in own.items():
-            tensor.copy_(sums[name] / communicator.size)
+            for name in own.keys() & saved.keys():
+                sums[name] = sums[name] + saved[name] if name in sums else saved[name]
+        for name, total in sums.items():
+            own[name].copy_(total / communicator.size)
     for tensor in own.values():
         communicator.broadcast_(tensor)
 
