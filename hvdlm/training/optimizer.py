@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hvdlm.config import OptimizerSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_NEVER = 2**63
 
 
 class FreezingAdamW(torch.optim.AdamW):
@@ -23,14 +22,17 @@ class FreezingAdamW(torch.optim.AdamW):
     ICML 2021, section 3.3).
     """
 
-    def __init__(self, parameters: Any, freeze_after: int, **settings: Any) -> None:
-        """`freeze_after`: steps with moving second moments."""
+    def __init__(self, parameters: Any, freeze_after: int = 0, **settings: Any) -> None:
+        """`freeze_after`: steps with moving second moments; 0: all."""
         super().__init__(parameters, **settings)
         self._freeze_after = freeze_after
         self._steps: int | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not self._freeze_after:
+            super().step(closure)
+            return
         if self._steps is None:  # the beginning, or a checkpoint's
             self._steps = int(next(iter(self.state.values()))["step"])
         self._steps += 1
@@ -65,7 +67,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     ]
     optimizer = FreezingAdamW(
         [group for group in groups if group["params"]],
-        settings.freeze_after or _NEVER,
+        settings.freeze_after,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
