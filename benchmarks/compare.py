@@ -11,8 +11,6 @@ can be overridden as for `hvdlm train`, --section.key value.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from machine import describe_machine, describe_versions
 from picture import draw
 from race import race
 from report import read_results, table, write_results
+from script import absolute_path, run_script
 from setups import ONE_HOST, Setup, opened, parse_setup, possible
 from standings import objections, standings
 
@@ -44,16 +43,6 @@ MODEL = {
     "train.micro_batch_size": 4,
     "train.precision": "bf16",
 }
-
-
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes down what was set up
-    try:
-        compare(*_parse())
-    except HvdlmError as error:
-        sys.exit(f"compare.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def compare(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -114,8 +103,8 @@ def describe(setup: Setup, config: Config, options: argparse.Namespace) -> dict[
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=_absolute, required=True, help="any data set of hvdlm prepare")
-    parser.add_argument("--output", type=_absolute, default=Path(__file__).parent / "results", help="a directory")
+    parser.add_argument("--data", type=absolute_path, required=True, help="any data set of hvdlm prepare")
+    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results", help="a directory")
     parser.add_argument(
         "--setup", nargs="+", default=SETUPS, help=f"HOSTSxRATE, {ONE_HOST} (default: all of the table)"
     )
@@ -141,9 +130,5 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).absolute()
-
-
 if __name__ == "__main__":
-    main()
+    run_script("compare.py", lambda: compare(*_parse()))

@@ -11,8 +11,6 @@ is a GPT of about 1M parameters; any setting can be overridden as for `hvdlm tra
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from curves import draw, table
 from machine import describe_machine, describe_versions
 from report import write_results
 from runs import Run, Variant, config_of, is_finished, read_run, run
+from script import absolute_path, run_script
 from setups import ONE_HOST, opened, parse_setup, possible
 
 from hvdlm.config import Config, load
@@ -43,16 +42,6 @@ SETTINGS = {
     "optimizer.warmup_steps": 50,
     "log.every": 20,
 }
-
-
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes down what was set up
-    try:
-        study(*_parse())
-    except HvdlmError as error:
-        sys.exit(f"convergence.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def study(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -110,9 +99,9 @@ def configure(data: Path, overrides: Sequence[str]) -> Config:
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=_absolute, required=True, help="of hvdlm prepare, at least 10 MB of text")
-    parser.add_argument("--output", type=_absolute, default=Path(__file__).parent / "results", help="a directory")
-    parser.add_argument("--runs", type=_absolute, default="runs/convergence", help="a directory of run directories")
+    parser.add_argument("--data", type=absolute_path, required=True, help="of hvdlm prepare, at least 10 MB of text")
+    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results", help="a directory")
+    parser.add_argument("--runs", type=absolute_path, default="runs/convergence", help="a directory of run directories")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="or FILE.py:CLASS (default: all of hvdlm's)")
     parser.add_argument("--no-error-feedback", nargs="+", default=[], metavar="CODEC", help="these again, without it")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default: %(default)s)")
@@ -124,9 +113,5 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).absolute()
-
-
 if __name__ == "__main__":
-    main()
+    run_script("convergence.py", lambda: study(*_parse()))

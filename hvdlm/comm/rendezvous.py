@@ -12,19 +12,18 @@ import json
 import os
 import re
 import socket
-import socketserver
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
 
+from hvdlm.comm.doorbell import Doorbell, answers
 from hvdlm.comm.first_contact import meet_over_mpi
 from hvdlm.comm.interfaces import interface_towards, own_interfaces
 from hvdlm.errors import HvdlmError
@@ -60,8 +59,8 @@ def meet(launcher: str, rank: int, size: int, timeout: float) -> Store:
     elif rank == 0:
         store = TCPStore(LOOPBACK, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
         word = uuid.uuid4().hex
-        with _doorbell(word) as bell_port:
-            place = _Place(_own_addresses(), store.port, bell_port, word)
+        with closing(Doorbell(word, closes_within=0.05)) as bell:
+            place = _Place(_own_addresses(), store.port, bell.port, word)
             _exchange(json.dumps(asdict(place)), rank, timeout)
             _use_network(store, rank, size, LOOPBACK)  # returns when all have come
     else:
@@ -128,32 +127,11 @@ def _own_addresses() -> list[str]:
     return [LOOPBACK, *(str(interface.address.ip) for interface in interfaces), socket.gethostname()]
 
 
-@contextmanager
-def _doorbell(word: str) -> Iterator[int]:
-    """Answers whoever connects, at the port it yields, with `word`."""
-
-    class Answer(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            self.request.sendall(word.encode())
-
-    class Bell(socketserver.TCPServer):
-        request_queue_size = 4096  # all ranks may ring at once
-
-    with Bell(("", 0), Answer) as bell:
-        threading.Thread(target=bell.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield bell.server_address[1]
-        bell.shutdown()
-
-
 def _answering(place: _Place, rank: int) -> str:
     """The first of rank 0's addresses at which this job's rank 0 answers."""
     for address in place.addresses:
-        try:
-            with socket.create_connection((address, place.bell_port), timeout=_PATIENCE) as bell:
-                if bell.recv(len(place.word), socket.MSG_WAITALL) == place.word.encode():
-                    return address
-        except OSError:
-            continue
+        if answers(address, place.bell_port, place.word, _PATIENCE):
+            return address
     own = ", ".join(f"{each.address} ({each.name})" for each in own_interfaces()) or "no network"
     raise HvdlmError(
         f"rank {rank} on {socket.gethostname()}, which has {own}, reaches rank 0 at none of its addresses "

@@ -6,13 +6,11 @@ answer, and one that has died refuses.
 
 from __future__ import annotations
 
-import socket
-import socketserver
-import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.doorbell import Doorbell, answers
 from hvdlm.comm.interfaces import own_interfaces
 
 # Seconds for one address to answer; a lost packet is sent again after one.
@@ -30,30 +28,16 @@ class RollCall:
         """Collective."""
         self._rank, self._hosts = communicator.rank, communicator.hosts
         job = str(communicator.broadcast_object(uuid.uuid4().hex))
-        self._words = [f"{job} {rank}\n".encode() for rank in range(communicator.size)]
-        word = self._words[self._rank]
-
-        class Answer(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                self.request.sendall(word)
-
-        class Server(socketserver.TCPServer):
-            request_queue_size = 1024  # all ranks may ask at once
-
-        self._server = Server(("", 0), Answer)
-        threading.Thread(target=self._server.serve_forever, name="hvdlm-roll-call", daemon=True).start()
+        self._words = [f"{job} {rank}\n" for rank in range(communicator.size)]
+        self._bell = Doorbell(self._words[self._rank])
         addresses = [str(interface.address.ip) for interface in own_interfaces()]
-        self._places: list[tuple[list[str], int]] = communicator.all_gather_object(
-            (addresses, self._server.server_address[1])
-        )
+        self._places: list[tuple[list[str], int]] = communicator.all_gather_object((addresses, self._bell.port))
 
     def missing(self) -> str:
         """What is wrong, as far as the other ranks' answers tell."""
         others = [rank for rank in range(len(self._words)) if rank != self._rank]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            silent = [
-                rank for rank, answers in zip(others, pool.map(self._answers, others), strict=True) if not answers
-            ]
+            silent = [rank for rank, heard in zip(others, pool.map(self._answers, others), strict=True) if not heard]
         if not silent:
             return "all ranks answer: look for one that has fallen behind, or for a network that loses messages"
         if len(silent) == len(others) > 1:
@@ -64,19 +48,10 @@ class RollCall:
 
     def close(self) -> None:
         """Answers no more."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._bell.close()
 
     def _answers(self, rank: int) -> bool:
         addresses, port = self._places[rank]
         if self._hosts[rank] == self._hosts[self._rank]:
             addresses = ["127.0.0.1"]
-        return any(_hears(address, port, self._words[rank]) for address in addresses)
-
-
-def _hears(address: str, port: int, word: bytes) -> bool:
-    try:
-        with socket.create_connection((address, port), timeout=_PATIENCE) as connection:
-            return connection.recv(len(word), socket.MSG_WAITALL) == word
-    except OSError:
-        return False
+        return any(answers(address, port, self._words[rank], _PATIENCE) for address in addresses)

@@ -68,7 +68,8 @@ class Chooser:
 
     def full(self) -> None:
         """The next bucket, in their order, is full."""
-        self._full.append(Moment(self._device))
+        if self._measures:
+            self._full.append(Moment(self._device))
 
     def backward_ended(self) -> None:
         if self._measures:

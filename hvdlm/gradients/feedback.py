@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.exchange import Exchange
 
 
 class Residual:
@@ -33,3 +34,13 @@ class Residual:
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.values is None else {"residual": self.values}
+
+
+def reduce_whole_(gradients: Tensor, residual: Tensor, exchange: Exchange) -> None:
+    """Delivers the dense sum and all of `residual`, this rank's; bit for bit the dense sum where nothing is owed."""
+    is_owing = bool(residual.any())
+    if is_owing:
+        gradients.add_(residual)
+    exchange.all_reduce_(gradients)
+    if is_owing and gradients.isfinite().all():
+        residual.zero_()

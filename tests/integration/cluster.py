@@ -41,9 +41,16 @@ class Cluster:
         assert result.status == 0, result.output
         return cluster
 
-    def command(self, *words: str, deadline: float = 60) -> Result:
+    def words(self, *words: str) -> list[str]:
         """`hvdlm fabric` with this fabric's state."""
-        return run([str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), *words], deadline)
+        return [str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), *words]
+
+    def inside(self, host: str, command: Sequence[str]) -> list[str]:
+        """What runs a command in a host."""
+        return self.words("run", host, "--", *command)
+
+    def command(self, *words: str, deadline: float = 60) -> Result:
+        return run(self.words(*words), deadline)
 
     def run(
         self,
@@ -59,7 +66,7 @@ class Cluster:
         Fails if processes are left on any host afterwards, unless it has started what `may_go_on`.
         """
         words = ["bash", "-c", command] if isinstance(command, str) else list(map(str, command))
-        inside = [str(BIN / "hvdlm"), "fabric", "--state", str(self.fabric.state), "run", host, "--", *words]
+        inside = self.inside(host, words)
         if may_go_on:
             return run(inside, deadline, extra, cwd)
         try:

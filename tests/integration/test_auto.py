@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import command, losses
-from launcher import BIN, start
+from launcher import start
 
 # Gradients of some MiB, which travel for half a second at 100 Mbit/s and next to no time at 10 Gbit/s
 SETTINGS = {
@@ -64,10 +64,9 @@ def test_it_chooses_again_when_a_link_changes(cluster: Cluster, small_data: Path
     run_dir = tmp_path / "run"
     words = [*MPIRUN, "--hostfile", str(cluster.hostfile)]
     words += command(small_data, run_dir, train__steps=100000, log__every=1, **SETTINGS)
-    fabric = [str(BIN / "hvdlm"), "fabric", "--state", str(cluster.fabric.state), "run", "h1", "--"]
     log = tmp_path / "log"
     log.touch()
-    with start([*fabric, "bash", "-c", 'exec "$@" >"$0" 2>&1', str(log), *words]):
+    with start(cluster.inside("h1", ["bash", "-c", 'exec "$@" >"$0" 2>&1', str(log), *words])):
 
         def told(pattern: str, beyond: int = 0) -> re.Match[str]:
             deadline = time.monotonic() + 90

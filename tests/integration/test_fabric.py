@@ -124,7 +124,7 @@ def test_status_counts_what_runs(cluster: Cluster) -> None:
         "--",
         "bash",
         "-c",
-        "echo on; sleep 60 & wait",
+        "sleep 60 & echo on; wait",
     ]
     with start([str(BIN / "hvdlm"), *words]) as job:
         assert job.process.stdout is not None

@@ -25,9 +25,9 @@ class Queue:
 
     def command(self, *words: str, host: str = "h1") -> Result:
         """Runs a command in a host, and lets whatever it has started live on."""
-        fabric = [str(BIN / "hvdlm"), "fabric", "--state", str(self.cluster.fabric.state), "run", host, "--", *words]
+        inside = self.cluster.inside(host, words)
         done = subprocess.run(
-            fabric, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+            inside, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
         )
         return Result(done.returncode, done.stdout)
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from checks import run_checks
 from torch import nn
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.launch import connect
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.gradients.codecs.choice import CODECS
 from hvdlm.gradients.sync import GradientSync
@@ -97,16 +97,5 @@ def check_what_error_feedback_is_for(comm: Communicator) -> None:
         assert distance_after(comm, codec, error_feedback=False) > 0.5, codec
 
 
-def main(engine: str) -> None:
-    torch.set_num_threads(1)
-    comm = connect(engine, timeout=60)
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            check(comm)
-            comm.barrier()
-    comm.close()
-    print(f"rank {comm.rank} finished", flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_checks(sys.argv[1], globals())

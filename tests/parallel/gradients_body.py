@@ -6,11 +6,11 @@ import sys
 import time
 
 import torch
+from checks import run_checks
 from torch import nn
 from torch.nn import functional
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.launch import connect
 from hvdlm.config import CommSection, CompressionSection, ModelSection
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.loss import token_loss
@@ -124,16 +124,5 @@ def check_cleared_gradients_are_noticed(comm: Communicator) -> None:
         raise AssertionError("a gradient outside its bucket went unnoticed")
 
 
-def main(engine: str) -> None:
-    torch.set_num_threads(1)
-    comm = connect(engine, timeout=60)
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            check(comm)
-            comm.barrier()
-    comm.close()
-    print(f"rank {comm.rank} finished", flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_checks(sys.argv[1], globals())

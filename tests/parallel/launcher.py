@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,9 +58,11 @@ def launcher_command(launcher: str, ranks: int) -> list[str]:
 def start(command: Sequence[str], extra: Mapping[str, str] | None = None, cwd: Path | None = None) -> Job:
     """Starts a command whose descendants can be told from all other processes."""
     mark = uuid.uuid4().hex
+    # Its own, for mpirun names files by its process number and starts no more where a killed one has left the same
+    temporary = tempfile.TemporaryDirectory(prefix="hvdlm-", ignore_cleanup_errors=True)
     process = subprocess.Popen(
         list(command),
-        env={**environment(extra), _MARK: mark},
+        env={**environment(extra), "TMPDIR": temporary.name, _MARK: mark},
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -67,21 +70,23 @@ def start(command: Sequence[str], extra: Mapping[str, str] | None = None, cwd: P
         text=True,
         start_new_session=True,
     )
-    return Job(process, mark)
+    return Job(process, mark, temporary)
 
 
 class Job:
     """A command under way, and every process that it has started, however deep; none outlives a `with` block."""
 
-    def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], mark: str, temporary: tempfile.TemporaryDirectory[str]) -> None:
         self.process = process
         self._mark = mark
+        self._temporary = temporary
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        self._temporary.cleanup()
 
     def finish(self, deadline: float) -> Result:
         """Waits for the end; past `deadline` (seconds), or if processes are left behind, kills them and fails."""

@@ -9,10 +9,10 @@ import math
 import sys
 
 import torch
+from checks import run_checks
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.launch import connect
 from hvdlm.comm.ring import Ring
 from hvdlm.gradients.codecs.cast import ScaledCast
 
@@ -98,16 +98,5 @@ def check_extreme_numbers(comm: Communicator) -> None:
         assert same_everywhere(comm, values.nan_to_num(5.0))
 
 
-def main(engine: str) -> None:
-    torch.set_num_threads(1)
-    comm = connect(engine, timeout=60)
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            check(comm)
-            comm.barrier()
-    comm.close()
-    print(f"rank {comm.rank} finished", flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_checks(sys.argv[1], globals())

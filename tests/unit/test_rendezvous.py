@@ -7,12 +7,14 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from torch.distributed import TCPStore
 
 from hvdlm.comm import rendezvous
+from hvdlm.comm.doorbell import Doorbell
 from hvdlm.comm.rendezvous import LOOPBACK, meet
 from hvdlm.errors import HvdlmError
 
@@ -39,15 +41,15 @@ def test_the_first_address_that_answers_is_taken() -> None:
 def test_another_job_that_answers_is_not_taken() -> None:
     """docker0 has one address on all hosts: what listens there may be another job's."""
     with (
-        rendezvous._doorbell("another-word-as-long") as port,
+        closing(Doorbell("another-word-as-long", closes_within=0.05)) as bell,
         pytest.raises(HvdlmError, match=r"rank 3 on .* reaches rank 0 at none of its addresses 127.0.0.2: let one"),
     ):
-        rendezvous._answering(place([LOOPBACK, "127.0.0.2"], port), rank=3)
+        rendezvous._answering(place([LOOPBACK, "127.0.0.2"], bell.port), rank=3)
 
 
 def test_a_doorbell_answers_many() -> None:
-    with rendezvous._doorbell(WORD) as port:
-        assert {rendezvous._answering(place([LOOPBACK], port), rank) for rank in range(1, 9)} == {LOOPBACK}
+    with closing(Doorbell(WORD, closes_within=0.05)) as bell:
+        assert {rendezvous._answering(place([LOOPBACK], bell.port), rank) for rank in range(1, 9)} == {LOOPBACK}
 
 
 @pytest.mark.parametrize(

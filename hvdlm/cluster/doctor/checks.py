@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network
 from typing import TypeVar
 
-from hvdlm.cluster.doctor.facts import Facts, first_of_each_host
+from hvdlm.cluster.doctor.facts import MPI_STARTERS, Facts, first_of_each_host
 from hvdlm.cluster.doctor.findings import Finding
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
 from hvdlm.comm.interfaces import joining_networks
@@ -22,10 +22,6 @@ _SEGMENT = 16 * _MIB
 _DOCKER_DEFAULT = 64 * _MIB
 # NCCL's guide, "Troubleshooting: shared memory", gives a container 1 GiB.
 _NCCL = 1024 * _MIB
-
-# Of other MPIs than the one loaded here, under which nothing in the environment is known to us.
-_MPI_STARTERS = {"prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy"}
-_MPI_STARTERS |= {"pmi_proxy"}
 
 
 def check(facts: list[Facts]) -> list[Finding]:
@@ -46,7 +42,8 @@ def check(facts: list[Facts]) -> list[Finding]:
 def alone_under_a_launcher(facts: list[Facts]) -> list[Finding]:
     """Every process takes itself for rank 0: the launcher belongs to another MPI than the one that is loaded."""
     (only, *others) = facts
-    if others or only.launcher != "none" or only.starter not in _MPI_STARTERS:
+    # Another MPI than the one loaded here: of its variables we may know none.
+    if others or only.launcher != "none" or only.starter not in MPI_STARTERS:
         return []
     what = f"{only.starter} started this process on {only.host}, but it finds itself alone"
     remedy = f"start it with the mpirun of {only.software['MPI']}, with horovodrun, or with srun --mpi=pmix"

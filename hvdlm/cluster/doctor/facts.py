@@ -14,19 +14,11 @@ from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
 
-# Processes that start ranks, by name: of Open MPI 5 and 4, MPICH and its kin, Slurm, Horovod, PyTorch.
-_STARTERS = {
-    "prterun",
-    "prted",
-    "mpirun",
-    "mpiexec",
-    "orterun",
-    "orted",
-    "mpiexec.hydra",
-    "hydra_pmi_proxy",
-    "pmi_proxy",
-}
-_STARTERS |= {"slurmstepd", "horovodrun", "torchrun"}
+# Processes that start ranks, by name: of Open MPI 5 and 4, MPICH and its kin; then of Slurm, Horovod, PyTorch.
+MPI_STARTERS = frozenset(
+    ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy")
+)
+_STARTERS = MPI_STARTERS | {"slurmstepd", "horovodrun", "torchrun"}
 
 # The variable by which an engine is told its interface for CPU tensors.
 _VARIABLE = {"torch": "GLOO_SOCKET_IFNAME", "horovod": "HOROVOD_GLOO_IFACE", "mpi": "OMPI_MCA_btl_tcp_if_include"}

@@ -13,7 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import hvdlm
-from hvdlm.cluster.horovod_build.target import output_of, version_in
+from hvdlm.cluster.horovod_build.target import mpi_family, output_of, version_in
 
 # C++ classes that are compiled into Horovod's library only with the feature that they serve.
 _HOROVOD_FEATURES = {"Gloo": b"GlooController", "MPI": b"MPIController", "NCCL": b"NCCLAllreduce"}
@@ -70,6 +70,4 @@ def _mpi() -> str:
     if launcher is None:
         return "none"
     greeting = output_of(launcher, "--version")
-    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "HYDRA": "MPICH", "Intel": "Intel MPI"}
-    family = next((family for word, family in names.items() if word in greeting), "MPI")
-    return f"{family} {version_in(greeting) or '(mpirun does not run)'}"
+    return f"{mpi_family(greeting)} {version_in(greeting) or '(mpirun does not run)'}"

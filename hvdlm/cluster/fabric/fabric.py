@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.cluster.fabric import network
-from hvdlm.cluster.fabric.files import host_names, write_files
+from hvdlm.cluster.fabric.files import TEMPORARY, host_names, write_files
 from hvdlm.cluster.fabric.programs import enter, path_of, require, run
 from hvdlm.errors import HvdlmError
 
@@ -72,12 +72,12 @@ class Fabric:
         print(f"{hosts} hosts are up: {', '.join(names)}; their host list: {self.state / 'hostfile'}")
 
     def run(self, host: str, program: Sequence[str]) -> int:
-        """Runs a program inside a host, in the current directory and environment; returns its exit status.
+        """Runs a program inside a host, in this directory and, but for TMPDIR, environment; returns its exit status.
 
         SIGTERM, SIGHUP and SIGUSR1 are passed on to it; Ctrl-C in a terminal reaches it by itself.
         """
         inside = enter(self._host(host), _NAMESPACES)
-        process = subprocess.Popen([*inside, "env", f"--chdir={Path.cwd()}", *program])
+        process = subprocess.Popen([*inside, "env", f"--chdir={Path.cwd()}", f"TMPDIR={TEMPORARY}", *program])
 
         def pass_on(number: int, _: FrameType | None) -> None:
             with suppress(psutil.NoSuchProcess):

@@ -14,6 +14,10 @@ from pathlib import Path
 from hvdlm.cluster.fabric.network import NETWORK, address
 from hvdlm.cluster.fabric.programs import path_of, run
 
+# Of each host, like the rest of its /run. mpirun names its files there after its own process, and starts no more where
+# a killed one with the same number has left some (openpmix, ptl_base_listener.c): on hosts, numbers come back soon.
+TEMPORARY = "/run/tmp"
+
 
 def host_names(count: int) -> list[str]:
     return [f"h{index}" for index in range(1, count + 1)]
@@ -29,7 +33,7 @@ def write_files(state: Path, hosts: Sequence[str], slots: int, slurm: bool) -> N
         (state / host / "home-ssh").mkdir(mode=0o700)
         _make_key(ssh / "ssh_host_ed25519_key", host)
         (ssh / "authorized_keys").write_text((state / "id_ed25519.pub").read_text())
-        (ssh / "sshd_config").write_text(_SSHD_CONFIG)
+        (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TEMPORARY))
         (ssh / "ssh_config").write_text(_SSH_CONFIG.format(state=state, host=host))
     addresses = {host: address(index) for index, host in enumerate(hosts, start=1)}
     known = "".join(
@@ -60,6 +64,7 @@ PidFile none
 # As many as start at once when a launcher reaches for all ranks
 MaxStartups 200
 MaxSessions 200
+SetEnv TMPDIR={temporary}
 """
 
 _SSH_CONFIG = """\

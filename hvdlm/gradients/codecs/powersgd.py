@@ -38,6 +38,7 @@ from hvdlm.gradients.codecs.low_rank import (
     point_along,
 )
 from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.feedback import reduce_whole_
 
 
 class PowerSGD(Codec):
@@ -65,7 +66,7 @@ class PowerSGD(Codec):
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         if step < self.settings.warmup_steps:
-            self._reduce_whole(gradients, exchange)
+            reduce_whole_(gradients, self._residual, exchange)
             return
         if not self.settings.error_feedback:
             self._residual.zero_()
@@ -89,12 +90,6 @@ class PowerSGD(Codec):
         residual[self._dense] = 0
         for basis, rights in zip(self._basis_of.values(), matrices.cut_rights(self._rights), strict=True):
             point_along(basis, rights)
-
-    def _reduce_whole(self, gradients: Tensor, exchange: Exchange) -> None:
-        gradients.add_(self._residual)
-        exchange.all_reduce_(gradients)
-        if gradients.isfinite().all():
-            self._residual.zero_()
 
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}

@@ -28,6 +28,7 @@ from hvdlm.gradients.codecs.cast import ScaledCast
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.selection import add_chosen, choose, compile_for_cpu
 from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.feedback import reduce_whole_
 
 # For three ranks all-gather sends half as much again as the way by owners, but nobody waits for a second message.
 _MOST_RANKS_OF_ALL_GATHER = 3
@@ -52,7 +53,7 @@ class TopK(Codec):
             self._residual.zero_()
         kept = self._kept_at(step)
         if kept == self._block:
-            self._reduce_whole(gradients, exchange)
+            reduce_whole_(gradients, self._residual, exchange)
         elif exchange.size <= _MOST_RANKS_OF_ALL_GATHER:
             self._reduce_by_all_gather(gradients, exchange, kept)
         else:
@@ -66,15 +67,6 @@ class TopK(Codec):
         warmup = self.settings.warmup_steps
         progress = min(max(step / warmup - 1, 0.0), 1.0) if warmup else 1.0
         return max(self._kept, round(self._block * math.pow(self.settings.density, progress)))
-
-    def _reduce_whole(self, gradients: Tensor, exchange: Exchange) -> None:
-        """The dense sum, bit for bit where nothing is owed."""
-        is_owing = bool(self._residual.any())
-        if is_owing:
-            gradients.add_(self._residual)
-        exchange.all_reduce_(gradients)
-        if is_owing and gradients.isfinite().all():
-            self._residual.zero_()
 
     def _reduce_by_all_gather(self, gradients: Tensor, exchange: Exchange, kept: int) -> None:
         (bucket,) = self._cut(1)

@@ -1,0 +1,26 @@
+"""How a benchmark is run as a command: it takes down what it set up, and tells an error in one sentence."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hvdlm.errors import HvdlmError
+
+
+def run_script(name: str, work: Callable[[], None]) -> None:
+    """Exits with a sentence if `work` raises HvdlmError; SIGTERM and Ctrl-C end it in good order."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes down what was set up
+    try:
+        work()
+    except HvdlmError as error:
+        sys.exit(f"{name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def absolute_path(path: str) -> Path:
+    """An option's path, wherever ranks are started."""
+    return Path(path).absolute()
