@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Exchange:
             self._communicator.all_reduce_(values, op)
             # A ring all-reduce sends each byte on to the next rank twice, less the part that is its own
             # (Patarasuk & Yuan, JPDC 2009, section 3); engines may do otherwise, but not with less.
-            self.wire_bytes += 2 * (self.size - 1) * values.nbytes // self.size
+            self.wire_bytes += 2 * (self.size - 1) * values.numel() * self._itemsize(values.dtype) // self.size
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages of all ranks, of one length and dtype, in the order of ranks."""
@@ -77,12 +78,21 @@ class Exchange:
             others = [rank for rank in range(self.size) if rank != self.rank]
             received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
             received[self.rank].copy_(messages[self.rank])
-            works: list[Work[Any]] = [self._communicator.receive_async_(received[rank], rank) for rank in others]
-            works += [self._communicator.send_async(messages[rank], rank) for rank in others]
+            works: list[Work[Any]] = []
+            for rank in others:
+                send = partial(self._communicator.send_async, messages[rank], rank)
+                receive = partial(self._communicator.receive_async_, received[rank], rank)
+                # NCCL works off what goes between two ranks in order: one sends first, the other receives first
+                works += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
             for work in works:
                 work.wait()
             self.wire_bytes += sum(messages[rank].nbytes for rank in others)
             return received
+
+    def _itemsize(self, dtype: torch.dtype) -> int:
+        """Bytes of a number that the engine sums: those it cannot sum travel as float32."""
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        return 4 if is_half and not self._communicator.supports(str(dtype).removeprefix("torch.")) else dtype.itemsize
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -24,6 +24,12 @@ class Nodes:
         self.speaks = self._inside.rank == 0
         self.between = communicator.split(int(not self.speaks), communicator.rank)
 
+    def hand_to_speaker_(self, values: Tensor) -> None:
+        """Replaces `values` by their sum over this node, on the rank that speaks for it, and by zeros on the others."""
+        self._inside.all_reduce_(values)
+        if not self.speaks:
+            values.zero_()
+
     def reduce_(self, gradients: Tensor, reduce_between: Callable[[], None]) -> None:
         """Replaces `gradients` by their sum over all ranks; `reduce_between` does so over the first ranks of nodes."""
         self._inside.all_reduce_(gradients)

@@ -77,15 +77,16 @@ class GradientSync:
         self._compression = compression
         self.codecs: list[Codec] = []
         self._chooser: Chooser | None = None
-        if compression.codec == AUTO:
+        name = "none" if compression.by_node and own.node_count == 1 else compression.codec
+        if name == AUTO:
             candidates = [name.strip() for name in compression.candidates.split(",")]
-            for name in candidates:
-                codec_maker(name)  # unknown ones are errors now, not when they are tried
+            for candidate in candidates:
+                codec_maker(candidate)  # unknown ones are errors now, not when they are tried
             switching = [Switching(candidates[0], bucket, compression) for bucket in self.buckets]
             self.codecs += switching
             self._chooser = Chooser(own, device, switching, candidates)
         else:
-            self.codecs += [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
+            self.codecs += [codec_maker(name)(bucket, compression) for bucket in self.buckets]
         self.step = 0  # of the optimizer: the number of the gradients that are being made
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
@@ -157,7 +158,7 @@ class GradientSync:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks: the step, and the trials by which an all-reduce is chosen."""
+        """What is equal on all ranks: the step, the trials by which an all-reduce is chosen, the choice of `auto`."""
         trials = [dataclasses.astuple(trial) for trial in self._exchange.trials]
         state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
         return {**state, "auto": self._chooser.state_dict()} if self._chooser else state
@@ -180,6 +181,14 @@ class GradientSync:
         }
         further = {name: tensor for codec in self.codecs for name, tensor in codec.further_state().items()}
         return {**by_parameter, **further}
+
+    def adopt_owed_(self, factor: float) -> None:
+        """Lets ranks that speak for their nodes owe what `codec_state` of all was filled with, times a number."""
+        self.scale_owed_(factor)
+        if self._nodes:
+            for codec in self.codecs:
+                for flat in codec.state().values():
+                    self._nodes.hand_to_speaker_(flat)
 
     def scale_owed_(self, factor: float) -> None:
         """Multiplies what codecs keep by a number, as gradients are from now on."""

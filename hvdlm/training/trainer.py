@@ -66,7 +66,7 @@ class Trainer:
         self.sync.load_state_dict(state["gradients"])
         hand_out(self.communicator, source, self.sync.codec_state(), state["world_size"])
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self.sync.scale_owed_(self.loss_scale.factor / state["loss_scale"]["factor"])  # changes with precision
+        self.sync.adopt_owed_(self.loss_scale.factor / state["loss_scale"]["factor"])  # changes with precision
         self.step = state["step"]
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:

@@ -37,6 +37,8 @@ class Switching(Codec):
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         if self._owed is not None:
             gradients.add_(self._owed)
+            if self._owed.is_cuda:  # its memory is not to be given away while the communication stream reads it
+                self._owed.record_stream(torch.cuda.current_stream())
             self._owed = None
         self._codec.reduce_(gradients, exchange, step)
 
