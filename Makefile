@@ -41,7 +41,8 @@ train: setup data ## set up, prepare data, train examples/quickstart.toml on RAN
 
 test: lint types ## set up, then lint, check types and run all tests
 	@echo "== Tests"
-	@python -m pytest tests
+	@python -m pytest tests/unit --numprocesses 2
+	@python -m pytest tests/parallel tests/integration
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"

@@ -197,13 +197,11 @@ def test_rank_that_stopped(engine: str, launcher: str, algorithm: str, small_dat
     assert "Traceback" not in result.output or launcher.startswith("horovodrun"), result.output  # horovodrun's own
 
 
-def test_data_set_too_small(small_texts: list[str], tmp_path: Path) -> None:
+def test_data_set_too_small(small_data: Path, tmp_path: Path) -> None:
     """And the corrected command finds the run directory free."""
-    words = ["prepare", "--input", *small_texts, "--output", str(tmp_path / "data"), "--shards", "2"]
-    assert run([str(BIN / "hvdlm"), *words, "--validation", "0.1"]).status == 0
-    result = train("mpirun", 2, tmp_path / "data", tmp_path / "run", model__context_length=10**7)
+    result = train("mpirun", 2, small_data, tmp_path / "run", model__context_length=10**7)
     assert_said_once(result, "context_length")
-    assert train("mpirun", 2, tmp_path / "data", tmp_path / "run", train__steps=5).status == 0
+    assert train("mpirun", 2, small_data, tmp_path / "run", train__steps=5).status == 0
 
 
 @pytest.fixture
