@@ -114,7 +114,7 @@ class CommSection(Section):
 
     engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field("auto", description="what carries messages")
     bucket_mb: float = Field(
-        0.0, ge=0, description="gradient bytes sent at once, in units of 2**20; 0: what suits the codec"
+        0.0, ge=0, description="gradient bytes sent at once, in units of 2**20; 0: what suits codec and hosts"
     )
     algorithm: Literal["auto", "ring", "engine"] = Field(
         "auto", description="what sums gradients: our ring, the engine's all-reduce, or by a trial at start"
@@ -125,7 +125,9 @@ class CommSection(Section):
 class CompressionSection(Section):
     """`[compression]`: what gradients travel as."""
 
-    codec: str = Field("none", description="none, fp16, bf16, topk, powersgd, auto, or FILE.py:CLASS of your own")
+    codec: str = Field(
+        "none", description="none, fp16, bf16, int8, int4, topk, powersgd, auto, or FILE.py:CLASS of your own"
+    )
     candidates: str = Field(
         "none,fp16", description="what auto chooses among, by measurement; powersgd and topk cost loss, so name them"
     )

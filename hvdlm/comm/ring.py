@@ -34,8 +34,11 @@ class Encoding(Protocol):
     def nbytes(self, elements: int) -> int:
         """Bytes of the message for so many numbers."""
 
-    def encode(self, values: Tensor, message: Tensor) -> None:
-        """Writes what stands for `values` into `message`."""
+    def encode(self, values: Tensor, message: Tensor, errors: Tensor | None) -> None:
+        """Adds `errors` to `values`, writes what stands for the sums into `message`, and what it lacks into `errors`.
+
+        Without `errors` nothing is added. Of a sum that is not finite nothing is lacking.
+        """
 
     def decode(self, message: Tensor, values: Tensor) -> None:
         """Writes what `message` stands for into `values`."""
@@ -79,9 +82,24 @@ class Ring:
             return self._all_reduce_plain(values)
         return self._all_reduce_encoded(values, encoding, errors)
 
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        """The messages (uint8, 1-D) of all ranks, of one length, in their order: each travels once round the ring."""
+        length = len(message)
+        gathered = message.new_empty(self._size * length)
+        gathered[self._rank * length :][:length].copy_(message)
+        segments = self._cut(len(gathered), 4 * self._segment)
+        leaving = [self._communicator.send_async(gathered[each.span], self._right) for each in segments[self._rank]]
+        arrivals = self._arrivals(segments, self._size - 1, lambda _, __, segment: gathered[segment.span])
+        for hop, _, received in arrivals:
+            if hop < self._size - 2:
+                leaving.append(self._communicator.send_async(received, self._right))
+        for work in leaving:
+            work.wait()
+        return list(gathered.split(length)) if length else [message] * self._size
+
     def _all_reduce_plain(self, values: Tensor) -> int:
         """Numbers leave from where they lie in `values`, and finished ones arrive there."""
-        segments = self._cut(len(values))
+        segments = self._cut(len(values), self._segment)
         scratch = self._workspace("scratch", (_AHEAD, self._segment), values)
         leaving: dict[_Segment, Work[None]] = {}  # the newest send of each segment
         sent = 0
@@ -99,7 +117,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             send(segment)
-        for hop, segment, received in self._arrivals(segments, room_for):
+        for hop, segment, received in self._arrivals(segments, 2 * self._size - 2, room_for):
             if hop < self._size - 1:
                 values[segment.span] += received
             if hop < self._last_hop:
@@ -109,7 +127,7 @@ class Ring:
         return sent
 
     def _all_reduce_encoded(self, values: Tensor, encoding: Encoding, errors: Tensor | None) -> int:
-        segments = self._cut(len(values))
+        segments = self._cut(len(values), self._segment)
         most = max(len(each) for each in segments)
         nbytes = encoding.nbytes(self._segment)
         arriving = self._workspace("arriving", (_AHEAD, nbytes), values, torch.uint8)
@@ -127,19 +145,11 @@ class Ring:
         def encode_and_send(segment: _Segment, store: Tensor, is_finished: bool) -> None:
             message = store[segment.chunk, segment.place, : encoding.nbytes(segment.length)]
             numbers = values[segment.span]
-            error = None if errors is None else errors[segment.span]
-            if error is not None:  # a rank encodes each segment once: here it joins the sum, while it is in the cache
-                numbers += error
-            encoding.encode(numbers, message)
-            if is_finished or error is not None:
-                stands_for = decoded[: segment.length]
-                encoding.decode(message, stands_for)
-                if error is not None:
-                    torch.sub(numbers, stands_for, out=error)
-                    error.nan_to_num_(0.0, 0.0, 0.0)  # of what is not finite nothing is owed
-                if is_finished:
-                    numbers.copy_(stands_for)
+            # A rank encodes each segment once: so what it owes joins the sum once
+            encoding.encode(numbers, message, None if errors is None else errors[segment.span])
             send(message)
+            if is_finished:
+                encoding.decode(message, numbers)
 
         def room_for(number: int, hop: int, segment: _Segment) -> Tensor:
             length = encoding.nbytes(segment.length)
@@ -149,7 +159,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             encode_and_send(segment, partial, is_finished=False)
-        for hop, segment, message in self._arrivals(segments, room_for):
+        for hop, segment, message in self._arrivals(segments, 2 * self._size - 2, room_for):
             if hop < self._size - 1:
                 stands_for = decoded[: segment.length]
                 encoding.decode(message, stands_for)
@@ -176,28 +186,24 @@ class Ring:
     def _last_hop(self) -> int:
         return 2 * self._size - 3
 
-    def _cut(self, length: int) -> list[list[_Segment]]:
-        """The segments of each chunk."""
+    def _cut(self, length: int, most: int) -> list[list[_Segment]]:
+        """The segments, of at most `most` elements, of each chunk."""
         chunks, start = [], 0
         for chunk, chunk_length in enumerate(part_lengths(length, self._size)):
-            starts = range(start, start + chunk_length, self._segment)
+            starts = range(start, start + chunk_length, most)
             end = start + chunk_length
-            chunks.append([_Segment(chunk, place, at, min(at + self._segment, end)) for place, at in enumerate(starts)])
+            chunks.append([_Segment(chunk, place, at, min(at + most, end)) for place, at in enumerate(starts)])
             start = end
         return chunks
 
     def _arrivals(
-        self, segments: list[list[_Segment]], room_for: Callable[[int, int, _Segment], Tensor]
+        self, segments: list[list[_Segment]], hops: int, room_for: Callable[[int, int, _Segment], Tensor]
     ) -> Iterator[tuple[int, _Segment, Tensor]]:
         """Hop, segment and content of every message from the left, in their order, with some receives ahead.
 
         At hop h this rank sends chunk rank - h on and receives the one before it, which it will send at hop h + 1.
         """
-        expected = [
-            (hop, segment)
-            for hop in range(self._last_hop + 1)
-            for segment in segments[(self._rank - hop - 1) % self._size]
-        ]
+        expected = [(hop, segment) for hop in range(hops) for segment in segments[(self._rank - hop - 1) % self._size]]
         under_way: deque[Work[Tensor]] = deque()
         posted = 0
         for number, (hop, segment) in enumerate(expected):

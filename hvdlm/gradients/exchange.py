@@ -15,6 +15,9 @@ from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.ring import Encoding, Ring
 from hvdlm.gradients.trial import Trial, prefers_ring
 
+# Elements: as large a message as Open MPI sends off without asking, where they are bytes (see comm/launch.py).
+_PIECE = 256 * 1024
+
 
 class Exchange:
     """Blocking operations among all ranks of a communicator, counted in bytes and seconds."""
@@ -54,16 +57,22 @@ class Exchange:
                 self.wire_bytes += self._ring.all_reduce_(values, encoding, errors)
                 return
             self._communicator.all_reduce_(values, op)
-            # A ring all-reduce sends each byte on to the next rank twice, less the part that is its own
-            # (Patarasuk & Yuan, JPDC 2009, section 3); engines may do otherwise, but not with less.
-            self.wire_bytes += 2 * (self.size - 1) * values.numel() * self._itemsize(values.dtype) // self.size
+            self._count_all_reduce(values)
+
+    def all_reduce_by_engine_async_(self, values: Tensor) -> Work[Any]:
+        """Starts the engine's own all-reduce, of which several may be under way: engines order and join them."""
+        if self.first_sent is None:
+            self.first_sent = time.perf_counter()
+        self._count_all_reduce(values)
+        return self._communicator.all_reduce_async_(values)
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted():
-            gathered = self._communicator.all_gather_v(message, [len(message)] * self.size)
             self.wire_bytes += (self.size - 1) * message.nbytes
-            return gathered
+            if self._ring is not None:  # which sleeps while it waits, where engines spin
+                return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
+            return self._communicator.all_gather_v(message, [len(message)] * self.size)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         """What each rank has for this one, in the order of ranks, when `messages[r]` goes to rank r.
@@ -80,19 +89,23 @@ class Exchange:
             received[self.rank].copy_(messages[self.rank])
             works: list[Work[Any]] = []
             for rank in others:
-                send = partial(self._communicator.send_async, messages[rank], rank)
-                receive = partial(self._communicator.receive_async_, received[rank], rank)
-                # NCCL works off what goes between two ranks in order: one sends first, the other receives first
-                works += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
+                for out, room in zip(messages[rank].split(_PIECE), received[rank].split(_PIECE), strict=True):
+                    send = partial(self._communicator.send_async, out, rank)
+                    receive = partial(self._communicator.receive_async_, room, rank)
+                    # NCCL works off what goes between two ranks in order: one sends first, the other receives first
+                    works += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
             for work in works:
                 work.wait()
             self.wire_bytes += sum(messages[rank].nbytes for rank in others)
             return received
 
-    def _itemsize(self, dtype: torch.dtype) -> int:
-        """Bytes of a number that the engine sums: those it cannot sum travel as float32."""
-        is_half = dtype in (torch.float16, torch.bfloat16)
-        return 4 if is_half and not self._communicator.supports(str(dtype).removeprefix("torch.")) else dtype.itemsize
+    def _count_all_reduce(self, values: Tensor) -> None:
+        """A ring sends each byte on to the next rank twice, less the part that is its own (Patarasuk & Yuan, JPDC 2009,
+        section 3); engines may do otherwise, but not with less. Halves that an engine cannot sum travel as float32.
+        """
+        is_half = values.dtype in (torch.float16, torch.bfloat16)
+        is_widened = is_half and not self._communicator.supports(str(values.dtype).removeprefix("torch."))
+        self.wire_bytes += 2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from hvdlm.gradients.chooser import Chooser
 from hvdlm.gradients.codec_trial import try_codec
 from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes, codec_maker
 from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.switching import Switching
 from hvdlm.gradients.courier import Courier
 from hvdlm.gradients.exchange import Exchange
@@ -42,7 +44,6 @@ class Traffic:
     dense_bytes: int  # that a ring all-reduce of the gradients as they are would send
     wire_bytes: int  # that was sent
     codec_seconds: float  # making and reading messages
-    exchange_seconds: float  # sending them and waiting for those of others, most of it behind the backward pass
     first_sent: float  # time.perf_counter() when the first message left
 
 
@@ -64,7 +65,8 @@ class GradientSync:
         self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
-        self.buckets = make_buckets(dict(module.named_parameters()), bucket_bytes(comm, compression))
+        nbytes = bucket_bytes(comm, compression, communicator.node_count)
+        self.buckets = make_buckets(dict(module.named_parameters()), nbytes)
         self._device = device = self.buckets[0].buffer.device
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
@@ -87,6 +89,10 @@ class GradientSync:
             self._chooser = Chooser(own, device, switching, candidates)
         else:
             self.codecs += [codec_maker(name)(bucket, compression) for bucket in self.buckets]
+        # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
+        is_dense = all(isinstance(codec, Dense) for codec in self.codecs)
+        is_reached = device.type == "cpu" or among.supports("cuda")  # else a thread copies to the host and back
+        self._is_engines_alone = is_dense and is_reached and not self._exchange.has_ring and self._nodes is None
         self.step = 0  # of the optimizer: the number of the gradients that are being made
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
@@ -133,8 +139,9 @@ class GradientSync:
         self._backward_ended = Moment(self._device)
         for index in range(len(self._under_way), len(self.buckets)):
             self._send(index)
-        for work in self._under_way:
-            work.wait()
+        for index, work in enumerate(self._under_way):
+            with self._named(index):
+                work.wait()
         self._arrived = Moment(self._device)
         self._under_way.clear()
         self.traffic = self._traffic()
@@ -153,7 +160,6 @@ class GradientSync:
             dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
             wire_bytes=exchange.wire_bytes,
             codec_seconds=self._busy_seconds - exchange.seconds,
-            exchange_seconds=exchange.seconds,
             first_sent=math.nan if exchange.first_sent is None else exchange.first_sent,
         )
 
@@ -242,11 +248,19 @@ class GradientSync:
             raise RuntimeError(
                 "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
             )
-        self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
+        if self._is_engines_alone:
+            self._under_way.append(self._exchange.all_reduce_by_engine_async_(bucket.buffer))
+        else:
+            self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
 
     def _reduce(self, index: int) -> None:
+        self._reduce_by(self.codecs[index], self.buckets[index].buffer, self.step)
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[None]:
+        """Says of an error which bucket it befell."""
         try:
-            self._reduce_by(self.codecs[index], self.buckets[index].buffer, self.step)
+            yield
         except HvdlmError as error:
             raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 

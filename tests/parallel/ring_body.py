@@ -41,6 +41,17 @@ def check_sums(comm: Communicator) -> None:
                 assert abs(sent - 8 * (comm.size - 1) * length / comm.size) <= 8 * comm.size
 
 
+def check_all_gather(comm: Communicator) -> None:
+    for segment in SEGMENTS:
+        ring = Ring(comm, segment)
+        for length in [0, *LENGTHS]:
+            if comm.size == 1:
+                continue
+            messages = [(torch.arange(length) * (rank + 3)).to(torch.uint8) for rank in range(comm.size)]
+            gathered = ring.all_gather(messages[comm.rank])
+            assert all(torch.equal(one, other) for one, other in zip(gathered, messages, strict=True))
+
+
 def check_nothing_beside_is_touched(comm: Communicator) -> None:
     values = torch.full((300,), 7.0)
     Ring(comm, 32).all_reduce_(values[100:200])

@@ -78,7 +78,14 @@ def drawn(rank: int, step: int, scale: float = 1.0) -> Tensor:
 
 
 LOSSY = pytest.mark.parametrize(
-    ("name", "settings"), [("topk", {"density": 0.02}), ("topk", {"density": 0.3}), ("powersgd", {"rank": 3})]
+    ("name", "settings"),
+    [
+        ("topk", {"density": 0.02}),
+        ("topk", {"density": 0.3}),
+        ("powersgd", {"rank": 3}),
+        ("int8", {}),
+        ("int4", {}),
+    ],
 )
 
 
@@ -99,7 +106,7 @@ def test_delivered_and_owed_are_all_there_was(name: str, settings: dict[str, obj
     owed = sum(residual.double() for _, residual in results)
     made = sum(drawn(rank, step).double() for rank in range(size) for step in range(4))
     assert (sum(each.double() for each in first) + owed - made).abs().max() <= 1e-5
-    assert owed.abs().max() > 1  # it is lossy
+    assert owed.abs().max() > 0.01  # it is lossy
     bucket = make_bucket()
     sums = bucket.cut(sum(drawn(rank, 0) for rank in range(size)))
     for name_, expected, actual in zip(bucket.names, sums, bucket.cut(first[0]), strict=True):

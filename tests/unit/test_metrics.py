@@ -148,9 +148,7 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
     metrics = StepMetrics(FirstOfTwo((30.0, (whole, data, compute, exposed, codec, memory))), torch.device("cpu"))
     metrics.add(whole=1.0, data=0.25, exposed=0.5, codec=0.25)
     metrics.add(whole=3.0, data=0.75, exposed=0.5, codec=0.75)
-    record = metrics.collect(
-        20.0, 100, Traffic(dense_bytes=240, wire_bytes=60, codec_seconds=9, exchange_seconds=9, first_sent=0)
-    )
+    record = metrics.collect(20.0, 100, Traffic(dense_bytes=240, wire_bytes=60, codec_seconds=9, first_sent=0))
     memory_bytes = record.pop("memory_bytes")
     assert memory_bytes >= 2**20
     assert record == {
@@ -170,13 +168,9 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
 def test_each_line_counts_from_the_one_before() -> None:
     metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"))
     metrics.add(whole=100.0, data=1.0, exposed=1.0, codec=1.0)
-    metrics.collect(
-        1.0, 1, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, exchange_seconds=0, first_sent=math.nan)
-    )
+    metrics.collect(1.0, 1, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
     metrics.add(whole=2.0, data=0.5, exposed=0.0, codec=0.0)
-    record = metrics.collect(
-        8.0, 4, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, exchange_seconds=0, first_sent=math.nan)
-    )
+    record = metrics.collect(8.0, 4, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
     assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
     assert record["tokens_per_second"] == 2.0
 

@@ -1,7 +1,8 @@
-"""How a bucket is cut for top-k: matrices into blocks, and blocks into parts of which each rank owns one."""
+"""How a bucket is cut: its matrices into blocks, and blocks into parts of which each rank owns one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,14 @@ class Part(NamedTuple):
         """Numbers chosen where each block gives its `kept` largest, or all it has."""
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return int((lengths // self.block * min(kept, self.block) + (lengths % self.block).clamp(max=kept)).sum())
+
+    def stretches(self) -> Iterator[tuple[int, int, int]]:
+        """Start, stop and block length of what lies in the buffer in blocks of one length, in the order of blocks."""
+        for start, stop in self.spans.tolist():
+            whole = stop - (stop - start) % self.block
+            for first, end, length in ((start, whole, self.block), (whole, stop, stop - whole)):
+                if first < end:
+                    yield first, end, length
 
 
 def cut_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:

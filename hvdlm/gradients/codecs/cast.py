@@ -6,8 +6,6 @@ and sums are float32. Where there is no ring the engine sums numbers of that typ
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from hvdlm.comm.communicator import ReduceOp
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.halves import add_errors, compile_for_cpu, largest_of, narrow, power_of_two, widen
 from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.feedback import Residual
 
@@ -34,15 +33,15 @@ class ScaledCast:
     def nbytes(self, elements: int) -> int:
         return _SCALE_BYTES + (elements * self._dtype.itemsize + 3) // 4 * 4  # messages begin at multiples of 4
 
-    def encode(self, values: Tensor, message: Tensor) -> None:
-        scale = _power_of_two(_TOP, float(_largest(values)))
+    def encode(self, values: Tensor, message: Tensor, errors: Tensor | None = None) -> None:
+        largest = add_errors(values, errors)
+        scale = power_of_two(_TOP, largest)
         message[:_SCALE_BYTES].view(torch.float32).fill_(scale)
-        torch.mul(values, scale, out=self._numbers(message, len(values)))
+        narrow(values, scale, self._numbers(message, len(values)), errors)
 
     def decode(self, message: Tensor, values: Tensor) -> None:
         scale = float(message[:_SCALE_BYTES].view(torch.float32))
-        # float32 before it is multiplied: PyTorch would round, and overflow, as the smaller type does
-        values.copy_(self._numbers(message, len(values))).mul_(1 / scale)
+        widen(self._numbers(message, len(values)), 1 / scale, values)
 
     def _numbers(self, message: Tensor, length: int) -> Tensor:
         return message[_SCALE_BYTES:].view(self._dtype)[:length]
@@ -56,15 +55,17 @@ class Cast(Codec):
         self._dtype = dtype
         self._encoding = ScaledCast(dtype)
         self._residual = Residual(bucket, settings.error_feedback)
+        if bucket.buffer.is_cpu:
+            compile_for_cpu()
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         if exchange.has_ring:
             exchange.all_reduce_(gradients, self._encoding, self._residual.values)
             return
         self._residual.carry_into_(gradients)
-        largest = _largest(gradients).reshape(1)
+        largest = largest_of(gradients).reshape(1)
         exchange.all_reduce_(largest, op=ReduceOp.MAX)
-        scale = _power_of_two(_TOP / exchange.size, float(largest))
+        scale = power_of_two(_TOP / exchange.size, float(largest))
         numbers = (gradients * scale).to(self._dtype)
         self._residual.keep(gradients, lambda: numbers.float() * (1 / scale))
         exchange.all_reduce_(numbers)
@@ -72,16 +73,3 @@ class Cast(Codec):
 
     def state(self) -> dict[str, Tensor]:
         return self._residual.state()
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude; NaN if one is. In a tenth of the time that torch.linalg.vector_norm takes for it."""
-    return torch.stack(torch.aminmax(values)).abs().amax()
-
-
-def _power_of_two(top: float, largest: float) -> float:
-    """The greatest power of two that takes `largest` to no more than `top`; 1 if there is nothing finite to scale."""
-    if not 0 < largest < math.inf:
-        return 1.0
-    exponent = math.floor(math.log2(top) - math.log2(largest))
-    return 2.0 ** max(-120, min(exponent, 120))  # it and its inverse are normal float32 numbers

@@ -15,6 +15,7 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.cast import Cast
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
+from hvdlm.gradients.codecs.integer import Integer
 from hvdlm.gradients.codecs.powersgd import PowerSGD
 from hvdlm.gradients.codecs.topk import TopK
 
@@ -27,19 +28,25 @@ CODECS: dict[str, MakeCodec] = {
     "none": Dense,
     "fp16": partial(Cast, torch.float16),
     "bf16": partial(Cast, torch.bfloat16),
+    "int8": partial(Integer, 8),
+    "int4": partial(Integer, 4),
     "topk": TopK,
     "powersgd": PowerSGD,
 }
 
-# MiB of gradients that travel at once where `comm.bucket_mb` does not say (benchmarks/LOG.md). Larger ones cost fewer
-# turns of the communication thread; smaller ones leave sooner, which matters where there is much to send.
-_BUCKET_MB = 8.0
-_BUCKET_MB_OF = {"topk": 16.0, "powersgd": 16.0}
+# MiB of gradients that travel at once where `comm.bucket_mb` does not say (benchmarks/LOG.md). Large buckets cost fewer
+# turns of the communication thread; small ones leave sooner, which matters where there is much to send and far to go.
+_BUCKET_MB_ON_ONE_NODE = 16.0
+_BUCKET_MB = {"int8": 8.0, "int4": 8.0, "topk": 32.0, "powersgd": 32.0}
+_BUCKET_MB_OF_OTHERS = 4.0
 
 
-def bucket_bytes(comm: CommSection, compression: CompressionSection) -> int:
+def bucket_bytes(comm: CommSection, compression: CompressionSection, node_count: int) -> int:
     """Bytes of a bucket, about."""
-    return int((comm.bucket_mb or _BUCKET_MB_OF.get(compression.codec, _BUCKET_MB)) * 2**20)
+    measured = _BUCKET_MB.get(compression.codec, _BUCKET_MB_OF_OTHERS)
+    if node_count == 1:
+        measured = max(measured, _BUCKET_MB_ON_ONE_NODE)
+    return int((comm.bucket_mb or measured) * 2**20)
 
 
 def codec_maker(name: str) -> MakeCodec:

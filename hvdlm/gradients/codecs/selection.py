@@ -130,10 +130,7 @@ def add_chosen_with_torch(part: Part, kept: int, values: Tensor, places: Tensor,
 def _tables(part: Part, kept: int) -> Iterator[tuple[int, int, int, slice]]:
     """Stretches of the buffer whose blocks have one length: start, stop, that length, and their entries."""
     entry = 0
-    for start, stop in part.spans.tolist():
-        whole = stop - (stop - start) % part.block
-        for first, end, length in ((start, whole, part.block), (whole, stop, stop - whole)):
-            if first < end:
-                entries = (end - first) // length * min(kept, length)
-                yield first, end, length, slice(entry, entry + entries)
-                entry += entries
+    for start, stop, length in part.stretches():
+        entries = (stop - start) // length * min(kept, length)
+        yield start, stop, length, slice(entry, entry + entries)
+        entry += entries
