@@ -1,7 +1,7 @@
 """What codecs do to the loss: validation loss over tokens and over seconds, at equal tokens, over several seeds.
 
     hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output data/convergence
-    python benchmarks/convergence.py --data data/convergence --no-error-feedback topk
+    python benchmarks/convergence.py --data data/convergence --no-error-feedback int4
 
 Every run is `hvdlm train` under mpirun. Finished runs are skipped, so an interrupted study goes on where it was.
 Writes convergence.json, convergence.md and convergence.png; README.md beside this file defines the figures. The model
@@ -32,15 +32,15 @@ from hvdlm.model.presets import PRESETS
 
 SETTINGS = {
     "model.position": "rope",
-    "train.steps": 800,
-    "train.batch_size": 32,
-    "train.micro_batch_size": 16,
+    "train.steps": 1200,
+    "train.batch_size": 16,
+    "train.micro_batch_size": 8,
     "train.precision": "bf16",
     "train.evaluate_every": 100,
     "train.evaluate_sequences": 256,
-    "optimizer.lr": 3e-3,
-    "optimizer.warmup_steps": 50,
-    "log.every": 20,
+    "optimizer.lr": 2e-3,
+    "optimizer.warmup_steps": 100,
+    "log.every": 30,
 }
 
 

@@ -17,6 +17,10 @@ from hvdlm.training.metrics import read_metrics
 
 _END_SECONDS = 60.0
 
+# Codecs by which a gradient is late by many steps. As hvdlm's README advises they begin after a fifth of the steps, and
+# with them AdamW's second moments stay as they are.
+_LATE = ("topk", "powersgd")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -53,10 +57,14 @@ def config_of(config: Config, variant: Variant, seed: int, runs: Path) -> Config
     """The settings of one run; its directory is below `runs`."""
     directory = runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name)}-seed{seed}"
     train = config.train.model_copy(update={"seed": seed, "run_dir": str(directory)})
-    compression = config.compression.model_copy(
-        update={"codec": variant.codec, "error_feedback": variant.error_feedback}
-    )
-    return config.model_copy(update={"train": train, "compression": compression})
+    chosen: dict[str, Any] = {"codec": variant.codec, "error_feedback": variant.error_feedback}
+    optimizer = config.optimizer
+    if variant.codec in _LATE:
+        first = config.train.steps // 5
+        chosen["warmup_steps"] = config.compression.warmup_steps or first
+        optimizer = optimizer.model_copy(update={"freeze_after": optimizer.freeze_after or first})
+    compression = config.compression.model_copy(update=chosen)
+    return config.model_copy(update={"train": train, "compression": compression, "optimizer": optimizer})
 
 
 def is_finished(config: Config) -> bool:
