@@ -5,6 +5,7 @@ Started by job.py, through a launcher: rank.py SOCKET CONFIG INTERFACE ENGINE CO
 
 from __future__ import annotations
 
+import os
 import sys
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -22,6 +23,8 @@ from hvdlm.training.job import job
 
 def main(address: str, config_path: str, interface: str, engine: str, *names: str) -> None:
     """`interface`: empty if there is none whose bytes are to be counted."""
+    # Horovod's own default, which hvdlm changes for itself: Horovod's optimizer is to be as it comes
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 * 2**20))
     race = Client(address)
     config = load(Path(config_path), [], PRESETS)
     torch.set_num_threads(config.train.threads)

@@ -51,6 +51,7 @@ class Run:
     seed: int
     points: list[Point]
     wire_bytes: int  # sent by rank 0 for the gradients of the last step
+    whole_steps: int = 0  # before the codec begins, and AdamW's second moments stay
 
 
 def config_of(config: Config, variant: Variant, seed: int, runs: Path) -> Config:
@@ -109,7 +110,7 @@ def read_run(config: Config, variant: Variant) -> Run:
             step, wire_bytes = record["step"], record["wire_bytes"]
         elif record["kind"] == "eval":
             points.append(Point(record["tokens"], seconds, record["loss"]))
-    return Run(variant.name, config.train.seed, points, wire_bytes)
+    return Run(variant.name, config.train.seed, points, wire_bytes, config.compression.warmup_steps)
 
 
 def _records(directory: Path) -> list[dict[str, Any]]:

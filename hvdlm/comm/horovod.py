@@ -66,6 +66,8 @@ class HorovodCommunicator(Communicator):
     def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
         """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
+        # Buckets are large already; which ones Horovod joined would depend on the moment, and so the order of sums
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         # Horovod's own start over Gloo keeps that time; over MPI it would wait for ever.
         over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
         with nullcontext() if over_gloo else first_contact(rank, min(timeout, PATIENCE)):

@@ -20,10 +20,10 @@ _PIECE = 256 * 1024
 
 
 class Exchange:
-    """Blocking operations among all ranks of a communicator, counted in bytes and seconds."""
+    """Operations among all ranks of a communicator, counted in bytes and, where they block, in seconds."""
 
     def __init__(self, communicator: Communicator, ring: Ring | None, trials: Sequence[Trial]) -> None:
-        """`ring`: what sums; None: the engine's own all-reduce. `trials`: at which sizes the ring costs less."""
+        """`ring`: what sums and gathers; None: the engine does. `trials`: at which sizes the ring's sums cost less."""
         self._communicator = communicator
         self._ring = ring
         self.trials = trials
@@ -67,7 +67,7 @@ class Exchange:
         return self._communicator.all_reduce_async_(values)
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        """The messages of all ranks, of one length and dtype, in the order of ranks."""
+        """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted():
             self.wire_bytes += (self.size - 1) * message.nbytes
             if self._ring is not None:  # which sleeps while it waits, where engines spin

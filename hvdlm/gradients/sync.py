@@ -1,8 +1,8 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
 A gradient's way: `backward()` adds it into its bucket (bucket.py) -> a hook counts it -> the bucket is full -> a codec
-(codecs/) sends it on the communication thread or stream (courier.py, exchange.py) -> `wait` returns when every bucket
-holds the sum.
+(codecs/) sends it on the communication thread or stream (courier.py, exchange.py), or the engine sums it as it is ->
+`wait` returns when every bucket holds the sum.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ class GradientSync:
         self._compression = compression
         self.codecs: list[Codec] = []
         self._chooser: Chooser | None = None
-        name = "none" if compression.by_node and own.node_count == 1 else compression.codec
-        if name == AUTO:
+        if compression.by_node and own.node_count == 1:
+            # Nothing goes between nodes; what was owed when there were several goes with the next gradients
+            self.codecs += [Switching("none", bucket, compression) for bucket in self.buckets]
+        elif compression.codec == AUTO:
             candidates = [name.strip() for name in compression.candidates.split(",")]
             for candidate in candidates:
                 codec_maker(candidate)  # unknown ones are errors now, not when they are tried
@@ -88,9 +90,9 @@ class GradientSync:
             self.codecs += switching
             self._chooser = Chooser(own, device, switching, candidates)
         else:
-            self.codecs += [codec_maker(name)(bucket, compression) for bucket in self.buckets]
+            self.codecs += [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
         # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
-        is_dense = all(isinstance(codec, Dense) for codec in self.codecs)
+        is_dense = all(type(codec) is Dense for codec in self.codecs)
         is_reached = device.type == "cpu" or among.supports("cuda")  # else a thread copies to the host and back
         self._is_engines_alone = is_dense and is_reached and not self._exchange.has_ring and self._nodes is None
         self.step = 0  # of the optimizer: the number of the gradients that are being made
@@ -248,10 +250,11 @@ class GradientSync:
             raise RuntimeError(
                 "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
             )
-        if self._is_engines_alone:
-            self._under_way.append(self._exchange.all_reduce_by_engine_async_(bucket.buffer))
-        else:
-            self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
+        with self._named(index):
+            if self._is_engines_alone:
+                self._under_way.append(self._exchange.all_reduce_by_engine_async_(bucket.buffer))
+            else:
+                self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
 
     def _reduce(self, index: int) -> None:
         self._reduce_by(self.codecs[index], self.buckets[index].buffer, self.step)

@@ -46,7 +46,7 @@ def bytes_sent(cluster: Cluster) -> int:
     return int(result.output)
 
 
-@pytest.mark.parametrize("codec", ["none", "fp16", "topk", "powersgd"])
+@pytest.mark.parametrize("codec", ["none", "fp16", "int4", "topk", "powersgd"])
 def test_wire_bytes_are_what_the_interface_counts(
     codec: str, cluster: Cluster, small_data: Path, tmp_path: Path
 ) -> None:

@@ -65,7 +65,9 @@ def check_replicas_stay_identical_and_nothing_is_lost(comm: Communicator) -> Non
             # of two matrices and 240 numbers that are no matrix; dense by a ring: each number goes once
             dense = STEPS * 4 * (96 * 80 + 240 + 80 * 70)
             # topk: 3 of 4 bytes for each hundredth number; powersgd: 4 vectors a side; both: 240 numbers as they are
+            # int8, int4: a byte, a half, and a scale for 256; beside them 240 numbers as they are
             shares = {"none": 1.0, "topk": 0.0075 + 0.018, "powersgd": 0.097 + 0.018}
+            shares |= {"int8": (1 / 4 + 1 / 256) * 0.982 + 0.018, "int4": (1 / 8 + 1 / 256) * 0.982 + 0.018}
             for half, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):  # which not every engine can sum
                 shares[half] = 0.5 if ALGORITHM == "ring" or comm.supports(dtype) else 1.0
             share = shares.get(codec, 1 / 32)  # one bit a number
@@ -101,18 +103,24 @@ def check_what_error_feedback_is_for(comm: Communicator) -> None:
 
 
 def check_who_owes_what_a_checkpoint_held(comm: Communicator) -> None:
-    """By node, it is the rank that speaks for a node, whoever owed it before; within one node nothing is compressed."""
+    """By node, it is the rank that speaks for a node, whoever owed it before; within one node all, until it is sent."""
     if not comm.supports("split"):
         return
     with patch("socket.gethostname", lambda: f"n{comm.rank // 2}"):
         sync = make_sync(make_model(), comm, "topk", by_node=True)
     owed = sync.codec_state()
+    assert len(owed) == 5  # of all parameters
     for values in owed.values():
         values.fill_(comm.rank + 1)
     sync.adopt_owed_(2.0)
-    own = 2 * (comm.rank + 1 + comm.rank + 2) if comm.rank % 2 == 0 else 0
-    assert all(torch.equal(values, torch.full_like(values, own)) for values in owed.values())
-    assert bool(owed) == (comm.size > 2)
+    if comm.size > 2:
+        own = 2 * (comm.rank + 1 + comm.rank + 2) if comm.rank % 2 == 0 else 0
+        assert all(torch.equal(values, torch.full_like(values, own)) for values in owed.values())
+        return
+    sync.begin()
+    sync.wait()
+    assert all((bucket.buffer == 2 + 4).all() for bucket in sync.buckets)
+    assert not any(values.any() for values in sync.codec_state().values())
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_stopped_by_a_signal_and_resumed(small_data: Path, tmp_path: Path) -> No
     assert_bit_identical(whole, stopped)
 
 
-@pytest.mark.parametrize("codec", ["fp16", "topk", "powersgd"])
+@pytest.mark.parametrize("codec", ["fp16", "int4", "topk", "powersgd"])
 def test_what_codecs_owe_is_resumed_exactly(codec: str, small_data: Path, tmp_path: Path) -> None:
     """On as many ranks bit for bit; on more, as near as it can be when the residuals have new owners."""
     settings = {"checkpoint__every": 7, "model__width": 64, "optimizer__lr": 0.002, "compression__codec": codec}

@@ -9,7 +9,7 @@ from hvdlm.gradients.exchange import Exchange
 
 
 class Dense(Codec):
-    """The plain sum in float32."""
+    """The plain sum in float32; where the engine makes it, GradientSync leaves it to the engine."""
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         exchange.all_reduce_(gradients)

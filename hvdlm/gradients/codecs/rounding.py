@@ -18,7 +18,7 @@ from torch import Tensor
 from hvdlm.gradients.codecs.blocks import Part
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
-_INFINITE = 0x7F800000  # bits of infinity; NaN stands above
+_TOO_LARGE = 0x7F000000  # bits of 2**127, beyond which rounding might overflow; infinity and NaN stand above
 
 # A block of nothing larger is owed whole: the inverse of its scale might be no finite float32.
 _TINY = np.float32(2.0**-100)
@@ -46,7 +46,8 @@ def count_bytes(part: Part, bits: int) -> int:
 def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, scales: Tensor, integers: Tensor) -> None:
     """Writes what stands for blocks of `gradients` + `residual` into `scales` (float32) and `integers` (uint8).
 
-    The scale of a block that is not finite is NaN. `residual` gets what rounding took, `gradients` the old residual.
+    The scale of a block that is not finite, or nearly, is NaN. `residual` gets what rounding took, `gradients` the old
+    residual.
     """
     if gradients.is_cpu:
         arrays = gradients.numpy(), residual.numpy(), scales.numpy(), integers.numpy()
@@ -97,7 +98,7 @@ def _round_blocks(
                 largest = max(largest, np.int32(intended.view(np.int32) & _MAGNITUDE))
             magnitude = np.int32(largest).view(np.float32)
             scale = inverse = np.float32(0)
-            if largest >= _INFINITE:
+            if largest >= _TOO_LARGE:
                 scale = np.float32(np.nan)
             elif magnitude >= _TINY:
                 scale, inverse = np.float32(magnitude / top), np.float32(top / magnitude)
@@ -178,13 +179,14 @@ def round_blocks_with_torch(
         fresh.copy_(owed)
         rows = intended.view(-1, length)  # (blocks, length)
         largest = rows.abs().amax(1, keepdim=True)
-        is_used = (largest >= float(_TINY)) & largest.isfinite()
+        is_finite = largest < 2.0**127
+        is_used = (largest >= float(_TINY)) & is_finite
         top = largest.new_tensor(top_of(bits))
         scale = torch.where(is_used, largest / top, 0.0)
         inverse = torch.where(is_used, top / largest, 0.0)
         rounded = torch.where(is_used, (rows * inverse).round(), 0.0)
         owed.copy_((rows - rounded * scale).view(-1))
-        scales[blocks] = torch.where(largest.isfinite(), scale, math.nan).view(-1)
+        scales[blocks] = torch.where(is_finite, scale, math.nan).view(-1)
         integers[codes] = _packed(rounded.to(torch.int16), bits).reshape(-1)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs import halves, selection
 from hvdlm.gradients.codecs.blocks import LONGEST_BLOCK, Part
 from hvdlm.gradients.codecs.blockwise import BlockCoding, BlockwiseCodec
 from hvdlm.gradients.codecs.cast import ScaledCast
-from hvdlm.gradients.codecs.selection import add_chosen, choose, compile_for_cpu
+from hvdlm.gradients.codecs.selection import add_chosen, choose
 from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.feedback import reduce_whole_
 
@@ -37,7 +38,8 @@ class TopK(BlockwiseCodec):
         self._kept = max(1, int(LONGEST_BLOCK * settings.density))
         super().__init__(bucket, settings, min(LONGEST_BLOCK, round(self._kept / settings.density)))
         if bucket.buffer.is_cpu:
-            compile_for_cpu()
+            selection.compile_for_cpu()
+            halves.compile_for_cpu()
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         kept = self._kept_at(step)
