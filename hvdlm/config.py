@@ -129,7 +129,8 @@ class CompressionSection(Section):
         "none", description="none, fp16, bf16, int8, int4, topk, powersgd, auto, or FILE.py:CLASS of your own"
     )
     candidates: str = Field(
-        "none,fp16", description="what auto chooses among, by measurement; powersgd and topk cost loss, so name them"
+        "none,fp16,int4",
+        description="what auto chooses among, by measurement; powersgd and topk cost loss, so name them",
     )
     by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")

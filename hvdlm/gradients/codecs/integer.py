@@ -6,7 +6,7 @@ follows that with whole gradients closely (benchmarks/LOG.md). Blocks and owners
 gradients (Wang et al., ICLR 2024, section 3.3), which go by all-to-all so that a sum is rounded twice and not at every
 hop of a ring; error feedback is ours.
 
-On one rank delivered + residual is the float32 sum gradient + old residual, bit for bit (rounding.py).
+On one rank delivered + residual is the float32 sum gradient + old residual, but for a rare last bit (rounding.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Two implementations, equal bit for bit: loops that Numba compiles for the CPU, and PyTorch operations for other devices.
 A number and what it was rounded to are within a factor of two of one another, or the latter is zero: so float32 holds
-their difference, and nothing is lost.
+their difference, and nothing is lost. Only at the very edge of that, as scales are rounded too, may a last bit go.
 """
 
 from __future__ import annotations
