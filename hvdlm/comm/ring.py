@@ -121,7 +121,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             send(segment)
-        for hop, segment, received in self._arrivals(segments, 2 * self._size - 2, room_for):
+        for hop, segment, received in self._arrivals(segments, self._last_hop + 1, room_for):
             if hop < self._size - 1:
                 values[segment.span] += received
             if hop < self._last_hop:
@@ -163,7 +163,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             encode_and_send(segment, partial, is_finished=False)
-        for hop, segment, message in self._arrivals(segments, 2 * self._size - 2, room_for):
+        for hop, segment, message in self._arrivals(segments, self._last_hop + 1, room_for):
             if hop < self._size - 1:
                 stands_for = decoded[: segment.length]
                 encoding.decode(message, stands_for)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -254,10 +255,8 @@ class GradientSync:
             if self._is_engines_alone:
                 self._under_way.append(self._exchange.all_reduce_by_engine_async_(bucket.buffer))
             else:
-                self._under_way.append(self._courier.submit(lambda: self._reduce(index)))
-
-    def _reduce(self, index: int) -> None:
-        self._reduce_by(self.codecs[index], self.buckets[index].buffer, self.step)
+                reduce = partial(self._reduce_by, self.codecs[index], bucket.buffer, self.step)
+                self._under_way.append(self._courier.submit(reduce))
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:

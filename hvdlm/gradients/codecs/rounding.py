@@ -35,7 +35,7 @@ def top_of(bits: int) -> int:
 
 def count_scales(part: Part) -> int:
     """Blocks of a part."""
-    return sum(-(-(stop - start) // part.block) for start, stop in part.spans.tolist())
+    return part.entries(1)
 
 
 def count_bytes(part: Part, bits: int) -> int:
