@@ -22,9 +22,9 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def describe_versions() -> dict[str, str | None]:
-    """None for what is not installed."""
-    packages = ("hvdlm", "torch", "mpi4py", "horovod", "numpy")
+def describe_versions(*further: str) -> dict[str, str | None]:
+    """Of what every benchmark runs on, and of further packages; None for what is not installed."""
+    packages = ("hvdlm", "torch", "mpi4py", "horovod", "numpy", *further)
     said = subprocess.run(["mpirun", "--version"], env=environment(), capture_output=True, text=True).stdout
     return {
         "python": platform.python_version(),

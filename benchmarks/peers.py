@@ -15,28 +15,29 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.config import Config
+from hvdlm.config import Config, Precision
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
 from hvdlm.training.optimizer import make_optimizer, set_learning_rate
-from hvdlm.training.precision import autocast
+from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 
 POWER_SGD_RANK = 4
 
 
 class _MeanLoss(nn.Module):
-    """The model and its loss, nats per token: what is wrapped by its user."""
+    """The model and its loss, nats per token, under autocast: what is wrapped by its user."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, precision: Precision) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, DTYPES[precision]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs, targets: (B, T) int64."""
-        return token_loss(self.model(inputs), self.model.output_weight, targets) / targets.numel()
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return token_loss(self.model(inputs), self.model.output_weight, targets, self.dtype) / targets.numel()
 
 
 def ddp(config: Config, communicator: Communicator, data: DataSet) -> Contestant:
@@ -74,7 +75,7 @@ def _ddp(
 ) -> Contestant:
     model = _model(config, data)
     optimizer = make_optimizer(model, config.optimizer)
-    replica = DistributedDataParallel(_MeanLoss(model), gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(_MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
     register(replica)
     loader = _loader(config, data, communicator)
 
@@ -82,9 +83,7 @@ def _ddp(
         batch = loader.next()
         set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
         optimizer.zero_grad(set_to_none=True)
-        with autocast(config.train.precision, torch.device("cpu")):
-            loss = replica(batch.inputs, batch.targets)
-        loss.backward()
+        replica(batch.inputs, batch.targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
 
@@ -95,7 +94,7 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
     import horovod.torch as hvd
 
     model = _model(config, data)
-    training = _MeanLoss(model)
+    training = _MeanLoss(model, config.train.precision)
     optimizer = hvd.DistributedOptimizer(
         make_optimizer(model, config.optimizer),
         # Horovod tells tensors apart by their names, and two of its optimizers may share a job
@@ -109,9 +108,7 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
         batch = loader.next()
         set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
         optimizer.zero_grad()
-        with autocast(config.train.precision, torch.device("cpu")):
-            loss = training(batch.inputs, batch.targets)
-        loss.backward()
+        training(batch.inputs, batch.targets).backward()
         optimizer.synchronize()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         with optimizer.skip_synchronize():

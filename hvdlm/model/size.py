@@ -11,6 +11,14 @@ from dataclasses import dataclass
 
 from hvdlm.config import ModelSection, Precision
 
+# Attention in 16 bits on a CPU is made of plain products (hvdlm.model.attention) for sequences up to so long: beyond,
+# the probabilities that its backward pass needs outweigh what else a block keeps.
+LONGEST_PLAIN_ATTENTION = 512
+
+# Of queries that meet their keys at once there. Keys that lie after all of them are skipped, half of all in the end;
+# what smaller blocks would gain is lost to smaller products.
+ATTENTION_BLOCK = 256
+
 
 def key_value_heads(config: ModelSection) -> int:
     """K: as many as query heads unless set."""
@@ -68,11 +76,11 @@ class TrainingMemory:
     moments: int
     """AdamW's two, fp32."""
     cast_parameters: int
-    """Copies of the weights in the precision of matrix products, which autocast keeps through the step."""
+    """Copies of the blocks' matrices in the precision of products."""
     activations: int
     """What the backward pass needs from the blocks."""
     loss: int
-    """Hidden states and their gradient, the output weight's own gradient, and one chunk of logits."""
+    """Hidden states and their gradient, the output weight's copy and own gradient, and one chunk of logits."""
 
     @property
     def total(self) -> int:
@@ -80,14 +88,18 @@ class TrainingMemory:
 
 
 def training_memory_bytes(
-    config: ModelSection, vocab_size: int, micro_batch_size: int, precision: Precision
+    config: ModelSection,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: Precision,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> TrainingMemory:
-    """An estimate for one rank, to see before a run whether it fits.
+    """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
-    Weights, gradients and moments are exact. Activations are what this Transformer saves for its backward
-    pass on the way through SDPA without a materialised score matrix, without dropout and torch.compile. With
-    a bytes a number in matrix products (4 for fp32, 2 for bf16 and fp16, where the residual stream stays in
-    fp32), each token of a block keeps
+    Weights, gradients and moments are exact. Activations are what this Transformer saves for its backward pass,
+    without dropout. With a bytes a number in matrix products (4 for fp32, 2 for bf16 and fp16, where the residual
+    stream stays in fp32), each token of a block keeps
 
         8 D          the input of both norms
         2 a D        the output of both norms
@@ -95,35 +107,47 @@ def training_memory_bytes(
         a D          attention's output
         2 a M        input and output of GELU; 4 a M with SwiGLU: gate, silu(gate), up and their product
 
-    On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 8 D.
+    Where attention is made of plain products (`hvdlm.model.attention`) it keeps a (5 D + H S) instead: queries, keys
+    and values of each query head, its output twice, and probabilities for the S keys that a token meets on average.
+    On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
+    silu(gate) and those parts of RMSNorm anew in the backward pass.
     """
     count = parameter_count(config, vocab_size)
-    width, hidden_width = config.width, mlp_width(config)
+    width, heads, hidden_width = config.width, config.heads, mlp_width(config)
     low = precision != "fp32"
     item = 2 if low else 4
     tokens = micro_batch_size * config.context_length
-    rotated = _qkv_width(config) - width * key_value_heads(config) // config.heads if config.position == "rope" else 0
-    activated = 2 if config.activation == "gelu" else 4
-    token = 8 * width + item * (3 * width + _qkv_width(config) + rotated + activated * hidden_width)
-    chunk = min(tokens, loss_chunk_tokens(vocab_size))
+    key_value_width = width * key_value_heads(config) // heads
+    rotated = width + key_value_width if config.position == "rope" else 0
+    activated = 2 if config.activation == "gelu" else 3 if compiled else 4
+    attention = _qkv_width(config) + rotated + width
+    if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
+        blocks = -(-config.context_length // ATTENTION_BLOCK)
+        keys = config.context_length * (blocks + 1) // (2 * blocks)
+        attention = 5 * width + heads * keys
+    token = 8 * width + item * (2 * width + attention + activated * hidden_width)
+    if device == "cpu" and config.norm == "rmsnorm" and not compiled:
+        token += 12 * width
+    chunk = min(tokens, loss_chunk_tokens(vocab_size, item))
+    block_parameters = _matmul_parameters(config, vocab_size) - vocab_size * width
     return TrainingMemory(
         parameters=4 * count,
         gradients=4 * count,
         moments=8 * count,
-        cast_parameters=item * _matmul_parameters(config, vocab_size) if low else 0,
+        cast_parameters=item * block_parameters if low else 0,
         activations=tokens * config.layers * token,
-        loss=3 * 4 * tokens * width + 4 * vocab_size * width + chunk * vocab_size * (4 + item),
+        loss=3 * 4 * tokens * width + (4 + (item if low else 0)) * vocab_size * width + chunk * vocab_size * item,
     )
 
 
-def loss_chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' logits `hvdlm.model.loss` holds at once: 64 MiB of them in fp32, within bounds.
+def loss_chunk_tokens(vocab_size: int, item: int) -> int:
+    """How many tokens' logits, of `item` bytes a number, `hvdlm.model.loss` holds at once: 128 MiB, within bounds.
 
     Each chunk also adds to the (V, D) gradient of the output weight, whose traffic is what small chunks pay:
     on 2 cores, 384 wide, 50,304 words, time was level from 256 tokens on and 1.7 times as much at 64. The
     upper bound keeps sums over a chunk within the range of fp16.
     """
-    return min(max(64 * 2**20 // (4 * vocab_size), 256), 4096)
+    return min(max(128 * 2**20 // (item * vocab_size), 256), 4096)
 
 
 def _qkv_width(config: ModelSection) -> int:

@@ -33,12 +33,16 @@ their reverse is about the order in which the backward pass completes gradients.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
+from hvdlm.model.attention import causal_attention
+from hvdlm.model.linear import Linear
 from hvdlm.model.size import key_value_heads, mlp_width
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
@@ -62,6 +66,19 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = _norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
+        self.dtype = torch.float32  # of matrix products
+        self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Lets matrix products take numbers of this dtype. Parameters, norms and the residual stream stay in fp32."""
+        self.dtype = dtype
+        for layer in self._linear:
+            layer.compute_in(dtype)
+
+    def refresh(self) -> None:
+        """Tells the layers that compute in another dtype that their parameters have changed."""
+        for layer in self._linear:
+            layer.refresh()
 
     @property
     def output_weight(self) -> Tensor:
@@ -104,7 +121,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
-        return functional.linear(hidden, self.output_weight)
+        return functional.linear(hidden.to(self.dtype), self.output_weight.to(self.dtype))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -155,8 +172,8 @@ class Attention(nn.Module):
         self.head_width = config.width // config.heads
         self.dropout = config.dropout
         rows = (self.heads + 2 * self.key_value_heads) * self.head_width
-        self.qkv = nn.Linear(config.width, rows, bias=config.bias)
-        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+        self.qkv = Linear(config.width, rows, bias=config.bias)
+        self.output = Linear(config.width, config.width, bias=config.bias)
 
     def forward(
         self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cached: tuple[Tensor, Tensor] | None
@@ -175,15 +192,13 @@ class Attention(nn.Module):
         if cached is not None:
             cached[0][:, :, -length:], cached[1][:, :, -length:] = keys, values
             keys, values = cached
-        attended = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and length > 1,
-            enable_gqa=key_value_heads != heads,
-        )  # (B, H, T, E)
+        dropout = self.dropout if self.training else 0.0
+        if mask is None:
+            attended = causal_attention(queries, keys, values, dropout)  # (B, H, T, E)
+        else:
+            attended = functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, dropout_p=dropout, enable_gqa=key_value_heads != heads
+            )
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, -1))
         return output
 
@@ -195,8 +210,8 @@ class MLP(nn.Module):
         super().__init__()
         hidden = mlp_width(config)
         self.gated = config.activation == "swiglu"
-        self.up = nn.Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
-        self.down = nn.Linear(hidden, config.width, bias=config.bias)
+        self.up = Linear(config.width, 2 * hidden if self.gated else hidden, bias=config.bias)
+        self.down = Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, D) to (B, T, D)."""
@@ -205,7 +220,7 @@ class MLP(nn.Module):
             gate, activation = activation.chunk(2, dim=-1)
             activation = functional.silu(gate) * activation
         else:
-            activation = functional.gelu(activation, approximate="tanh")
+            activation = _gelu(activation)
         output: Tensor = self.down(activation)
         return output
 
@@ -213,12 +228,12 @@ class MLP(nn.Module):
 class KeyValueCache:
     """Keys and values of the tokens a model has seen, so that the next token costs one position.
 
-    Holds (layers, B, K, context, E) of each, on the device and in the dtype of the model's weights.
+    Holds (layers, B, K, context, E) of each, on the model's device and in the dtype of its products.
     `length` is how many tokens are in it; setting it to 0 empties it.
     """
 
     def __init__(self, model: Transformer, batch_size: int) -> None:
-        config, like = model.config, model.output_weight
+        config, device = model.config, model.output_weight.device
         shape = (
             config.layers,
             batch_size,
@@ -226,9 +241,9 @@ class KeyValueCache:
             config.context_length,
             config.width // config.heads,
         )
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.documents = torch.zeros(batch_size, config.context_length, dtype=torch.int64, device=like.device)
+        self.documents = torch.zeros(batch_size, config.context_length, dtype=torch.int64, device=device)
         self.length = 0
 
     def layer(self, index: int, new: int) -> tuple[Tensor, Tensor]:
@@ -244,6 +259,18 @@ def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
     """
     ends = (tokens == eos_id).long()
     return ends.cumsum(dim=1) - ends
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in GPT-2's approximation, x (1 + tanh(z)) / 2 = x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.) Of the second form torch.compile makes vector
+    instructions, of tanh calls: on a CPU it takes a third of the time.
+    """
+    if not torch.compiler.is_compiling():
+        return functional.gelu(x, approximate="tanh")
+    y = x.float()
+    return (y * torch.sigmoid((8 / math.pi) ** 0.5 * (y + 0.044715 * y * y * y))).to(x.dtype)
 
 
 def _norm(config: ModelSection) -> nn.Module:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.config import Precision
 from hvdlm.data.loader import validation_batches
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
 from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.training.agreement import together
-from hvdlm.training.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ def evaluate(
     model: Transformer,
     data: DataSet,
     communicator: Communicator,
-    precision: Precision,
     sequences_at_once: int,
     limit: int = 0,
 ) -> Evaluation:
@@ -58,8 +55,7 @@ def evaluate(
         for batch in validation_batches(data, length, sequences_at_once, communicator.rank, communicator.size, limit):
             inputs, targets = batch.inputs.to(device), batch.targets.to(device)
             documents = document_ids(inputs, data.eos_id) if model.config.document_mask else None
-            with autocast(precision, device):
-                sums = token_statistics(model(inputs, documents), model.output_weight, targets)
+            sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
             loss += float(sums.loss_sum)
             correct += int(sums.correct_count)
             count += int(sums.target_count)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import time
 
+import psutil
 import torch
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.errors import HvdlmError
+
+# mallopt's names of settings (malloc.h)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def choose_device(wanted: str, communicator: Communicator) -> torch.device:
@@ -44,8 +50,30 @@ def share_cores(wanted: int, communicator: Communicator) -> int:
     return threads
 
 
+def keep_memory() -> None:
+    """Lets glibc keep what is freed for the next step, where it would hand large blocks back to the kernel at once.
+
+    The kernel clears each page that it gives out anew: with 50,000 words that took a third of the loss's time
+    (benchmarks/LOG.md). Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held: of the GPU if it computes there, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def resident_bytes() -> int:
+    """Host memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def seconds_alive() -> float:
+    """Since this process was started, imports and compilation included."""
+    return time.time() - float(psutil.Process().create_time())

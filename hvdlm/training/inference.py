@@ -22,6 +22,7 @@ from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.precision import DTYPES
 from hvdlm.training.replicas import broadcast_tensors
 
 
@@ -36,7 +37,8 @@ def evaluate(path: Path, data_path: Path, engine: str, batch_size: int) -> int:
         device = choose_device("auto", communicator)
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
-        result = evaluation.evaluate(model, data, communicator, config.train.precision, batch_size)
+        model.compute_in(DTYPES[config.train.precision])
+        result = evaluation.evaluate(model, data, communicator, batch_size)
         yardstick = on_first_rank(communicator, lambda: yardsticks(data))
         if communicator.rank == 0:
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")

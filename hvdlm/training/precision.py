@@ -1,23 +1,14 @@
-"""Arithmetic of the forward and backward pass: fp32, or bf16 and fp16 by autocast with fp32 master weights."""
+"""Arithmetic of the forward and backward pass: matrix products in fp32, bf16 or fp16; sums, norms and weights fp32."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from hvdlm.config import Precision
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _GROWTH_INTERVAL = 1000
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which a forward pass runs at this precision."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
 class LossScale:

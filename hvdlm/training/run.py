@@ -15,7 +15,7 @@ from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.console import open_view
-from hvdlm.training.hardware import choose_device, share_cores
+from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
@@ -40,6 +40,7 @@ def train(config: Config, resume: str | None) -> int:
 
     Returns 0 after the last step, STOPPED_EARLY after a signal.
     """
+    keep_memory()
     with Preemption() as preemption, job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
         data = together(communicator, lambda: DataSet(Path(config.data.path)))
         vocab_size = _vocab_size(config, data)

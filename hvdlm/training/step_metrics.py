@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Precision
 from hvdlm.gradients.sync import Traffic
 from hvdlm.training.hardware import peak_memory_bytes
+from hvdlm.training.peak import peak_flops
 
 
 class StepMetrics:
     """Adds up this rank's seconds from one logged step to the next."""
 
-    def __init__(self, communicator: Communicator, device: torch.device) -> None:
-        self._communicator = communicator
-        self._device = device
+    def __init__(
+        self, communicator: Communicator, device: torch.device, precision: Precision, flops_per_token: float
+    ) -> None:
+        self._communicator, self._device = communicator, device
+        self._precision, self._flops_per_token = precision, flops_per_token
+        self._peak_flops: float | None = None
+        self._is_peak_asked = False
         self._clear()
 
     def _clear(self) -> None:
@@ -38,16 +45,20 @@ class StepMetrics:
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
         steps = self._steps
+        if not self._is_peak_asked:  # between steps, when nothing else computes
+            self._peak_flops, self._is_peak_asked = peak_flops(self._device, self._precision), True
         compute = self._whole - self._data - self._exposed
         own = (self._whole, self._data, compute, self._exposed, self._codec, peak_memory_bytes(self._device))
         self._clear()
-        everyone = self._communicator.all_gather_object((loss_sum, own))
-        whole, data, compute, exposed, codec, memory = (
-            max(column) for column in zip(*(numbers for _, numbers in everyone), strict=True)
+        losses, peaks, times = zip(
+            *self._communicator.all_gather_object((loss_sum, self._peak_flops, own)), strict=True
         )
+        whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
+        tokens_per_second = tokens * steps / whole
         return {
-            "loss": sum(part for part, _ in everyone) / tokens,
-            "tokens_per_second": tokens * steps / whole,
+            "loss": sum(losses) / tokens,
+            "tokens_per_second": tokens_per_second,
+            "utilisation": _utilisation(self._flops_per_token * tokens_per_second, peaks),
             "step_seconds": whole / steps,
             "data_seconds": data / steps,
             "compute_seconds": compute / steps,
@@ -58,3 +69,9 @@ class StepMetrics:
             "world_size": self._communicator.size,
             "memory_bytes": memory,
         }
+
+
+def _utilisation(flops: float, peaks: Sequence[float | None]) -> float | None:
+    """Of the peaks of all ranks' devices together; None if that of one is not known."""
+    known = [peak for peak in peaks if peak is not None]
+    return flops / sum(known) if len(known) == len(peaks) else None

@@ -17,13 +17,16 @@ from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.loss import IGNORE, token_loss
-from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.model.size import flops_per_token
+from hvdlm.model.transformer import document_ids
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import on_first_rank, raise_together
 from hvdlm.training.evaluation import evaluate
+from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.metrics import MetricsLog
+from hvdlm.training.model import make_model
 from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
-from hvdlm.training.precision import LossScale, autocast
+from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.rank_states import gather_to_files, hand_out
 from hvdlm.training.replicas import broadcast_tensors, check_replicas
@@ -38,9 +41,7 @@ class Trainer:
         self, config: Config, communicator: Communicator, data: DataSet, vocab_size: int, device: torch.device
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
-        self.model = Transformer(config.model, vocab_size)
-        self.model.initialise(config.train.seed)
-        self.model.to(device)
+        self.model = make_model(config, vocab_size, device)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.optimizer_state = optimizer_tensors(self.optimizer, self.model)
@@ -49,10 +50,8 @@ class Trainer:
         self.sync.only_if_finite = self.loss_scale.is_dynamic and bool(self.sync.codec_state())
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.metrics: MetricsLog | None = None  # rank 0 has one
-        self.step_metrics = StepMetrics(communicator, device)
-        if config.train.compile:
-            for block in self.model.blocks:  # one compiled backward for all would deliver all gradients at its end
-                block.compile()
+        flops = flops_per_token(config.model, vocab_size)
+        self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
 
     def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint: rank 0 has it open, the others have its `state` and get the rest sent."""
@@ -73,9 +72,12 @@ class Trainer:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before."""
         train, save_every = self.config.train, self.config.checkpoint.every
         broadcast_tensors(self.communicator, self.parameters.values())
-        stop = False
+        self.model.refresh()
+        first, stop = self.step + 1, False
         while self.step < train.steps and not stop:
             stop = self.train_step(loader, preemption.requested)
+            if self.step == first:
+                self._write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
             at_end = self.step == train.steps
             if at_end or _is_due(self.step, train.evaluate_every):
                 self._validate()
@@ -146,9 +148,8 @@ class Trainer:
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats."""
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
-        with autocast(self.config.train.precision, self.device):
-            hidden = self.model(inputs, documents)  # (b, T, D)
-            return token_loss(hidden, self.model.output_weight, targets)
+        hidden = self.model(inputs, documents)  # (b, T, D)
+        return token_loss(hidden, self.model.output_weight, targets, self.model.dtype)
 
     def _settle(self, agreement: Work[Tensor], complaint: str | None) -> tuple[int, bool]:
         """The tokens of the global batch and whether to stop after it; JobError if some rank cannot read its part."""
@@ -179,6 +180,7 @@ class Trainer:
             self.sync.scale_(scale)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
+        self.model.refresh()
         return norm
 
     def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
@@ -191,7 +193,7 @@ class Trainer:
             return
         train = self.config.train
         at_once, limit = train.micro_batch_size, train.evaluate_sequences
-        result = evaluate(self.model, self.data, self.communicator, train.precision, at_once, limit)
+        result = evaluate(self.model, self.data, self.communicator, at_once, limit)
         self._write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
 
     def _state(self, loader: Loader) -> dict[str, Any]:
@@ -221,17 +223,10 @@ class Trainer:
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
         train, communicator = self.config.train, self.communicator
-        return Loader(
-            self.data,
-            self.config.model.context_length,
-            train.batch_size,
-            train.seed,
-            communicator.rank,
-            communicator.size,
-            self.config.data.read_ahead,
-            start=self.step,
-            pin_memory=self.device.type == "cuda",
-        )
+        length, pin = self.config.model.context_length, self.device.type == "cuda"
+        share = (communicator.rank, communicator.size)
+        ahead = self.config.data.read_ahead
+        return Loader(self.data, length, train.batch_size, train.seed, *share, ahead, start=self.step, pin_memory=pin)
 
     def _write(self, kind: str, **values: Any) -> None:
         if self.metrics is not None:

@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_it_promises(alone: Path) -> None:
     names = {
         "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds",
         "compute_seconds", "exposed_comm_seconds", "codec_seconds", "wire_bytes", "compression_ratio", "world_size",
-        "memory_bytes", "kind",
+        "memory_bytes", "utilisation", "kind",
     }  # fmt: skip
     assert all(set(record) == names for record in records(alone))
     last = records(alone)[-1]

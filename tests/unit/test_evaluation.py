@@ -108,7 +108,7 @@ def test_every_token_but_the_first_is_predicted_once(path: Path) -> None:
     assert expected.tokens % LENGTH  # so that the last window is a short one
     assert 0 < expected.correct < expected.tokens
     for at_once in (1, 3, 1000):
-        check(evaluate(model, data, SoloCommunicator(), "fp32", at_once), expected)
+        check(evaluate(model, data, SoloCommunicator(), at_once), expected)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(path: Path) -> None:
@@ -127,20 +127,20 @@ def test_a_limit_takes_the_first_sequences(path: Path, limit: int) -> None:
     expected = by_hand(model, path, limit)
     assert expected.tokens == limit * LENGTH
     for at_once in (1, 4):
-        check(evaluate(model, data, SoloCommunicator(), "fp32", at_once, limit), expected)
+        check(evaluate(model, data, SoloCommunicator(), at_once, limit), expected)
 
 
 def test_a_limit_beyond_the_end_is_none(path: Path) -> None:
     data = DataSet(path)
     model = make_model(data)
-    unlimited = evaluate(model, data, SoloCommunicator(), "fp32", 4)
-    assert evaluate(model, data, SoloCommunicator(), "fp32", 4, limit=10**6) == unlimited
+    unlimited = evaluate(model, data, SoloCommunicator(), 4)
+    assert evaluate(model, data, SoloCommunicator(), 4, limit=10**6) == unlimited
 
 
 def evaluate_on(ranks: int, path: Path, limit: int = 0) -> list[Evaluation]:
     def run(communicator: Communicator) -> Evaluation:
         data = DataSet(path)
-        return evaluate(make_model(data), data, communicator, "fp32", 2, limit)
+        return evaluate(make_model(data), data, communicator, 2, limit)
 
     return on_threads(ranks, run)
 
@@ -148,7 +148,7 @@ def evaluate_on(ranks: int, path: Path, limit: int = 0) -> list[Evaluation]:
 @pytest.mark.parametrize(("ranks", "limit"), [(2, 0), (3, 0), (5, 7), (4, 2)])  # the last leaves ranks without any
 def test_all_ranks_return_the_same_however_many_there_are(path: Path, ranks: int, limit: int) -> None:
     data = DataSet(path)
-    alone = evaluate(make_model(data), data, SoloCommunicator(), "fp32", 2, limit)
+    alone = evaluate(make_model(data), data, SoloCommunicator(), 2, limit)
     results = evaluate_on(ranks, path, limit)
     assert len(set(results)) == 1
     assert (results[0].tokens, results[0].accuracy) == (alone.tokens, alone.accuracy)
@@ -158,8 +158,9 @@ def test_all_ranks_return_the_same_however_many_there_are(path: Path, ranks: int
 def test_lower_precision_is_close_and_not_the_same(path: Path) -> None:
     data = DataSet(path)
     model = make_model(data)
-    full = evaluate(model, data, SoloCommunicator(), "fp32", 4)
-    low = evaluate(model, data, SoloCommunicator(), "bf16", 4)
+    full = evaluate(model, data, SoloCommunicator(), 4)
+    model.compute_in(torch.bfloat16)
+    low = evaluate(model, data, SoloCommunicator(), 4)
     assert low.loss == pytest.approx(full.loss, rel=0.05)
     assert low.loss != full.loss
 
@@ -169,11 +170,11 @@ def test_dropout_is_off_meanwhile_and_training_goes_on_after(path: Path) -> None
     model = make_model(data, dropout=0.5)
     expected = by_hand(model, path)
     model.train()
-    check(evaluate(model, data, SoloCommunicator(), "fp32", 4), expected)
+    check(evaluate(model, data, SoloCommunicator(), 4), expected)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     model.eval()
-    evaluate(model, data, SoloCommunicator(), "fp32", 4, limit=1)
+    evaluate(model, data, SoloCommunicator(), 4, limit=1)
     assert not model.training
 
 
@@ -189,16 +190,16 @@ def test_documents_are_masked_if_the_model_was_trained_so(path: Path) -> None:
             ids = [int((window[:place] == eos).sum()) for place in range(len(window) - 1)]  # ends of text before it
             hidden = masked(window[None, :-1], torch.tensor([ids]))
             loss += float(functional.cross_entropy(masked.logits(hidden)[0], window[1:], reduction="sum"))
-    result = evaluate(masked, data, SoloCommunicator(), "fp32", 4)
+    result = evaluate(masked, data, SoloCommunicator(), 4)
     assert result.loss == pytest.approx(loss / (len(tokens) - 1), rel=1e-6)
-    assert abs(result.loss / evaluate(make_model(data), data, SoloCommunicator(), "fp32", 4).loss - 1) > 1e-4
+    assert abs(result.loss / evaluate(make_model(data), data, SoloCommunicator(), 4).loss - 1) > 1e-4
 
 
 def test_a_data_set_without_validation_is_refused(tmp_path: Path) -> None:
     path = make_data(tmp_path, validation=0)
     data = DataSet(path)
     with pytest.raises(JobError) as caught:
-        evaluate(make_model(data), data, SoloCommunicator(), "fp32", 4)
+        evaluate(make_model(data), data, SoloCommunicator(), 4)
     assert str(caught.value) == f"{path} has no validation tokens: prepare it with a larger --validation"
 
 
@@ -213,4 +214,4 @@ def test_a_shard_that_was_damaged_meanwhile_is_named(tmp_path: Path) -> None:
     content[place + 10] ^= 1
     shard.write_bytes(content)
     with pytest.raises(JobError, match=r"shard_00000\.h5 cannot be read at chunk 0"):
-        evaluate(model, data, SoloCommunicator(), "fp32", 4)
+        evaluate(model, data, SoloCommunicator(), 4)

@@ -55,7 +55,7 @@ def test_equals_cross_entropy(chunk_tokens):
     hidden, weight, targets = make(100, 16, 211)
     expected = functional.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE)
     expected_gradients = torch.autograd.grad(0.37 * expected, (hidden, weight))
-    loss = token_loss(hidden, weight, targets, chunk_tokens)
+    loss = token_loss(hidden, weight, targets, chunk_tokens=chunk_tokens)
     gradients = torch.autograd.grad(0.37 * loss, (hidden, weight))
     assert loss.dtype == torch.float32
     assert loss.shape == ()
@@ -69,7 +69,7 @@ def test_batch_shape_and_strided_hidden():
     flat = token_loss(hidden, weight, targets)
     (expected,) = torch.autograd.grad(flat, hidden)
     strided = hidden.detach().view(4, 15, 16).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    loss = token_loss(strided, weight, targets.view(4, 15), 16)
+    loss = token_loss(strided, weight, targets.view(4, 15), chunk_tokens=16)
     loss.backward()
     torch.testing.assert_close(loss, flat)
     torch.testing.assert_close(strided.grad, expected.view(4, 15, 16))
@@ -78,7 +78,7 @@ def test_batch_shape_and_strided_hidden():
 def test_gradient_equals_central_differences():
     hidden, weight, targets = make(9, 4, 11)
     inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    gradients = torch.autograd.grad(token_loss(*inputs, targets, 4), inputs)
+    gradients = torch.autograd.grad(token_loss(*inputs, targets, chunk_tokens=4), inputs)
     step = 1e-6
     for tensor, gradient in zip(inputs, gradients, strict=True):
         numbers = tensor.detach().view(-1)  # shares the memory of the input
@@ -86,7 +86,7 @@ def test_gradient_equals_central_differences():
             losses = []
             for shifted in (value + step, value - step):
                 numbers[index] = shifted
-                losses.append(token_loss(*inputs, targets, 4).item())
+                losses.append(token_loss(*inputs, targets, chunk_tokens=4).item())
             numbers[index] = value
             assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient.view(-1)[index].item(), abs=1e-7)
 
@@ -122,13 +122,13 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("chunk_tokens", [32, None], ids=["explicit", "default"])
 def test_never_holds_all_logits(chunk_tokens):
     """By default 256 tokens of so large a vocabulary are taken at once."""
-    tokens, width, vocabulary = 512, 4, 80_000
+    tokens, width, vocabulary = 512, 4, 140_000
     hidden, weight, targets = make(tokens, width, vocabulary)
     with LargestTensor() as largest:
-        token_loss(hidden, weight, targets, chunk_tokens).backward()
+        token_loss(hidden, weight, targets, chunk_tokens=chunk_tokens).backward()
     assert largest.elements == (chunk_tokens or 256) * vocabulary
     with LargestTensor() as largest, torch.no_grad():
-        token_loss(hidden, weight, targets, chunk_tokens)
+        token_loss(hidden, weight, targets, chunk_tokens=chunk_tokens)
     assert largest.elements == (chunk_tokens or 256) * vocabulary
 
 
@@ -153,14 +153,13 @@ def test_evaluation_computes_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_tokens", [13, None])
-def test_under_autocast(dtype, chunk_tokens):
+def test_with_products_in_16_bits(dtype, chunk_tokens):
     """As exact as rounding hidden states and weight to the dtype beforehand allows: 8 or 11 bits."""
     hidden, weight, targets = make(100, 32, 300)
     rounded = [tensor.detach().to(dtype).double().requires_grad_() for tensor in (hidden, weight)]
     expected = functional.cross_entropy(rounded[0] @ rounded[1].T, targets, reduction="sum")
     wanted = torch.autograd.grad(expected, rounded)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = token_loss(hidden, weight, targets, chunk_tokens)
+    loss = token_loss(hidden, weight, targets, dtype, chunk_tokens)
     gradients = torch.autograd.grad(loss, (hidden, weight))
     epsilon = torch.finfo(dtype).eps
     assert loss.dtype == torch.float32
@@ -173,11 +172,9 @@ def test_under_autocast(dtype, chunk_tokens):
 def test_fp16_loss_scaling_keeps_gradients_finite():
     """The scale multiplies fp32 gradients after the fp16 products, so it cannot overflow them."""
     hidden, weight, targets = make(100, 32, 300)
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss = token_loss(hidden, weight, targets)
+    loss = token_loss(hidden, weight, targets, torch.float16)
     plain = torch.autograd.grad(loss, (hidden, weight))
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss = token_loss(hidden, weight, targets)
+    loss = token_loss(hidden, weight, targets, torch.float16)
     scaled = torch.autograd.grad(loss * 2.0**24, (hidden, weight))
     for one, other in zip(plain, scaled, strict=True):
         assert torch.equal(one * 2.0**24, other)
@@ -199,7 +196,7 @@ def test_tied_weight_gets_both_gradients():
     functional.cross_entropy(weight[tokens] @ weight.T, targets, reduction="sum").backward()
     expected = weight.grad.clone()
     weight.grad = None
-    token_loss(weight[tokens], weight, targets, 7).backward()
+    token_loss(weight[tokens], weight, targets, chunk_tokens=7).backward()
     torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -211,7 +208,7 @@ def test_statistics(chunk_tokens):
         best = logits.argmax(dim=-1)
         targets[1:50:5] = best[1:50:5]  # else there is hardly a correct one
         expected = functional.cross_entropy(logits, targets, reduction="sum")
-    statistics = token_statistics(hidden, weight, targets, chunk_tokens)
+    statistics = token_statistics(hidden, weight, targets, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(statistics.loss_sum, expected)
     assert statistics.correct_count.item() == sum(int(b) == int(t) for b, t in zip(best, targets, strict=True)) >= 10
     assert statistics.target_count.item() == 80

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hvdlm.training.console import Lines, ProgressLine, open_view
 from hvdlm.training.hardware import peak_memory_bytes
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog, read_metrics
+from hvdlm.training.peak import measured_peak, published_peak
 from hvdlm.training.step_metrics import StepMetrics
 
 TRAIN = {
@@ -143,9 +145,11 @@ class FirstOfTwo(SoloCommunicator):
         return [value, self.other] if self.size == 2 else [value]  # it is asked for hosts before it knows its size
 
 
-def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
+def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvdlm.training.step_metrics.peak_flops", lambda device, precision: 100.0)
     whole, data, compute, exposed, codec, memory = 6.0, 0.5, 5.25, 0.25, 0.5, 7
-    metrics = StepMetrics(FirstOfTwo((30.0, (whole, data, compute, exposed, codec, memory))), torch.device("cpu"))
+    other = FirstOfTwo((30.0, 300.0, (whole, data, compute, exposed, codec, memory)))
+    metrics = StepMetrics(other, torch.device("cpu"), "fp32", flops_per_token=6.0)
     metrics.add(whole=1.0, data=0.25, exposed=0.5, codec=0.25)
     metrics.add(whole=3.0, data=0.75, exposed=0.5, codec=0.75)
     record = metrics.collect(20.0, 100, Traffic(dense_bytes=240, wire_bytes=60, codec_seconds=9, first_sent=0))
@@ -154,6 +158,7 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
     assert record == {
         "loss": 0.5,  # (20 + 30) / 100
         "tokens_per_second": 100 * 2 / 6.0,
+        "utilisation": 6.0 * (100 * 2 / 6.0) / (100.0 + 300.0),
         "step_seconds": 3.0,
         "data_seconds": 0.5,  # this rank's: (0.25 + 0.75) / 2
         "compute_seconds": 2.625,  # the other's
@@ -166,13 +171,50 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s() -> None:
 
 
 def test_each_line_counts_from_the_one_before() -> None:
-    metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"))
+    metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"), "fp32", 1.0)
     metrics.add(whole=100.0, data=1.0, exposed=1.0, codec=1.0)
     metrics.collect(1.0, 1, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
     metrics.add(whole=2.0, data=0.5, exposed=0.0, codec=0.0)
     record = metrics.collect(8.0, 4, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
     assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
     assert record["tokens_per_second"] == 2.0
+
+
+def test_utilisation_is_not_known_where_a_rank_s_peak_is_not() -> None:
+    metrics = StepMetrics(FirstOfTwo((30.0, None, (1.0,) * 6)), torch.device("cpu"), "fp32", flops_per_token=6.0)
+    metrics.add(whole=1.0, data=0.0, exposed=0.0, codec=0.0)
+    traffic = Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=0)
+    assert metrics.collect(20.0, 100, traffic)["utilisation"] is None
+
+
+@pytest.mark.parametrize(
+    ("chip", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_published_peaks_by_what_cuda_calls_a_chip(chip: str, bf16: float | None) -> None:
+    assert published_peak(chip, "bf16") == bf16
+
+
+def test_a_cpu_s_peak_is_that_of_a_product_timed_here() -> None:
+    """One product timed by itself may be slower, and no machine is a hundred times as fast as that."""
+    matrix = torch.ones(1024, 1024)
+    matrix @ matrix
+    begin = time.perf_counter()
+    matrix @ matrix
+    rate = 2 * 1024**3 / (time.perf_counter() - begin)
+    assert rate / 10 < measured_peak(torch.float32) < rate * 100
 
 
 # ---- the console

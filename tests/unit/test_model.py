@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
+from hvdlm.model.attention import causal_attention
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import KeyValueCache, Transformer, document_ids
 
@@ -105,11 +106,11 @@ def llama_weights(weights: Mapping[str, Tensor], config: ModelSection) -> dict[s
     return mapped
 
 
-def hugging_face_gpt2(model: Transformer) -> GPT2LMHeadModel:
+def hugging_face_gpt2(model: Transformer, vocabulary: int = VOCABULARY) -> GPT2LMHeadModel:
     config = model.config
     reference = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             n_positions=config.context_length,
             n_embd=config.width,
             n_layer=config.layers,
@@ -332,17 +333,53 @@ def test_dropout_only_in_training():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_autocast_keeps_the_residual_stream_in_fp32(config, dtype):
-    model = make(config)
+def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype):
+    """Hidden states, loss and gradients against fp32, where PyTorch's own autocast is the yardstick."""
     tokens = draw_tokens(2, 24)
-    exact = model(tokens)
-    with torch.autocast("cpu", dtype=dtype):
-        hidden = model(tokens)
-        loss = token_loss(hidden, model.output_weight, tokens)
-    loss.backward()
-    assert hidden.dtype == torch.float32
-    assert loss.dtype == torch.float32
-    assert functional.cosine_similarity(hidden.flatten(), exact.flatten(), dim=0) > 0.999
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters()
-    )
+    exact, low, cast = make(config), make(config), make(config)
+    low.compute_in(dtype)
+    outcomes = []
+    for model in (exact, low, cast):
+        with torch.autocast("cpu", dtype=dtype, enabled=model is cast):
+            hidden = model(tokens)
+            loss = token_loss(hidden, model.output_weight, tokens, torch.float32 if model is exact else dtype)
+        loss.backward()
+        assert hidden.dtype == loss.dtype == torch.float32
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        outcomes.append([hidden.detach(), loss.detach(), *gradients])
+    for wanted, ours, theirs in zip(*outcomes, strict=True):
+        assert (ours - wanted).norm() <= 2 * (theirs - wanted).norm() + 1e-6 * wanted.norm()
+
+
+def test_changed_parameters_count_once_they_are_told():
+    model, tokens = make(GPT2), draw_tokens(2, 24)
+    model.compute_in(torch.bfloat16)
+    before = model(tokens)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(1.5)
+    model.refresh()
+    fresh = Transformer(model.config, model.vocab_size)
+    fresh.load_state_dict(model.state_dict())
+    fresh.compute_in(torch.bfloat16)
+    assert torch.equal(model(tokens), fresh(tokens))
+    assert not torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "key_value_heads"), [(2, 4), (24, 4), (256, 2), (300, 1), (512, 4)])
+def test_plain_attention_against_pytorchs_in_fp32(length, key_value_heads, dtype):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, heads, length, 8) for heads in (4, key_value_heads, key_value_heads)]
+    low = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    high = [tensor.detach().float().requires_grad_() for tensor in low]
+    ours = causal_attention(*low, dropout=0.0)
+    theirs = functional.scaled_dot_product_attention(*high, is_causal=True, enable_gqa=key_value_heads != 4)
+    weights = torch.randn(theirs.shape, generator=generator)
+    (ours.float() * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    assert ours.dtype == dtype
+    assert (ours.float() - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
+    for mine, exact in zip(low, high, strict=True):
+        assert (mine.grad.float() - exact.grad).norm() < 8 * torch.finfo(dtype).eps * exact.grad.norm()

@@ -1,0 +1,116 @@
+"""`hvdlm prepare` on one core beside `map` of Hugging Face's datasets, with the same tokenizer and documents.
+
+    python benchmarks/prepare.py --data data/python-stdlib
+
+Both run in turns, in processes of their own, and write prepare.json and prepare.md. hvdlm is timed whole: reading,
+tokenizing, splitting into shards, checksums, HDF5; of datasets only `map`, batched, on documents that are in its cache
+already. `pip install -e ".[benchmarks]"` installs what this needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import describe_machine, describe_versions
+from report import write_results
+from script import absolute_path, run_script
+
+from hvdlm.data.documents import find_sources, read_blocks, read_documents
+from hvdlm.data.manifest import TOKENIZER
+from hvdlm.errors import HvdlmError
+
+_MAP = """
+import sys, time
+from datasets import load_from_disk
+from transformers import PreTrainedTokenizerFast
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=sys.argv[2])
+documents = load_from_disk(sys.argv[1])
+begin = time.perf_counter()
+tokens = documents.map(
+    lambda batch: {"ids": tokenizer(batch["text"])["input_ids"]},
+    batched=True, num_proc=1, remove_columns=["text"], load_from_cache_file=False,
+)
+seconds = time.perf_counter() - begin
+print(seconds, sum(len(ids) for ids in tokens["ids"]))
+"""
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Alternates the two and writes what came of it."""
+    try:
+        from datasets import Dataset
+    except ImportError:
+        raise HvdlmError('Hugging Face\'s datasets is not installed: pip install -e ".[benchmarks]"') from None
+    tokenizer = options.data / TOKENIZER
+    texts = [
+        document
+        for block in read_blocks(find_sources([options.input]))
+        for document in read_documents(block, "text")
+        if isinstance(document, str)
+    ]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory(prefix="hvdlm-prepare-") as directory:
+        documents = Path(directory, "documents")
+        Dataset.from_dict({"text": texts}).save_to_disk(documents)
+        for number in range(options.rounds):
+            output = Path(directory, f"data-{number}")
+            command = [sys.executable, "-m", "hvdlm", "prepare", "--input", options.input, "--output", str(output)]
+            begin = time.perf_counter()
+            run([*command, "--tokenizer", str(tokenizer), "--workers", "1"], environment)
+            ours.append(megabytes / (time.perf_counter() - begin))
+            seconds = float(run([sys.executable, "-c", _MAP, str(documents), str(tokenizer)], environment).split()[0])
+            theirs.append(megabytes / seconds)
+    ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+    results = {
+        "machine": describe_machine(),
+        "versions": describe_versions("datasets", "tokenizers"),
+        "date": time.strftime("%Y-%m-%d"),
+        "megabytes": megabytes,
+        "hvdlm_megabytes_per_second": ours,
+        "datasets_megabytes_per_second": theirs,
+        "ratio": ratio,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_results(options.output / "prepare.json", results)
+    table = (
+        f"{megabytes:.1f} MB of {len(texts):,} documents, one core, medians of {options.rounds} rounds.\n\n"
+        "|  | MB/s |\n|---|---|\n"
+        f"| hvdlm prepare | {statistics.median(ours):.2f} |\n"
+        f"| datasets map | {statistics.median(theirs):.2f} |\n"
+        f"| ratio within a round | {ratio:.2f} |\n"
+    )
+    (options.output / "prepare.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
+def run(command: list[str], environment: dict[str, str]) -> str:
+    """Its standard output. HvdlmError with its last line of error if it fails."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise HvdlmError(f"{' '.join(command[:4])} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=absolute_path, required=True, help="a data set, for its tokenizer")
+    parser.add_argument("--input", default="python-stdlib", help="documents, as of hvdlm prepare")
+    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results", help="a directory")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        raise HvdlmError("give 1 or more --rounds")
+    return options
+
+
+if __name__ == "__main__":
+    run_script("prepare.py", lambda: measure(_parse()))

@@ -1,0 +1,74 @@
+"""Causal attention, by what is fastest where it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hvdlm.model.size import ATTENTION_BLOCK, LONGEST_PLAIN_ATTENTION
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V, where no query looks at later keys.
+
+    queries: (B, H, T, E). keys, values: (B, K, T, E), H a multiple of K. Returns (B, H, T, E).
+
+    PyTorch's scaled_dot_product_attention, but for short sequences in 16 bits on a CPU: its kernel there takes so few
+    rows at once that forward and backward took up to 2.8 times as long as the plain products here (benchmarks/LOG.md).
+    """
+    heads, length = queries.shape[1:3]
+    is_short = 1 < length <= LONGEST_PLAIN_ATTENTION and keys.shape[2] == length
+    if queries.device.type == "cpu" and queries.dtype != torch.float32 and is_short and not dropout:
+        if keys.shape[1] != heads:
+            keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        attended: Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+        return attended
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, dropout_p=dropout, is_causal=length > 1, enable_gqa=keys.shape[1] != heads
+    )
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Blocks of queries one after the other; products in the dtype of the arguments, all else in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        shape, scale = queries.shape, queries.shape[-1] ** -0.5
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (queries, keys, values))  # (B H, T, E)
+        attended, probabilities = [], []
+        for start, end in _blocks(shape[2]):
+            scores = q[:, start:end] @ k[:, :end].mT  # (B H, n, end)
+            # Added, where a choice would do, because torch.compile makes vector instructions of that
+            future = torch.full((end - start, end), -torch.inf, device=q.device).triu_(start + 1)
+            p = torch.softmax(scores.float() * scale + future, dim=-1).to(q.dtype)
+            probabilities.append(p)
+            attended.append(p @ v[:, :end])
+        output = torch.cat(attended, dim=1)
+        ctx.save_for_backward(q, k, v, output, *probabilities)
+        return output.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, output, *probabilities = ctx.saved_tensors
+        shape, scale = grad.shape, grad.shape[-1] ** -0.5
+        grad = grad.reshape(output.shape)
+        # With p = softmax(s), ds = p (dp - sum p dp), and sum p dp = sum o do (Dao et al. 2022, arXiv:2205.14135,
+        # appendix B.2)
+        common = (grad.float() * output.float()).sum(dim=-1, keepdim=True)  # (B H, T, 1)
+        q_grads = []
+        k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
+        for (start, end), p in zip(_blocks(shape[2]), probabilities, strict=True):
+            block = grad[:, start:end]
+            p_grad = block @ v[:, :end].mT
+            s_grad = (p.float() * (p_grad.float() - common[:, start:end]) * scale).to(q.dtype)
+            q_grads.append(s_grad @ k[:, :end])
+            k_grad[:, :end] += s_grad.mT @ q[:, start:end]
+            v_grad[:, :end] += p.mT @ block
+        return torch.cat(q_grads, dim=1).view(shape), k_grad.view(shape), v_grad.view(shape)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
