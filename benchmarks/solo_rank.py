@@ -14,7 +14,7 @@ from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
-from hvdlm.training.hardware import choose_device, keep_memory, peak_memory_bytes, resident_bytes
+from hvdlm.training.hardware import choose_device, keep_memory, libraries_bytes, peak_memory_bytes
 from hvdlm.training.peak import peak_flops
 from hvdlm.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def serve(pipe: Connection, config: Config, is_plain: bool) -> None:
     device = choose_device(config.train.device, SoloCommunicator())
     vocab_size = config.model.vocab_size or data.vocab_size
     loader = _loader(config, data)
-    base = resident_bytes() if device.type == "cpu" else 0
+    base = libraries_bytes() if device.type == "cpu" else 0
     if is_plain:
         step = plain_step(config, vocab_size, loader, device)
     else:

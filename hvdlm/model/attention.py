@@ -40,10 +40,10 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (queries, keys, values))  # (B H, T, E)
         attended, probabilities = [], []
         for start, end in _blocks(shape[2]):
-            scores = q[:, start:end] @ k[:, :end].mT  # (B H, n, end)
+            scores = (q[:, start:end] @ k[:, :end].mT).float().mul_(scale)  # (B H, n, end)
             # Added, where a choice would do, because torch.compile makes vector instructions of that
             future = torch.full((end - start, end), -torch.inf, device=q.device).triu_(start + 1)
-            p = torch.softmax(scores.float() * scale + future, dim=-1).to(q.dtype)
+            p = torch.softmax(scores.add_(future), dim=-1).to(q.dtype)
             probabilities.append(p)
             attended.append(p @ v[:, :end])
         output = torch.cat(attended, dim=1)
@@ -62,12 +62,13 @@ class _CausalAttention(torch.autograd.Function):
         k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
         for (start, end), p in zip(_blocks(shape[2]), probabilities, strict=True):
             block = grad[:, start:end]
-            p_grad = block @ v[:, :end].mT
-            s_grad = (p.float() * (p_grad.float() - common[:, start:end]) * scale).to(q.dtype)
+            p_grad = (block @ v[:, :end].mT).float()
+            s_grad = p_grad.sub_(common[:, start:end]).mul_(p.float()).to(q.dtype)
             q_grads.append(s_grad @ k[:, :end])
             k_grad[:, :end] += s_grad.mT @ q[:, start:end]
             v_grad[:, :end] += p.mT @ block
-        return torch.cat(q_grads, dim=1).view(shape), k_grad.view(shape), v_grad.view(shape)
+        q_grad = torch.cat(q_grads, dim=1).mul_(scale)
+        return q_grad.view(shape), k_grad.mul_(scale).view(shape), v_grad.view(shape)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

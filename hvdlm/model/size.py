@@ -7,7 +7,7 @@ can be printed at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hvdlm.config import ModelSection, Precision
 
@@ -79,12 +79,16 @@ class TrainingMemory:
     """Copies of the blocks' matrices in the precision of products."""
     activations: int
     """What the backward pass needs from the blocks."""
+    temporary: int
+    """What one block needs beside while it is computed."""
     loss: int
     """Hidden states and their gradient, the output weight's copy and own gradient, and one chunk of logits."""
+    gaps: int
+    """Between blocks in use on a CPU's heap: about a quarter of them, as measured (benchmarks/LOG.md)."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.moments + self.cast_parameters + self.activations + self.loss
+        return sum(getattr(self, part.name) for part in fields(self))
 
 
 def training_memory_bytes(
@@ -121,23 +125,28 @@ def training_memory_bytes(
     rotated = width + key_value_width if config.position == "rope" else 0
     activated = 2 if config.activation == "gelu" else 3 if compiled else 4
     attention = _qkv_width(config) + rotated + width
+    temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
     if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
         blocks = -(-config.context_length // ATTENTION_BLOCK)
         keys = config.context_length * (blocks + 1) // (2 * blocks)
         attention = 5 * width + heads * keys
+        scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
+        temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
     token = 8 * width + item * (2 * width + attention + activated * hidden_width)
     if device == "cpu" and config.norm == "rmsnorm" and not compiled:
         token += 12 * width
     chunk = min(tokens, loss_chunk_tokens(vocab_size, item))
     block_parameters = _matmul_parameters(config, vocab_size) - vocab_size * width
-    return TrainingMemory(
-        parameters=4 * count,
-        gradients=4 * count,
-        moments=8 * count,
-        cast_parameters=item * block_parameters if low else 0,
-        activations=tokens * config.layers * token,
-        loss=3 * 4 * tokens * width + (4 + (item if low else 0)) * vocab_size * width + chunk * vocab_size * item,
-    )
+    in_use = {
+        "parameters": 4 * count,
+        "gradients": 4 * count,
+        "moments": 8 * count,
+        "cast_parameters": item * block_parameters if low else 0,
+        "activations": tokens * config.layers * token,
+        "temporary": temporary,
+        "loss": 3 * 4 * tokens * width + (4 + (item if low else 0)) * vocab_size * width + chunk * vocab_size * item,
+    }
+    return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
 
 
 def loss_chunk_tokens(vocab_size: int, item: int) -> int:

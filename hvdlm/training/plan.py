@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.launch import Launch
 from hvdlm.config import Config
 from hvdlm.model.size import flops_per_token, parameter_count, training_memory_bytes
+from hvdlm.training.hardware import libraries_bytes
 
 
 def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
@@ -17,7 +19,16 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
     train, model = config.train, config.model
     share = -(-train.batch_size // launch.size)
     micro_batch = min(train.micro_batch_size, share)
-    memory = training_memory_bytes(model, vocab_size, micro_batch, train.precision)
+    device = "cuda" if train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available()) else "cpu"
+    memory = training_memory_bytes(model, vocab_size, micro_batch, train.precision, device, train.compile)
+    parts = {
+        "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
+        "owed by the codec": memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0,
+        "activations": memory.activations,
+        "loss": memory.loss,
+        "temporary, and gaps between": memory.temporary + memory.gaps,
+        "libraries": libraries_bytes() if device == "cpu" else 0,
+    }
     tokens = train.batch_size * model.context_length
     table = Table(show_header=False, box=None)
     rows = {
@@ -29,8 +40,13 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * train.steps:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
-        "memory a rank, estimated": f"{memory.total / 2**20:,.0f} MiB",
+        "memory a rank, estimated": f"{sum(parts.values()) / 2**20:,.0f} MiB",
+        **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _keeps_residuals(config: Config) -> bool:
+    return config.compression.codec != "none" and config.compression.error_feedback

@@ -13,7 +13,7 @@ from hvdlm.comm.launch import connect
 def run_checks(engine: str, names: Mapping[str, Any]) -> None:
     """Runs every function of `names`, a module's, that is called check_..., in their order."""
     torch.set_num_threads(1)
-    comm = connect(engine, timeout=60)
+    comm = connect(engine, timeout=120)  # compiling blocks may take one rank longer than another
     for name, check in list(names.items()):
         if name.startswith("check_"):
             check(comm)

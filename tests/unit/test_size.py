@@ -148,7 +148,10 @@ def test_memory_of_weights_by_hand():
     assert memory.moments == 8 * 124_439_808
     assert memory.cast_parameters == 2 * 12 * 12 * 768**2
     parts = [memory.parameters, memory.gradients, memory.moments, memory.cast_parameters]
-    assert memory.total == sum(parts) + memory.activations + memory.loss
+    in_use = sum(parts) + memory.activations + memory.temporary + memory.loss
+    assert memory.total == in_use + memory.gaps
+    assert memory.gaps == in_use // 4
+    assert training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", "cuda").gaps == 0
     assert training_memory_bytes(preset("gpt2"), 50257, 1, "fp32").cast_parameters == 0
 
 
