@@ -88,6 +88,9 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
+    recompute: bool = Field(
+        False, description="blocks keep only their input and are computed again in the backward pass"
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
     check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")

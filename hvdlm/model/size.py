@@ -98,6 +98,7 @@ def training_memory_bytes(
     precision: Precision,
     device: str = "cpu",
     compiled: bool = False,
+    recompute: bool = False,
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
@@ -114,7 +115,8 @@ def training_memory_bytes(
     Where attention is made of plain products (`hvdlm.model.attention`) it keeps a (5 D + H S) instead: queries, keys
     and values of each query head, its output twice, and probabilities for the S keys that a token meets on average.
     On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
-    silu(gate) and those parts of RMSNorm anew in the backward pass.
+    silu(gate) and those parts of RMSNorm anew in the backward pass. Where blocks are computed again, each keeps its
+    input, 4 D, and only one of them all the rest.
     """
     count = parameter_count(config, vocab_size)
     width, heads, hidden_width = config.width, config.heads, mlp_width(config)
@@ -142,7 +144,7 @@ def training_memory_bytes(
         "gradients": 4 * count,
         "moments": 8 * count,
         "cast_parameters": item * block_parameters if low else 0,
-        "activations": tokens * config.layers * token,
+        "activations": tokens * (config.layers * 4 * width + token if recompute else config.layers * token),
         "temporary": temporary,
         "loss": 3 * 4 * tokens * width + (4 + (item if low else 0)) * vocab_size * width + chunk * vocab_size * item,
     }

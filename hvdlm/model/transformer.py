@@ -38,6 +38,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
@@ -67,6 +68,7 @@ class Transformer(nn.Module):
         self.final_norm = _norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
         self.dtype = torch.float32  # of matrix products
+        self.recompute = False  # keep only the input of each block, and compute it again in the backward pass
         self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
     def compute_in(self, dtype: torch.dtype) -> None:
@@ -113,7 +115,10 @@ class Transformer(nn.Module):
         mask = _attention_mask(positions, documents, cache)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
+            if self.recompute and torch.is_grad_enabled():  # Chen et al. 2016, arXiv:1604.06174
+                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
         if cache:
             cache.length += length
         hidden: Tensor = self.final_norm(x)

@@ -15,6 +15,7 @@ def make_model(config: Config, vocab_size: int, device: torch.device) -> Transfo
     model.initialise(config.train.seed)
     model.to(device)
     model.compute_in(DTYPES[config.train.precision])
+    model.recompute = config.train.recompute
     if config.train.compile:
         for block in model.blocks:  # one compiled backward for all would deliver all gradients at its end
             block.compile()

@@ -20,7 +20,9 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
     share = -(-train.batch_size // launch.size)
     micro_batch = min(train.micro_batch_size, share)
     device = "cuda" if train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available()) else "cpu"
-    memory = training_memory_bytes(model, vocab_size, micro_batch, train.precision, device, train.compile)
+    memory = training_memory_bytes(
+        model, vocab_size, micro_batch, train.precision, device, train.compile, train.recompute
+    )
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
         "owed by the codec": memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0,

@@ -352,6 +352,31 @@ def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype):
         assert (ours - wanted).norm() <= 2 * (theirs - wanted).norm() + 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [GPT2.model_copy(update={"dropout": 0.1}), LLAMA], ids=["gpt2", "llama"])
+def test_computing_blocks_again_changes_no_bit_and_keeps_less(config, dtype):
+    model, tokens = make(config).train(), draw_tokens(2, 24)
+    model.compute_in(dtype)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        torch.manual_seed(0)
+        storages = {}  # tensors are held, so that no address is used twice
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model(tokens)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+        token_loss(hidden, model.output_weight, tokens, dtype).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 def test_changed_parameters_count_once_they_are_told():
     model, tokens = make(GPT2), draw_tokens(2, 24)
     model.compute_in(torch.bfloat16)
