@@ -46,6 +46,13 @@ for precision in bf16 fp16; do
 done
 tail -n 2 "$out/bf16/metrics.jsonl"
 
+echo "== every codec on two ranks; blocks computed again"
+for codec in fp16 bf16 int8 int4 topk powersgd auto; do
+  mpirun -np 2 --bind-to none hvdlm train examples/quickstart.toml "${small[@]}" --comm.engine mpi \
+    --compression.codec "$codec" --train.check_replicas_every 5 --train.run_dir "$out/codec-$codec"
+done
+hvdlm train examples/quickstart.toml "${small[@]}" --train.precision bf16 --train.recompute true --train.run_dir "$out/recompute"
+
 echo "== stop and resume on the GPU"
 hvdlm train examples/quickstart.toml "${small[@]}" --checkpoint.every 10 --train.run_dir "$out/whole"
 hvdlm train examples/quickstart.toml "${small[@]}" --checkpoint.every 1 --train.run_dir "$out/stopped" &
@@ -68,4 +75,9 @@ print(f"parameters of the run that was stopped differ by at most {worst:.1e}")
 assert worst < 1e-4
 PYTHON
 hvdlm generate "$out/whole" --prompt "def " --tokens 20
+
+echo "== one rank's speed; results go to benchmarks/results/one_rank.json"
+python benchmarks/one_rank.py --data "$data" --models gpt2 gpt2-large --contestants "PyTorch bf16 autocast eager" \
+  "hvdlm bf16" "hvdlm bf16 compiled"
+python benchmarks/one_rank.py --data "$data" --models llama-1b --contestants "hvdlm bf16" "hvdlm bf16 compiled"
 echo "all GPU checks passed; runs are in $out"

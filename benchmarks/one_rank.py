@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import describe_machine, describe_versions
 from report import read_results, write_results
 from script import absolute_path, run_script
@@ -85,26 +86,28 @@ def one_rank(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _measure(model: str, options: argparse.Namespace, overrides: Sequence[str], vocab_size: int) -> dict[str, Any]:
+    """All contestants in turns; on a GPU, whose memory would not hold them all, one after the other."""
+    configs = {name: configure(model, name, options, overrides) for name in options.contestants}
+    on_gpu = torch.cuda.is_available() and all(config.train.device != "cpu" for config in configs.values())
     contestants: dict[str, Contestant] = {}
     cold: dict[str, float] = {}
-    try:
-        for name in options.contestants:
-            config = configure(model, name, options, overrides)
-            if config.train.compile:
-                first = _start(name, config)
-                cold[name] = first.first_step_seconds
-                _end(first)
-            contestants[name] = _start(name, config)
-        for number in range(options.rounds):
-            names = list(contestants)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                contestant = contestants[name]
-                contestant.pipe.send(options.steps)
-                contestant.turns.append(_receive(name, contestant.pipe))
-    finally:
-        for contestant in contestants.values():
-            _end(contestant)
-    any_config = next(iter(contestants.values())).config
+    for names in [[name] for name in configs] if on_gpu else [list(configs)]:
+        try:
+            for name in names:
+                if configs[name].train.compile:
+                    first = _start(name, configs[name])
+                    cold[name] = first.first_step_seconds
+                    _end(first)
+                contestants[name] = _start(name, configs[name])
+            for number in range(options.rounds):
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    contestants[name].pipe.send(options.steps)
+                    contestants[name].turns.append(_receive(name, contestants[name].pipe))
+        finally:
+            for name in names:
+                if name in contestants:
+                    _end(contestants[name])
+    any_config = next(iter(configs.values()))
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
@@ -127,9 +130,9 @@ def _row(
     tokens = config.train.batch_size * config.model.context_length
     flops = flops_per_token(config.model, vocab_size) * tokens
     rates = [turn.peak_flops for turn in own.turns]
-    device = "cpu" if own.start.base_bytes else "cuda"
+    train, device = config.train, "cpu" if own.start.base_bytes else "cuda"
     memory = training_memory_bytes(
-        config.model, vocab_size, config.train.batch_size, config.train.precision, device, config.train.compile
+        config.model, vocab_size, train.batch_size, train.precision, device, train.compile, train.recompute
     )
 
     def over(reference: str) -> float | None:
