@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
 from hvdlm.model.transformer import Transformer
 from hvdlm.training.precision import DTYPES
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raises HvdlmError where blocks are to be compiled for the CPU and this host lacks what that takes."""
+    if not config.train.compile or device.type != "cpu":
+        return
+    compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [
+        what
+        for what, is_there in (
+            (f"C++ compiler {compiler}", shutil.which(compiler) is not None),
+            (f"header {header}", header.exists()),
+        )
+        if not is_there
+    ]
+    if missing:
+        raise HvdlmError(
+            f"train.compile finds no {' and no '.join(missing)}: install them (Debian, Ubuntu: g++ and python3-dev), "
+            "name another compiler in CXX, or set train.compile = false"
+        )
 
 
 def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:

@@ -19,6 +19,7 @@ from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
+from hvdlm.training.model import check_compiler
 from hvdlm.training.plan import print_plan
 from hvdlm.training.preemption import STOPPED_EARLY, Preemption
 from hvdlm.training.trainer import Trainer
@@ -45,6 +46,7 @@ def train(config: Config, resume: str | None) -> int:
         data = together(communicator, lambda: DataSet(Path(config.data.path)))
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
+        together(communicator, lambda: check_compiler(config, device))
         threads = share_cores(config.train.threads, communicator)
         trainer = Trainer(config, communicator, data, vocab_size, device)
         state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
