@@ -15,14 +15,15 @@ from torch.nn import functional
 from hvdlm.config import Config
 from hvdlm.data.loader import Loader
 from hvdlm.errors import HvdlmError
+from hvdlm.model.transformer import Transformer
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 
 
 class PlainGPT(nn.Module):
-    """Tokens and targets, (B, T) each, to the mean loss."""
+    """Tokens and targets, (B, T) each, to the mean loss. `approximate`: of GELU, "none" as in nanoGPT, or "tanh"."""
 
-    def __init__(self, config: Config, vocab_size: int) -> None:
+    def __init__(self, config: Config, vocab_size: int, approximate: str = "none") -> None:
         super().__init__()
         shape = config.model
         if (shape.norm, shape.activation, shape.position, shape.tie_embeddings) != (
@@ -34,7 +35,7 @@ class PlainGPT(nn.Module):
             raise HvdlmError("the plain reference is a GPT-2: give a model of that design, or leave out its rows")
         self.tokens = nn.Embedding(vocab_size, shape.width)
         self.positions = nn.Embedding(shape.context_length, shape.width)
-        self.blocks = nn.ModuleList(_Block(shape.width, shape.heads) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(_Block(shape.width, shape.heads, approximate) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.output = nn.Linear(shape.width, vocab_size, bias=False)
         self.output.weight = self.tokens.weight
@@ -47,16 +48,35 @@ class PlainGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.output(self.norm(x))
-        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100)
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100)
+
+    def begin_as(self, model: Transformer) -> None:
+        """Takes over the weights of hvdlm's model of the same shape."""
+        names = {
+            "token_embedding.": "tokens.",
+            "position_embedding.": "positions.",
+            "final_norm.": "norm.",
+            "attention.qkv.": "qkv.",
+            "attention.output.": "attended.",
+            "mlp.up.": "mlp.0.",
+            "mlp.down.": "mlp.2.",
+        }
+        weights = {}
+        for name, weight in model.state_dict().items():
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            weights[name] = weight
+        self.load_state_dict({**weights, "output.weight": model.output_weight})
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, approximate: str) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.attended = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        gelu = nn.GELU(approximate)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), gelu, nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -67,9 +87,8 @@ class _Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def plain_step(config: Config, vocab_size: int, loader: Loader, device: torch.device) -> Callable[[], float]:
-    """A function that trains one step and returns its loss, in fp32 or under autocast."""
-    model = PlainGPT(config, vocab_size).to(device)
+def plain_step(model: PlainGPT, config: Config, loader: Loader, device: torch.device) -> Callable[[], float]:
+    """A function that trains one step and returns its loss, in fp32 or under autocast. The model is on its device."""
     settings, dtype = config.optimizer, DTYPES[config.train.precision]
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from plain import plain_step
+from plain import PlainGPT, plain_step
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
@@ -47,7 +47,7 @@ def serve(pipe: Connection, config: Config, is_plain: bool) -> None:
     loader = _loader(config, data)
     base = libraries_bytes() if device.type == "cpu" else 0
     if is_plain:
-        step = plain_step(config, vocab_size, loader, device)
+        step = plain_step(PlainGPT(config, vocab_size).to(device), config, loader, device)
     else:
         trainer = Trainer(config, SoloCommunicator(), data, vocab_size, device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict, replace
@@ -13,7 +14,10 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import curves
+import fast_path
+import one_rank
 import picture
+import plain
 import report
 import runs
 from answers import apart
@@ -29,6 +33,7 @@ from turns import Turn, over_ranks, take_turn
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
+from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 
@@ -247,3 +252,59 @@ def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     other = own.model_copy(update={"optimizer": Config().optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(HvdlmError, match="holds a run with other settings"):
         runs.is_finished(other)
+
+
+# ---- one rank
+
+
+def small_gpt(*overrides: str) -> Config:
+    shape = ["--model.layers", "2", "--model.heads", "2", "--model.width", "16", "--model.context_length", "24"]
+    return load(None, [*shape, *overrides], PRESETS)
+
+
+def test_the_plain_gpt_begun_as_hvdlm_s_model_has_its_loss() -> None:
+    config = small_gpt()
+    ours, plain_gpt = Transformer(config.model, 61), plain.PlainGPT(config, 61, approximate="tanh")
+    ours.initialise(3)
+    plain_gpt.begin_as(ours)
+    tokens = torch.randint(61, (3, 25), generator=torch.Generator().manual_seed(1))
+    mine = token_loss(ours(tokens[:, :-1]), ours.output_weight, tokens[:, 1:]) / (3 * 24)
+    assert plain_gpt(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(mine.item(), rel=1e-6)
+
+
+def test_the_plain_gpt_is_no_llama() -> None:
+    with pytest.raises(HvdlmError, match="plain reference is a GPT-2"):
+        plain.PlainGPT(small_gpt("--model.position", "rope"), 61)
+
+
+def test_a_ratio_is_of_the_same_round_and_utilisation_of_the_rate_just_before() -> None:
+    def contestant(name: str, *seconds: float, peak: float | None) -> one_rank.Contestant:
+        options = argparse.Namespace(data="somewhere", threads=1)
+        own = one_rank.configure("gpt-10m", name, options, [])
+        turns = [one_rank.Turn(each, peak, 10**9) for each in seconds]
+        return one_rank.Contestant(own, None, None, 3.0, one_rank.Start(10**8, 1e6), turns)  # type: ignore[arg-type]
+
+    everyone = {
+        one_rank.PLAIN: contestant(one_rank.PLAIN, 1.0, 2.0, 4.0, peak=None),
+        "hvdlm bf16": contestant("hvdlm bf16", 0.5, 0.5, 1.0, peak=1e12),
+    }
+    row = one_rank._row("hvdlm bf16", everyone["hvdlm bf16"], everyone, 65, cold=None)
+    assert row["over_fp32_eager"] == 4.0  # of 2, 4 and 4
+    assert row["over_autocast_eager"] is None
+    assert row["tokens_per_second"] == 8 * 256 / 0.5
+    # 6 x (6 x 12 x 384^2 + 65 x 384) + 6 x 6 x 384 x 256 a token, by the formula of size.py
+    flops = (6 * (6 * 12 * 384**2 + 65 * 384) + 6 * 6 * 384 * 256) * 8 * 256
+    assert row["utilisation"] == pytest.approx(flops / 0.5 / 1e12)
+    assert one_rank._row(one_rank.PLAIN, everyone[one_rank.PLAIN], everyone, 65, None)["utilisation"] is None
+
+
+def test_differences_from_fp32_are_by_seed() -> None:
+    curves = {
+        fast_path.EXACT: [[3.0] * 60, [2.0] * 60],
+        fast_path.CAST: [[3.5] * 60, [1.5] * 60],
+        fast_path.FAST: [[3.25] * 60, [2.25] * 60],
+    }
+    assert fast_path.differences(curves, fast_path.CAST) == [[0.5] * 60, [-0.5] * 60]
+    lines = fast_path.table(curves).splitlines()
+    assert lines[5] == "| PyTorch, bf16 autocast | 2.5000 | 0.50000 | +0.00000 |"
+    assert lines[6] == "| hvdlm, bf16, compiled | 2.7500 | 0.25000 | +0.25000 |"
