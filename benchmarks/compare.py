@@ -4,7 +4,7 @@
 
 Brings up emulated hosts for each set-up (root; without it, one host only), lets all contestants train the same model
 in turns, and writes compare.json, compare.md and compare.png. README.md beside this file defines the figures. The
-model is a GPT of 10.7M parameters in bf16 autocast, 4 sequences of 256 tokens a rank, one thread a rank; any setting
+model is a GPT of 10.7M parameters in bf16, 4 sequences of 256 tokens a rank, one thread a rank; any setting
 can be overridden as for `hvdlm train`, --section.key value.
 """
 

@@ -9,15 +9,17 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+import torch
 from setups import environment
 
 
 def describe_machine() -> dict[str, object]:
-    """Memory in bytes; `cpu` is the model's name."""
+    """Memory in bytes; `cpu` and `gpu` are the models' names."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernel": platform.release(),
     }
 

@@ -132,7 +132,13 @@ def _row(
     rates = [turn.peak_flops for turn in own.turns]
     train, device = config.train, "cpu" if own.start.base_bytes else "cuda"
     memory = training_memory_bytes(
-        config.model, vocab_size, train.batch_size, train.precision, device, train.compile, train.recompute
+        config.model,
+        vocab_size,
+        min(train.micro_batch_size, train.batch_size),
+        train.precision,
+        device,
+        train.compile,
+        train.recompute,
     )
 
     def over(reference: str) -> float | None:
@@ -220,7 +226,7 @@ def table(results: dict[str, Any]) -> str:
             f"## {model}",
             "",
             f"{settings['train']['batch_size']} sequences of {settings['model']['context_length']} tokens a step, "
-            f"{settings['train']['threads']} threads on {machine['cores']} cores of {machine['cpu']}; "
+            f"{settings['train']['threads']} threads on {machine['cores']} cores of {machine['cpu']}{_gpu(machine)}; "
             f"torch {versions['torch']}; medians of {settings['rounds']} rounds of {settings['steps']} steps, "
             f"{result['date']}.",
             "",
@@ -245,6 +251,10 @@ def table(results: dict[str, Any]) -> str:
             parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _gpu(machine: dict[str, Any]) -> str:
+    return f", {machine['gpu']}" if machine.get("gpu") else ""
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str:

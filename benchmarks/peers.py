@@ -1,7 +1,7 @@
 """The peers, each written as its users write it, around the same model, loss, batches and optimizer.
 
 PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, and Horovod's
-DistributedOptimizer. Learning rates, clipping and precision are those of hvdlm's trainer.
+DistributedOptimizer. Learning rates and clipping are those of hvdlm's trainer; precision is autocast's.
 """
 
 from __future__ import annotations

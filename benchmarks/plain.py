@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hvdlm.config import Config
+from hvdlm.config import Config, ModelSection
 from hvdlm.data.loader import Loader
 from hvdlm.errors import HvdlmError
 from hvdlm.model.transformer import Transformer
@@ -26,12 +26,15 @@ class PlainGPT(nn.Module):
     def __init__(self, config: Config, vocab_size: int, approximate: str = "none") -> None:
         super().__init__()
         shape = config.model
-        if (shape.norm, shape.activation, shape.position, shape.tie_embeddings) != (
-            "layernorm",
-            "gelu",
-            "learned",
-            True,
-        ):
+        design = ModelSection(  # GPT-2's, with what may differ taken over
+            preset=shape.preset,
+            layers=shape.layers,
+            heads=shape.heads,
+            width=shape.width,
+            context_length=shape.context_length,
+            vocab_size=shape.vocab_size,
+        )
+        if shape != design:
             raise HvdlmError("the plain reference is a GPT-2: give a model of that design, or leave out its rows")
         self.tokens = nn.Embedding(vocab_size, shape.width)
         self.positions = nn.Embedding(shape.context_length, shape.width)

@@ -21,7 +21,8 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: flo
     """
     heads, length = queries.shape[1:3]
     is_short = 1 < length <= LONGEST_PLAIN_ATTENTION and keys.shape[2] == length
-    if queries.device.type == "cpu" and queries.dtype != torch.float32 and is_short and not dropout:
+    is_low = queries.dtype in (torch.bfloat16, torch.float16)
+    if queries.device.type == "cpu" and is_low and is_short and not dropout:
         if keys.shape[1] != heads:
             keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
         attended: Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
@@ -32,15 +33,19 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: flo
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Blocks of queries one after the other; products in the dtype of the arguments, all else in fp32."""
+    """Blocks of queries one after the other; softmax and its gradient in fp32.
+
+    All products, scores among them, and sums over blocks are rounded to the dtype of the arguments.
+    """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        shape, scale = queries.shape, queries.shape[-1] ** -0.5
+        shape = queries.shape
+        queries = queries * shape[-1] ** -0.5  # before the products, for fp16's range
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (queries, keys, values))  # (B H, T, E)
         attended, probabilities = [], []
         for start, end in _blocks(shape[2]):
-            scores = (q[:, start:end] @ k[:, :end].mT).float().mul_(scale)  # (B H, n, end)
+            scores = (q[:, start:end] @ k[:, :end].mT).float()  # (B H, n, end)
             # Added, where a choice would do, because torch.compile makes vector instructions of that
             future = torch.full((end - start, end), -torch.inf, device=q.device).triu_(start + 1)
             p = torch.softmax(scores.add_(future), dim=-1).to(q.dtype)
@@ -68,7 +73,7 @@ class _CausalAttention(torch.autograd.Function):
             k_grad[:, :end] += s_grad.mT @ q[:, start:end]
             v_grad[:, :end] += p.mT @ block
         q_grad = torch.cat(q_grads, dim=1).mul_(scale)
-        return q_grad.view(shape), k_grad.mul_(scale).view(shape), v_grad.view(shape)
+        return q_grad.view(shape), k_grad.view(shape), v_grad.view(shape)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

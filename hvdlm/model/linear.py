@@ -37,7 +37,7 @@ class Linear(nn.Linear):
             self.low_bias.copy_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs) of any dtype to (..., outputs) in that of the products."""
+        """x: (..., inputs) to (..., outputs) in the dtype of the products, to which x is cast if they have copies."""
         if self.low_weight is None:
             return super().forward(x)
         x = x.to(self.low_weight.dtype)
@@ -60,6 +60,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low_weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
-        weight_grad = rows.T @ x.reshape(-1, x.shape[-1])  # (outputs, inputs), summed in fp32, rounded once
+        weight_grad = rows.T @ x.reshape(-1, x.shape[-1])  # (outputs, inputs)
         bias_grad = rows.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
         return grad @ low_weight, weight_grad.float(), bias_grad, None, None

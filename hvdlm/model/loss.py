@@ -77,6 +77,7 @@ def token_statistics(
         for part, log_probabilities in _log_softmax(logits, losses.dtype):
             chunk.write_losses(losses, part, log_probabilities)
         correct += ((logits.argmax(dim=-1) == chunk.targets) & ~chunk.ignored).sum()
+        del logits, log_probabilities  # before the next are made
     return TokenStatistics(losses.sum(), correct, (targets != IGNORE).sum())
 
 
@@ -92,15 +93,7 @@ class _TokenLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         for chunk in _chunks(hidden, targets, dtype, chunk_tokens):
-            logits = chunk.hidden @ matrix.T  # (n, V)
-            for part, log_probabilities in _log_softmax(logits, precise):
-                chunk.write_losses(losses, part, log_probabilities)
-                # d loss / d logits = softmax - one-hot. Ignored tokens are left out of the products below,
-                # whose rows have D numbers, and not here, where they have V.
-                probabilities = log_probabilities.exp_()
-                ones = probabilities.new_full((len(probabilities), 1), -1.0)
-                logits[part] = probabilities.scatter_add_(1, chunk.targets[part, None], ones)
-            logits_grad = logits
+            logits_grad = chunk.logits_grad(matrix, losses)
             if hidden_grad is not None:
                 product = (logits_grad @ matrix).masked_fill_(chunk.ignored[:, None], 0)
                 hidden_grad[chunk.tokens] = product.to(hidden_grad.dtype)
@@ -110,6 +103,7 @@ class _TokenLoss(torch.autograd.Function):
                     weight_grad.addmm_(logits_grad.T, counted)
                 else:
                     weight_grad += logits_grad.T @ counted
+            del logits_grad  # before the next are made
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return losses.sum()
 
@@ -127,6 +121,20 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # (n, D), in the dtype of the products
     targets: Tensor  # (n,); 0 for ignored ones, which is a valid index
     ignored: Tensor  # (n,) bool
+
+    def logits_grad(self, matrix: Tensor, losses: Tensor) -> Tensor:
+        """(n, V): of the loss with respect to the logits, in their place; writes the losses on the way.
+
+        d loss / d logits = softmax - one-hot. Ignored tokens are left out of the products that follow, whose rows have
+        D numbers, and not here, where they have V.
+        """
+        logits = self.hidden @ matrix.T  # (n, V)
+        for part, log_probabilities in _log_softmax(logits, losses.dtype):
+            self.write_losses(losses, part, log_probabilities)
+            probabilities = log_probabilities.exp_()
+            ones = probabilities.new_full((len(probabilities), 1), -1.0)
+            logits[part] = probabilities.scatter_add_(1, self.targets[part, None], ones)
+        return logits
 
     def write_losses(self, losses: Tensor, part: slice, log_probabilities: Tensor) -> None:
         """Sets those of all tokens that are a part of the chunk: minus the target's (m, V), 0 where it is ignored."""

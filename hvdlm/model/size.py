@@ -82,7 +82,7 @@ class TrainingMemory:
     temporary: int
     """What one block needs beside while it is computed."""
     loss: int
-    """Hidden states and their gradient, the output weight's copy and own gradient, and one chunk of logits."""
+    """Hidden states and their gradient, the output weight's copy and gradients, and one chunk of logits."""
     gaps: int
     """Between blocks in use on a CPU's heap: about a quarter of them, as measured (benchmarks/LOG.md)."""
 
@@ -129,8 +129,9 @@ def training_memory_bytes(
     attention = _qkv_width(config) + rotated + width
     temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
     if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
-        blocks = -(-config.context_length // ATTENTION_BLOCK)
-        keys = config.context_length * (blocks + 1) // (2 * blocks)
+        starts = range(0, config.context_length, ATTENTION_BLOCK)
+        ends = [min(start + ATTENTION_BLOCK, config.context_length) for start in starts]
+        keys = sum((end - start) * end for start, end in zip(starts, ends, strict=True)) // config.context_length
         attention = 5 * width + heads * keys
         scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
         temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
@@ -139,6 +140,8 @@ def training_memory_bytes(
         token += 12 * width
     chunk = min(tokens, loss_chunk_tokens(vocab_size, item))
     block_parameters = _matmul_parameters(config, vocab_size) - vocab_size * width
+    copies = 2 * item if low else 0  # of the output weight, and its gradient of one chunk
+    exponents = 0 if device == "cpu" else 4  # on a CPU only of a few tokens at once
     in_use = {
         "parameters": 4 * count,
         "gradients": 4 * count,
@@ -146,7 +149,7 @@ def training_memory_bytes(
         "cast_parameters": item * block_parameters if low else 0,
         "activations": tokens * (config.layers * 4 * width + token if recompute else config.layers * token),
         "temporary": temporary,
-        "loss": 3 * 4 * tokens * width + (4 + (item if low else 0)) * vocab_size * width + chunk * vocab_size * item,
+        "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
     }
     return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
 

@@ -67,15 +67,23 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = _norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
-        self.dtype = torch.float32  # of matrix products
+        self._low_dtype: torch.dtype | None = None  # of matrix products, if it is not that of the parameters
         self.recompute = False  # keep only the input of each block, and compute it again in the backward pass
         self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Lets matrix products take numbers of this dtype. Parameters, norms and the residual stream stay in fp32."""
-        self.dtype = dtype
+        """Lets matrix products take numbers of this dtype. Parameters, norms and the residual stream stay in fp32.
+
+        To be called on the device where the model is to stay.
+        """
+        self._low_dtype = dtype
         for layer in self._linear:
             layer.compute_in(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return self._low_dtype or self.output_weight.dtype
 
     def refresh(self) -> None:
         """Tells the layers that compute in another dtype that their parameters have changed."""
@@ -115,7 +123,7 @@ class Transformer(nn.Module):
         mask = _attention_mask(positions, documents, cache)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():  # Chen et al. 2016, arXiv:1604.06174
+            if self.recompute and cache is None and torch.is_grad_enabled():  # Chen et al. 2016, arXiv:1604.06174
                 x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)

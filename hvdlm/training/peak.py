@@ -46,23 +46,33 @@ PEAKS = (
     Peak("RTX 3090", 71, 71, 35.6),
 )
 
+# Words in the names of chips that are slower or faster than those without, and of parts of a chip
+_OTHER_CHIPS = {"Ti", "SUPER", "D", "Laptop", "MIG"}
+
+# Matrices are doubled until a product takes so long, in seconds; of each size so many products are timed, or fewer if
+# they take longer than that together.
+_LONG_ENOUGH = 0.004
+_REPETITIONS = 20
 _SECONDS = 0.1
 
 
-def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Operations a second of matrix products on this rank's device.
+def peak_flops(device: torch.device, precision: Precision, sharing: int = 1) -> float | None:
+    """Operations a second of matrix products on this rank's part of its device, a GPU that `sharing` ranks share.
 
     Of a GPU what its maker publishes, None for one that is not in the list; of a CPU what a product of two matrices
-    attains here and now on the threads that this process computes with. Takes a tenth of a second on a CPU.
+    attains here and now on the threads that this process computes with. Takes about a tenth of a second on a CPU.
     """
     if device.type == "cuda":
-        return published_peak(torch.cuda.get_device_name(device), precision)
+        peak = published_peak(torch.cuda.get_device_name(device), precision)
+        return None if peak is None else peak / sharing
     return measured_peak(DTYPES[precision])
 
 
 def published_peak(chip: str, precision: Precision) -> float | None:
     """Operations a second of the chip that CUDA calls so."""
     words = chip.replace("-", " ").split()
+    if not _OTHER_CHIPS.isdisjoint(words):
+        return None
     for peak in PEAKS:
         parts = peak.name.replace("-", " ").split()
         if any(words[i : i + len(parts)] == parts for i in range(len(words))):
@@ -73,13 +83,17 @@ def published_peak(chip: str, precision: Precision) -> float | None:
 
 def measured_peak(dtype: torch.dtype) -> float:
     """Operations a second of the fastest of a few products of square matrices on the CPU."""
-    size = 1024 if torch.get_num_threads() <= 4 else 4096
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    product = torch.empty(size, size, dtype=dtype)
-    fastest = float("inf")
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < _SECONDS:
-        start = time.perf_counter()
-        torch.mm(left, right, out=product)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    size, rate, seconds = 256, 0.0, 0.0
+    while seconds < _LONG_ENOUGH and size <= 4096:
+        matrix = torch.ones(size, size, dtype=dtype)
+        matrix @ matrix  # the first of its size prepares
+        begin = time.perf_counter()
+        for _ in range(_REPETITIONS):
+            start = time.perf_counter()
+            matrix @ matrix
+            seconds = time.perf_counter() - start
+            rate = max(rate, 2 * size**3 / seconds)
+            if time.perf_counter() - begin > _SECONDS:
+                break
+        size *= 2
+    return rate

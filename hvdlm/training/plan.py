@@ -23,13 +23,15 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
     memory = training_memory_bytes(
         model, vocab_size, micro_batch, train.precision, device, train.compile, train.recompute
     )
+    owed = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
+    libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
-        "owed by the codec": memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0,
+        "owed by the codec": owed,
         "activations": memory.activations,
         "loss": memory.loss,
         "temporary, and gaps between": memory.temporary + memory.gaps,
-        "libraries": libraries_bytes() if device == "cpu" else 0,
+        "libraries": libraries,
     }
     tokens = train.batch_size * model.context_length
     table = Table(show_header=False, box=None)
@@ -42,7 +44,7 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * train.steps:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
-        "memory a rank, estimated": f"{sum(parts.values()) / 2**20:,.0f} MiB",
+        "memory a rank, estimated": f"{(memory.total + owed + libraries) / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     for name, value in rows.items():

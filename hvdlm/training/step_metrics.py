@@ -46,7 +46,7 @@ class StepMetrics:
         """
         steps = self._steps
         if not self._is_peak_asked:  # between steps, when nothing else computes
-            self._peak_flops, self._is_peak_asked = peak_flops(self._device, self._precision), True
+            self._peak_flops, self._is_peak_asked = self._own_peak(), True
         compute = self._whole - self._data - self._exposed
         own = (self._whole, self._data, compute, self._exposed, self._codec, peak_memory_bytes(self._device))
         self._clear()
@@ -69,6 +69,13 @@ class StepMetrics:
             "world_size": self._communicator.size,
             "memory_bytes": memory,
         }
+
+    def _own_peak(self) -> float | None:
+        sharing = 1
+        if self._device.type == "cuda":  # as choose_device deals ranks to GPUs
+            gpus = torch.cuda.device_count()
+            sharing = len(range(self._communicator.local_rank % gpus, self._communicator.local_size, gpus))
+        return peak_flops(self._device, self._precision, sharing)
 
 
 def _utilisation(flops: float, peaks: Sequence[float | None]) -> float | None:

@@ -97,3 +97,17 @@ def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does(seed: int) -
     assert 0 < distance < 2 * noise
     bias = statistics.fmean(b - a for a, b in zip(exact[-100:], fast[-100:], strict=True))
     assert abs(bias) < 0.005 * exact[-1]
+
+
+def test_compiled_blocks_computed_again_give_the_same_gradients() -> None:
+    config = settings(seed=0)
+    gradients = []
+    for recompute in (False, True):
+        train = config.train.model_copy(update={"recompute": recompute})
+        model = make_model(config.model_copy(update={"train": train}), VOCABULARY, torch.device("cpu"))
+        tokens = batches(0)[0]
+        token_loss(model(tokens[:, :-1]), model.output_weight, tokens[:, 1:], model.dtype).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        torch.testing.assert_close(other, one, rtol=2e-2, atol=2e-2 * float(one.abs().max()))

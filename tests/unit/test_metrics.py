@@ -6,6 +6,8 @@ import io
 import json
 import math
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,29 @@ def test_memory_is_in_bytes() -> None:
     assert grown >= 64 * 2**20
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_freed_memory_is_kept_for_the_next_step(keeps: bool) -> None:
+    """In a process of its own: 256 MiB that were in use and are not any more."""
+    body = f"""
+import psutil, torch
+from hvdlm.training.hardware import keep_memory
+if {keeps}: keep_memory()
+torch.ones(64 * 2**20).sum()
+print(psutil.Process().memory_info().rss)
+torch.ones(1)
+"""
+    before = """
+import psutil, torch
+from hvdlm.training.hardware import keep_memory
+print(psutil.Process().memory_info().rss)
+"""
+    resident, bare = (
+        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for code in (body, before)
+    )
+    assert (resident - bare > 200 * 2**20) == keeps
+
+
 # ---- what a step's line says
 
 
@@ -146,7 +171,7 @@ class FirstOfTwo(SoloCommunicator):
 
 
 def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvdlm.training.step_metrics.peak_flops", lambda device, precision: 100.0)
+    monkeypatch.setattr("hvdlm.training.step_metrics.peak_flops", lambda device, precision, sharing: 100.0)
     whole, data, compute, exposed, codec, memory = 6.0, 0.5, 5.25, 0.25, 0.5, 7
     other = FirstOfTwo((30.0, 300.0, (whole, data, compute, exposed, codec, memory)))
     metrics = StepMetrics(other, torch.device("cpu"), "fp32", flops_per_token=6.0)
@@ -201,6 +226,9 @@ def test_utilisation_is_not_known_where_a_rank_s_peak_is_not() -> None:
         ("Tesla V100-SXM2-16GB", None),
         ("NVIDIA GB200", None),
         ("NVIDIA A1000", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_published_peaks_by_what_cuda_calls_a_chip(chip: str, bf16: float | None) -> None:

@@ -331,24 +331,36 @@ def test_dropout_only_in_training():
     assert not torch.equal(model(tokens), first)
 
 
+def pytorchs_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, dropout_p=dropout, is_causal=True, enable_gqa=keys.shape[1] != queries.shape[1]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype):
-    """Hidden states, loss and gradients against fp32, where PyTorch's own autocast is the yardstick."""
+def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype, monkeypatch):
+    """Hidden states, loss and gradients against fp32, where PyTorch's own autocast, attention and loss measure."""
     tokens = draw_tokens(2, 24)
     exact, low, cast = make(config), make(config), make(config)
     low.compute_in(dtype)
     outcomes = []
-    for model in (exact, low, cast):
+    for model in (low, exact, cast):
+        if model is not low:
+            monkeypatch.setattr("hvdlm.model.transformer.causal_attention", pytorchs_attention)
         with torch.autocast("cpu", dtype=dtype, enabled=model is cast):
             hidden = model(tokens)
-            loss = token_loss(hidden, model.output_weight, tokens, torch.float32 if model is exact else dtype)
+            if model is low:
+                loss = token_loss(hidden, model.output_weight, tokens, dtype)
+            else:
+                logits = functional.linear(hidden, model.output_weight).flatten(0, 1)
+                loss = functional.cross_entropy(logits.float(), tokens.flatten(), reduction="sum")
         loss.backward()
         assert hidden.dtype == loss.dtype == torch.float32
         gradients = [parameter.grad for parameter in model.parameters()]
         assert all(gradient.dtype == torch.float32 for gradient in gradients)
         outcomes.append([hidden.detach(), loss.detach(), *gradients])
-    for wanted, ours, theirs in zip(*outcomes, strict=True):
+    for ours, wanted, theirs in zip(*outcomes, strict=True):
         assert (ours - wanted).norm() <= 2 * (theirs - wanted).norm() + 1e-6 * wanted.norm()
 
 

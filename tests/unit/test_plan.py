@@ -51,6 +51,25 @@ def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) 
     assert re.fullmatch(r"[\d,]+ MiB", found["memory a rank, estimated"])
 
 
+def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a rank of several that owes what its codec did not send."""
+    shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--compression.codec=int4"]
+    print_plan(load(None, shape, PRESETS), 30_000, Launch("mpirun", 0, 2))
+    output = capsys.readouterr().out
+    parts = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"^   (\S.*?)  +([\d,]+) MiB", output, re.M)
+    }
+    assert set(parts) == {
+        "weights and optimizer", "owed by the codec", "activations", "loss", "temporary, and gaps between", "libraries",
+    }  # fmt: skip
+    total = int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", ""))
+    assert abs(sum(parts.values()) - total) <= len(parts)
+    count = int(rows(output)["parameters"].replace(",", ""))
+    assert parts["owed by the codec"] == round(4 * count / 2**20)
+    assert parts["weights and optimizer"] == round(16 * count / 2**20)  # fp32: no copies
+    assert parts["libraries"] > 100
+
+
 @pytest.mark.parametrize(
     ("ranks", "batch", "micro", "share", "at_once", "passes"),
     [(1, 8, 8, 8, 8, 1), (1, 9, 8, 9, 8, 2), (4, 8, 8, 2, 2, 1), (16, 8, 8, 1, 1, 1), (3, 16, 3, 6, 3, 2)],

@@ -182,6 +182,20 @@ def test_activations_are_what_autograd_saves(config, precision, length):
     assert estimate == pytest.approx(measured, rel=0.1)
 
 
+def test_blocks_that_are_computed_again_keep_their_input_and_one_of_them_the_rest():
+    config = preset("gpt2")
+    whole = training_memory_bytes(config, 50257, 4, "bf16", "cuda")
+    less = training_memory_bytes(config, 50257, 4, "bf16", "cuda", recompute=True)
+    assert less.activations == 4 * 1024 * 12 * 4 * 768 + whole.activations // 12
+    assert whole.total - less.total == whole.activations - less.activations
+
+
+def test_a_gpu_holds_a_whole_chunk_of_logits_in_fp32_as_well():
+    config = preset("gpt2")
+    on_cpu, on_gpu = (training_memory_bytes(config, 50257, 16, "bf16", device) for device in ("cpu", "cuda"))
+    assert on_gpu.loss - on_cpu.loss == 4 * 1335 * 50257
+
+
 def test_chunk_of_logits():
     assert loss_chunk_tokens(50_257, 4) == 667  # 667 x 50,257 x 4 bytes are just below 128 MiB
     assert loss_chunk_tokens(50_257, 2) == 1335
