@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ from hvdlm.training.optimizer import make_optimizer
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 300, 8, 32, 97
 LEARNING_RATE = 3e-3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing from more, and they would wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def settings(seed: int) -> Config:

@@ -8,7 +8,6 @@ import math
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +234,24 @@ def test_published_peaks_by_what_cuda_calls_a_chip(chip: str, bf16: float | None
     assert published_peak(chip, "bf16") == bf16
 
 
-def test_a_cpu_s_peak_is_that_of_a_product_timed_here() -> None:
-    """One product timed by itself may be slower, and no machine is a hundred times as fast as that."""
-    matrix = torch.ones(1024, 1024)
-    matrix @ matrix
-    begin = time.perf_counter()
-    matrix @ matrix
-    rate = 2 * 1024**3 / (time.perf_counter() - begin)
-    assert rate / 10 < measured_peak(torch.float32) < rate * 100
+@pytest.mark.parametrize(("rate", "largest"), [(1e9, 256), (1e11, 1024), (1e13, 4096), (1e15, 4096)])
+def test_a_cpu_s_peak_is_that_of_the_first_product_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch, rate: float, largest: int
+) -> None:
+    """On CPUs that would take 2 size^3 / rate for a product, and half as much again for one below that size."""
+    sizes = []
+
+    def product_seconds(size: int, dtype: torch.dtype) -> float:
+        sizes.append(size)
+        return 2 * size**3 / rate * (1.0 if size >= largest else 1.5)
+
+    monkeypatch.setattr("hvdlm.training.peak._product_seconds", product_seconds)
+    assert measured_peak(torch.float32) == pytest.approx(rate)
+    assert sizes[-1] == largest
+
+
+def test_a_product_is_timed() -> None:
+    assert 0 < measured_peak(torch.float32) < 1e16
 
 
 # ---- the console
