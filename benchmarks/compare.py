@@ -23,7 +23,7 @@ from machine import describe_machine, describe_versions
 from picture import draw
 from race import race
 from report import read_results, table, write_results
-from script import absolute_path, run_script
+from script import absolute_path, as_overrides, run_script
 from setups import ONE_HOST, Setup, opened, parse_setup, possible
 from standings import objections, standings
 
@@ -82,9 +82,8 @@ def compare(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 def configure(data: Path, ranks: int, overrides: Sequence[str]) -> Config:
     """The settings of every contestant. Raises HvdlmError for overrides that are none, or without a data set."""
     DataSet(data)
-    defaults = [word for name, value in MODEL.items() for word in (f"--{name}", str(value))]
     fixed = ["--data.path", str(data), "--train.threads", "1", "--train.steps", str(10**6), "--log.every", str(10**6)]
-    config = load(None, [*defaults, *overrides, *fixed], PRESETS)
+    config = load(None, [*as_overrides(MODEL), *overrides, *fixed], PRESETS)
     train = config.train.model_copy(update={"batch_size": config.train.micro_batch_size * ranks})
     return config.model_copy(update={"train": train})
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config
+from hvdlm.data.loader import Loader
+from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
 
 
@@ -22,3 +26,10 @@ class Contestant:
 
     model: Transformer
     step: Callable[[], Exchange | None]
+
+
+def open_loader(config: Config, data: DataSet, communicator: Communicator) -> Loader:
+    """The batches that hvdlm's trainer would read, from the first on."""
+    train = config.train
+    share = (communicator.rank, communicator.size)
+    return Loader(data, config.model.context_length, train.batch_size, train.seed, *share, config.data.read_ahead)

@@ -21,7 +21,7 @@ from curves import draw, table
 from machine import describe_machine, describe_versions
 from report import write_results
 from runs import Run, Variant, config_of, is_finished, read_run, run
-from script import absolute_path, run_script
+from script import absolute_path, as_overrides, run_script
 from setups import ONE_HOST, opened, parse_setup, possible
 
 from hvdlm.config import Config, load
@@ -93,8 +93,7 @@ def study(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 def configure(data: Path, overrides: Sequence[str]) -> Config:
     """The settings that all runs have in common. Raises HvdlmError for overrides that are none, or without data."""
     DataSet(data)
-    defaults = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    return load(None, [*defaults, *overrides, "--data.path", str(data)], PRESETS)
+    return load(None, [*as_overrides(SETTINGS), *overrides, "--data.path", str(data)], PRESETS)
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:

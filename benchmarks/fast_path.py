@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from plain import PlainGPT, plain_step
 from report import write_results
-from script import absolute_path, run_script
+from script import absolute_path, as_overrides, run_script
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, load
@@ -122,8 +122,7 @@ def configure(path: str, seed: int, options: argparse.Namespace, overrides: Sequ
         "train.precision": "fp32" if path == EXACT else "bf16",
         "train.compile": str(path == FAST).lower(),
     }
-    words = [word for name, value in {**SETTINGS, **chosen}.items() for word in (f"--{name}", str(value))]
-    return load(None, [*words, *overrides], PRESETS)
+    return load(None, [*as_overrides({**SETTINGS, **chosen}), *overrides], PRESETS)
 
 
 def differences(curves: Curves, path: str) -> list[list[float]]:

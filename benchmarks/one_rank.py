@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from machine import describe_machine, describe_versions
 from report import read_results, write_results
-from script import absolute_path, run_script
+from script import absolute_path, as_overrides, run_script
 from solo_rank import Start, Turn, serve
 
 from hvdlm.config import Config, load
@@ -182,8 +182,7 @@ def configure(model: str, contestant: str, options: argparse.Namespace, override
         "train.steps": 10**6,
         "log.every": 10**6,
     }
-    words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    return load(None, [*words, *overrides], PRESETS)
+    return load(None, [*as_overrides(chosen), *overrides], PRESETS)
 
 
 def _start(name: str, config: Config) -> Contestant:

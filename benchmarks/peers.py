@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from contestant import Contestant
+from contestant import Contestant, open_loader
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, Precision
-from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
@@ -77,7 +76,7 @@ def _ddp(
     optimizer = make_optimizer(model, config.optimizer)
     replica = DistributedDataParallel(_MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
     register(replica)
-    loader = _loader(config, data, communicator)
+    loader = open_loader(config, data, communicator)
 
     def step() -> None:
         batch = loader.next()
@@ -102,7 +101,7 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
         compression=getattr(hvd.Compression, compression),
     )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    loader = _loader(config, data, communicator)
+    loader = open_loader(config, data, communicator)
 
     def step() -> None:
         batch = loader.next()
@@ -121,15 +120,3 @@ def _model(config: Config, data: DataSet) -> Transformer:
     model = Transformer(config.model, data.vocab_size)
     model.initialise(config.train.seed)
     return model
-
-
-def _loader(config: Config, data: DataSet, communicator: Communicator) -> Loader:
-    return Loader(
-        data,
-        config.model.context_length,
-        config.train.batch_size,
-        config.train.seed,
-        communicator.rank,
-        communicator.size,
-        config.data.read_ahead,
-    )

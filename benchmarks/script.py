@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hvdlm.errors import HvdlmError
@@ -19,6 +19,11 @@ def run_script(name: str, work: Callable[[], None]) -> None:
         sys.exit(f"{name}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def as_overrides(settings: Mapping[str, object]) -> list[str]:
+    """Values by `section.key` as the words of a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def absolute_path(path: str) -> Path:

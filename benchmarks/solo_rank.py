@@ -8,11 +8,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from contestant import open_loader
 from plain import PlainGPT, plain_step
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
-from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.training.hardware import choose_device, keep_memory, libraries_bytes, peak_memory_bytes
 from hvdlm.training.peak import peak_flops
@@ -44,7 +44,7 @@ def serve(pipe: Connection, config: Config, is_plain: bool) -> None:
     data = DataSet(Path(config.data.path))
     device = choose_device(config.train.device, SoloCommunicator())
     vocab_size = config.model.vocab_size or data.vocab_size
-    loader = _loader(config, data)
+    loader = open_loader(config, data, SoloCommunicator())
     base = libraries_bytes() if device.type == "cpu" else 0
     if is_plain:
         step = plain_step(PlainGPT(config, vocab_size).to(device), config, loader, device)
@@ -70,15 +70,10 @@ def serve(pipe: Connection, config: Config, is_plain: bool) -> None:
         pipe.send(Turn(seconds, peak, peak_memory_bytes(device)))
 
 
-def _loader(config: Config, data: DataSet) -> Loader:
-    train = config.train
-    return Loader(data, config.model.context_length, train.batch_size, train.seed, 0, 1, config.data.read_ahead)
-
-
 def _loader_rate(config: Config, data: DataSet) -> float:
     """Tokens a second of batches that nobody trains on."""
     batches = 0
-    with _loader(config, data) as loader:
+    with open_loader(config, data, SoloCommunicator()) as loader:
         loader.next()
         begin = time.perf_counter()
         while time.perf_counter() - begin < 0.5:

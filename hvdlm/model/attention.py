@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hvdlm.model.size import ATTENTION_BLOCK, LONGEST_PLAIN_ATTENTION
+from hvdlm.model.size import LONGEST_PLAIN_ATTENTION, attention_blocks
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
@@ -44,7 +44,7 @@ class _CausalAttention(torch.autograd.Function):
         queries = queries * shape[-1] ** -0.5  # before the products, for fp16's range
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (queries, keys, values))  # (B H, T, E)
         attended, probabilities = [], []
-        for start, end in _blocks(shape[2]):
+        for start, end in attention_blocks(shape[2]):
             scores = (q[:, start:end] @ k[:, :end].mT).float()  # (B H, n, end)
             # Added, where a choice would do, because torch.compile makes vector instructions of that
             future = torch.full((end - start, end), -torch.inf, device=q.device).triu_(start + 1)
@@ -65,7 +65,7 @@ class _CausalAttention(torch.autograd.Function):
         common = (grad.float() * output.float()).sum(dim=-1, keepdim=True)  # (B H, T, 1)
         q_grads = []
         k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), p in zip(_blocks(shape[2]), probabilities, strict=True):
+        for (start, end), p in zip(attention_blocks(shape[2]), probabilities, strict=True):
             block = grad[:, start:end]
             p_grad = (block @ v[:, :end].mT).float()
             s_grad = p_grad.sub_(common[:, start:end]).mul_(p.float()).to(q.dtype)
@@ -74,7 +74,3 @@ class _CausalAttention(torch.autograd.Function):
             v_grad[:, :end] += p.mT @ block
         q_grad = torch.cat(q_grads, dim=1).mul_(scale)
         return q_grad.view(shape), k_grad.view(shape), v_grad.view(shape)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]

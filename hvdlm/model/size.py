@@ -129,9 +129,8 @@ def training_memory_bytes(
     attention = _qkv_width(config) + rotated + width
     temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
     if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
-        starts = range(0, config.context_length, ATTENTION_BLOCK)
-        ends = [min(start + ATTENTION_BLOCK, config.context_length) for start in starts]
-        keys = sum((end - start) * end for start, end in zip(starts, ends, strict=True)) // config.context_length
+        blocks = attention_blocks(config.context_length)
+        keys = sum((end - start) * end for start, end in blocks) // config.context_length
         attention = 5 * width + heads * keys
         scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
         temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
@@ -152,6 +151,11 @@ def training_memory_bytes(
         "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
     }
     return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
+
+
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """First query, and the one after the last, of each block that plain attention takes at once."""
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 def loss_chunk_tokens(vocab_size: int, item: int) -> int:

@@ -17,12 +17,17 @@ from hvdlm.errors import HvdlmError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
+def device_type(wanted: str) -> str:
+    """What "auto", "cpu" or "cuda" stands for: "cpu" or "cuda"."""
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+
+
 def choose_device(wanted: str, communicator: Communicator) -> torch.device:
     """The device for "auto", "cpu" or "cuda": the GPU with this rank's number on its node, or the CPU.
 
     Where a node has fewer GPUs than ranks they share them, if the engine sends its messages through the host.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if device_type(wanted) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise HvdlmError("train.device = 'cuda', but PyTorch finds no GPU here: install its CUDA build, or set 'cpu'")

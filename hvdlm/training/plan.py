@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.launch import Launch
 from hvdlm.config import Config
 from hvdlm.model.size import flops_per_token, parameter_count, training_memory_bytes
-from hvdlm.training.hardware import libraries_bytes
+from hvdlm.training.hardware import device_type, libraries_bytes
 
 
 def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
@@ -19,7 +18,7 @@ def print_plan(config: Config, vocab_size: int, launch: Launch) -> None:
     train, model = config.train, config.model
     share = -(-train.batch_size // launch.size)
     micro_batch = min(train.micro_batch_size, share)
-    device = "cuda" if train.device == "cuda" or (train.device == "auto" and torch.cuda.is_available()) else "cpu"
+    device = device_type(train.device)
     memory = training_memory_bytes(
         model, vocab_size, micro_batch, train.precision, device, train.compile, train.recompute
     )
