@@ -11,16 +11,17 @@ from torch.nn import functional
 from hvdlm.model.size import LONGEST_PLAIN_ATTENTION, attention_blocks
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V, where no query looks at later keys.
 
-    queries: (B, H, T, E). keys, values: (B, K, T, E), H a multiple of K. Returns (B, H, T, E).
+    queries: (B, H, T, E). keys, values: (B, K, S, E), H a multiple of K. mask: (B or 1, 1, T, S) bool, True where a
+    query may look; None for all that is not later. Returns (B, H, T, E).
 
     PyTorch's scaled_dot_product_attention, but for short sequences in 16 bits on a CPU: its kernel there takes so few
     rows at once that forward and backward took up to 2.8 times as long as the plain products here (benchmarks/LOG.md).
     """
     heads, length = queries.shape[1:3]
-    is_short = 1 < length <= LONGEST_PLAIN_ATTENTION and keys.shape[2] == length
+    is_short = mask is None and 1 < length <= LONGEST_PLAIN_ATTENTION and keys.shape[2] == length
     is_low = queries.dtype in (torch.bfloat16, torch.float16)
     if queries.device.type == "cpu" and is_low and is_short and not dropout:
         if keys.shape[1] != heads:
@@ -28,7 +29,13 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: flo
         attended: Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return attended
     return functional.scaled_dot_product_attention(
-        queries, keys, values, dropout_p=dropout, is_causal=length > 1, enable_gqa=keys.shape[1] != heads
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and length > 1,
+        enable_gqa=keys.shape[1] != heads,
     )
 
 

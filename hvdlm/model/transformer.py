@@ -206,12 +206,7 @@ class Attention(nn.Module):
             cached[0][:, :, -length:], cached[1][:, :, -length:] = keys, values
             keys, values = cached
         dropout = self.dropout if self.training else 0.0
-        if mask is None:
-            attended = causal_attention(queries, keys, values, dropout)  # (B, H, T, E)
-        else:
-            attended = functional.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, dropout_p=dropout, enable_gqa=key_value_heads != heads
-            )
+        attended = causal_attention(queries, keys, values, mask, dropout)  # (B, H, T, E)
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, -1))
         return output
 

@@ -331,7 +331,7 @@ def test_dropout_only_in_training():
     assert not torch.equal(model(tokens), first)
 
 
-def pytorchs_attention(queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+def pytorchs_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: None, dropout: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         queries, keys, values, dropout_p=dropout, is_causal=True, enable_gqa=keys.shape[1] != queries.shape[1]
     )
@@ -411,7 +411,7 @@ def test_plain_attention_against_pytorchs_in_fp32(length, key_value_heads, dtype
     shapes = [(2, heads, length, 8) for heads in (4, key_value_heads, key_value_heads)]
     low = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     high = [tensor.detach().float().requires_grad_() for tensor in low]
-    ours = causal_attention(*low, dropout=0.0)
+    ours = causal_attention(*low, mask=None, dropout=0.0)
     theirs = functional.scaled_dot_product_attention(*high, is_causal=True, enable_gqa=key_value_heads != 4)
     weights = torch.randn(theirs.shape, generator=generator)
     (ours.float() * weights).sum().backward()
