@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Communicator, Work
-from hvdlm.comm.ring import Ring
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.bucket import Bucket, make_buckets
+from hvdlm.gradients.bucket import make_buckets
 from hvdlm.gradients.chooser import Chooser
 from hvdlm.gradients.codec_trial import try_codec
 from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes, codec_maker
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.switching import Switching
-from hvdlm.gradients.courier import Courier
-from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.forecast import Cost
+from hvdlm.gradients.lane import Lane, lane_count
 from hvdlm.gradients.moment import Moment
-from hvdlm.gradients.nodes import Nodes
-from hvdlm.gradients.trial import Trial, try_algorithms
+from hvdlm.gradients.trial import Trial
 
 
 @dataclass
@@ -71,12 +66,13 @@ class GradientSync:
         self._device = device = self.buckets[0].buffer.device
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
-        own = communicator.split(0, communicator.rank) if communicator.supports("split") else communicator
-        self._communicator = own
-        self._nodes = Nodes(own) if compression.by_node and own.node_count > 1 else None
-        among = self._nodes.between if self._nodes else own
-        self._exchange = _open_exchange(among, comm.algorithm, self.buckets)
-        self._courier = Courier(device)
+        can_split = communicator.supports("split")
+        owns = [communicator.split(0, communicator.rank) for _ in range(lane_count(communicator, device) * can_split)]
+        self._communicator = own = owns[0] if owns else communicator
+        first = Lane(own, device, comm, compression, self.buckets)
+        # Buckets take turns on them
+        self._lanes = [first]
+        self._lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
         self._compression = compression
         self.codecs: list[Codec] = []
         self._chooser: Chooser | None = None
@@ -94,8 +90,8 @@ class GradientSync:
             self.codecs += [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
         # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
         is_dense = all(type(codec) is Dense for codec in self.codecs)
-        is_reached = device.type == "cpu" or among.supports("cuda")  # else a thread copies to the host and back
-        self._is_engines_alone = is_dense and is_reached and not self._exchange.has_ring and self._nodes is None
+        is_reached = device.type == "cpu" or first.supports_cuda  # else a thread copies to the host and back
+        self._is_engines_alone = is_dense and is_reached and not first.exchange.has_ring and first.nodes is None
         self.step = 0  # of the optimizer: the number of the gradients that are being made
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
@@ -104,7 +100,6 @@ class GradientSync:
         self._full = 0  # buckets 0 .. full-1 are
         self._under_way: list[Work[None]] = []  # of buckets 0 .. len-1, in their order
         self._is_last_micro_batch = False
-        self._busy_seconds = 0.0
         self._backward_ended = self._arrived = Moment(device)
         self.traffic = self._traffic()  # of the last step
         for index, bucket in enumerate(self.buckets):
@@ -118,8 +113,8 @@ class GradientSync:
             self._missing[index] = len(bucket.parameters)
         self._is_last_micro_batch = False
         self._full = 0
-        self._exchange.clear()
-        self._busy_seconds = 0.0
+        for lane in self._lanes:
+            lane.clear()
 
     def last_micro_batch(self) -> None:
         """From here on a gradient that is made is complete, and full buckets are sent."""
@@ -158,17 +153,18 @@ class GradientSync:
         return self._arrived - self._backward_ended
 
     def _traffic(self) -> Traffic:
-        size, exchange = self._exchange.size, self._exchange
+        size = self._lanes[0].exchange.size
+        first_sent = [lane.exchange.first_sent for lane in self._lanes if lane.exchange.first_sent is not None]
         return Traffic(
             dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
-            wire_bytes=exchange.wire_bytes,
-            codec_seconds=self._busy_seconds - exchange.seconds,
-            first_sent=math.nan if exchange.first_sent is None else exchange.first_sent,
+            wire_bytes=sum(lane.exchange.wire_bytes for lane in self._lanes),
+            codec_seconds=sum(lane.codec_seconds for lane in self._lanes),
+            first_sent=min(first_sent, default=math.nan),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks: the step, the trials by which an all-reduce is chosen, the choice of `auto`."""
-        trials = [dataclasses.astuple(trial) for trial in self._exchange.trials]
+        trials = [dataclasses.astuple(trial) for trial in self._lanes[0].exchange.trials]
         state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
         return {**state, "auto": self._chooser.state_dict()} if self._chooser else state
 
@@ -177,8 +173,10 @@ class GradientSync:
         self.step = state["step"]
         if self._chooser and "auto" in state:
             self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
-        if state["ranks"] == self._communicator.size and self._exchange.trials and state["trials"]:
-            self._exchange.trials = [Trial(*each) for each in state["trials"]]
+        if state["ranks"] == self._communicator.size and state["trials"]:
+            for lane in self._lanes:
+                if lane.exchange.trials:
+                    lane.exchange.trials = [Trial(*each) for each in state["trials"]]
 
     def codec_state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
@@ -194,10 +192,11 @@ class GradientSync:
     def adopt_owed_(self, factor: float) -> None:
         """Lets ranks that speak for their nodes owe what `codec_state` of all was filled with, times a number."""
         self.scale_owed_(factor)
-        if self._nodes:
+        nodes = self._lanes[0].nodes
+        if nodes:
             for codec in self.codecs:
                 for flat in codec.state().values():
-                    self._nodes.hand_to_speaker_(flat)
+                    nodes.hand_to_speaker_(flat)
 
     def scale_owed_(self, factor: float) -> None:
         """Multiplies what codecs keep by a number, as gradients are from now on."""
@@ -251,12 +250,12 @@ class GradientSync:
             raise RuntimeError(
                 "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
             )
+        lane = self._lanes[index % len(self._lanes)]
         with self._named(index):
             if self._is_engines_alone:
-                self._under_way.append(self._exchange.all_reduce_by_engine_async_(bucket.buffer))
+                self._under_way.append(lane.exchange.all_reduce_by_engine_async_(bucket.buffer))
             else:
-                reduce = partial(self._reduce_by, self.codecs[index], bucket.buffer, self.step)
-                self._under_way.append(self._courier.submit(reduce))
+                self._under_way.append(lane.submit(self.codecs[index], bucket.buffer, self.step))
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:
@@ -266,42 +265,15 @@ class GradientSync:
         except HvdlmError as error:
             raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 
-    def _reduce_by(self, codec: Codec, gradients: Tensor, step: int) -> None:
-        def reduce() -> None:
-            begin = time.perf_counter()
-            codec.reduce_(gradients, self._exchange, step)
-            self._busy_seconds += time.perf_counter() - begin
-
-        if self._nodes is None:
-            reduce()
-        else:
-            self._nodes.reduce_(gradients, reduce)
-
     def _try(self, index: int, name: str) -> Cost:
         """What the bucket would cost by the codec called `name`, once it is warm."""
         codec = codec_maker(name)(self.buckets[index], self._compression)
         step = max(self.step, 2 * self._compression.warmup_steps)
 
         def reduce(gradients: Tensor) -> float:
-            before = self._busy_seconds - self._exchange.seconds
-            self._reduce_by(codec, gradients, step)
-            return self._busy_seconds - self._exchange.seconds - before
+            lane = self._lanes[0]
+            before = lane.codec_seconds
+            lane.reduce_(codec, gradients, step)
+            return lane.codec_seconds - before
 
         return try_codec(self._communicator, self.buckets[index].buffer, reduce)
-
-
-def _open_exchange(communicator: Communicator, algorithm: str, buckets: Sequence[Bucket]) -> Exchange:
-    """Settles what sums: "ring", "engine", or by size ("auto") whichever costs less in a trial. Collective."""
-    if algorithm == "engine" or communicator.size == 1:
-        return Exchange(communicator, None, [])
-    can_ring = communicator.supports("send") and buckets[0].buffer.device.type == "cpu"
-    if not can_ring:
-        if algorithm == "ring":
-            raise HvdlmError(
-                f"comm.algorithm = 'ring' needs gradients on the CPU and point-to-point messages, which engine "
-                f"{communicator.engine} does not have here: set it to 'auto'"
-            )
-        return Exchange(communicator, None, [])
-    ring = Ring(communicator)
-    largest = max(bucket.buffer.numel() for bucket in buckets)
-    return Exchange(communicator, ring, try_algorithms(communicator, ring, largest) if algorithm == "auto" else [])
