@@ -1,7 +1,7 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
 A gradient's way: `backward()` adds it into its bucket (bucket.py) -> a hook counts it -> the bucket is full -> a codec
-(codecs/) sends it on the communication thread or stream (courier.py, exchange.py), or the engine sums it as it is ->
+(codecs/) sends it on a lane's communication thread or stream (lane.py, exchange.py), or the engine sums it as it is ->
 `wait` returns when every bucket holds the sum.
 """
 
