@@ -1,0 +1,101 @@
+"""Compute that is a sleep: the trainer as it is, but forward, backward and optimizer only take their time.
+
+So communication alone is studied, with more ranks than cores: gradients appear block by block as a device beside the
+cores would make them, through the same hooks, buckets, codecs and messages as real ones.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.training.trainer import Trainer
+
+_FORWARD = 1 / 3  # of the time of both passes: two products backward for one forward
+
+
+class SimulatedTrainer(Trainer):
+    """Spends on a micro-batch what a rank would that computes `tokens_per_second`."""
+
+    tokens_per_second: float
+
+    def prepare(self, tokens_per_second: float) -> None:
+        """To be called before the first step."""
+        self.tokens_per_second = tokens_per_second
+        generator = torch.Generator().manual_seed(self.communicator.rank)
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(".".join(name.split(".")[:2]), []).append(parameter)
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        self._blocks = [
+            (
+                sum(parameter.numel() for parameter in group) / total,
+                group,
+                [1e-3 * torch.randn(parameter.shape, generator=generator) for parameter in group],
+            )
+            for group in groups.values()
+        ]
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        seconds = inputs.numel() / self.tokens_per_second
+        clock = _Clock()
+        clock.spend(_FORWARD * seconds)
+        chain = torch.zeros((), requires_grad=True)
+        for share, parameters, gradients in self._blocks:
+            spent = (1 - _FORWARD) * seconds * share
+            chain = _Block.apply(chain, clock, spent, gradients, *parameters)
+        return _Begin.apply(chain, clock)
+
+    def _apply(self, correction: float, rate: float) -> float:
+        """Plain descent, so that parameters show whether all ranks had the same gradients."""
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        with torch.no_grad():
+            torch._foreach_add_(list(self.parameters.values()), gradients, alpha=-1e-3 / self.communicator.size)
+        return 0.0
+
+
+class _Clock:
+    """Sleeps until what was to be done would be, however long the processor was about something else meanwhile."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self._due = time.perf_counter()
+
+    def spend(self, seconds: float) -> None:
+        self._due += seconds
+        time.sleep(max(0.0, self._due - time.perf_counter()))
+
+
+class _Block(torch.autograd.Function):
+    """Passes its input on; backward it takes its time, then has gradients for its parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Tensor, clock: _Clock, seconds: float, gradients: list[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.clock, ctx.seconds, ctx.gradients = clock, seconds, gradients
+        return chain.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.clock.spend(ctx.seconds)
+        return gradient, None, None, None, *ctx.gradients
+
+
+class _Begin(torch.autograd.Function):
+    """Where the backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Tensor, clock: _Clock) -> Tensor:
+        ctx.clock = clock
+        return chain.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.clock.begin()
+        return gradient, None
