@@ -29,25 +29,33 @@ class SimulatedTrainer(Trainer):
         groups: dict[str, list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(".".join(name.split(".")[:2]), []).append(parameter)
-        total = sum(parameter.numel() for parameter in self.parameters.values())
+        # Looking up an embedding takes no time; the product with the output weight does, first of all, though it may
+        # share the embedding
+        work = {
+            name: 0 if "embedding" in name or name.startswith("output.") else sum(each.numel() for each in group)
+            for name, group in groups.items()
+        }
+        output = self.model.output_weight.numel()
+        total = sum(work.values()) + output
+        self._output_share = output / total
         self._blocks = [
             (
-                sum(parameter.numel() for parameter in group) / total,
+                work[name] / total,
                 group,
                 [1e-3 * torch.randn(parameter.shape, generator=generator) for parameter in group],
             )
-            for group in groups.values()
+            for name, group in groups.items()
         ]
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         seconds = inputs.numel() / self.tokens_per_second
+        backward = (1 - _FORWARD) * seconds
         clock = _Clock()
         clock.spend(_FORWARD * seconds)
         chain = torch.zeros((), requires_grad=True)
         for share, parameters, gradients in self._blocks:
-            spent = (1 - _FORWARD) * seconds * share
-            chain = _Block.apply(chain, clock, spent, gradients, *parameters)
-        return _Begin.apply(chain, clock)
+            chain = _Block.apply(chain, clock, backward * share, gradients, *parameters)
+        return _Output.apply(chain, clock, backward * self._output_share)
 
     def _apply(self, correction: float, rate: float) -> float:
         """Plain descent, so that parameters show whether all ranks had the same gradients."""
@@ -87,15 +95,16 @@ class _Block(torch.autograd.Function):
         return gradient, None, None, None, *ctx.gradients
 
 
-class _Begin(torch.autograd.Function):
-    """Where the backward pass begins."""
+class _Output(torch.autograd.Function):
+    """Where the backward pass begins: with the gradient of the output's product."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Tensor, clock: _Clock) -> Tensor:
-        ctx.clock = clock
+    def forward(ctx: Any, chain: Tensor, clock: _Clock, seconds: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, seconds
         return chain.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.clock.begin()
-        return gradient, None
+        ctx.clock.spend(ctx.seconds)
+        return gradient, None, None

@@ -85,7 +85,8 @@ def _read_off(usable: Sequence[Point], base: Sequence[Point], together: Sequence
     flops = scenario.flops_per_token * scenario.tokens
     alone = [repetition for point in base for repetition in point.repetitions]
     starts = {
-        ranks: _median([r.start_seconds for p in usable if p.ranks == ranks for r in p.repetitions])
+        # of whichever codec came first in its job
+        ranks: min(r.start_seconds for p in usable if p.ranks == ranks for r in p.repetitions)
         for ranks in {point.ranks for point in usable}
     }
     fewest, most = min(starts), max(starts)

@@ -175,10 +175,8 @@ def _alone(way: Sequence[Stage]) -> Cost:
 
 
 def _backward_pass(scenario: Scenario, seconds: float) -> Backward:
-    """A gradient's arithmetic grows with its size, and so does the time until it is there."""
-    elements = scenario.elements
-    sums = [sum(elements[: index + 1]) for index in range(len(elements))]
-    return Backward([seconds * so_far / sums[-1] for so_far in sums], seconds)
+    """That of the last micro-batch, in which gradients become complete."""
+    return Backward([seconds * share for share in scenario.full], seconds)
 
 
 def _message(

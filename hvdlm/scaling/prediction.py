@@ -28,6 +28,8 @@ _WORTHWHILE = 0.5
 
 _SHOWN_BUCKETS = 12
 
+_WIDTH = 140  # columns of a page that is not a terminal
+
 
 def write_fit(results: Path, output: Path) -> None:
     """Fits all points of a study, prints what was held out and how far off it was, and writes the model."""
@@ -37,7 +39,7 @@ def write_fit(results: Path, output: Path) -> None:
     unseen = [residual for holdout in tries for residual in holdout.residuals]
     if unseen:
         model = model.model_copy(update={"residual": root_mean_square(unseen)})
-    console = Console(highlight=False)
+    console = _console()
     for holdout in tries:
         console.print(residual_table(holdout))
     network = model.network
@@ -90,7 +92,7 @@ def predict(
         words += ["--train.batch_size", str(batch_size), "--train.micro_batch_size", str(batch_size)]
     config = load(None, words, PRESETS)
     vocab_size = config.model.vocab_size or 257
-    console = Console(highlight=False)
+    console = _console()
     for codec in codecs or model.measured.codecs:
         compression = config.compression.model_copy(update={"codec": codec})
         chosen = config.model_copy(update={"compression": compression})
@@ -143,6 +145,12 @@ def interval(model: PerformanceModel, ranks: int) -> float:
 def is_extrapolated(model: PerformanceModel, ranks: int) -> bool:
     """Whether so many ranks are far from what was measured."""
     return ranks > _RANGE * max(model.measured.ranks)
+
+
+def _console() -> Console:
+    """As wide as the tables where there is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
 
 
 def _table(

@@ -69,7 +69,7 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job.process.send_signal(signal.SIGKILL)
-    job.finish()
+    job.finish(deadline=60)
     before = {point.place.ranks: point.repetitions[0] for point in read_points(points) if point.codec == "none"}
     result = run(command, deadline=200)
     assert result.status == 0, result.output

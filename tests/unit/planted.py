@@ -7,6 +7,7 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.point import Bucket, Machine, Place, Point, Repetition
 
 ELEMENTS = 1_000_000
+_PARAMETERS = 52  # of preset tiny: two embeddings, 4 blocks of 12, the last norm's two; all but one empty here
 LATENCY, EFFICIENCY = 4e-4, 0.8
 
 
@@ -54,6 +55,6 @@ def make_point(ranks: int, link: float, codec: str = "none", seconds: float | No
         vocab_size=257,
         tokens_per_step=4 * ranks * config.model.context_length,
         simulated_tokens_per_second=1000.0,
-        buckets=[Bucket(shapes=[[1000, 1000]], codec=codec)],
+        buckets=[Bucket(shapes=[[1000, 1000], *[[0]] * (_PARAMETERS - 1)], codec=codec)],
         repetitions=[repetition] * 3,
     )
