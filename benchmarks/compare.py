@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compare_table import read_results, table, write_results
 from lineup import PEERS, REFERENCE, line_up
 from machine import describe_machine, describe_versions
 from picture import draw
 from race import race
-from report import read_results, table, write_results
 from script import absolute_path, as_overrides, run_script
 from setups import ONE_HOST, Setup, opened, parse_setup, possible
 from standings import objections, standings

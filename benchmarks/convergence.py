@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from compare_table import write_results
 from curves import draw, table
 from machine import describe_machine, describe_versions
-from report import write_results
 from runs import Run, Variant, config_of, is_finished, read_run, run
 from script import absolute_path, as_overrides, run_script
 from setups import ONE_HOST, opened, parse_setup, possible

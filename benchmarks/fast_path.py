@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_table import write_results
 from machine import describe_machine, describe_versions
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from plain import PlainGPT, plain_step
-from report import write_results
 from script import absolute_path, as_overrides, run_script
 
 from hvdlm.comm.solo import SoloCommunicator

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_table import read_results, write_results
 from machine import describe_machine, describe_versions
-from report import read_results, write_results
 from script import absolute_path, as_overrides, run_script
 from solo_rank import Start, Turn, serve
 

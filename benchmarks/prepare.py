@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from compare_table import write_results
 from machine import describe_machine, describe_versions
-from report import write_results
 from script import absolute_path, run_script
 
 from hvdlm.data.documents import find_sources, read_blocks, read_documents

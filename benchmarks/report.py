@@ -1,75 +1,186 @@
-"""What a comparison leaves: a JSON file with every round's figures, and the table made of it."""
+"""The report of a scaling study: one HTML page, its pictures as PNG and SVG, and its tables as Markdown.
+
+    python benchmarks/report.py benchmarks/results/scaling/fabric-weak
+
+RESULTS is a directory of scaling.py; results of allreduce.py and convergence.py that lie in it are drawn too.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from script import absolute_path, run_script
+from study import pictures
+from study.page import Section, Table, html, markdown
+from study.summary import Summary, shortfall_of_auto, summarise
+
+from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
+from hvdlm.scaling.point import Point, read_points
+from hvdlm.scaling.validation import Holdout, hold_out
 
-_COLUMNS = ("", "tokens/s", "of limit", "of DDP", "exposed ms", "waited ms", "wire MB", "interface MB", "")
+
+def report(results: Path) -> None:
+    """Writes report.html, report.md and the pictures beside the points."""
+    points = read_points(results)
+    summaries = summarise(points)
+    if not summaries:
+        raise HvdlmError(f"{results} holds no valid point: in each ranks ended with different models")
+    holdouts = hold_out([summary.point for summary in summaries])
+    sections = [
+        _drawn(results, "throughput", "Throughput", _THROUGHPUT, pictures.throughput(summaries), _points(summaries)),
+        _drawn(results, "efficiency", "Efficiency", _EFFICIENCY, pictures.efficiency(summaries)),
+        _drawn(results, "time-per-step", "Where the time goes", _PARTS, pictures.time_per_step(summaries)),
+    ]
+    if lacking := shortfall_of_auto(summaries):
+        sections.append(Section("Codec auto beside the best fixed codec", _AUTO, table=_auto(lacking)))
+    if holdouts:
+        figure = pictures.predictions(holdouts)
+        sections.append(_drawn(results, "predictions", "Prediction", _PREDICTION, figure, _holdouts(holdouts)))
+    if sums := [_read(file) for file in sorted(results.glob("allreduce-*.json"))]:
+        rates = [float(parse_rate(each["link"])) if each["link"] else None for each in sums]
+        sections.append(_drawn(results, "bus-bandwidth", "All-reduce", _SUMS, pictures.bus_bandwidth(sums, rates)))
+    if (results / "convergence.json").exists():
+        runs = _read(results / "convergence.json")["runs"]
+        sections.append(_drawn(results, "loss", "Loss over time", _LOSS, pictures.loss_over_time(runs)))
+    sections.append(Section("What was run", _RUN, table=_settings(points)))
+    title, lead = f"Scaling study {points[0].study}, {points[0].mode}", _lead(points)
+    _write(results / "report.html", html(title, lead, sections))
+    _write(results / "report.md", markdown(title, lead, sections))
+    print(f"{results / 'report.html'}: {len(summaries)} of {len(points)} points are valid")
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Results by the name of their set-up; none if there is no file yet. Raises HvdlmError for one of another kind."""
-    if not path.exists():
-        return {}
+_THROUGHPUT = (
+    "Tokens of a global batch over the seconds of a step on the slowest rank: mean over repetitions without the "
+    "fastest and the slowest, with its 95% interval (Student's, winsorised variance). Dashed: as many times the "
+    "tokens/s of the fewest ranks as there are more."
+)
+_EFFICIENCY = (
+    "Tokens/s of a rank over tokens/s of a rank among the fewest with codec none. In a weak study every rank has the "
+    "same batch however many there are, in a strong one all together have."
+)
+_PARTS = (
+    "Milliseconds of a step, means over ranks: waiting for data, forward and backward pass, waiting for gradients "
+    "after the backward pass (exposed communication), optimizer."
+)
+_AUTO = "Tokens/s of codec auto, and of the fixed codec that was fastest at the same point."
+_PREDICTION = (
+    "Milliseconds of a step at points that a fit has not seen, as forecast by hvdlm.scaling, over what was measured. "
+    "MAPE: mean absolute percentage error."
+)
+_SUMS = "Bus bandwidth as nccl-tests define it, from the median iteration of the slowest rank; float32."
+_LOSS = "Validation loss of the first seed of convergence.py."
+_RUN = "Equal at all points."
+
+
+def _drawn(
+    results: Path, name: str, title: str, text: str, figure: pictures.Figure, table: Table | None = None
+) -> Section:
+    return Section(title, text, pictures.save(figure, results / name), table)
+
+
+def _lead(points: Sequence[Point]) -> str:
+    first = points[0]
+    kinds = {"fabric": "emulated hosts on one machine", "local": "one machine"}
+    simulated = first.simulated_tokens_per_second
+    compute = f" Compute is simulated: a sleep as long as at {simulated:,g} tokens/s a rank." if simulated else ""
+    counts = sorted({len(point.repetitions) for point in points})
+    return (
+        f"{len(points)} points of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} repetitions on "
+        f"{kinds.get(first.place.kind, first.place.kind)}: {first.machine.cores} cores of {first.machine.cpu}, "
+        f"{first.machine.gpu or 'no GPU'}; hvdlm {first.revision}, torch {first.versions['torch']}, "
+        f"{first.versions['mpi']}, {first.date}.{compute}"
+    )
+
+
+def _points(summaries: Sequence[Summary]) -> Table:
+    columns = ("codec", "ranks", "link", "tokens/s", "95% interval", "efficiency", "step ms", "exposed ms", "MB sent")
+    rows = []
+    for each in summaries:
+        point, speed = each.point, each.tokens_per_second
+        known = "" if math.isinf(speed.low) else f"{speed.low:,.0f} to {speed.high:,.0f}"
+        rows.append(
+            (
+                point.codec,
+                str(point.ranks),
+                _rate(point.place.link_bits_per_second),
+                f"{speed.mean:,.0f}",
+                known,
+                "" if each.efficiency is None else f"{each.efficiency:.1%}",
+                f"{point.tokens_per_step / speed.mean * 1e3:,.1f}",
+                f"{each.parts['exposed communication'] * 1e3:,.1f}",
+                f"{point.repetitions[-1].wire_bytes / 1e6:,.2f}",
+            )
+        )
+    return Table(columns, rows)
+
+
+def _auto(lacking: Sequence[tuple[Summary, Summary, float]]) -> Table:
+    columns = ("ranks", "link", "auto, tokens/s", "chosen", "best fixed codec", "its tokens/s", "auto lacks")
+    rows = [
+        (
+            str(auto.point.ranks),
+            _rate(auto.point.place.link_bits_per_second),
+            f"{auto.tokens_per_second.mean:,.0f}",
+            ", ".join(dict.fromkeys(bucket.codec for bucket in auto.point.buckets)),
+            best.point.codec,
+            f"{best.tokens_per_second.mean:,.0f}",
+            f"{share:+.1%}",
+        )
+        for auto, best, share in lacking
+    ]
+    return Table(columns, rows)
+
+
+def _holdouts(holdouts: Sequence[Holdout]) -> Table:
+    columns = ("", "ranks", "link", "codec", "measured ms", "predicted ms", "error")
+    rows = []
+    for holdout in holdouts:
+        for each in holdout.residuals:
+            seconds = (f"{each.measured * 1e3:,.1f}", f"{each.predicted * 1e3:,.1f}")
+            rows.append((holdout.name, str(each.ranks), _rate(each.link), each.codec, *seconds, f"{each.error:+.1%}"))
+        rows.append((holdout.name, "all", "", "", "", "MAPE", f"{holdout.mape:.1%}"))
+    return Table(columns, rows)
+
+
+def _settings(points: Sequence[Point]) -> Table:
+    first = points[0]
+    rows = [("started by", first.place.launcher), ("engine", first.engine), ("algorithm", first.algorithm)]
+    rows += [
+        (f"{section}.{name}", str(value)) for section, each in first.settings.items() for name, value in each.items()
+    ]
+    rows += list(first.place.environment.items())
+    everywhere = [row for row in rows if row[0] not in ("compression.codec", "train.batch_size", "comm.bucket_mb")]
+    return Table(("setting", "value"), everywhere)
+
+
+def _rate(link: float | None) -> str:
+    return "" if link is None else rate_text(int(link))
+
+
+def _read(file: Path) -> Any:
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HvdlmError(f"{path} holds no results of this benchmark: {error}; give another --output") from None
-    if not isinstance(results, dict):
-        raise HvdlmError(f"{path} holds no results of this benchmark: give another --output")
-    return results
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HvdlmError(f"{file} is not JSON: {error}") from None
 
 
-def write_results(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replaces the file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _write(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """Markdown: one table a set-up, under its name and what it ran on."""
-    return "\n".join(_part(result) for result in results.values())
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=absolute_path, metavar="RESULTS", help="a directory of scaling.py")
+    return parser.parse_args()
 
 
-def _part(result: Mapping[str, Any]) -> str:
-    setup, machine, versions, settings = (result[key] for key in ("setup", "machine", "versions", "settings"))
-    where = f"one a host, links of {setup['rate']}" if setup["rate"] else "on one host"
-    ran_on = (
-        f"{setup['ranks']} ranks {where}, {machine['cores']} cores of {machine['cpu']}; "
-        f"torch {versions['torch']}, {versions['mpi']}; "
-        f"medians of {settings['rounds']} rounds of {settings['steps']} steps, {result['date']}."
-    )
-    rule = "|" + "---|" * len(_COLUMNS)
-    rows = [_row(standing) for standing in result["standings"]]
-    return "\n".join([f"## {setup['name']}", "", ran_on, "", _line(_COLUMNS), rule, *rows, ""])
-
-
-def _row(standing: Mapping[str, Any]) -> str:
-    starts, crashes = standing["starts"], standing["crashes"]
-    return _line(
-        [
-            standing["name"],
-            _number(standing["tokens_per_second"], 1, 0),
-            _number(standing["of_limit"], 1, 3),
-            _number(standing["of_ddp"], 1, 3),
-            _number(standing["exposed_seconds"], 1e3, 1),
-            _number(standing["waited_seconds"], 1e3, 1),
-            _number(standing["wire_bytes"], 1e-6, 2),
-            _number(standing["interface_bytes"], 1e-6, 2),
-            f"crashed in {crashes} of {starts} starts" if crashes else "",
-        ]
-    )
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "" if value is None else f"{value * factor:,.{digits}f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+if __name__ == "__main__":
+    run_script("report.py", lambda: report(_parse().results))

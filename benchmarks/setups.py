@@ -14,6 +14,7 @@ from pathlib import Path
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.fabric.programs import require
+from hvdlm.comm.rate import parse_rate
 from hvdlm.errors import HvdlmError
 
 ONE_HOST = "one-host"
@@ -53,7 +54,7 @@ def parse_setup(name: str, ranks: int) -> Setup:
             f"set-up {name!r} is unknown: it is {ONE_HOST}, or two or more hosts and the rate of their links, "
             "as in 2x1gbit or 4x100mbit"
         )
-    network.parse_rate(found.group(2))
+    parse_rate(found.group(2))
     return Setup(name, int(found.group(1)), found.group(2))
 
 

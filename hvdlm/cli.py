@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after an error sentence, 130 after Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "slurm"):
+    if rest and options.command not in ("train", "slurm", "predict"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _set_up_logging(options.traceback)
     try:
@@ -112,6 +112,30 @@ def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.cluster.doctor.ranks import examine_ranks
 
     return examine_ranks(options.engine, options.timeout)
+
+
+def _fit(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.scaling.prediction import write_fit
+
+    write_fit(options.results, options.output)
+    return 0
+
+
+def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.scaling.prediction import predict
+
+    predict(
+        options.fit,
+        ranks=options.ranks,
+        ranks_per_host=options.per_node,
+        link=options.link,
+        codecs=options.codec,
+        preset=options.model,
+        batch_size=options.batch_size,
+        rank_flops=options.rank_flops,
+        overrides=overrides,
+    )
+    return 0
 
 
 def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -246,7 +270,35 @@ def _parser() -> argparse.ArgumentParser:
     slurm.set_defaults(run=_slurm)
 
     _add_fabric(commands)
+    _add_scaling(commands)
     return parser
+
+
+def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fit = commands.add_parser("fit", help="make a performance model of a scaling study, and say how good it is")
+    fit.add_argument("results", type=Path, metavar="RESULTS", help="a directory of benchmarks/scaling.py")
+    fit.add_argument("--output", type=Path, required=True, metavar="FILE", help="for hvdlm predict")
+    fit.set_defaults(run=_fit)
+
+    predict = commands.add_parser(
+        "predict",
+        help="forecast speed, efficiency and exposed communication of ranks, links, codecs and models",
+        epilog="Any setting is overridden by --section.key value, as in --compression.rank 8.",
+        allow_abbrev=False,
+    )
+    predict.add_argument("fit", type=Path, metavar="FIT", help="a file of hvdlm fit")
+    predict.add_argument("--ranks", required=True, metavar="N..M|N,M", help="N..M doubles from N to M")
+    predict.add_argument("--per-node", type=int, metavar="R", help="ranks a host (default: as measured)")
+    predict.add_argument("--link", metavar="RATE", help="of each host, as 100gbit (default: the fastest measured)")
+    predict.add_argument(
+        "--codec", action="append", default=[], metavar="CODEC", help="default: all that were measured"
+    )
+    predict.add_argument("--model", metavar="PRESET", help="default: tiny, or what overrides say")
+    predict.add_argument("--batch-size", type=int, metavar="N", help="sequences of a rank in a step (default: 32)")
+    predict.add_argument(
+        "--rank-flops", type=float, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
+    )
+    predict.set_defaults(run=_predict)
 
 
 def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

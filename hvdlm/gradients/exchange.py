@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.ring import Encoding, Ring
+from hvdlm.gradients.span import Span, total_seconds
 from hvdlm.gradients.trial import Trial, prefers_ring
 
 # Elements: as large a message as Open MPI sends off without asking, where they are bytes (see comm/launch.py).
@@ -30,12 +31,17 @@ class Exchange:
         self.rank, self.size = communicator.rank, communicator.size
         self.has_ring = ring is not None
         self.wire_bytes = 0  # sent by this rank
-        self.seconds = 0.0  # sending, receiving and waiting
+        self.spans: list[Span] = []  # of sending, receiving and waiting, since `clear`
         self.first_sent: float | None = None  # time.perf_counter() of the first message since `clear`
 
     def clear(self) -> None:
         """Starts counting anew."""
-        self.wire_bytes, self.seconds, self.first_sent = 0, 0.0, None
+        self.wire_bytes, self.spans, self.first_sent = 0, [], None
+
+    @property
+    def seconds(self) -> float:
+        """Sending, receiving and waiting, since `clear`."""
+        return total_seconds(self.spans)
 
     def all_reduce_(
         self,
@@ -49,7 +55,7 @@ class Exchange:
         With a ring, which costs less for some sizes and the only way for encodings, float32 sums may travel by an
         `encoding`, whose `errors` are carried on as `Ring.all_reduce_` says.
         """
-        with self._counted():
+        with self._counted("all-reduce"):
             if encoding is not None and self._ring is None:
                 raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
             can_ring = self._ring is not None and values.dtype is torch.float32 and op is ReduceOp.SUM
@@ -68,7 +74,7 @@ class Exchange:
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
-        with self._counted():
+        with self._counted("all-gather"):
             self.wire_bytes += (self.size - 1) * message.nbytes
             if self._ring is not None:  # which sleeps while it waits, where engines spin
                 return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
@@ -79,7 +85,7 @@ class Exchange:
 
         All messages of all ranks have one length and dtype. Engines without point-to-point messages send all to all.
         """
-        with self._counted():
+        with self._counted("all-to-all"):
             if not self._communicator.supports("send"):
                 rows = self._communicator.all_gather(torch.stack(list(messages)))  # (from, to, length)
                 self.wire_bytes += (self.size - 1) * self.size * messages[0].nbytes
@@ -108,9 +114,9 @@ class Exchange:
         self.wire_bytes += 2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         if self.first_sent is None:
             self.first_sent = begin
         yield
-        self.seconds += time.perf_counter() - begin
+        self.spans.append(Span(name, begin, time.perf_counter()))

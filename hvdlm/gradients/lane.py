@@ -18,6 +18,7 @@ from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.courier import Courier
 from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.nodes import Nodes
+from hvdlm.gradients.span import Span, total_seconds
 from hvdlm.gradients.trial import Trial, try_algorithms
 
 
@@ -43,29 +44,29 @@ class Lane:
         self.exchange = _open_exchange(among, comm.algorithm, buckets, trials)
         self.supports_cuda = among.supports("cuda")
         self._courier = Courier(device)
-        self._busy_seconds = 0.0
+        self.spans: list[Span] = []  # of codecs at work, exchange included, since `clear`
 
     def clear(self) -> None:
         """Starts counting anew."""
         self.exchange.clear()
-        self._busy_seconds = 0.0
+        self.spans = []
 
     @property
     def codec_seconds(self) -> float:
         """Making and reading messages."""
-        return self._busy_seconds - self.exchange.seconds
+        return total_seconds(self.spans) - self.exchange.seconds
 
-    def submit(self, codec: Codec, gradients: Tensor, step: int) -> Work[None]:
+    def submit(self, codec: Codec, gradients: Tensor, step: int, name: str) -> Work[None]:
         """Starts a sum when those before it on this lane have ended."""
-        return self._courier.submit(partial(self.reduce_, codec, gradients, step))
+        return self._courier.submit(partial(self.reduce_, codec, gradients, step, name))
 
-    def reduce_(self, codec: Codec, gradients: Tensor, step: int) -> None:
-        """Replaces `gradients` by their sum over all ranks."""
+    def reduce_(self, codec: Codec, gradients: Tensor, step: int, name: str) -> None:
+        """Replaces `gradients` by their sum over all ranks; `name`: of the span that this takes."""
 
         def reduce() -> None:
             begin = time.perf_counter()
             codec.reduce_(gradients, self.exchange, step)
-            self._busy_seconds += time.perf_counter() - begin
+            self.spans.append(Span(name, begin, time.perf_counter()))
 
         if self.nodes is None:
             reduce()

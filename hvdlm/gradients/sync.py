@@ -71,8 +71,8 @@ class GradientSync:
         self._communicator = own = owns[0] if owns else communicator
         first = Lane(own, device, comm, compression, self.buckets)
         # Buckets take turns on them
-        self._lanes = [first]
-        self._lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
+        self.lanes = [first]
+        self.lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
         self._compression = compression
         self.codecs: list[Codec] = []
         self._chooser: Chooser | None = None
@@ -113,7 +113,7 @@ class GradientSync:
             self._missing[index] = len(bucket.parameters)
         self._is_last_micro_batch = False
         self._full = 0
-        for lane in self._lanes:
+        for lane in self.lanes:
             lane.clear()
 
     def last_micro_batch(self) -> None:
@@ -153,18 +153,18 @@ class GradientSync:
         return self._arrived - self._backward_ended
 
     def _traffic(self) -> Traffic:
-        size = self._lanes[0].exchange.size
-        first_sent = [lane.exchange.first_sent for lane in self._lanes if lane.exchange.first_sent is not None]
+        size = self.lanes[0].exchange.size
+        first_sent = [lane.exchange.first_sent for lane in self.lanes if lane.exchange.first_sent is not None]
         return Traffic(
             dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
-            wire_bytes=sum(lane.exchange.wire_bytes for lane in self._lanes),
-            codec_seconds=sum(lane.codec_seconds for lane in self._lanes),
+            wire_bytes=sum(lane.exchange.wire_bytes for lane in self.lanes),
+            codec_seconds=sum(lane.codec_seconds for lane in self.lanes),
             first_sent=min(first_sent, default=math.nan),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks: the step, the trials by which an all-reduce is chosen, the choice of `auto`."""
-        trials = [dataclasses.astuple(trial) for trial in self._lanes[0].exchange.trials]
+        trials = [dataclasses.astuple(trial) for trial in self.lanes[0].exchange.trials]
         state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
         return {**state, "auto": self._chooser.state_dict()} if self._chooser else state
 
@@ -174,7 +174,7 @@ class GradientSync:
         if self._chooser and "auto" in state:
             self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
         if state["ranks"] == self._communicator.size and state["trials"]:
-            for lane in self._lanes:
+            for lane in self.lanes:
                 if lane.exchange.trials:
                     lane.exchange.trials = [Trial(*each) for each in state["trials"]]
 
@@ -192,7 +192,7 @@ class GradientSync:
     def adopt_owed_(self, factor: float) -> None:
         """Lets ranks that speak for their nodes owe what `codec_state` of all was filled with, times a number."""
         self.scale_owed_(factor)
-        nodes = self._lanes[0].nodes
+        nodes = self.lanes[0].nodes
         if nodes:
             for codec in self.codecs:
                 for flat in codec.state().values():
@@ -250,12 +250,13 @@ class GradientSync:
             raise RuntimeError(
                 "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
             )
-        lane = self._lanes[index % len(self._lanes)]
+        lane = self.lanes[index % len(self.lanes)]
         with self._named(index):
             if self._is_engines_alone:
                 self._under_way.append(lane.exchange.all_reduce_by_engine_async_(bucket.buffer))
             else:
-                self._under_way.append(lane.submit(self.codecs[index], bucket.buffer, self.step))
+                name = f"bucket {index + 1}"
+                self._under_way.append(lane.submit(self.codecs[index], bucket.buffer, self.step, name))
 
     @contextmanager
     def _named(self, index: int) -> Iterator[None]:
@@ -271,9 +272,9 @@ class GradientSync:
         step = max(self.step, 2 * self._compression.warmup_steps)
 
         def reduce(gradients: Tensor) -> float:
-            lane = self._lanes[0]
+            lane = self.lanes[0]
             before = lane.codec_seconds
-            lane.reduce_(codec, gradients, step)
+            lane.reduce_(codec, gradients, step, f"trial of {name}")
             return lane.codec_seconds - before
 
         return try_codec(self._communicator, self.buckets[index].buffer, reduce)

@@ -11,6 +11,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Precision
 from hvdlm.gradients.sync import Traffic
 from hvdlm.training.hardware import peak_memory_bytes
+from hvdlm.training.laps import Laps
 from hvdlm.training.peak import peak_flops
 
 
@@ -27,15 +28,13 @@ class StepMetrics:
         self._clear()
 
     def _clear(self) -> None:
-        self._steps = 0
-        self._whole = self._data = self._exposed = self._codec = 0.0
+        self._whole = self._codec = 0.0
+        self._laps: list[Laps] = []
 
-    def add(self, whole: float, data: float, exposed: float, codec: float) -> None:
-        """Seconds of one step: the whole, waiting for data, waiting for communication; in codecs, behind all that."""
-        self._steps += 1
+    def add(self, whole: float, laps: Laps, codec: float) -> None:
+        """One step: seconds of the whole, how they went by, and seconds in codecs, behind all that."""
         self._whole += whole
-        self._data += data
-        self._exposed += exposed
+        self._laps.append(laps)  # read at last: on a GPU that waits
         self._codec += codec
 
     def collect(self, loss_sum: float, tokens: int, traffic: Traffic) -> dict[str, Any]:
@@ -44,11 +43,13 @@ class StepMetrics:
         `loss_sum`: this rank's sum over its tokens, nats; `tokens`: of the whole global batch. Collective; sums
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
-        steps = self._steps
+        steps = len(self._laps)
         if not self._is_peak_asked:  # between steps, when nothing else computes
             self._peak_flops, self._is_peak_asked = self._own_peak(), True
-        compute = self._whole - self._data - self._exposed
-        own = (self._whole, self._data, compute, self._exposed, self._codec, peak_memory_bytes(self._device))
+        seconds = [laps.seconds() for laps in self._laps]
+        data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
+        compute = self._whole - data - exposed
+        own = (self._whole, data, compute, exposed, self._codec, peak_memory_bytes(self._device))
         self._clear()
         losses, peaks, times = zip(
             *self._communicator.all_gather_object((loss_sum, self._peak_flops, own)), strict=True

@@ -23,6 +23,7 @@ from hvdlm.training import checkpoint
 from hvdlm.training.agreement import on_first_rank, raise_together
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
+from hvdlm.training.laps import Laps
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
 from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
@@ -52,6 +53,7 @@ class Trainer:
         self.metrics: MetricsLog | None = None  # rank 0 has one
         flops = flops_per_token(config.model, vocab_size)
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
+        self.laps = Laps(device)  # of the last step
 
     def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint: rank 0 has it open, the others have its `state` and get the rest sent."""
@@ -89,9 +91,9 @@ class Trainer:
 
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank wants to stop."""
-        begin = time.perf_counter()
+        laps = self.laps = Laps(self.device)
         batch, complaint = self._next_batch(loader)
-        data_seconds = time.perf_counter() - begin
+        laps.end("data")
 
         # Agreed on while the first passes run, before the first gradient is sent: who has no batch sends none.
         tokens = int((batch.targets != IGNORE).sum())
@@ -108,23 +110,26 @@ class Trainer:
         losses = []
         for inputs, targets in micro_batches[:-1]:
             losses.append(self._loss(inputs, targets))
+            laps.end("forward")
             (losses[-1] * factor).backward()
+            laps.end("backward")
         if micro_batches:
             losses.append(self._loss(*micro_batches[-1]))
-        begin_wait = time.perf_counter()
+            laps.end("forward")
         all_tokens, stop = self._settle(agreement, complaint)
-        # a GPU is still busy with the passes that the host has queued: there this wait exposes nothing
-        settle_seconds = time.perf_counter() - begin_wait if self.device.type == "cpu" else 0.0
+        laps.end("wait")  # for nothing where a GPU is still busy with what the host has queued
         self.sync.last_micro_batch()
         if micro_batches:
             (losses[-1] * factor).backward()
+            laps.end("backward")
         self.sync.wait()
+        laps.end("wait")
 
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         norm = self._apply(usual_tokens / (all_tokens * self.loss_scale.factor), rate)
+        laps.end("optimizer")
         self.step += 1
-        exposed = settle_seconds + self.sync.exposed_seconds
-        self.step_metrics.add(time.perf_counter() - begin, data_seconds, exposed, self.sync.traffic.codec_seconds)
+        self.step_metrics.add(time.perf_counter() - laps.begin, laps, self.sync.traffic.codec_seconds)
         if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
             self._log(sum(float(loss.detach()) for loss in losses), all_tokens, rate, norm)
         return stop

@@ -13,12 +13,12 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import compare_table
 import curves
 import fast_path
 import one_rank
 import picture
 import plain
-import report
 import runs
 from answers import apart
 from contestant import Contestant, Exchange
@@ -173,7 +173,7 @@ def results() -> dict[str, object]:
 
 
 def test_table(results: dict[str, object]) -> None:
-    lines = report.table(results).splitlines()
+    lines = compare_table.table(results).splitlines()
     assert lines[0] == "## 2x1gbit"
     assert "2 ranks one a host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
@@ -185,9 +185,9 @@ def test_table(results: dict[str, object]) -> None:
 
 def test_results_are_read_as_they_were_written(results: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "compare.json"
-    assert report.read_results(path) == {}
-    report.write_results(path, results)
-    assert report.read_results(path) == results
+    assert compare_table.read_results(path) == {}
+    compare_table.write_results(path, results)
+    assert compare_table.read_results(path) == results
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -196,7 +196,7 @@ def test_results_of_another_kind(text: str, tmp_path: Path) -> None:
     path = tmp_path / "compare.json"
     path.write_text(text)
     with pytest.raises(HvdlmError, match=r"compare\.json holds no results"):
-        report.read_results(path)
+        compare_table.read_results(path)
 
 
 def test_pictures(results: dict[str, object], tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "data": EVERYONE,
     "model": EVERYONE,
     "training": {*EVERYONE, "comm", "gradients", "data", "model"},
+    "scaling": {*EVERYONE, "comm", "gradients", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
-    "cli": {*EVERYONE, "training", "cluster", "data", "model"},
+    "cli": {*EVERYONE, "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},
     "__init__": set(),
 }

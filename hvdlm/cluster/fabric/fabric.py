@@ -26,6 +26,7 @@ from rich.table import Table
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.files import TEMPORARY, host_names, write_files
 from hvdlm.cluster.fabric.programs import enter, path_of, require, run
+from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
 
 MOST_HOSTS = 64
@@ -50,7 +51,7 @@ class Fabric:
         require(slurm)
         if not 1 <= hosts <= MOST_HOSTS or slots < 1:
             raise HvdlmError(f"a fabric has 1 to {MOST_HOSTS} hosts of 1 or more slots, not {hosts} of {slots}")
-        bits = network.parse_rate(rate) if rate else None
+        bits = parse_rate(rate) if rate else None
         self._make_state()
         try:
             names = host_names(hosts)
@@ -96,7 +97,7 @@ class Fabric:
         if change in ("up", "down"):
             network.plug(switch, host, change == "up")
         else:
-            network.shape(switch, inside, host, network.parse_rate(change))
+            network.shape(switch, inside, host, parse_rate(change))
 
     def jobs(self, host: str) -> list[psutil.Process]:
         """The processes of a host other than its daemons: what was run there, and what ssh and Slurm started."""
@@ -127,7 +128,7 @@ class Fabric:
                 name,
                 str(network.address(index)),
                 "up" if link.is_up else "down",
-                network.rate_text(link.rate) if link.rate else "unlimited",
+                rate_text(link.rate) if link.rate else "unlimited",
                 " ".join(sorted(daemons)),
                 str(len(self.jobs(name))),
             )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from dataclasses import dataclass
 
 from hvdlm.cluster.fabric.programs import enter, run
-from hvdlm.errors import HvdlmError
 
 NETWORK = ipaddress.IPv4Network("10.77.0.0/24")
 INTERFACE = "eth0"  # of each host; at the bridge, a link has its host's name
-
-_BITS = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 
 # Token buckets: at least one full-sized segment as the kernel hands it over (64 KiB), and what flows in two
 # milliseconds, so that timers of that grain still keep the rate.
@@ -32,20 +28,6 @@ class Link:
 def address(index: int) -> ipaddress.IPv4Address:
     """Of host h1, h2, ..., by its number."""
     return NETWORK[index]
-
-
-def parse_rate(text: str) -> int:
-    """bit/s for "100mbit", "1gbit", "2.5gbit"; raises HvdlmError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", text.strip().lower())
-    if not found or float(found.group(1)) == 0:
-        raise HvdlmError(f"{text!r} is not a link's rate: write a number and kbit, mbit or gbit, as in 100mbit")
-    return int(float(found.group(1)) * _BITS[found.group(2)])
-
-
-def rate_text(rate: int) -> str:
-    """The shortest way to write bit/s: 1gbit, 100mbit, 1500kbit."""
-    unit = next((name for name in "gmk" if rate % _BITS[name] == 0), "")
-    return f"{rate // _BITS[unit] if unit else rate}{unit}bit"
 
 
 def make_switch() -> None:

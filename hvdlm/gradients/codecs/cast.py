@@ -6,6 +6,8 @@ and sums are float32. Where there is no ring the engine sums numbers of that typ
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class ScaledCast:
 
     def decode(self, message: Tensor, values: Tensor) -> None:
         scale = float(message[:_SCALE_BYTES].view(torch.float32))
-        widen(self._numbers(message, len(values)), 1 / scale, values)
+        widen(self._numbers(message, len(values)), 1 / scale if scale else math.nan, values)  # no message has scale 0
 
     def _numbers(self, message: Tensor, length: int) -> Tensor:
         return message[_SCALE_BYTES:].view(self._dtype)[:length]

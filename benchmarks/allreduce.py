@@ -1,0 +1,213 @@
+"""How fast tensors are summed over all ranks, from 4 bytes to 1 GB, by every way there is, each sum checked.
+
+    mpirun -np 2 --bind-to none python benchmarks/allreduce.py
+    horovodrun --gloo -np 2 python benchmarks/allreduce.py --largest 64mb
+    srun --mpi=pmix python benchmarks/allreduce.py --codecs topk powersgd
+
+Definitions are those of nccl-tests (doc/PERFORMANCE.md): algorithm bandwidth is bytes over seconds, bus bandwidth is
+that times 2 (n - 1) / n, which the rate of a link bounds whatever the number of ranks. README.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe_machine, describe_versions
+from script import absolute_path, run_script
+from study.collectives import Way, has_horovod, ways_of_engine, ways_of_ring
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launch import connect, detect
+from hvdlm.errors import HvdlmError
+from hvdlm.training.hardware import share_cores
+
+_WARM_UP = 2
+_FEWEST, _MOST = 5, 200  # iterations that count
+_SECONDS = 1.0  # of them together, about
+_PERIOD = 7  # of the integers that are summed
+
+_UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one size; seconds are of the slowest rank in each iteration."""
+
+    way: str
+    dtype: str
+    nbytes: int
+    iterations: int
+    p50: float
+    p95: float
+    p99: float
+    slowest_rank: int  # whose median is the longest
+    algorithm_bandwidth: float  # bytes/s
+    bus_bandwidth: float  # bytes/s
+    wrong: int  # elements, over all ranks; of lossy codecs those in which ranks differ
+
+
+def measure(options: argparse.Namespace) -> None:
+    launch = detect(os.environ)
+    engines = options.engines or _available(launch.launcher)
+    communicators = [connect(engine, options.timeout) for engine in engines]
+    first = communicators[0]
+    share_cores(0, first)
+    ways = [way for communicator in communicators for way in ways_of_engine(communicator)]
+    ways += ways_of_ring(first, ["fp16", "bf16", *options.codecs])
+    rows: list[Row] = []
+    for nbytes in _sizes(options.smallest, options.largest, options.factor):
+        for way in ways:
+            for dtype in way.dtypes:
+                if str(dtype).removeprefix("torch.") in options.dtypes and nbytes >= dtype.itemsize:
+                    rows.append(_row(way, dtype, nbytes, first))
+                    if first.rank == 0:
+                        print(_line(rows[-1]), flush=True)
+    wrong = [row for row in rows if row.wrong]
+    if first.rank == 0:
+        _write(rows, launch.launcher, first, options)
+    for communicator in reversed(communicators):
+        communicator.barrier()
+        communicator.close()
+    if wrong:
+        raise HvdlmError(f"wrong sums: {', '.join(f'{row.way} {row.dtype} {row.nbytes} bytes' for row in wrong)}")
+
+
+def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator) -> Row:
+    """Checks a sum, then times some. Collective."""
+    length = nbytes // dtype.itemsize
+    own, expected = _integers(communicator.rank, communicator.size, length, dtype)
+    values = own.clone()
+    begin = time.perf_counter()
+    way.reduce(values)
+    if way.is_exact:
+        wrong = int((values != expected).sum())
+    else:
+        digests = communicator.all_gather_object(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+        wrong = 0 if len(set(digests)) == 1 else length
+    wrong = sum(communicator.all_gather_object(wrong))
+    for _ in range(_WARM_UP):
+        values.zero_()
+        begin = time.perf_counter()
+        way.reduce(values)
+    once = max(communicator.all_gather_object(time.perf_counter() - begin))
+    iterations = int(min(max(_SECONDS / once, _FEWEST), _MOST))
+    seconds = []
+    communicator.barrier()
+    for _ in range(iterations):
+        begin = time.perf_counter()
+        way.reduce(values)
+        seconds.append(time.perf_counter() - begin)
+    of_all = np.array(communicator.all_gather_object(seconds))  # (ranks, iterations)
+    p50, p95, p99 = (float(each) for each in np.percentile(of_all.max(axis=0), [50, 95, 99]))
+    speed, size = nbytes / p50, communicator.size
+    return Row(
+        way.name,
+        str(dtype).removeprefix("torch."),
+        nbytes,
+        iterations,
+        p50,
+        p95,
+        p99,
+        int(np.median(of_all, axis=1).argmax()),
+        speed,
+        speed * 2 * (size - 1) / size,
+        wrong,
+    )
+
+
+def _integers(rank: int, size: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """This rank's numbers, and the sum of all ranks', exact in every dtype up to 85 ranks of bfloat16."""
+    index = torch.arange(_PERIOD)
+    of_ranks = torch.stack([(index + each) % 3 + 1 for each in range(size)])  # (ranks, period)
+    repeats = -(-length // _PERIOD)
+    own, expected = of_ranks[rank].to(dtype), of_ranks.sum(0).to(dtype)
+    return own.repeat(repeats)[:length].contiguous(), expected.repeat(repeats)[:length]
+
+
+def _available(launcher: str) -> list[str]:
+    """Engines that can join this job, that of the launcher first."""
+    if launcher == "none":
+        return ["solo"]
+    by_mpi = launcher in ("mpirun", "srun")
+    return [*(["mpi"] if by_mpi else []), *(["horovod"] if has_horovod() else []), "torch"]
+
+
+def _sizes(smallest: int, largest: int, factor: int) -> list[int]:
+    sizes = [smallest]
+    while sizes[-1] * factor <= largest:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.nbytes:>12,} B  {row.dtype:9} {row.way:30} p50 {row.p50 * 1e6:>12,.1f} us  p95 {row.p95 * 1e6:>12,.1f}  "
+        f"p99 {row.p99 * 1e6:>12,.1f}  algbw {row.algorithm_bandwidth / 1e9:7.3f} GB/s  "
+        f"busbw {row.bus_bandwidth / 1e9:7.3f} GB/s  slowest rank {row.slowest_rank}  wrong {row.wrong}"
+    )
+
+
+def _write(rows: Sequence[Row], launcher: str, communicator: Communicator, options: argparse.Namespace) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "launcher": launcher,
+        "ranks": communicator.size,
+        "hosts": communicator.hosts,
+        "link": options.link,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    partial = options.output / "allreduce.partial"
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(options.output / f"allreduce-{options.name}.json")
+    (options.output / f"allreduce-{options.name}.md").write_text(_table(rows), encoding="utf-8")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = ("bytes", "dtype", "", "p50 us", "p95 us", "p99 us", "algbw GB/s", "busbw GB/s", "slowest rank", "wrong")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        times = (f"{each * 1e6:,.1f}" for each in (row.p50, row.p95, row.p99))
+        speeds = (f"{each / 1e9:.3f}" for each in (row.algorithm_bandwidth, row.bus_bandwidth))
+        cells = (f"{row.nbytes:,}", row.dtype, row.way, *times, *speeds, str(row.slowest_rank), str(row.wrong))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)(b|kb|mb|gb)", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write a number and b, kb, mb or gb, as in 64mb")
+    return int(found.group(1)) * _UNITS[found.group(2)]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smallest", type=_bytes, default="4b", help="default: %(default)s")
+    parser.add_argument("--largest", type=_bytes, default="1gb", help="default: %(default)s, 2**30 bytes")
+    parser.add_argument("--factor", type=int, default=4, choices=[2, 4, 8, 16], help="from one size to the next")
+    parser.add_argument("--engines", nargs="+", choices=["mpi", "horovod", "torch"], help="default: all that can join")
+    parser.add_argument("--codecs", nargs="*", default=[], help="beside fp16 and bf16, over the first engine's ring")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16", "int32"])
+    parser.add_argument("--link", help="rate between hosts, to be drawn beside the results, as 1gbit")
+    parser.add_argument("--name", default="results", help="of the files: allreduce-NAME.json and .md")
+    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script("allreduce.py", lambda: measure(_parse()))

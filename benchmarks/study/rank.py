@@ -1,0 +1,162 @@
+"""One rank of a visit: every codec takes its turn, and rank 0 writes what all have measured.
+
+Started by visit.py, through a launcher: rank.py TASK, a JSON file of `Task`.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Beside this file's folder lie the modules of the benchmarks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from machine import describe_machine, describe_versions
+from torch.nn.utils import parameters_to_vector
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config, from_dict
+from hvdlm.data.loader import Loader
+from hvdlm.data.shard import DataSet
+from hvdlm.gradients.codecs.choice import AUTO
+from hvdlm.gradients.codecs.switching import Switching
+from hvdlm.model.presets import PRESETS
+from hvdlm.training.hardware import choose_device, keep_memory, seconds_alive, share_cores
+from hvdlm.training.job import job
+from hvdlm.training.replicas import broadcast_tensors
+from hvdlm.training.trainer import Trainer
+from study.simulated import SimulatedTrainer
+
+# Steps in which auto measures, chooses and has looked whether it was right.
+_AUTO_WARMUP = 24
+
+_VARIABLES = ("OMPI_MCA_", "HOROVOD_", "OMP_", "NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_")
+
+
+def main(task_file: str) -> None:
+    task = json.loads(Path(task_file).read_text(encoding="utf-8"))
+    configs = {codec: from_dict(settings, task_file, PRESETS) for codec, settings in task["configs"].items()}
+    first = next(iter(configs.values()))
+    keep_memory()
+    digest = hashlib.sha256(Path(task_file).read_bytes()).hexdigest()
+    with job(first.comm.engine, first.comm.timeout, digest) as communicator:
+        device = choose_device(first.train.device, communicator)
+        share_cores(first.train.threads, communicator)
+        data = DataSet(Path(first.data.path))
+        turns = {codec: _turn(task, config, communicator, data, device) for codec, config in configs.items()}
+        if communicator.rank == 0:
+            result = {
+                "hosts": communicator.hosts,
+                "engine": communicator.engine,
+                "vocab_size": first.model.vocab_size or data.vocab_size,
+                "machine": describe_machine(),
+                "versions": describe_versions("scipy", "numba"),
+                "environment": _environment(),
+                "turns": turns,
+            }
+            output = Path(task["output"])
+            partial = output.with_suffix(".partial")
+            partial.write_text(json.dumps(result), encoding="utf-8")
+            partial.replace(output)
+
+
+def _turn(
+    task: dict[str, Any], config: Config, communicator: Communicator, data: DataSet, device: torch.device
+) -> dict[str, Any]:
+    """Trains some steps with one codec; the buckets and the repetition of its point, the same on all ranks."""
+    vocab_size = config.model.vocab_size or data.vocab_size
+    simulated = task["simulated_tokens_per_second"]
+    trainer = (SimulatedTrainer if simulated else Trainer)(config, communicator, data, vocab_size, device)
+    if isinstance(trainer, SimulatedTrainer):
+        trainer.prepare(simulated)
+    broadcast_tensors(communicator, trainer.parameters.values())
+    trainer.model.refresh()
+    loader = trainer.open_loader()
+    trainer.train_step(loader, stop_here=False)
+    start_seconds = seconds_alive()
+    warmup = max(task["warmup_steps"], _AUTO_WARMUP if config.compression.codec == AUTO else 0)
+    for _ in range(warmup - 1):
+        trainer.train_step(loader, stop_here=False)
+    own = _measure(trainer, loader, communicator, task["steps"])
+    ranks = communicator.all_gather_object({**own, "start": start_seconds, "hash": _hash(trainer)})
+    sync = trainer.sync
+    turn = {
+        "lanes": len(sync.lanes),
+        "buckets": [
+            {
+                "shapes": [list(parameter.shape) for parameter in bucket.parameters],
+                "codec": codec.name if isinstance(codec, Switching) else config.compression.codec,
+            }
+            for bucket, codec in zip(sync.buckets, sync.codecs, strict=True)
+        ],
+        "repetition": {
+            "step_seconds": [rank["steps"] for rank in ranks],
+            "seconds": max(rank["whole"] for rank in ranks) / task["steps"],
+            "laps": [rank["laps"] for rank in ranks],
+            **{
+                name: statistics.fmean(rank[name] for rank in ranks)
+                for name in ("codec_seconds", "exchange_seconds", "core_seconds", "wire_bytes")
+            },
+            "start_seconds": max(rank["start"] for rank in ranks),
+            "parameter_hashes": [rank["hash"] for rank in ranks],
+        },
+    }
+    del trainer, loader, sync
+    gc.collect()
+    return turn
+
+
+def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps: int) -> dict[str, Any]:
+    """What this rank saw of so many steps; all begin together."""
+    seconds, laps, traffic = [], [], []
+    exchange = 0.0
+    communicator.barrier()
+    core_begin, begin = time.process_time(), time.perf_counter()
+    before = begin
+    for _ in range(steps):
+        trainer.train_step(loader, stop_here=False)
+        now = time.perf_counter()
+        seconds.append(now - before)
+        before = now
+        laps.append(trainer.laps.seconds())
+        traffic.append(trainer.sync.traffic)
+        exchange += sum(lane.exchange.seconds for lane in trainer.sync.lanes)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    whole, core = time.perf_counter() - begin, time.process_time() - core_begin
+    return {
+        "steps": seconds,
+        "whole": whole,
+        "laps": {name: statistics.fmean(lap.get(name, 0.0) for lap in laps) for name in laps[0]},
+        "codec_seconds": statistics.fmean(each.codec_seconds for each in traffic),
+        "exchange_seconds": exchange / steps,
+        "core_seconds": core / steps,
+        "wire_bytes": statistics.fmean(each.wire_bytes for each in traffic),
+    }
+
+
+def _hash(trainer: Trainer) -> str:
+    with torch.no_grad():
+        flat = parameters_to_vector(trainer.model.parameters()).cpu()
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _environment() -> dict[str, str]:
+    """Variables that change what is measured; paths are nobody's business."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and "/" not in value and ";" not in value
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,208 @@
+"""The performance model: what measurements say of compute, codecs, links and ranks, and the step that follows.
+
+    step = data + forward + backward and exchange, played (schedule.py) + optimizer + waiting for the slowest rank
+
+What a codec sends is rehearsed (rehearsal.py), what each thing costs is fitted (fit.py). A message takes
+hops x latency, then bytes / bandwidth of the link between hosts: the alpha-beta model (Hockney, Parallel Computing 20,
+1994) of a ring (Patarasuk & Yuan, JPDC 2009, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from hvdlm.errors import HvdlmError
+from hvdlm.gradients.codecs.choice import AUTO
+from hvdlm.gradients.forecast import BackwardPass, Cost, choose
+from hvdlm.scaling.point import Machine, Record
+from hvdlm.scaling.rehearsal import Message, messages
+from hvdlm.scaling.scenario import Scenario
+from hvdlm.scaling.schedule import Backward, Cores, Schedule, Stage, play
+from hvdlm.scaling.statistics import expected_maximum
+
+
+class CodecCost(Record):
+    """What a codec takes of a core."""
+
+    seconds_per_element: float = Field(ge=0, description="making and reading messages, of a bucket's numbers")
+    core_seconds_per_byte: float = Field(ge=0, description="sending, receiving and summing, of a byte sent")
+
+
+class Network(Record):
+    """Links between hosts; of one host, what its ranks share."""
+
+    efficiency: float = Field(gt=0, description="bytes of gradients carried, over what the rate would carry")
+    latency: float = Field(ge=0, description="seconds a hop")
+    bits_per_second: float | None = Field(description="where no rate is known: what was carried")
+
+
+class Measured(Record):
+    """The range of the measurements: beyond it is extrapolation."""
+
+    ranks: list[int]
+    links: list[float | None] = Field(description="bits/s")
+    codecs: list[str]
+    tokens: int = Field(description="of a rank in a step")
+    points: int
+
+
+class PerformanceModel(Record):
+    """Made by `hvdlm.scaling.fit`; its JSON file is what `hvdlm predict` reads."""
+
+    machine: Machine
+    ranks_per_host: int
+    is_simulated: bool = Field(description="compute was a sleep, and took no core")
+    uses_gpu: bool
+    lanes: int
+    data_seconds: float
+    forward_seconds_per_flop: float = Field(description="of forward and backward, as size.py counts them")
+    backward_seconds_per_flop: float
+    optimizer_seconds_per_element: float
+    spread: float = Field(description="standard deviation of a rank's step, over its mean")
+    start_seconds: float = Field(description="from the start of processes to the first step, of the fewest ranks")
+    start_seconds_per_rank: float
+    codecs: dict[str, CodecCost]
+    network: Network
+    residual: float = Field(description="root mean square of log(predicted / measured), of points that were not fitted")
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """Seconds of one step, by what they are spent on, and how the exchange goes."""
+
+    data: float
+    forward: float
+    backward: float  # as long as it lasts beside the exchange
+    exposed: float
+    optimizer: float
+    spread: float
+    schedule: Schedule
+    codecs: list[str]  # of each bucket
+    wire_bytes: float  # sent by a rank
+
+    @property
+    def seconds(self) -> float:
+        return self.data + self.forward + self.backward + self.exposed + self.optimizer + self.spread
+
+
+def read_model(file: Path) -> PerformanceModel:
+    """Raises HvdlmError for a file that is none."""
+    try:
+        return PerformanceModel.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HvdlmError(f"cannot read the fit {file}: {error.strerror}") from None
+    except (ValidationError, UnicodeDecodeError):
+        raise HvdlmError(f"{file} is no fit: make one with `hvdlm fit RESULTS --output {file}`") from None
+
+
+def forecast(model: PerformanceModel, scenario: Scenario) -> StepForecast:
+    """The step of a scenario. Raises HvdlmError for a codec that was not measured."""
+    if scenario.compression.codec == AUTO:
+        return _forecast_auto(model, scenario)
+    return _forecast(model, scenario, [scenario.compression.codec] * len(scenario.buckets))
+
+
+def cores(model: PerformanceModel, scenario: Scenario) -> Cores:
+    """What a rank has to itself: emulated hosts share the cores of their machine."""
+    machine = model.machine
+    emulated = machine.machines == 1 and scenario.hosts > 1
+    sharing = scenario.ranks if emulated else min(scenario.ranks, scenario.ranks_per_host)
+    return Cores(machine.cores / sharing, 0.0 if model.is_simulated or model.uses_gpu else 1.0)
+
+
+def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str) -> tuple[list[Stage], float]:
+    """A bucket's way by a codec, and the bytes that a rank sends between hosts."""
+    cost = _cost(model, codec)
+    shapes, elements = scenario.buckets[bucket], scenario.elements[bucket]
+    by_node = scenario.compression.by_node and 1 < scenario.ranks_per_host < scenario.ranks
+    among = scenario.hosts if by_node else scenario.ranks
+    exchanged = messages(codec, shapes, among, scenario.compression)
+    computing = [Stage("codec", cost.seconds_per_element * elements / (len(exchanged) + 1))] * (len(exchanged) + 1)
+    way = [computing[0]]
+    for message, after in zip(exchanged, computing[1:], strict=True):
+        way += [*_message(model, scenario, message, cost, 1 if by_node else scenario.ranks_per_host), after]
+    return way, sum(message.nbytes for message in exchanged)
+
+
+def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str]) -> StepForecast:
+    ways = [stages(model, scenario, index, name) for index, name in enumerate(names)]
+    flops = scenario.flops_per_token * scenario.tokens
+    forward, backward = model.forward_seconds_per_flop * flops, model.backward_seconds_per_flop * flops
+    last = _backward_pass(scenario, backward / scenario.micro_batches)
+    lanes = model.lanes if scenario.hosts > 1 else 1
+    schedule = play(last, [way for way, _ in ways], lanes, cores(model, scenario))
+    before = backward - last.end
+    compute = forward + before + schedule.backward_end
+    return StepForecast(
+        model.data_seconds,
+        forward,
+        before + schedule.backward_end,
+        schedule.exposed,
+        model.optimizer_seconds_per_element * sum(scenario.elements),
+        model.spread * compute * expected_maximum(scenario.ranks),
+        schedule,
+        list(names),
+        sum(nbytes for _, nbytes in ways),
+    )
+
+
+def _forecast_auto(model: PerformanceModel, scenario: Scenario) -> StepForecast:
+    """The choice is made as hvdlm makes it, from costs that are forecast in place of tried."""
+    compression = scenario.compression
+    candidates = [name.strip() for name in compression.candidates.split(",")]
+    fixed = {name: replace(scenario, compression=compression.model_copy(update={"codec": name})) for name in candidates}
+    count = len(scenario.buckets)
+    uniform = {name: _forecast(model, fixed[name], [name] * count) for name in candidates}
+    costs = {
+        name: [_alone(stages(model, fixed[name], index, name)[0]) for index in range(count)] for name in candidates
+    }
+    dense = uniform[candidates[0]]
+    flops = scenario.flops_per_token * scenario.tokens
+    last = _backward_pass(scenario, model.backward_seconds_per_flop * flops / scenario.micro_batches)
+    chosen = choose(BackwardPass(last.full, last.end), costs, shares_core=False)
+    mixed = _forecast(model, scenario, chosen)
+    return min([mixed, dense, *uniform.values()], key=lambda each: each.seconds)
+
+
+def _alone(way: Sequence[Stage]) -> Cost:
+    computing = sum(stage.seconds for stage in way if stage.kind == "codec")
+    return Cost(computing, sum(stage.seconds for stage in way) - computing)
+
+
+def _backward_pass(scenario: Scenario, seconds: float) -> Backward:
+    """That of the last micro-batch, in which gradients become complete."""
+    return Backward([seconds * share for share in scenario.full], seconds)
+
+
+def _message(
+    model: PerformanceModel, scenario: Scenario, message: Message, cost: CodecCost, per_host: int
+) -> list[Stage]:
+    """Between hosts a ring passes each link once, whatever the ranks of a host; what goes to all passes it for each."""
+    nbytes = message.nbytes
+    if message.kind == "all-to-all" and per_host > 1 and scenario.ranks > per_host:
+        nbytes *= per_host * (scenario.ranks - per_host) / (scenario.ranks - 1)
+    seconds = 8 * nbytes / bandwidth(model, scenario)
+    load = cost.core_seconds_per_byte * message.nbytes / seconds if seconds else 0.0
+    return [Stage("latency", model.network.latency * message.hops), Stage("link", seconds, load)]
+
+
+def bandwidth(model: PerformanceModel, scenario: Scenario) -> float:
+    """Bits/s of gradients that a host's link carries. Raises HvdlmError if no rate is known."""
+    if scenario.link is not None:
+        return scenario.link * model.network.efficiency
+    if model.network.bits_per_second is None:
+        raise HvdlmError("the rate of the link is not known: say it with --link, as in --link 100gbit")
+    return model.network.bits_per_second
+
+
+def _cost(model: PerformanceModel, codec: str) -> CodecCost:
+    if codec not in model.codecs:
+        raise HvdlmError(
+            f"codec {codec} was not measured: the fit knows {', '.join(sorted(model.codecs))}; add it to the study"
+        )
+    return model.codecs[codec]

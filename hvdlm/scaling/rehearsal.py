@@ -1,0 +1,106 @@
+"""What a codec would send for a bucket among so many ranks: it runs once, alone, against an exchange that only counts.
+
+So the forecast of a codec follows from the codec itself, one of the user's own included, and from no formula beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.comm.communicator import ReduceOp
+from hvdlm.comm.ring import Encoding
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.choice import codec_maker
+from hvdlm.gradients.exchange import Exchange
+
+# Rows of a matrix beyond which one of two smaller matrices is rehearsed and continued: messages grow evenly with rows.
+_MOST_ROWS = 1024
+
+Shapes = Sequence[Sequence[int]]
+
+
+class Message(NamedTuple):
+    """One exchange among all ranks, as one rank sees it."""
+
+    kind: str  # "all-reduce", "all-gather" or "all-to-all"
+    nbytes: float  # that a rank sends, and receives
+    hops: int  # messages that follow one another, each made of the one before
+
+
+def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSection) -> list[Message]:
+    """What one rank exchanges for a bucket of parameters of these shapes, once the codec is warm.
+
+    Raises HvdlmError for an unknown codec.
+    """
+    if ranks == 1:
+        return []
+    tallest = max((shape[0] for shape in shapes if len(shape) > 1), default=0)
+    if tallest <= _MOST_ROWS:
+        return list(_rehearse(codec, _frozen(shapes), ranks, settings))
+    short, shorter = (_rehearse(codec, _cut(shapes, rows), ranks, settings) for rows in (_MOST_ROWS, _MOST_ROWS // 2))
+    cut_rows = sum(shape[0] - _MOST_ROWS for shape in shapes if len(shape) > 1 and shape[0] > _MOST_ROWS)
+    fewer = sum(max(0, min(shape[0], _MOST_ROWS) - _MOST_ROWS // 2) for shape in shapes if len(shape) > 1)
+    return [
+        Message(more.kind, more.nbytes + (more.nbytes - less.nbytes) * cut_rows / fewer, more.hops)
+        for more, less in zip(short, shorter, strict=True)
+    ]
+
+
+@cache
+def _rehearse(
+    codec: str, shapes: tuple[tuple[int, ...], ...], ranks: int, settings: CompressionSection
+) -> tuple[Message, ...]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {str(index): nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)}
+    bucket = Bucket(parameters)
+    bucket.buffer.normal_(generator=generator)
+    exchange = _CountingExchange(ranks)
+    codec_maker(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
+    return tuple(exchange.messages)
+
+
+class _CountingExchange(Exchange):
+    """Rank 0 of `size`, where the others always say what this one says."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+        self.has_ring = True
+        self.messages: list[Message] = []
+
+    def all_reduce_(
+        self,
+        values: Tensor,
+        encoding: Encoding | None = None,
+        errors: Tensor | None = None,
+        op: ReduceOp = ReduceOp.SUM,
+    ) -> None:
+        nbytes = encoding.nbytes(values.numel()) if encoding else values.nbytes
+        self._note("all-reduce", 2 * (self.size - 1) / self.size * nbytes, 2 * (self.size - 1))
+        if op is ReduceOp.SUM:
+            values.mul_(self.size)
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        self._note("all-gather", (self.size - 1) * message.nbytes, self.size - 1)
+        return [message] * self.size
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        self._note("all-to-all", sum(message.nbytes for message in messages[1:]), 1)
+        return [messages[0]] * self.size
+
+    def _note(self, kind: str, nbytes: float, hops: int) -> None:
+        self.messages.append(Message(kind, nbytes, hops))
+
+
+def _frozen(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(shape) for shape in shapes)
+
+
+def _cut(shapes: Shapes, rows: int) -> tuple[tuple[int, ...], ...]:
+    """All matrices with at most so many rows."""
+    return tuple((min(shape[0], rows), *shape[1:]) if len(shape) > 1 else tuple(shape) for shape in shapes)

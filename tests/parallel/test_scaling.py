@@ -1,0 +1,161 @@
+"""Scaling studies from end to end: points, a kill in between, a rank that sums wrongly, a report, a trace."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launcher import Result, run, start
+
+from hvdlm.scaling.point import read_points
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+STUDY = """
+name = "small"
+place = "local"
+ranks = [1, 2]
+codecs = ["none", {codec!r}]
+batch_sizes = [2]
+repetitions = {repetitions}
+steps = 2
+warmup_steps = 1
+simulated_tokens_per_second = 4000
+data = {data!r}
+
+[settings.model]
+layers = 1
+heads = 2
+width = 32
+context_length = 32
+
+[settings.train]
+micro_batch_size = 2
+"""
+
+WRONG_SUM = """
+from hvdlm.gradients.codecs.dense import Dense
+
+
+class WrongSum(Dense):
+    def reduce_(self, gradients, exchange, step):
+        super().reduce_(gradients, exchange, step)
+        if exchange.rank == 1:
+            gradients[0] += 1
+"""
+
+
+def write_study(data: Path, directory: Path, codec: str, repetitions: int = 2) -> list[str]:
+    file = directory / "study.toml"
+    file.write_text(STUDY.format(codec=codec, repetitions=repetitions, data=str(data)), encoding="utf-8")
+    words = [sys.executable, str(BENCHMARKS / "scaling.py"), "weak", str(file)]
+    return [*words, "--output", str(directory)]
+
+
+def report(directory: Path) -> Result:
+    return run([sys.executable, str(BENCHMARKS / "report.py"), str(directory)], deadline=100)
+
+
+def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
+    command = write_study(small_data, tmp_path, "fp16")
+    job = start(command)
+    points = tmp_path / "small-weak"
+    deadline = time.monotonic() + 120
+    while len(list(points.glob("r2-*.point.json"))) < 2:  # the first repetition is there
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.send_signal(signal.SIGKILL)
+    job.finish(deadline=60)
+    before = {point.place.ranks: point.repetitions[0] for point in read_points(points) if point.codec == "none"}
+    result = run(command, deadline=200)
+    assert result.status == 0, result.output
+    after = read_points(points)
+    assert sorted((point.ranks, point.codec) for point in after) == [(1, "fp16"), (1, "none"), (2, "fp16"), (2, "none")]
+    for point in after:
+        assert len(point.repetitions) == 2 and point.is_valid
+        assert [len(steps) for steps in point.repetitions[0].step_seconds] == [2] * point.ranks
+        assert point.repetitions[0].seconds >= 0.016  # 64 tokens at 4,000 a second
+        if point.codec == "none":
+            assert point.repetitions[0] == before[point.ranks]
+            first, second = point.repetitions
+            assert first.parameter_hashes == second.parameter_hashes
+    again = run(command, deadline=100)
+    assert (again.status, "all 4 points are there" in again.output) == (0, True)
+    assert report(points).status == 0
+    page = (points / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 3 and "src=" not in page and 'href="http' not in page
+    assert "| fp16 | 2 |" in (points / "report.md").read_text(encoding="utf-8")
+    assert (points / "throughput.png").exists()
+
+
+def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_path: Path) -> None:
+    codec = tmp_path / "wrong.py"
+    codec.write_text(WRONG_SUM, encoding="utf-8")
+    result = run(write_study(small_data, tmp_path, f"{codec}:WrongSum", repetitions=1), deadline=200)
+    assert result.status == 1
+    assert "ranks ended with different models, so do not use r2-b2-WrongSum.point.json" in result.output
+    points = read_points(tmp_path / "small-weak")
+    assert [(point.ranks, point.is_valid) for point in points if not point.is_valid] == [(2, False)]
+    assert report(tmp_path / "small-weak").output.count("3 of 4 points are valid") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (('place = "local"', 'place = "moon"'), "place: Input should be 'local', 'fabric', 'hostfile' or 'slurm'"),
+        (('codecs = ["none"', 'codecs = ["zip"'), "compression.codec = 'zip' is unknown"),
+        (("layers = 1", "layers = 0"), "model.layers = 0"),
+        (('place = "local"', 'place = "fabric"'), "a fabric needs links"),
+        (("[settings.train]", "[settings.trains]"), "unknown key trains"),
+    ],
+)
+def test_a_study_that_cannot_be_is_told_before_anything_runs(
+    small_data: Path, tmp_path: Path, change: tuple[str, str], sentence: str
+) -> None:
+    command = write_study(small_data, tmp_path, "fp16")
+    file = tmp_path / "study.toml"
+    file.write_text(file.read_text().replace(*change), encoding="utf-8")
+    result = run(command, deadline=60)
+    assert (result.status, sentence in result.output, "Traceback" in result.output) == (1, True, False), result.output
+
+
+def test_every_way_to_sum_is_checked_and_timed(tmp_path: Path) -> None:
+    mpirun = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
+    sizes = ["--smallest", "4b", "--largest", "64kb", "--factor", "16", "--dtypes", "float32", "bfloat16"]
+    options = [*sizes, "--codecs", "topk", "--output", str(tmp_path)]
+    result = run([*mpirun, str(BENCHMARKS / "allreduce.py"), *options], deadline=200)
+    assert result.status == 0, result.output
+    rows = json.loads((tmp_path / "allreduce-results.json").read_text())["rows"]
+    assert {row["nbytes"] for row in rows} == {4, 64, 1024, 16384}
+    assert {row["wrong"] for row in rows} == {0}
+    ways = {row["way"] for row in rows}
+    assert {"hvdlm mpi", "mpi4py Allreduce", "torch.distributed all_reduce", "hvdlm ring over mpi"} <= ways
+    for row in rows:
+        assert row["p50"] <= row["p95"] <= row["p99"]
+        assert row["bus_bandwidth"] == pytest.approx(row["nbytes"] / row["p50"])  # 2 (n - 1) / n is 1 for two ranks
+
+
+def test_a_trace_has_every_bucket_of_every_rank(small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").touch()
+    words = ["--model.layers", "1", "--comm.bucket_mb", "0.05", "--comm.algorithm", "ring", "--data.path"]
+    mpirun = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
+    trace = [str(BENCHMARKS / "timeline.py"), str(tmp_path / "empty.toml"), "--output", str(tmp_path / "trace.json")]
+    result = run([*mpirun, *trace, *words, str(small_data)], deadline=100)
+    assert result.status == 0, result.output
+    content = json.loads((tmp_path / "trace.json").read_text())
+    assert 0 <= content["otherData"]["clock_error_seconds"] < 0.1
+    spans = [event for event in content["traceEvents"] if event["ph"] == "X"]
+    for rank in (0, 1):
+        own = [span for span in spans if span["pid"] == rank]
+        buckets = [span for span in own if span["cat"] == "codec"]
+        assert [span["name"] for span in buckets] == [f"bucket {index + 1}" for index in range(len(buckets))]
+        assert len(buckets) > 2
+        assert len([span for span in own if span["cat"] == "wire"]) == len(buckets)
+        laps = {span["name"]: span for span in own if span["cat"] == "compute"}
+        assert {"data", "forward", "backward", "wait", "optimizer"} == laps.keys()
+        backward = laps["backward"]
+        assert buckets[0]["ts"] < backward["ts"] + backward["dur"]  # on its way before the pass has ended

@@ -1,0 +1,209 @@
+"""Performance models: schedules played by hand, statistics, what codecs would send, fits that find what was planted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from planted import EFFICIENCY, LATENCY, make_point
+
+from hvdlm.config import CommSection, CompressionSection, from_dict
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+from hvdlm.scaling.fit import fit
+from hvdlm.scaling.performance import forecast
+from hvdlm.scaling.point import read_point, read_points, schema, write_point
+from hvdlm.scaling.prediction import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
+from hvdlm.scaling.rehearsal import Message, messages
+from hvdlm.scaling.scenario import of_config, of_point
+from hvdlm.scaling.schedule import Backward, Cores, Journey, Stage, play
+from hvdlm.scaling.statistics import expected_maximum, trimmed_mean
+from hvdlm.scaling.validation import hold_out
+
+PLENTY = Cores(8, 0)
+
+
+def test_one_bucket_is_exposed_by_what_the_backward_pass_does_not_hide() -> None:
+    schedule = play(Backward([1.0], 2.0), [[Stage("link", 3.0)]], 1, PLENTY)
+    assert schedule.journeys == [Journey(full=1.0, begin=1.0, end=4.0)]
+    assert (schedule.backward_end, schedule.exposed, schedule.link_seconds) == (2.0, 2.0, 3.0)
+
+
+def test_two_lanes_share_the_link() -> None:
+    stages = [[Stage("codec", 1.0), Stage("link", 3.0)]] * 2
+    schedule = play(Backward([1.0, 2.0], 2.0), stages, 2, PLENTY)
+    # the first is alone on the link from 2 to 3, then each has half of it: 4 s for its last 2; then the second's last 1
+    assert [journey.end for journey in schedule.journeys] == [7.0, 8.0]
+    assert (schedule.link_seconds, schedule.codec_seconds) == (6.0, 1.0)
+
+
+def test_on_one_lane_the_next_bucket_waits() -> None:
+    stages = [[Stage("latency", 0.5), Stage("link", 1.0)]] * 2
+    schedule = play(Backward([1.0, 1.0], 1.0), stages, 1, PLENTY)
+    assert schedule.journeys == [Journey(1.0, 1.0, 2.5), Journey(1.0, 2.5, 4.0)]
+    assert schedule.latency_seconds == 1.0
+
+
+def test_a_codec_holds_up_a_backward_pass_on_the_same_core() -> None:
+    schedule = play(Backward([1.0, 2.0], 2.0), [[Stage("codec", 1.0)], []], 1, Cores(1, 1))
+    assert schedule.journeys == [Journey(1.0, 1.0, 3.0), Journey(3.0, 3.0, 3.0)]
+    assert schedule.backward_end == 3.0
+
+
+def test_what_drives_the_link_comes_first_on_a_core() -> None:
+    schedule = play(Backward([0.0], 1.0), [[Stage("link", 1.0, load=0.5)]], 1, Cores(1, 1))
+    assert schedule.journeys[0].end == 1.0
+    assert schedule.backward_end == pytest.approx(1.5)  # half a core for the first second
+
+
+def test_a_link_is_slow_where_cores_cannot_drive_it() -> None:
+    schedule = play(Backward([0.0], 0.0), [[Stage("link", 1.0, load=0.9)]], 1, Cores(0.5, 0))
+    assert schedule.end == pytest.approx(2.0)  # 0.9 cores wanted, 90% of a half there
+
+
+def test_trimmed_mean_by_hand() -> None:
+    estimate = trimmed_mean([100.0, 3.0, 1.0, 2.0, 4.0])
+    # 2, 3, 4 remain; winsorised 2, 2, 3, 4, 4 have deviation 1; 4.3027 is Student's 97.5% point on 2 degrees
+    half = 4.302652729911275 * 1.0 / (3 / 5 * math.sqrt(5))
+    assert estimate == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+    assert trimmed_mean([5.0]) == (5.0, -math.inf, math.inf)
+
+
+def test_expected_maximum() -> None:
+    assert expected_maximum(1) == 0.0
+    assert expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=0.05)
+    assert expected_maximum(8) == pytest.approx(1.42360, rel=0.01)  # tables of normal order statistics
+    assert expected_maximum(100) == pytest.approx(2.50759, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 64])
+def test_a_ring_sends_all_but_its_part_twice(ranks: int) -> None:
+    share = 2 * (ranks - 1) / ranks
+    shapes = [[300, 100], [100]]
+    settings = CompressionSection()
+    assert messages("none", shapes, ranks, settings) == [
+        Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1))
+    ]
+    halves = messages("fp16", shapes, ranks, settings)[0]
+    assert halves.nbytes == pytest.approx(share * (2 * 30_100 + 4))
+
+
+def test_powersgd_sends_its_vectors_and_what_is_small() -> None:
+    first, second = messages("powersgd", [[300, 100], [100]], 2, CompressionSection(rank=3))
+    assert (first.nbytes, second.nbytes) == (4 * (3 * 300 + 100), 4 * 3 * 100)
+
+
+@pytest.mark.parametrize("codec", ["none", "topk", "powersgd", "int4"])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_tall_matrices_are_continued_from_shorter_ones(codec: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [[4096, 256], [256]]
+    settings = CompressionSection()
+    continued = messages(codec, shapes, ranks, settings)
+    monkeypatch.setattr("hvdlm.scaling.rehearsal._MOST_ROWS", 10**6)
+    whole = messages(codec, shapes, ranks, settings)
+    assert [each.kind for each in continued] == [each.kind for each in whole]
+    assert [each.nbytes for each in continued] == pytest.approx([each.nbytes for each in whole], rel=1e-3)
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert messages("topk", [[300, 100]], 1, CompressionSection()) == []
+
+
+PLANTED = [make_point(ranks, link) for link in (1e8, 1e9) for ranks in (1, 2, 4, 8)]
+
+
+def test_a_fit_finds_what_was_planted() -> None:
+    model = fit([point for point in PLANTED if point.ranks <= 2])
+    assert model.network.efficiency == pytest.approx(EFFICIENCY, rel=1e-3)
+    assert model.network.latency == pytest.approx(LATENCY, rel=1e-2)
+    assert (model.data_seconds, model.start_seconds, model.start_seconds_per_rank) == (0.01, 4.0, 1.0)
+    for point in PLANTED:
+        assert forecast(model, of_point(point)).seconds == pytest.approx(point.repetitions[0].seconds, rel=1e-3)
+
+
+def test_what_is_held_out_is_not_fitted() -> None:
+    odd = [*PLANTED[:3], make_point(8, 1e8, seconds=10.0), *PLANTED[4:]]
+    by_name = {holdout.name: holdout for holdout in hold_out(odd)}
+    four, eight, *links = by_name.values()
+    assert [four.name[-7:], eight.name[-7:], len(links)] == ["4 ranks", "8 ranks", 2]
+    assert four.mape < 1e-3  # not moved by the point of 8 ranks
+    true = PLANTED[3].repetitions[0].seconds
+    assert eight.residuals[0].error == pytest.approx(true / 10.0 - 1, abs=1e-3)
+
+
+def test_a_fit_needs_points_that_fit() -> None:
+    with pytest.raises(HvdlmError, match="codec none on the fewest ranks, and points of two ranks"):
+        fit(PLANTED[:1])
+    other = PLANTED[1].model_copy(update={"vocab_size": 50})
+    with pytest.raises(HvdlmError, match="2 machines or models"):
+        fit([PLANTED[0], other])
+    wrong = PLANTED[1].repetitions[0].model_copy(update={"parameter_hashes": ["a", "b"]})
+    with pytest.raises(HvdlmError, match="no valid point"):
+        fit([PLANTED[1].model_copy(update={"repetitions": [wrong]})])
+
+
+def test_points_survive_their_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.point.json"
+    write_point(file, PLANTED[1])
+    assert read_point(file) == PLANTED[1]
+    assert read_points(tmp_path) == [PLANTED[1]]
+    content = json.loads(file.read_text())
+    assert set(json.loads(schema())["required"]) <= content.keys()
+    file.write_text(json.dumps({**content, "colour": "red"}))
+    with pytest.raises(HvdlmError, match="not a point of version 1: colour"):
+        read_point(file)
+    with pytest.raises(HvdlmError, match="holds no points"):
+        read_points(tmp_path / "empty")
+
+
+def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, point in enumerate([*PLANTED, make_point(2, 1e9, "fp16"), make_point(4, 1e9, "fp16")]):
+        write_point(tmp_path / f"{index}.point.json", point)
+    write_fit(tmp_path, tmp_path / "fit.json")
+    assert "MAPE 0.0%" in capsys.readouterr().out
+    options = {"preset": "tiny", "batch_size": 4, "rank_flops": None, "overrides": []}
+    predict(tmp_path / "fit.json", ranks="8..64", ranks_per_host=1, link="10gbit", codecs=["none"], **options)
+    said = capsys.readouterr().out
+    assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
+    with pytest.raises(HvdlmError, match="codec topk was not measured: the fit knows fp16, none"):
+        predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=["topk"], **options)
+    (tmp_path / "fit.json").write_text("{}")
+    with pytest.raises(HvdlmError, match="is no fit"):
+        predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **options)
+
+
+def test_by_node_passes_the_link_once_a_node() -> None:
+    model = fit(PLANTED)
+    config = from_dict({"compression": {"by_node": True}}, "test", PRESETS)
+    flat = config.model_copy(update={"compression": CompressionSection()})
+    apart, together = (forecast(model, of_config(each, 257, 16, 8, 1e9)) for each in (flat, config))
+    assert apart.wire_bytes / together.wire_bytes == pytest.approx((2 * 15 / 16) / (2 * 1 / 2), rel=1e-6)
+
+
+def test_faster_ranks_show_more_of_the_exchange() -> None:
+    model = fit(PLANTED)
+    scenario = of_point(PLANTED[2])
+    flops = scenario.flops_per_token * scenario.tokens / 0.03
+    fast = forecast(with_flops(model, flops), scenario)
+    assert fast.forward + fast.backward == pytest.approx(0.03)
+    assert fast.forward / fast.backward == pytest.approx(0.5)
+
+
+def test_ranges() -> None:
+    model = fit(PLANTED).model_copy(update={"residual": 0.01})
+    assert parse_counts("8..70") == [8, 16, 32, 64]
+    assert parse_counts("3,5") == [3, 5]
+    for text in ("8..x", "", "0"):
+        with pytest.raises(HvdlmError, match="--ranks"):
+            parse_counts(text)
+    assert not is_extrapolated(model, 32) and is_extrapolated(model, 33)
+    assert interval(model, 8) == pytest.approx(math.exp(0.02))
+    assert interval(model, 32) == pytest.approx(math.exp(0.06))
+
+
+def test_buckets_of_a_model_that_has_no_memory() -> None:
+    config = from_dict({"model": {"preset": "llama-8b"}, "comm": CommSection().model_dump()}, "test", PRESETS)
+    scenario = of_config(config, 128256, 8, 8, None)
+    assert sum(scenario.elements) == 8_030_261_248  # the model card's 8.03B
