@@ -30,7 +30,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import connect, detect
 from hvdlm.errors import HvdlmError
-from hvdlm.training.hardware import share_cores
+from hvdlm.training.hardware import choose_device, share_cores
 
 _WARM_UP = 2
 _FEWEST, _MOST = 5, 200  # iterations that count
@@ -63,14 +63,15 @@ def measure(options: argparse.Namespace) -> None:
     communicators = [connect(engine, options.timeout) for engine in engines]
     first = communicators[0]
     share_cores(0, first)
-    ways = [way for communicator in communicators for way in ways_of_engine(communicator)]
-    ways += ways_of_ring(first, ["fp16", "bf16", *options.codecs])
+    device = choose_device(options.device, first)
+    ways = [way for communicator in communicators for way in ways_of_engine(communicator, device)]
+    ways += ways_of_ring(first, device, ["fp16", "bf16", *options.codecs])
     rows: list[Row] = []
     for nbytes in _sizes(options.smallest, options.largest, options.factor):
         for way in ways:
             for dtype in way.dtypes:
                 if str(dtype).removeprefix("torch.") in options.dtypes and nbytes >= dtype.itemsize:
-                    rows.append(_row(way, dtype, nbytes, first))
+                    rows.append(_row(way, dtype, nbytes, first, device))
                     if first.rank == 0:
                         print(_line(rows[-1]), flush=True)
     wrong = [row for row in rows if row.wrong]
@@ -83,32 +84,33 @@ def measure(options: argparse.Namespace) -> None:
         raise HvdlmError(f"wrong sums: {', '.join(f'{row.way} {row.dtype} {row.nbytes} bytes' for row in wrong)}")
 
 
-def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator) -> Row:
+def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, device: torch.device) -> Row:
     """Checks a sum, then times some. Collective."""
     length = nbytes // dtype.itemsize
     own, expected = _integers(communicator.rank, communicator.size, length, dtype)
-    values = own.clone()
-    begin = time.perf_counter()
-    way.reduce(values)
+    values = own.to(device, copy=True)
+
+    def reduce() -> float:
+        begin = time.perf_counter()
+        way.reduce(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    reduce()
     if way.is_exact:
-        wrong = int((values != expected).sum())
+        wrong = int((values.cpu() != expected).sum())
     else:
-        digests = communicator.all_gather_object(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+        digests = communicator.all_gather_object(hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest())
         wrong = 0 if len(set(digests)) == 1 else length
     wrong = sum(communicator.all_gather_object(wrong))
     for _ in range(_WARM_UP):
         values.zero_()
-        begin = time.perf_counter()
-        way.reduce(values)
-    once = max(communicator.all_gather_object(time.perf_counter() - begin))
+        seconds = reduce()
+    once = max(communicator.all_gather_object(seconds))
     iterations = int(min(max(_SECONDS / once, _FEWEST), _MOST))
-    seconds = []
     communicator.barrier()
-    for _ in range(iterations):
-        begin = time.perf_counter()
-        way.reduce(values)
-        seconds.append(time.perf_counter() - begin)
-    of_all = np.array(communicator.all_gather_object(seconds))  # (ranks, iterations)
+    of_all = np.array(communicator.all_gather_object([reduce() for _ in range(iterations)]))  # (ranks, iterations)
     p50, p95, p99 = (float(each) for each in np.percentile(of_all.max(axis=0), [50, 95, 99]))
     speed, size = nbytes / p50, communicator.size
     return Row(
@@ -202,6 +204,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=["mpi", "horovod", "torch"], help="default: all that can join")
     parser.add_argument("--codecs", nargs="*", default=[], help="beside fp16 and bf16, over the first engine's ring")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16", "int32"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where tensors are")
     parser.add_argument("--link", help="rate between hosts, to be drawn beside the results, as 1gbit")
     parser.add_argument("--name", default="results", help="of the files: allreduce-NAME.json and .md")
     parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results")

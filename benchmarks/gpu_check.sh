@@ -76,6 +76,11 @@ assert worst < 1e-4
 PYTHON
 hvdlm generate "$out/whole" --prompt "def " --tokens 20
 
+echo "== sums of tensors on the GPU, and a trace of a step"
+mpirun -np 2 --oversubscribe --bind-to none python benchmarks/allreduce.py --largest 64mb --output "$out" --name gpu
+mpirun -np 2 --oversubscribe --bind-to none python benchmarks/timeline.py examples/quickstart.toml \
+  --data.path "$data" --compression.codec fp16 --output "$out/trace.json"
+
 echo "== one rank's speed; results go to benchmarks/results/one_rank.json"
 python benchmarks/one_rank.py --data "$data" --models gpt2 gpt2-large --contestants "PyTorch bf16 autocast eager" \
   "hvdlm bf16" "hvdlm bf16 compiled"

@@ -33,10 +33,10 @@ class Way:
     is_exact: bool = True
 
 
-def ways_of_engine(communicator: Communicator) -> list[Way]:
+def ways_of_engine(communicator: Communicator, device: torch.device) -> list[Way]:
     """What hvdlm's engine does, and what its users would call themselves."""
     ours = Way(f"hvdlm {communicator.engine}", _TYPES, communicator.all_reduce_)
-    if communicator.engine == "mpi":
+    if communicator.engine == "mpi" and device.type == "cpu":
         return [ours, Way("mpi4py Allreduce", (torch.float32, torch.int32), _by_mpi)]
     if communicator.engine == "torch":
         return [ours, Way("torch.distributed all_reduce", _TYPES, _by_torch)]
@@ -45,9 +45,9 @@ def ways_of_engine(communicator: Communicator) -> list[Way]:
     return [ours]
 
 
-def ways_of_ring(communicator: Communicator, codecs: Sequence[str]) -> list[Way]:
-    """hvdlm's own ring over an engine's messages, plain and under codecs; none where there are no messages."""
-    if not communicator.supports("send"):
+def ways_of_ring(communicator: Communicator, device: torch.device, codecs: Sequence[str]) -> list[Way]:
+    """hvdlm's own ring over an engine's messages, plain and under codecs; none on GPUs, or without messages."""
+    if device.type != "cpu" or not communicator.supports("send"):
         return []
     ring = Ring(communicator)
     plain = Way(f"hvdlm ring over {communicator.engine}", (torch.float32,), ring.all_reduce_)

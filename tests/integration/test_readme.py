@@ -13,6 +13,7 @@ from launcher import run
 
 ROOT = Path(__file__).parents[2]
 HOSTS = "Many hosts"
+STUDIES = "Scaling studies"
 
 
 def commands() -> dict[str, list[str]]:
@@ -40,6 +41,14 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     short = re.sub(r"^warmup_steps = \d+", "warmup_steps = 5", short, flags=re.MULTILINE)
     assert short != settings
     quickstart.write_text(short, encoding="utf-8")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    study = folder / "benchmarks" / "studies" / "fabric.toml"
+    plan = study.read_text(encoding="utf-8")
+    small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1"}
+    for key, value in small.items():
+        plan, changed = re.subn(rf"^{key} = .*", f"{key} = {value}", plan, flags=re.MULTILINE)
+        assert changed == 1, key
+    study.write_text(f"repetitions = 1\nsteps = 1\n{plan}", encoding="utf-8")
     return folder
 
 
@@ -55,7 +64,7 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_for_one_machine(checkout: Path) -> None:
     """In order: later ones use what earlier ones made."""
     for heading, lines in commands().items():
-        for line in lines if heading != HOSTS else []:
+        for line in lines if heading not in (HOSTS, STUDIES) else []:
             result = run(["bash", "-c", line], cwd=checkout)
             assert result.status == 0, f"{line}\n{result.output}"
     assert (checkout / "runs" / "horovodrun" / "loss.png").exists()
@@ -97,3 +106,14 @@ def test_links_lead_somewhere() -> None:
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def test_a_study_from_its_plan_to_its_forecast(checkout: Path) -> None:
+    """Those for Slurm are in test_slurm.py."""
+    skip_without_fabric(slurm=False)
+    lines = [line for line in commands()[STUDIES] if "slurm" not in line and not line.startswith("salloc")]
+    assert [line.split()[1] for line in lines] == ["benchmarks/scaling.py", "benchmarks/report.py", "fit", "predict"]
+    for line in lines:
+        result = run(["bash", "-c", line], cwd=checkout, deadline=200)
+        assert result.status == 0, f"{line}\n{result.output}"
+    assert "extrapolated" in result.output

@@ -94,8 +94,8 @@ def test_pages() -> None:
 
 
 def test_wrong_sums_are_counted() -> None:
-    solo = SoloCommunicator()
+    solo, cpu = SoloCommunicator(), torch.device("cpu")
     right = Way("right", (torch.float32,), lambda values: values)
     wrong = Way("wrong", (torch.float32,), lambda values: values[3:].add_(1))
-    assert allreduce._row(right, torch.float32, 40, solo).wrong == 0
-    assert allreduce._row(wrong, torch.float32, 40, solo).wrong == 7
+    assert allreduce._row(right, torch.float32, 40, solo, cpu).wrong == 0
+    assert allreduce._row(wrong, torch.float32, 40, solo, cpu).wrong == 7
