@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import describe_machine, describe_versions
-from script import absolute_path, run_script
-from study.collectives import Way, has_horovod, ways_of_engine, ways_of_ring
 from torch import Tensor
 
+from common.machine import describe_machine, describe_versions
+from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import connect, detect
 from hvdlm.errors import HvdlmError
 from hvdlm.training.hardware import choose_device, share_cores
+from study.collectives import Way, has_horovod, ways_of_engine, ways_of_ring
 
 _WARM_UP = 2
 _FEWEST, _MOST = 5, 200  # iterations that count

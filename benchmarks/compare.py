@@ -18,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compare_table import read_results, table, write_results
-from lineup import PEERS, REFERENCE, line_up
-from machine import describe_machine, describe_versions
-from picture import draw
-from race import race
-from script import absolute_path, as_overrides, run_script
-from setups import ONE_HOST, Setup, opened, parse_setup, possible
-from standings import objections, standings
-
+from common.machine import describe_machine, describe_versions
+from common.results import read_results, write_results
+from common.script import absolute_path, as_overrides, run_script
+from common.setups import ONE_HOST, Setup, opened, parse_setup, possible
+from comparison.lineup import PEERS, REFERENCE, line_up
+from comparison.picture import draw
+from comparison.race import race
+from comparison.standings import objections, standings
+from comparison.table import table
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError

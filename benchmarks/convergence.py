@@ -17,18 +17,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from compare_table import write_results
-from curves import draw, table
-from machine import describe_machine, describe_versions
-from runs import Run, Variant, config_of, is_finished, read_run, run
-from script import absolute_path, as_overrides, run_script
-from setups import ONE_HOST, opened, parse_setup, possible
-
+from common.machine import describe_machine, describe_versions
+from common.results import write_results
+from common.script import absolute_path, as_overrides, run_script
+from common.setups import ONE_HOST, opened, parse_setup, possible
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.choice import CODECS
 from hvdlm.model.presets import PRESETS
+from loss_curves.curves import draw, table
+from loss_curves.runs import Run, Variant, config_of, is_finished, read_run, run
 
 SETTINGS = {
     "model.position": "rope",

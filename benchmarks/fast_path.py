@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_table import write_results
-from machine import describe_machine, describe_versions
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from plain import PlainGPT, plain_step
-from script import absolute_path, as_overrides, run_script
 
+from common.machine import describe_machine, describe_versions
+from common.results import write_results
+from common.script import absolute_path, as_overrides, run_script
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, load
 from hvdlm.data.loader import Loader
@@ -31,6 +30,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.trainer import Trainer
+from solo.plain import PlainGPT, plain_step
 
 SETTINGS = {
     "model.layers": 4,

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_table import read_results, write_results
-from machine import describe_machine, describe_versions
-from script import absolute_path, as_overrides, run_script
-from solo_rank import Start, Turn, serve
 
+from common.machine import describe_machine, describe_versions
+from common.results import read_results, write_results
+from common.script import absolute_path, as_overrides, run_script
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import flops_per_token, training_memory_bytes
+from solo.rank import Start, Turn, serve
 
 _SMALL = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.context_length": 256}
 

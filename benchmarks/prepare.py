@@ -18,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from compare_table import write_results
-from machine import describe_machine, describe_versions
-from script import absolute_path, run_script
-
+from common.machine import describe_machine, describe_versions
+from common.results import write_results
+from common.script import absolute_path, run_script
 from hvdlm.data.documents import find_sources, read_blocks, read_documents
 from hvdlm.data.manifest import TOKENIZER
 from hvdlm.errors import HvdlmError

@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from script import absolute_path, run_script
-from study import pictures
-from study.page import Section, Table, html, markdown
-from study.summary import Summary, shortfall_of_auto, summarise
-
+from common.script import absolute_path, run_script
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import Point, read_points
 from hvdlm.scaling.validation import Holdout, hold_out
+from study import pictures
+from study.page import Section, Table, html, markdown
+from study.summary import Summary, shortfall_of_auto, summarise
 
 
 def report(results: Path) -> None:

@@ -15,13 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from script import absolute_path, run_script
+from common.script import absolute_path, run_script
+from hvdlm.errors import HvdlmError
+from hvdlm.scaling.point import SUFFIX, read_point, schema
 from study.places import opened
 from study.plan import Study, Visit, configuration, read_study, visits
 from study.visit import VisitError, check_data, measure, missing
-
-from hvdlm.errors import HvdlmError
-from hvdlm.scaling.point import SUFFIX, read_point, schema
 
 _MOST_TRIES = 2
 

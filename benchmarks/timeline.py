@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from script import absolute_path, run_script
-from study.clocks import offsets
-
+from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
@@ -27,6 +25,7 @@ from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.replicas import broadcast_tensors
 from hvdlm.training.trainer import Trainer
+from study.clocks import offsets
 
 _MICROSECONDS = 1e6
 

@@ -1,0 +1,1 @@
+"""The parts of scaling.py, report.py, allreduce.py and timeline.py."""

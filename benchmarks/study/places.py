@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from setups import environment
-
+from common.setups import environment
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.hostfile import read_hostfile

@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Beside this file's folder lie the modules of the benchmarks
+# The packages of the benchmarks lie beside this one
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from machine import describe_machine, describe_versions
 from torch.nn.utils import parameters_to_vector
 
+from common.machine import describe_machine, describe_versions
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, from_dict
 from hvdlm.data.loader import Loader

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from setups import environment
-
+from common.setups import environment
 from hvdlm.comm.rate import parse_rate
 from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import SUFFIX, Machine, Place, Point, read_point, write_point

@@ -13,29 +13,28 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import compare_table
-import curves
+from torch.nn.utils import parameters_to_vector
+
 import fast_path
 import one_rank
-import picture
-import plain
-import runs
-from answers import apart
-from contestant import Contestant, Exchange
-from job import cause_of_crash
-from lineup import Crew, in_order, is_faithful, line_up
-from race import Outcome
-from setups import Setup, parse_setup
-from standings import objections, standings
-from torch.nn.utils import parameters_to_vector
-from turns import Turn, over_ranks, take_turn
-
+from common import results as results_file
+from common.setups import Setup, parse_setup
+from comparison import picture, table
+from comparison.answers import apart
+from comparison.contestant import Contestant, Exchange
+from comparison.job import cause_of_crash
+from comparison.lineup import Crew, in_order, is_faithful, line_up
+from comparison.race import Outcome
+from comparison.standings import objections, standings
+from comparison.turns import Turn, over_ranks, take_turn
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
+from loss_curves import curves, runs
+from solo import plain
 
 
 def turn(step_seconds: float, waited: float | None = None, wire: float | None = None) -> Turn:
@@ -173,7 +172,7 @@ def results() -> dict[str, object]:
 
 
 def test_table(results: dict[str, object]) -> None:
-    lines = compare_table.table(results).splitlines()
+    lines = table.table(results).splitlines()
     assert lines[0] == "## 2x1gbit"
     assert "2 ranks one a host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
@@ -185,9 +184,9 @@ def test_table(results: dict[str, object]) -> None:
 
 def test_results_are_read_as_they_were_written(results: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "compare.json"
-    assert compare_table.read_results(path) == {}
-    compare_table.write_results(path, results)
-    assert compare_table.read_results(path) == results
+    assert results_file.read_results(path) == {}
+    results_file.write_results(path, results)
+    assert results_file.read_results(path) == results
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -196,7 +195,7 @@ def test_results_of_another_kind(text: str, tmp_path: Path) -> None:
     path = tmp_path / "compare.json"
     path.write_text(text)
     with pytest.raises(HvdlmError, match=r"compare\.json holds no results"):
-        compare_table.read_results(path)
+        results_file.read_results(path)
 
 
 def test_pictures(results: dict[str, object], tmp_path: Path) -> None:

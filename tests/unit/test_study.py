@@ -10,17 +10,17 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import allreduce
 from planted import make_point
+
+import allreduce
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.errors import HvdlmError
+from hvdlm.scaling.validation import hold_out
 from study import pictures
 from study.collectives import Way
 from study.page import Section, Table, html, markdown
 from study.plan import configuration, read_study, visits
 from study.summary import shortfall_of_auto, summarise
-
-from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.errors import HvdlmError
-from hvdlm.scaling.validation import hold_out
 
 STUDY = """
 name = "small"

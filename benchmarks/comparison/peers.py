@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from contestant import Contestant, open_loader
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from comparison.contestant import Contestant, open_loader
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, Precision
 from hvdlm.data.shard import DataSet

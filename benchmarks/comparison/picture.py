@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lineup import LIMIT, is_ours
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from comparison.lineup import LIMIT, is_ours
 
 _PANELS_A_ROW = 4
 _RIGHT = 1.25  # end of the axis, a little over the limit's 1

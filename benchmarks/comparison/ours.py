@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from contestant import Contestant, Exchange
 
+from comparison.contestant import Contestant, Exchange
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config

@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from runs import Point, Run
+
+from loss_curves.runs import Point, Run
 
 DENSE = "none"
 

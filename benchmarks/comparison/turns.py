@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contestant import Contestant
 from torch.nn.utils import parameters_to_vector
+
+from comparison.contestant import Contestant
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from answers import apart
-from job import Crashed, Job
-from lineup import LIMIT, REFERENCE, Crew, in_order
-from setups import Place
-from turns import Request, Turn
-
+from common.setups import Place
+from comparison.answers import apart
+from comparison.job import Crashed, Job
+from comparison.lineup import LIMIT, REFERENCE, Crew, in_order
+from comparison.turns import Request, Turn
 from hvdlm.config import Config
 
 MOST_STARTS = 10  # of a job that crashes

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from setups import environment
+
+from common.setups import environment
 
 
 def describe_machine() -> dict[str, object]:

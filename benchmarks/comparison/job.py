@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from lineup import LIMIT, Crew
-from setups import Place, environment
-from turns import Request, Turn, over_ranks
+
+from common.setups import Place, environment
+from comparison.lineup import LIMIT, Crew
+from comparison.turns import Request, Turn, over_ranks
 
 _RANK = Path(__file__).with_name("rank.py")
 

@@ -1,35 +1,11 @@
-"""What a comparison leaves: a JSON file with every round's figures, and the table made of it."""
+"""The table of a comparison."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from hvdlm.errors import HvdlmError
-
 _COLUMNS = ("", "tokens/s", "of limit", "of DDP", "exposed ms", "waited ms", "wire MB", "interface MB", "")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Results by the name of their set-up; none if there is no file yet. Raises HvdlmError for one of another kind."""
-    if not path.exists():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HvdlmError(f"{path} holds no results of this benchmark: {error}; give another --output") from None
-    if not isinstance(results, dict):
-        raise HvdlmError(f"{path} holds no results of this benchmark: give another --output")
-    return results
-
-
-def write_results(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replaces the file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def table(results: Mapping[str, Any]) -> str:

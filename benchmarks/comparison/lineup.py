@@ -6,10 +6,8 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import ours
-import peers
-from contestant import Contestant
-
+from comparison import ours, peers
+from comparison.contestant import Contestant
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet

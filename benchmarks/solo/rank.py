@@ -8,15 +8,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from contestant import open_loader
-from plain import PlainGPT, plain_step
 
+from comparison.contestant import open_loader
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.training.hardware import choose_device, keep_memory, libraries_bytes, peak_memory_bytes
 from hvdlm.training.peak import peak_flops
 from hvdlm.training.trainer import Trainer
+from solo.plain import PlainGPT, plain_step
 
 
 @dataclass(frozen=True)

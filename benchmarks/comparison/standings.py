@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from answers import TOLERANCE
-from lineup import LIMIT, REFERENCE, is_faithful, is_ours
-from race import Outcome
-from turns import Turn
+from comparison.answers import TOLERANCE
+from comparison.lineup import LIMIT, REFERENCE, is_faithful, is_ours
+from comparison.race import Outcome
+from comparison.turns import Turn
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import sys
 from multiprocessing.connection import Client
 from pathlib import Path
 
-import torch
-from lineup import build
-from torch.nn.utils import parameters_to_vector
-from turns import Request, digest, take_turn
+# The packages of the benchmarks lie beside this one
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from comparison.lineup import build
+from comparison.turns import Request, digest, take_turn
 from hvdlm.config import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from setups import Place, environment
-
+from common.setups import Place, environment
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.training.metrics import read_metrics

@@ -1,0 +1,1 @@
+"""The parts of compare.py: who takes part, how they take turns, and what comes of it."""
