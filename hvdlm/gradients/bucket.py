@@ -1,4 +1,8 @@
-"""Flat buffers whose views are the parameters' `.grad`, so that a gradient is never copied to be sent."""
+"""Flat buffers whose views are the parameters' `.grad`, so that gradients are added, sent and used where they lie.
+
+A step's first gradient of a parameter is made elsewhere by autograd, and copied into its place while it is in the cache:
+that is one pass over the buffer, where clearing it and adding to it would be three.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ class Bucket:
         self.parameters = list(parameters.values())
         total = sum(parameter.numel() for parameter in self.parameters)
         self.buffer = torch.zeros(total, dtype=torch.float32, device=self.parameters[0].device)
-        for parameter, gradient in zip(self.parameters, self.cut(self.buffer), strict=True):
-            parameter.grad = gradient
+        self._places = self.cut(self.buffer)
+        self._is_made = [False] * len(self.parameters)
+        for parameter, place in zip(self.parameters, self._places, strict=True):
+            parameter.grad = place
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """Views of a tensor as long as `buffer`, one a parameter, each of its parameter's shape."""
@@ -29,11 +35,31 @@ class Bucket:
         """Bytes of the buffer."""
         return self.buffer.numel() * self.buffer.element_size()
 
+    def clear(self) -> None:
+        """From here on there are no gradients: `.grad` is None until one is made."""
+        self._is_made = [False] * len(self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def take(self, index: int) -> None:
+        """Autograd has made a gradient of parameter `index`, or added one to what lies in the buffer."""
+        parameter, place = self.parameters[index], self._places[index]
+        if parameter.grad is not place and parameter.grad is not None:
+            place.copy_(parameter.grad)
+            parameter.grad = place
+        self._is_made[index] = True
+
+    def complete(self) -> None:
+        """Gradients that nothing has made are zero; those that were set by hand are taken too."""
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                self.take(index)
+            elif not self._is_made[index]:
+                parameter.grad = self._places[index].zero_()
+
     def holds_its_gradients(self) -> bool:
-        """Whether every `.grad` is still a view of the buffer: someone may have set one to None."""
-        start = self.buffer.data_ptr()
-        end = start + self.nbytes()
-        return all(p.grad is not None and start <= p.grad.data_ptr() < end for p in self.parameters)
+        """Whether every `.grad` is its view of the buffer: someone may have set one to None after it was made."""
+        return all(p.grad is place for p, place in zip(self.parameters, self._places, strict=True))
 
 
 def make_buckets(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[Bucket]:

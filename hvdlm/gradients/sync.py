@@ -1,8 +1,8 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
-A gradient's way: `backward()` adds it into its bucket (bucket.py) -> a hook counts it -> the bucket is full -> a codec
-(codecs/) sends it on a lane's communication thread or stream (lane.py, exchange.py), or the engine sums it as it is ->
-`wait` returns when every bucket holds the sum.
+A gradient's way: `backward()` makes it -> a hook takes it into its bucket (bucket.py) and counts it -> the bucket is
+full -> a codec (codecs/) sends it on a lane's communication thread or stream (lane.py, exchange.py), or the engine sums
+it as it is -> `wait` returns when every bucket holds the sum.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class GradientSync:
         self._backward_ended = self._arrived = Moment(device)
         self.traffic = self._traffic()  # of the last step
         for index, bucket in enumerate(self.buckets):
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._counter(index))
+            for place, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(self._counter(index, place))
 
     def begin(self) -> None:
         """Clears all gradients and starts counting anew."""
         for index, bucket in enumerate(self.buckets):
-            bucket.buffer.zero_()
+            bucket.clear()
             self._missing[index] = len(bucket.parameters)
         self._is_last_micro_batch = False
         self._full = 0
@@ -124,7 +124,8 @@ class GradientSync:
 
     def wait(self) -> None:
         """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if those were not to be sent."""
-        while self._full < len(self.buckets):
+        for bucket in self.buckets[self._full :]:
+            bucket.complete()
             self._count_full()
         if self._chooser:
             self._chooser.backward_ended()
@@ -215,8 +216,9 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.buffer.mul_(factor)
 
-    def _counter(self, index: int) -> Callable[[Tensor], None]:
+    def _counter(self, index: int, place: int) -> Callable[[Tensor], None]:
         def count(_: Tensor) -> None:
+            self.buckets[index].take(place)
             if self._is_last_micro_batch:
                 self._missing[index] -= 1
                 self._send_what_is_full()

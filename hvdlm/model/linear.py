@@ -61,5 +61,5 @@ class _Product(torch.autograd.Function):
         x, low_weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
         weight_grad = rows.T @ x.reshape(-1, x.shape[-1])  # (outputs, inputs)
-        bias_grad = rows.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
+        bias_grad = rows.sum(dim=0).float() if ctx.has_bias else None  # added in fp32, then rounded, on its own
         return grad @ low_weight, weight_grad.float(), bias_grad, None, None

@@ -45,7 +45,7 @@ def check_replicas_stay_identical_and_nothing_is_lost(comm: Communicator) -> Non
             sync.begin()
             for parameter, total in zip(model.parameters(), made, strict=True):
                 everyone = [torch.randn(parameter.shape, generator=generator) for generator in generators]
-                parameter.grad.add_(everyone[comm.rank])
+                parameter.grad = everyone[comm.rank]
                 total += sum(each.double() for each in everyone)
             sync.wait()
             sent += sync.traffic.wire_bytes
@@ -89,7 +89,7 @@ def distance_after(comm: Communicator, codec: str, error_feedback: bool) -> floa
     sync = make_sync(model, comm, codec, error_feedback=error_feedback, density=0.05)
     for step in range(STEPS):
         sync.begin()
-        model.weight.grad.copy_(model.weight.detach() - optimum - (-1) ** step * noise)
+        model.weight.grad = model.weight.detach() - optimum - (-1) ** step * noise
         sync.wait()
         with torch.no_grad():
             model.weight.sub_(model.weight.grad, alpha=0.05 / comm.size)

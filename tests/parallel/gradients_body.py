@@ -143,6 +143,7 @@ def check_cleared_gradients_are_noticed(comm: Communicator) -> None:
     model = make_model()
     sync = make_sync(model, comm)
     sync.begin()
+    token_loss(model(*joined_batch(1)[:1]), model.output_weight, joined_batch(1)[1]).backward()
     for parameter in model.parameters():
         parameter.grad = None
     try:

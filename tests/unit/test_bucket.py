@@ -75,6 +75,31 @@ def test_the_backward_pass_writes_into_the_buffer() -> None:
     assert bucket.holds_its_gradients()
 
 
+def test_a_step_begins_without_gradients_and_each_is_taken_once() -> None:
+    a, b, c = (nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0, 5.0))
+    bucket = Bucket({"a": a, "b": b, "c": c})
+    bucket.buffer.fill_(torch.nan)  # of the step before
+    bucket.clear()
+    assert [each.grad for each in (a, b, c)] == [None] * 3
+    for _ in range(2):
+        (a * b).sum().backward()
+        bucket.take(0)
+        bucket.take(1)
+    bucket.complete()  # nothing has made one of c
+    assert bucket.buffer.tolist() == [6.0, 4.0, 0.0]
+    assert bucket.holds_its_gradients()
+    bucket.clear()
+    a.grad = torch.tensor([7.0])  # by hand
+    bucket.complete()
+    assert bucket.buffer.tolist() == [7.0, 0.0, 0.0]
+    bucket.clear()
+    (a * b).sum().backward()
+    bucket.take(0)
+    a.grad = None  # after it was made
+    bucket.complete()
+    assert not bucket.holds_its_gradients()
+
+
 def test_an_optimizer_step_reads_the_buffer() -> None:
     a = nn.Parameter(torch.tensor([1.0, 2.0]))
     bucket = Bucket({"a": a})
