@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import statistics
 import sys
@@ -45,6 +46,8 @@ def main(task_file: str) -> None:
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
     configs = {codec: from_dict(settings, task_file, PRESETS) for codec, settings in task["configs"].items()}
     first = next(iter(configs.values()))
+    logging.basicConfig(format="hvdlm: %(message)s")
+    logging.getLogger("hvdlm").setLevel(logging.INFO)  # the choices of auto are in the job's log
     keep_memory()
     digest = hashlib.sha256(Path(task_file).read_bytes()).hexdigest()
     with job(first.comm.engine, first.comm.timeout, digest) as communicator:

@@ -1,7 +1,7 @@
 """Flat buffers whose views are the parameters' `.grad`, so that gradients are added, sent and used where they lie.
 
-A step's first gradient of a parameter is made elsewhere by autograd, and copied into its place while it is in the cache:
-that is one pass over the buffer, where clearing it and adding to it would be three.
+A step's first gradient of a parameter is made elsewhere by autograd, and copied into its place while it is in the
+cache: that is one pass over the buffer, where clearing it and adding to it would be three.
 """
 
 from __future__ import annotations
