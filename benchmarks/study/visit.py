@@ -40,10 +40,15 @@ def missing(study: Study, visit: Visit, repetition: int, directory: Path) -> lis
 def measure(
     study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], places: Places, directory: Path, scratch: Path
 ) -> None:
-    """Lets `codecs` take their turns in one job, and writes their points. Raises VisitError."""
+    """Lets `codecs` take their turns in one job, and writes their points. Raises VisitError.
+
+    What the job says is in logs/ below `directory`, of each visit the last.
+    """
     configs = {codec: configuration(study, visit, codec, mode) for codec in codecs}
-    task, output, log = (scratch / name for name in ("task.json", "result.json", "log"))
+    task, output = scratch / "task.json", scratch / "result.json"
     output.unlink(missing_ok=True)
+    log = directory / "logs" / f"{visit.name}.log"
+    log.parent.mkdir(exist_ok=True)
     task.write_text(
         json.dumps(
             {
