@@ -44,11 +44,11 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     study = folder / "benchmarks" / "studies" / "fabric.toml"
     plan = study.read_text(encoding="utf-8")
-    small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1"}
+    small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1", "steps": "1"}
     for key, value in small.items():
         plan, changed = re.subn(rf"^{key} = .*", f"{key} = {value}", plan, flags=re.MULTILINE)
         assert changed == 1, key
-    study.write_text(f"repetitions = 1\nsteps = 1\n{plan}", encoding="utf-8")
+    study.write_text(f"repetitions = 1\n{plan}", encoding="utf-8")
     return folder
 
 
