@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 # What compression must win, of the whole, to be worth its loss: less is within the noise of measurement.
-_WORTHWHILE = 0.01
+WORTHWHILE = 0.01
 # What may be given away, of the whole, so that a bucket travels by a codec that loses less.
 _NEGLIGIBLE = 0.002
 
@@ -56,7 +56,7 @@ def choose(backward: BackwardPass, costs: Mapping[str, Sequence[Cost]], shares_c
 
     uniform = [[name] * len(backward.full) for name in costs]
     soonest = min((_descend(names, list(costs), ends) for names in uniform), key=ends)
-    if ends(soonest) > ends(uniform[0]) * (1 - _WORTHWHILE):
+    if ends(soonest) > ends(uniform[0]) * (1 - WORTHWHILE):
         return uniform[0]
     enough = ends(soonest) * (1 + _NEGLIGIBLE)
     for index in range(len(soonest)):
