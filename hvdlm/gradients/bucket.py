@@ -63,22 +63,27 @@ class Bucket:
 
 
 def make_buckets(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[Bucket]:
-    """Fills buckets of about `bucket_bytes` with trainable float32 parameters in reverse order.
+    """Buckets of about `bucket_bytes`, as `divide` says."""
+    return [Bucket(group) for group in divide(parameters, bucket_bytes)]
+
+
+def divide(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[dict[str, nn.Parameter]]:
+    """Groups of trainable float32 parameters, in reverse order, whose gradients take about `bucket_bytes`.
 
     Reverse, because the backward pass makes the gradients of the last layers first (Li et al., "PyTorch
     Distributed", VLDB 2020, section 3.2.3): the first bucket is full soonest. A parameter is never cut; one that
     is larger than a bucket has one to itself.
     """
-    buckets: list[Bucket] = []
+    groups: list[dict[str, nn.Parameter]] = []
     waiting: dict[str, nn.Parameter] = {}
     waiting_bytes = 0
     for name, parameter in reversed([(name, p) for name, p in parameters.items() if p.requires_grad]):
         nbytes = parameter.numel() * 4
         if waiting and waiting_bytes + nbytes > bucket_bytes:
-            buckets.append(Bucket(waiting))
+            groups.append(waiting)
             waiting, waiting_bytes = {}, 0
         waiting[name] = parameter
         waiting_bytes += nbytes
     if waiting:
-        buckets.append(Bucket(waiting))
-    return buckets
+        groups.append(waiting)
+    return groups

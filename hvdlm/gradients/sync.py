@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.bucket import make_buckets
-from hvdlm.gradients.chooser import Chooser
+from hvdlm.gradients.bucket import divide, make_buckets
+from hvdlm.gradients.chooser import Chooser, Plan
 from hvdlm.gradients.codec_trial import try_codec
 from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes, codec_maker
 from hvdlm.gradients.codecs.codec import Codec
@@ -61,8 +61,9 @@ class GradientSync:
         self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
+        self._parameters = dict(module.named_parameters())
         nbytes = bucket_bytes(comm, compression, communicator.node_count)
-        self.buckets = make_buckets(dict(module.named_parameters()), nbytes)
+        self.buckets = make_buckets(self._parameters, nbytes)
         self._device = device = self.buckets[0].buffer.device
         # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
         # is then no message among them.
@@ -74,20 +75,21 @@ class GradientSync:
         self.lanes = [first]
         self.lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
         self._compression = compression
-        self.codecs: list[Codec] = []
+        self._bucket_bytes = nbytes
         self._chooser: Chooser | None = None
         if compression.by_node and own.node_count == 1:
             # Nothing goes between nodes; what was owed when there were several goes with the next gradients
-            self.codecs += [Switching("none", bucket, compression) for bucket in self.buckets]
+            self.codecs = self._switching(["none"] * len(self.buckets))
         elif compression.codec == AUTO:
-            candidates = [name.strip() for name in compression.candidates.split(",")]
-            for candidate in candidates:
-                codec_maker(candidate)  # unknown ones are errors now, not when they are tried
-            switching = [Switching(candidates[0], bucket, compression) for bucket in self.buckets]
-            self.codecs += switching
-            self._chooser = Chooser(own, device, switching, candidates)
+            sizes = {}
+            for name in (each.strip() for each in compression.candidates.split(",")):
+                codec_maker(name)  # an unknown one is an error now, not when it is tried
+                alone = compression.model_copy(update={"codec": name})
+                sizes[name] = bucket_bytes(comm, alone, communicator.node_count)
+            self._chooser = Chooser(own, device, nbytes, sizes, self._cut)
+            self.codecs = self._switching(self._chooser.plan.names)
         else:
-            self.codecs += [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
+            self.codecs = [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
         # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
         is_dense = all(type(codec) is Dense for codec in self.codecs)
         is_reached = device.type == "cpu" or first.supports_cuda  # else a thread copies to the host and back
@@ -96,21 +98,23 @@ class GradientSync:
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
         self.only_if_finite = False
-        self._missing = [0] * len(self.buckets)  # gradients not made yet, by bucket
+        self._missing: list[int] = []  # gradients not made yet, by bucket
         self._full = 0  # buckets 0 .. full-1 are
         self._under_way: list[Work[None]] = []  # of buckets 0 .. len-1, in their order
         self._is_last_micro_batch = False
         self._backward_ended = self._arrived = Moment(device)
         self.traffic = self._traffic()  # of the last step
-        for index, bucket in enumerate(self.buckets):
-            for place, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(self._counter(index, place))
+        self._seats = self._find_seats()
+        for parameter in self._seats:
+            parameter.register_post_accumulate_grad_hook(self._count)
 
     def begin(self) -> None:
         """Clears all gradients and starts counting anew."""
-        for index, bucket in enumerate(self.buckets):
+        if self._chooser:
+            self._follow(self._chooser.plan)
+        for bucket in self.buckets:
             bucket.clear()
-            self._missing[index] = len(bucket.parameters)
+        self._missing = [len(bucket.parameters) for bucket in self.buckets]
         self._is_last_micro_batch = False
         self._full = 0
         for lane in self.lanes:
@@ -174,6 +178,7 @@ class GradientSync:
         self.step = state["step"]
         if self._chooser and "auto" in state:
             self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
+            self._follow(self._chooser.plan)
         if state["ranks"] == self._communicator.size and state["trials"]:
             for lane in self.lanes:
                 if lane.exchange.trials:
@@ -216,14 +221,21 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.buffer.mul_(factor)
 
-    def _counter(self, index: int, place: int) -> Callable[[Tensor], None]:
-        def count(_: Tensor) -> None:
-            self.buckets[index].take(place)
-            if self._is_last_micro_batch:
-                self._missing[index] -= 1
-                self._send_what_is_full()
+    def _count(self, parameter: Tensor) -> None:
+        """Autograd has made a gradient."""
+        index, place = self._seats[parameter]
+        self.buckets[index].take(place)
+        if self._is_last_micro_batch:
+            self._missing[index] -= 1
+            self._send_what_is_full()
 
-        return count
+    def _find_seats(self) -> dict[Tensor, tuple[int, int]]:
+        """The bucket of each parameter, and its place there."""
+        return {
+            parameter: (index, place)
+            for index, bucket in enumerate(self.buckets)
+            for place, parameter in enumerate(bucket.parameters)
+        }
 
     def _send_what_is_full(self) -> None:
         """Sends full buckets, but none before its predecessors: all ranks must send in one order."""
@@ -267,6 +279,30 @@ class GradientSync:
             yield
         except HvdlmError as error:
             raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
+
+    def _cut(self, nbytes: int) -> list[int]:
+        """Elements of each bucket of about so many bytes."""
+        groups = divide(self._parameters, nbytes)
+        return [sum(parameter.numel() for parameter in group.values()) for group in groups]
+
+    def _switching(self, names: Sequence[str]) -> list[Codec]:
+        return [Switching(name, bucket, self._compression) for name, bucket in zip(names, self.buckets, strict=True)]
+
+    def _follow(self, plan: Plan) -> None:
+        """Between steps: codecs change, and if need be buckets; what is owed stays with its parameter."""
+        if plan.bucket_bytes == self._bucket_bytes:
+            for codec, name in zip(self.codecs, plan.names, strict=True):
+                assert isinstance(codec, Switching)
+                codec.become(name)
+            return
+        kept = {name: tensor.clone() for name, tensor in self.codec_state().items()}
+        self._bucket_bytes = plan.bucket_bytes
+        self.buckets = make_buckets(self._parameters, plan.bucket_bytes)
+        self.codecs = self._switching(plan.names)
+        self._seats = self._find_seats()
+        for name, tensor in self.codec_state().items():
+            if name in kept:
+                tensor.copy_(kept[name])
 
     def _try(self, index: int, name: str) -> Cost:
         """What the bucket would cost by the codec called `name`, once it is warm."""
