@@ -14,6 +14,7 @@ from common.setups import environment
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.hostfile import read_hostfile
+from hvdlm.comm.rate import parse_rate
 from hvdlm.errors import HvdlmError
 from study.plan import Study, Visit
 
@@ -41,6 +42,10 @@ class Places:
     def interface(self) -> str | None:
         """That all messages between hosts pass, if it is known."""
         return network.INTERFACE if self._fabric else None
+
+    def burst_bytes(self, visit: Visit) -> int:
+        """That a link which was idle carries at once before it keeps to its rate."""
+        return network.burst_bytes(parse_rate(visit.link)) if self._fabric and visit.link else 0
 
     def machines(self, visit: Visit) -> int:
         """That share nothing but the network."""

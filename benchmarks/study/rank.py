@@ -19,6 +19,7 @@ from typing import Any
 # The packages of the benchmarks lie beside this one
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import torch
 from torch.nn.utils import parameters_to_vector
 
@@ -88,7 +89,7 @@ def _turn(
     warmup = max(task["warmup_steps"], _AUTO_WARMUP if config.compression.codec == AUTO else 0)
     for _ in range(warmup - 1):
         trainer.train_step(loader, stop_here=False)
-    own = _measure(trainer, loader, communicator, task["steps"])
+    own = _measure(trainer, loader, communicator, task["steps"], task["ranks_per_machine"])
     ranks = communicator.all_gather_object({**own, "start": start_seconds, "hash": _hash(trainer)})
     sync = trainer.sync
     turn = {
@@ -117,12 +118,12 @@ def _turn(
     return turn
 
 
-def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps: int) -> dict[str, Any]:
-    """What this rank saw of so many steps; all begin together."""
+def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps: int, sharing: int) -> dict[str, Any]:
+    """What this rank saw of so many steps, which all begin together; `sharing`: ranks on this machine."""
     seconds, laps, traffic = [], [], []
     exchange = 0.0
     communicator.barrier()
-    core_begin, begin = time.process_time(), time.perf_counter()
+    core_begin, begin = _busy_seconds(), time.perf_counter()
     before = begin
     for _ in range(steps):
         trainer.train_step(loader, stop_here=False)
@@ -134,7 +135,9 @@ def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps
         exchange += sum(lane.exchange.seconds for lane in trainer.sync.lanes)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    whole, core = time.perf_counter() - begin, time.process_time() - core_begin
+    whole = time.perf_counter() - begin
+    communicator.barrier()
+    core = (_busy_seconds() - core_begin) / sharing
     return {
         "steps": seconds,
         "whole": whole,
@@ -144,6 +147,12 @@ def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps
         "core_seconds": core / steps,
         "wire_bytes": statistics.fmean(each.wire_bytes for each in traffic),
     }
+
+
+def _busy_seconds() -> float:
+    """That the cores of this machine have been at work, for whomever: the kernel sends and receives on nobody's time."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def _hash(trainer: Trainer) -> str:

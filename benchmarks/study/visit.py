@@ -56,6 +56,7 @@ def measure(
                 "steps": study.steps,
                 "warmup_steps": study.warmup_steps,
                 "simulated_tokens_per_second": study.simulated_tokens_per_second,
+                "ranks_per_machine": -(-visit.ranks // places.machines(visit)),
                 "output": str(output),
             }
         ),
@@ -73,6 +74,7 @@ def measure(
         hosts=result["hosts"],
         ranks_per_host=visit.ranks if study.place == "local" else study.ranks_per_host,
         link_bits_per_second=float(parse_rate(visit.link)) if passes_link and visit.link else None,
+        link_burst_bytes=places.burst_bytes(visit) if passes_link else 0,
         interface=places.interface(),
         launcher=_shown([*launcher, "python", "benchmarks/study/rank.py", "TASK"]),
         environment=result["environment"],

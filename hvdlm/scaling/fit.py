@@ -121,15 +121,14 @@ def _codec_cost(name: str, together: Sequence[Point], alone: Sequence[Repetition
     own = [point for point in together if point.codec == name]
     fewest = [point for point in own if point.ranks == min(each.ranks for each in own)]
     elements = sum(bucket.elements for bucket in fewest[0].buckets)
-    repetitions = [repetition for point in fewest for repetition in point.repetitions]
-    codec = _median([repetition.codec_seconds for repetition in repetitions])
+    codec = _median([repetition.codec_seconds for point in fewest for repetition in point.repetitions])
     idle = _median([repetition.core_seconds for repetition in alone])
-    per_byte = [
-        max(0.0, repetition.core_seconds - idle - repetition.codec_seconds) / repetition.wire_bytes
-        for repetition in repetitions
-        if repetition.wire_bytes
-    ]
-    return CodecCost(seconds_per_element=codec / elements, core_seconds_per_byte=_median(per_byte))
+    # On the fastest link: on a slow one most of it is looking whether something has come
+    per_byte = min(
+        _median([max(0.0, r.core_seconds - idle - r.codec_seconds) / r.wire_bytes for r in point.repetitions])
+        for point in fewest
+    )
+    return CodecCost(seconds_per_element=codec / elements, core_seconds_per_byte=per_byte)
 
 
 def _lap(repetitions: Sequence[Repetition], name: str) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from hvdlm.comm.ring import SEGMENT
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.choice import AUTO
 from hvdlm.gradients.forecast import BackwardPass, Cost, choose
@@ -135,7 +136,8 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
     forward, backward = model.forward_seconds_per_flop * flops, model.backward_seconds_per_flop * flops
     last = _backward_pass(scenario, backward / scenario.micro_batches)
     lanes = model.lanes if scenario.hosts > 1 else 1
-    schedule = play(last, [way for way, _ in ways], lanes, cores(model, scenario))
+    burst = 8 * scenario.burst / bandwidth(model, scenario) if scenario.burst else 0.0
+    schedule = play(last, [way for way, _ in ways], lanes, cores(model, scenario), burst)
     before = backward - last.end
     compute = forward + before + schedule.backward_end
     return StepForecast(
@@ -188,7 +190,9 @@ def _message(
         nbytes *= per_host * (scenario.ranks - per_host) / (scenario.ranks - 1)
     seconds = 8 * nbytes / bandwidth(model, scenario)
     load = cost.core_seconds_per_byte * message.nbytes / seconds if seconds else 0.0
-    return [Stage("latency", model.network.latency * message.hops), Stage("link", seconds, load)]
+    # While one segment of a chunk waits for its turn others are under way
+    segments = max(1.0, message.nbytes / message.hops / (4 * SEGMENT))
+    return [Stage("latency", model.network.latency * message.hops / segments), Stage("link", seconds, load)]
 
 
 def bandwidth(model: PerformanceModel, scenario: Scenario) -> float:

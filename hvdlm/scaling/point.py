@@ -41,6 +41,9 @@ class Place(Record):
     hosts: list[str] = Field(description="of each rank")
     ranks_per_host: int = Field(gt=0)
     link_bits_per_second: float | None = Field(description="of each host, each way; null: not known, or not passed")
+    link_burst_bytes: int = Field(
+        0, description="that a link which was idle carries at once before it keeps to its rate: emulated ones do"
+    )
     interface: str | None = Field(description="network interface between hosts, where it is set")
     launcher: str = Field(description="the command that started the ranks")
     environment: dict[str, str] = Field(description="variables of launchers, MPI, OpenMP and hvdlm on rank 0")
@@ -67,7 +70,7 @@ class Repetition(Record):
     )
     codec_seconds: float = Field(description="a step, making and reading messages, mean over ranks")
     exchange_seconds: float = Field(description="a step, sending, receiving and waiting, mean over ranks")
-    core_seconds: float = Field(description="a step, that a rank's process used of cores, mean over ranks")
+    core_seconds: float = Field(description="a step, that cores of a machine were at work, over the ranks on it")
     wire_bytes: float = Field(description="a step, sent by a rank for gradients, mean over ranks")
     start_seconds: float = Field(description="from the start of the slowest process to its first step")
     parameter_hashes: list[str] = Field(description="SHA-256 of each rank's parameters afterwards")

@@ -24,6 +24,7 @@ class Scenario:
     ranks: int
     ranks_per_host: int
     link: float | None  # bits/s between hosts, each way; None: that of the measurements
+    burst: int  # bytes that a link carries at once after it was idle
     compression: CompressionSection
     buckets: Shapes  # of each one's parameters, in the order of sending
     full: tuple[float, ...]  # share of the backward pass after which each bucket is
@@ -49,6 +50,7 @@ def of_point(point: Point) -> Scenario:
         point.ranks,
         point.place.ranks_per_host,
         point.place.link_bits_per_second,
+        point.place.link_burst_bytes,
         config.compression,
         tuple(tuple(tuple(shape) for shape in bucket.shapes) for bucket in point.buckets),
         _full(_model(config, point.vocab_size), [len(bucket.shapes) for bucket in point.buckets]),
@@ -70,6 +72,7 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
         ranks,
         ranks_per_host,
         link,
+        0,
         config.compression,
         tuple(tuple(tuple(parameter.shape) for parameter in bucket.parameters) for bucket in buckets),
         _full(model, [len(bucket.parameters) for bucket in buckets]),

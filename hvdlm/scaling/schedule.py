@@ -16,6 +16,9 @@ Kind = Literal["codec", "latency", "link"]
 # What communication leaves of the cores at least, however much it wants: schedulers are fair.
 _LEFT = 0.1
 
+# How much faster than its rate a link is while it bursts: cores then set its speed.
+_BURST_SPEED = 50.0
+
 _NOTHING = 1e-12  # seconds
 
 
@@ -92,13 +95,19 @@ class _Speeds(NamedTuple):
     backward: float
 
 
-def play(backward: Backward, stages: Sequence[Sequence[Stage]], lanes: int, cores: Cores) -> Schedule:
-    """`stages`: of each bucket; `lanes`: how many take buckets in turns."""
+def play(
+    backward: Backward, stages: Sequence[Sequence[Stage]], lanes: int, cores: Cores, burst: float = 0.0
+) -> Schedule:
+    """`stages`: of each bucket; `lanes`: how many take buckets in turns.
+
+    `burst`: seconds of the link's time that it carries at once when it was idle as long, as a token bucket does.
+    """
     schedule = Schedule([Journey(0, 0, 0)] * len(stages))
     crew = [_Lane([*range(first, len(stages), lanes)]) for first in range(min(lanes, len(stages)))]
     full_at = [0.0] * len(stages)
     filled = 0
     now = done = 0.0  # the time, and how far the backward pass would be by itself
+    tokens = burst
     while True:
         while filled < len(stages) and backward.full[filled] <= done + _NOTHING:
             full_at[filled] = now
@@ -111,21 +120,27 @@ def play(backward: Backward, stages: Sequence[Sequence[Stage]], lanes: int, core
         busy = [lane for lane in crew if lane.bucket is not None]
         if is_over and not busy:
             return schedule
-        speeds = _speeds(busy, not is_over, cores)
+        speeds = _speeds(busy, not is_over, cores, _BURST_SPEED if tokens > _NOTHING else 1.0)
+        spent = speeds.link * sum(lane.kind == "link" for lane in busy) - 1  # tokens a second, beyond what come
         goal = backward.full[filled] if filled < len(stages) else backward.end
         ends = [lane.left / getattr(speeds, lane.kind or "latency") for lane in busy]
+        if spent > _NOTHING:
+            ends.append(tokens / spent)
         after = min([*ends, *([] if is_over else [(goal - done) / speeds.backward])])
         _count(schedule, busy, after)
         for lane in busy:
             lane.left -= after * getattr(speeds, lane.kind or "latency")
+        tokens = min(burst, max(0.0, tokens - spent * after))
         now += after
         done = min(done + after * speeds.backward, backward.end)
 
 
-def _speeds(busy: Sequence[_Lane], is_backward: bool, cores: Cores) -> _Speeds:
-    """The link is shared evenly; cores go to what drives the link first, which sleeps most of the time."""
+def _speeds(busy: Sequence[_Lane], is_backward: bool, cores: Cores, line: float) -> _Speeds:
+    """The link, `line` times as fast as its rate, is shared evenly; cores go first to what drives it, which sleeps most
+    of the time.
+    """
     on_link = [lane.stages[0] for lane in busy if lane.kind == "link"]
-    link = 1 / max(1, len(on_link))
+    link = line / max(1, len(on_link))
     load = sum(stage.load for stage in on_link) * link
     most = (1 - _LEFT) * cores.available
     if load > most:

@@ -63,6 +63,17 @@ def test_a_link_is_slow_where_cores_cannot_drive_it() -> None:
     assert schedule.end == pytest.approx(2.0)  # 0.9 cores wanted, 90% of a half there
 
 
+def test_a_link_that_was_idle_bursts() -> None:
+    stages = [[Stage("link", 1.0)], [Stage("link", 1.0)]]
+    schedule = play(Backward([0.0, 10.0], 10.0), stages, 1, PLENTY, burst=0.5)
+    # at 50 times its speed until it has carried 0.5 s more than came meanwhile, then at its own
+    bursting = 0.5 / 49
+    assert schedule.journeys[0].end == pytest.approx(bursting + 1.0 - 50 * bursting)
+    assert schedule.journeys[1].end - 10 == pytest.approx(schedule.journeys[0].end)  # it had time to recover
+    schedule = play(Backward([0.0, 0.0], 0.0), stages, 1, PLENTY, burst=0.5)
+    assert schedule.end == pytest.approx(bursting + 2.0 - 50 * bursting)
+
+
 def test_trimmed_mean_by_hand() -> None:
     estimate = trimmed_mean([100.0, 3.0, 1.0, 2.0, 4.0])
     # 2, 3, 4 remain; winsorised 2, 2, 3, 4, 4 have deviation 1; 4.3027 is Student's 97.5% point on 2 degrees

@@ -48,10 +48,14 @@ def connect(switch: int, host: int, name: str, index: int) -> None:
     run(*at_host, "ip", "link", "set", INTERFACE, "up")
 
 
+def burst_bytes(rate: int) -> int:
+    """What a link of `rate` bit/s that was idle carries at once, before it keeps to its rate."""
+    return max(_LEAST_BURST, int(rate / 8 * _BURST_SECONDS))
+
+
 def shape(switch: int, host: int, name: str, rate: int) -> None:
     """Limits a host's link to `rate` bit/s each way."""
-    burst = max(_LEAST_BURST, int(rate / 8 * _BURST_SECONDS))
-    bucket = ["root", "tbf", "rate", f"{rate}bit", "burst", f"{burst}b", "latency", "100ms"]
+    bucket = ["root", "tbf", "rate", f"{rate}bit", "burst", f"{burst_bytes(rate)}b", "latency", "100ms"]
     run(*enter(host, ["net"]), "tc", "qdisc", "replace", "dev", INTERFACE, *bucket)
     run(*enter(switch, ["net"]), "tc", "qdisc", "replace", "dev", name, *bucket)
 
