@@ -150,7 +150,7 @@ def _measure(trainer: Trainer, loader: Loader, communicator: Communicator, steps
 
 
 def _busy_seconds() -> float:
-    """That the cores of this machine have been at work, for whomever: the kernel sends and receives on nobody's time."""
+    """That the cores of this machine have been at work, for whomever: the kernel sends and receives for nobody."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
