@@ -110,6 +110,7 @@ def _read_off(usable: Sequence[Point], base: Sequence[Point], together: Sequence
             ranks=sorted({point.ranks for point in usable}),
             links=sorted({p.place.link_bits_per_second for p in together}, key=lambda rate: rate or 0.0),
             codecs=sorted({point.codec for point in usable}),
+            candidates=next((p.settings["compression"]["candidates"] for p in usable if p.codec == AUTO), None),
             tokens=scenario.tokens,
             points=len(usable),
         ),

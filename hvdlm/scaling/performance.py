@@ -47,6 +47,7 @@ class Measured(Record):
     ranks: list[int]
     links: list[float | None] = Field(description="bits/s")
     codecs: list[str]
+    candidates: str | None = Field(description="of codec auto, where that was measured")
     tokens: int = Field(description="of a rank in a step")
     points: int
 
@@ -110,10 +111,8 @@ def forecast(model: PerformanceModel, scenario: Scenario) -> StepForecast:
 
 def cores(model: PerformanceModel, scenario: Scenario) -> Cores:
     """What a rank has to itself: emulated hosts share the cores of their machine."""
-    machine = model.machine
-    emulated = machine.machines == 1 and scenario.hosts > 1
-    sharing = scenario.ranks if emulated else min(scenario.ranks, scenario.ranks_per_host)
-    return Cores(machine.cores / sharing, 0.0 if model.is_simulated or model.uses_gpu else 1.0)
+    sharing = -(-scenario.ranks // scenario.machines)
+    return Cores(model.machine.cores / sharing, 0.0 if model.is_simulated or model.uses_gpu else 1.0)
 
 
 def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str) -> tuple[list[Stage], float]:

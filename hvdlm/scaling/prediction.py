@@ -20,7 +20,7 @@ from hvdlm.scaling.point import read_points
 from hvdlm.scaling.scenario import Scenario, of_config
 from hvdlm.scaling.validation import Holdout, hold_out, root_mean_square
 
-# Beyond so many times the measured range of ranks a forecast is an extrapolation.
+# Beyond so many times the measured ranks, or rates of links, a forecast is an extrapolation.
 _RANGE = 4
 
 # Efficiency below which more ranks are not worth while.
@@ -87,7 +87,9 @@ def predict(
     per_host = ranks_per_host or model.ranks_per_host
     rate = float(parse_rate(link)) if link else max((each for each in model.measured.links if each), default=None)
     counts = parse_counts(ranks)
-    words = [*(["--model.preset", preset] if preset else []), *overrides]
+    words = ["--model.preset", preset] if preset else []
+    words += ["--compression.candidates", model.measured.candidates] if model.measured.candidates else []
+    words += overrides
     if batch_size is not None:
         words += ["--train.batch_size", str(batch_size), "--train.micro_batch_size", str(batch_size)]
     config = load(None, words, PRESETS)
@@ -142,9 +144,11 @@ def interval(model: PerformanceModel, ranks: int) -> float:
     return math.exp(2 * model.residual * (1 + doublings))
 
 
-def is_extrapolated(model: PerformanceModel, ranks: int) -> bool:
-    """Whether so many ranks are far from what was measured."""
-    return ranks > _RANGE * max(model.measured.ranks)
+def is_extrapolated(model: PerformanceModel, ranks: int, link: float | None) -> bool:
+    """Whether so many ranks, or links of such a rate, are far from what was measured."""
+    known = [rate for rate in model.measured.links if rate is not None]
+    is_far = link is not None and bool(known) and not min(known) / _RANGE <= link <= max(known) * _RANGE
+    return is_far or ranks > _RANGE * max(model.measured.ranks)
 
 
 def _console() -> Console:
@@ -173,7 +177,7 @@ def _table(
             f"{step.seconds * 1e3:,.1f}",
             f"{step.exposed * 1e3:,.1f}",
             f"{step.wire_bytes / 1e6:,.2f}",
-            "extrapolated" if is_extrapolated(model, scenario.ranks) else "",
+            "extrapolated" if is_extrapolated(model, scenario.ranks, scenario.link) else "",
         )
     return table
 

@@ -23,6 +23,7 @@ class Scenario:
 
     ranks: int
     ranks_per_host: int
+    machines: int  # whose cores the ranks share: one for each host, or for all that are emulated
     link: float | None  # bits/s between hosts, each way; None: that of the measurements
     burst: int  # bytes that a link carries at once after it was idle
     compression: CompressionSection
@@ -49,6 +50,7 @@ def of_point(point: Point) -> Scenario:
     return Scenario(
         point.ranks,
         point.place.ranks_per_host,
+        point.machine.machines,
         point.place.link_bits_per_second,
         point.place.link_burst_bytes,
         config.compression,
@@ -71,6 +73,7 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
     return Scenario(
         ranks,
         ranks_per_host,
+        hosts,
         link,
         0,
         config.compression,

@@ -209,7 +209,8 @@ def test_ranges() -> None:
     for text in ("8..x", "", "0"):
         with pytest.raises(HvdlmError, match="--ranks"):
             parse_counts(text)
-    assert not is_extrapolated(model, 32) and is_extrapolated(model, 33)
+    assert not is_extrapolated(model, 32, 1e9) and is_extrapolated(model, 33, 1e9)
+    assert not is_extrapolated(model, 2, 4e9) and is_extrapolated(model, 2, 5e9) and is_extrapolated(model, 2, 2e7)
     assert interval(model, 8) == pytest.approx(math.exp(0.02))
     assert interval(model, 32) == pytest.approx(math.exp(0.06))
 
