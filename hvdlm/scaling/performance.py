@@ -15,7 +15,6 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from hvdlm.comm.ring import SEGMENT
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.choice import AUTO
 from hvdlm.gradients.forecast import BackwardPass, Cost, choose
@@ -189,9 +188,10 @@ def _message(
         nbytes *= per_host * (scenario.ranks - per_host) / (scenario.ranks - 1)
     seconds = 8 * nbytes / bandwidth(model, scenario)
     load = cost.core_seconds_per_byte * message.nbytes / seconds if seconds else 0.0
-    # While one segment of a chunk waits for its turn others are under way
-    segments = max(1.0, message.nbytes / message.hops / (4 * SEGMENT))
-    return [Stage("latency", model.network.latency * message.hops / segments), Stage("link", seconds, load)]
+    # While one segment of a chunk waits for its turn others are under way; when the last one goes round, none
+    segments = message.nbytes / message.hops / message.segment if message.segment else 1.0
+    latency = model.network.latency * message.hops / segments + 8 * message.segment / bandwidth(model, scenario)
+    return [Stage("latency", latency), Stage("link", seconds, load)]
 
 
 def bandwidth(model: PerformanceModel, scenario: Scenario) -> float:

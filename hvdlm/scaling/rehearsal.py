@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.communicator import ReduceOp
-from hvdlm.comm.ring import Encoding
+from hvdlm.comm.ring import SEGMENT, Encoding
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.choice import codec_maker
@@ -31,6 +31,7 @@ class Message(NamedTuple):
     kind: str  # "all-reduce", "all-gather" or "all-to-all"
     nbytes: float  # that a rank sends, and receives
     hops: int  # messages that follow one another, each made of the one before
+    segment: float  # bytes of it that travel as one, and are sent on when they have come
 
 
 def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSection) -> list[Message]:
@@ -47,9 +48,16 @@ def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSectio
     cut_rows = sum(shape[0] - _MOST_ROWS for shape in shapes if len(shape) > 1 and shape[0] > _MOST_ROWS)
     fewer = sum(max(0, min(shape[0], _MOST_ROWS) - _MOST_ROWS // 2) for shape in shapes if len(shape) > 1)
     return [
-        Message(more.kind, more.nbytes + (more.nbytes - less.nbytes) * cut_rows / fewer, more.hops)
-        for more, less in zip(short, shorter, strict=True)
+        _longer(more, (more.nbytes - less.nbytes) * cut_rows / fewer) for more, less in zip(short, shorter, strict=True)
     ]
+
+
+def _longer(message: Message, nbytes: float) -> Message:
+    """By so many bytes; one that was cut into segments already is cut into more."""
+    longer = message.nbytes + nbytes
+    was_cut = message.segment < message.nbytes / message.hops
+    segment = message.segment if was_cut else min(4 * SEGMENT, longer / message.hops)
+    return message._replace(nbytes=longer, segment=segment if message.segment else 0)
 
 
 @cache
@@ -81,20 +89,21 @@ class _CountingExchange(Exchange):
         op: ReduceOp = ReduceOp.SUM,
     ) -> None:
         nbytes = encoding.nbytes(values.numel()) if encoding else values.nbytes
-        self._note("all-reduce", 2 * (self.size - 1) / self.size * nbytes, 2 * (self.size - 1))
+        segment = encoding.nbytes(SEGMENT) if encoding else values.itemsize * SEGMENT
+        self._note("all-reduce", 2 * (self.size - 1) / self.size * nbytes, 2 * (self.size - 1), segment)
         if op is ReduceOp.SUM:
             values.mul_(self.size)
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
-        self._note("all-gather", (self.size - 1) * message.nbytes, self.size - 1)
+        self._note("all-gather", (self.size - 1) * message.nbytes, self.size - 1, 4 * SEGMENT)
         return [message] * self.size
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
-        self._note("all-to-all", sum(message.nbytes for message in messages[1:]), 1)
+        self._note("all-to-all", sum(message.nbytes for message in messages[1:]), 1, 0)
         return [messages[0]] * self.size
 
-    def _note(self, kind: str, nbytes: float, hops: int) -> None:
-        self.messages.append(Message(kind, nbytes, hops))
+    def _note(self, kind: str, nbytes: float, hops: int, segment: float) -> None:
+        self.messages.append(Message(kind, nbytes, hops, min(segment, nbytes / hops)))
 
 
 def _frozen(shapes: Shapes) -> tuple[tuple[int, ...], ...]:

@@ -15,8 +15,11 @@ def make_point(ranks: int, link: float, codec: str = "none", seconds: float | No
     """One bucket, full when the backward pass ends, so that a step's length is known by hand."""
     sent = 2 * (ranks - 1) / ranks * (4 if codec == "none" else 2) * ELEMENTS
     hops = 2 * (ranks - 1)
-    segments = max(1.0, sent / hops / 2**18) if hops else 1.0  # of 256 KiB, in what one rank sends at once
-    travel = 8 * sent / (EFFICIENCY * link) + hops * LATENCY / segments
+    # of 64 Ki numbers, in what one rank sends at once; while the last one goes round the link is idle
+    chunk = sent / max(1, hops)
+    segment = min(chunk, 2**18 if codec == "none" else 2**17 + 4)
+    latency = hops * LATENCY * segment / chunk if hops else 0.0
+    travel = 8 * (sent + segment) / (EFFICIENCY * link) + latency
     whole = seconds or 0.01 + 0.1 + 0.2 + 0.03 + (travel if ranks > 1 else 0.0)
     laps = {"data": 0.01, "forward": 0.1, "backward": 0.2, "wait": whole - 0.34, "optimizer": 0.03}
     repetition = Repetition(

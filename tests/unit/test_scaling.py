@@ -94,11 +94,18 @@ def test_a_ring_sends_all_but_its_part_twice(ranks: int) -> None:
     share = 2 * (ranks - 1) / ranks
     shapes = [[300, 100], [100]]
     settings = CompressionSection()
-    assert messages("none", shapes, ranks, settings) == [
-        Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1))
-    ]
-    halves = messages("fp16", shapes, ranks, settings)[0]
+    (whole,) = messages("none", shapes, ranks, settings)
+    assert whole == Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1), whole.segment)
+    assert whole.segment == pytest.approx(4 * 30_100 / ranks)  # less than 64 Ki numbers: travels as one
+    (halves,) = messages("fp16", shapes, ranks, settings)
     assert halves.nbytes == pytest.approx(share * (2 * 30_100 + 4))
+
+
+def test_long_chunks_travel_in_segments() -> None:
+    (message,) = messages("none", [[900, 1024]], 2, CompressionSection())
+    assert (message.nbytes / message.hops, message.segment) == (2 * 900 * 1024, 4 * 64 * 1024)
+    (message,) = messages("none", [[9000, 1024]], 2, CompressionSection())
+    assert (message.nbytes / message.hops, message.segment) == (2 * 9000 * 1024, 4 * 64 * 1024)
 
 
 def test_powersgd_sends_its_vectors_and_what_is_small() -> None:
