@@ -128,8 +128,10 @@ class Chooser:
         elif not self._measures and not self._race and self._seen == self._watched:
             self._compare()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**asdict(self.plan), "expected": self._expected, "measures": self._measures or bool(self._race)}
+    def state_dict(self, followed: Plan) -> dict[str, Any]:
+        """`followed`: the plan of the last step, by which codecs owe what they owe."""
+        is_settled = not self._measures and not self._race and followed == self.plan
+        return {**asdict(followed), "expected": self._expected, "measures": not is_settled}
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
         """Goes on with a choice, on as many ranks and with the same buckets and candidates; else measures anew."""

@@ -75,7 +75,7 @@ class GradientSync:
         self.lanes = [first]
         self.lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
         self._compression = compression
-        self._bucket_bytes = nbytes
+        self._plan = Plan(nbytes, [])  # that codec auto follows
         self._chooser: Chooser | None = None
         if compression.by_node and own.node_count == 1:
             # Nothing goes between nodes; what was owed when there were several goes with the next gradients
@@ -87,7 +87,8 @@ class GradientSync:
                 alone = compression.model_copy(update={"codec": name})
                 sizes[name] = bucket_bytes(comm, alone, communicator.node_count)
             self._chooser = Chooser(own, device, nbytes, sizes, self._cut)
-            self.codecs = self._switching(self._chooser.plan.names)
+            self._plan = self._chooser.plan
+            self.codecs = self._switching(self._plan.names)
         else:
             self.codecs = [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
         # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
@@ -171,7 +172,7 @@ class GradientSync:
         """What is equal on all ranks: the step, the trials by which an all-reduce is chosen, the choice of `auto`."""
         trials = [dataclasses.astuple(trial) for trial in self.lanes[0].exchange.trials]
         state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
-        return {**state, "auto": self._chooser.state_dict()} if self._chooser else state
+        return {**state, "auto": self._chooser.state_dict(self._plan)} if self._chooser else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved one, on as many ranks with the same all-reduce: another would round otherwise."""
@@ -290,13 +291,13 @@ class GradientSync:
 
     def _follow(self, plan: Plan) -> None:
         """Between steps: codecs change, and if need be buckets; what is owed stays with its parameter."""
-        if plan.bucket_bytes == self._bucket_bytes:
+        old, self._plan = self._plan, plan
+        if plan.bucket_bytes == old.bucket_bytes:
             for codec, name in zip(self.codecs, plan.names, strict=True):
                 assert isinstance(codec, Switching)
                 codec.become(name)
             return
         kept = {name: tensor.clone() for name, tensor in self.codec_state().items()}
-        self._bucket_bytes = plan.bucket_bytes
         self.buckets = make_buckets(self._parameters, plan.bucket_bytes)
         self.codecs = self._switching(plan.names)
         self._seats = self._find_seats()
