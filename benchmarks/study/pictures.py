@@ -57,7 +57,8 @@ def efficiency(summaries: Sequence[Summary]) -> Figure:
 def time_per_step(summaries: Sequence[Summary]) -> Figure:
     """Where the milliseconds of a step go, one upon the other, by codec and ranks; a panel a link."""
 
-    def draw(axes: Axes, own: Sequence[Summary]) -> None:
+    def draw(axes: Axes, unsorted: Sequence[Summary]) -> None:
+        own = sorted(unsorted, key=lambda s: (s.point.codec, s.point.ranks))
         below = [0.0] * len(own)
         for index, part in enumerate(PARTS):
             heights = [1e3 * s.parts[part] for s in own]
