@@ -38,7 +38,7 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 def write_lines(path: Path, texts: list[str]) -> None:
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    path.write_bytes(gzip.compress(content.encode(), mtime=0) if path.suffix == ".gz" else content.encode())
 
 
 def stored_documents(directory: Path) -> dict[str, list[str]]:
@@ -71,7 +71,7 @@ def test_every_document_is_stored_once_in_input_order(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / "folder" / f"{i:03}.txt").write_text(texts[i], newline="")
     (tmp_path / "folder" / "099.txt").unlink()
-    (tmp_path / "folder" / "099.txt.gz").write_bytes(gzip.compress(texts[99].encode()))
+    (tmp_path / "folder" / "099.txt.gz").write_bytes(gzip.compress(texts[99].encode(), mtime=0))
     (tmp_path / "folder" / ".hidden").write_bytes(b"\0")
     write_lines(tmp_path / "folder" / "deeper" / "a.jsonl", texts[100:150])
     write_lines(tmp_path / "b.jsonl.gz", texts[150:250])
@@ -170,9 +170,9 @@ GOOD = b'{"text": "good"}\n'
         ("empty.txt", b"", "empty.txt is empty"),
         ("binary.txt", b"one\ntwo\n\x00\x01", "binary.txt:3 holds a NUL byte"),
         ("latin1.txt", b"one\ncaf\xe9\n", "latin1.txt:2 is not UTF-8"),
-        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], "cut.txt.gz cannot be read (Compressed file ended"),
+        ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "cut.txt.gz cannot be read (Compressed file ended"),
         ("plain.txt.gz", b"text", "plain.txt.gz cannot be read (Not a gzipped file"),
-        ("cut.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "cut.jsonl.gz:100 cannot be read (Compressed file ended"),
+        ("cut.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "cut.jsonl.gz:100 cannot be read (Compressed file ended"),
         ("broken.jsonl", GOOD + b'{"text": "goo', "broken.jsonl:2 is not JSON"),
         ("latin1.jsonl", GOOD + b'\n{"text": "caf\xe9"}\n', "latin1.jsonl:3 is not UTF-8"),
         ("deep.jsonl", b"[" * 100_000 + b"\n", "deep.jsonl:1 is not JSON"),
