@@ -172,7 +172,11 @@ GOOD = b'{"text": "good"}\n'
         ("latin1.txt", b"one\ncaf\xe9\n", "latin1.txt:2 is not UTF-8"),
         ("cut.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "cut.txt.gz cannot be read (Compressed file ended"),
         ("plain.txt.gz", b"text", "plain.txt.gz cannot be read (Not a gzipped file"),
-        ("cut.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], "cut.jsonl.gz:100 cannot be read (Compressed file ended"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(GOOD * 99, mtime=0)[:-9],
+            "cut.jsonl.gz:100 cannot be read (Compressed file ended",
+        ),
         ("broken.jsonl", GOOD + b'{"text": "goo', "broken.jsonl:2 is not JSON"),
         ("latin1.jsonl", GOOD + b'\n{"text": "caf\xe9"}\n', "latin1.jsonl:3 is not UTF-8"),
         ("deep.jsonl", b"[" * 100_000 + b"\n", "deep.jsonl:1 is not JSON"),
