@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from common.script import absolute_path, run_script
@@ -54,13 +53,13 @@ def scale(options: argparse.Namespace) -> None:
 
 def _visit_all(study: Study, options: argparse.Namespace, jobs: list[tuple[int, Visit]], directory: Path) -> list[str]:
     failed: list[str] = []
-    with opened(study, directory) as places, tempfile.TemporaryDirectory(prefix="hvdlm-visit-") as scratch:
+    with opened(study, directory) as places:
         for number, (repetition, visit) in enumerate(jobs, start=1):
             for attempt in range(1, _MOST_TRIES + 1):
                 codecs = missing(study, visit, repetition, directory)
                 print(f"{number} of {len(jobs)}: {visit.name}, repetition {repetition + 1}: {', '.join(codecs)}")
                 try:
-                    measure(study, options.mode, visit, codecs, places, directory, Path(scratch))
+                    measure(study, options.mode, visit, codecs, places, directory)
                     break
                 except VisitError as error:
                     print(f"{visit.name}, attempt {attempt}: {error}", file=sys.stderr)

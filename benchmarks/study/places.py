@@ -85,7 +85,10 @@ class Places:
                 f"{os.environ.get('SLURM_NNODES', 'none')}: start it inside salloc or sbatch with --nodes={hosts}"
             )
         if self._study.launcher == "srun":
-            return ["srun", f"--nodes={hosts}", f"--ntasks={visit.ranks}", "--mpi=pmix", "--kill-on-bad-exit=1"]
+            # srun has not taken over an allocation's --cpus-per-task since Slurm 22.05
+            cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+            each_host = [f"--nodes={hosts}", f"--ntasks={visit.ranks}", f"--ntasks-per-node={each}"]
+            return ["srun", *each_host, f"--cpus-per-task={cpus}", "--mpi=pmix", "--kill-on-bad-exit=1"]
         return [*_mpirun(visit.ranks), "--map-by", f"ppr:{each}:node"]
 
 

@@ -44,7 +44,7 @@ class Study(Section):
     batch_sizes: list[int] = Field(min_length=1, description="sequences a step, weak: of a rank, strong: of all")
     repetitions: int = Field(5, ge=1, description="jobs for each point, one after all others have had theirs")
     steps: int = Field(5, gt=0, description="of a repetition that count")
-    warmup_steps: int = Field(3, gt=0, description="before them; codec auto has at least 24")
+    warmup_steps: int = Field(3, gt=0, description="before them; codec auto has at least 40")
     simulated_tokens_per_second: float = Field(
         0, ge=0, description="forward and backward of a rank are sleeps as long as at this speed; 0: real"
     )
@@ -69,7 +69,7 @@ class Visit:
 
     def point_name(self, codec: str) -> str:
         """Of the point that this visit adds a repetition to."""
-        return f"{self.name}-{re.sub('[^A-Za-z0-9]+', '-', Path(codec.rpartition(':')[2]).name or codec)}"
+        return f"{self.name}-{re.sub('[^A-Za-z0-9]+', '-', codec if ':' not in codec else Path(codec).name)}"
 
 
 def read_study(file: Path, simulate: float | None) -> Study:
@@ -102,12 +102,12 @@ def read_study(file: Path, simulate: float | None) -> Study:
 
 
 def visits(study: Study) -> Iterator[Visit]:
-    """Every one of a repetition. One rank passes no link, whatever its rate: it is measured once."""
+    """Every one of a repetition. Ranks of one host pass no link, whatever its rate: they are measured once."""
     links: list[str | None] = [*study.links] or [None]
     for preset in study.presets or [None]:
         for batch_size in study.batch_sizes:
             for ranks in study.ranks:
-                for link in links if ranks > 1 else links[:1]:
+                for link in links if ranks > study.ranks_per_host else links[:1]:
                     yield Visit(ranks, link, preset, batch_size)
 
 

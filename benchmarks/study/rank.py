@@ -37,8 +37,8 @@ from hvdlm.training.replicas import broadcast_tensors
 from hvdlm.training.trainer import Trainer
 from study.simulated import SimulatedTrainer
 
-# Steps in which auto measures, chooses and has looked whether it was right.
-_AUTO_WARMUP = 24
+# Steps in which auto measures, lets five choices race, and has looked once whether it was right.
+_AUTO_WARMUP = 40
 
 _VARIABLES = ("OMPI_MCA_", "HOROVOD_", "OMP_", "NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_")
 
@@ -113,6 +113,7 @@ def _turn(
             "parameter_hashes": [rank["hash"] for rank in ranks],
         },
     }
+    loader.close()
     del trainer, loader, sync
     gc.collect()
     return turn

@@ -1,4 +1,4 @@
-"""Compute that is a sleep: the trainer as it is, but forward, backward and optimizer only take their time.
+"""Compute that is a sleep: the trainer as it is, but forward and backward pass only take their time.
 
 So communication alone is studied, with more ranks than cores: gradients appear block by block as a device beside the
 cores would make them, through the same hooks, buckets, codecs and messages as real ones.
@@ -42,7 +42,10 @@ class SimulatedTrainer(Trainer):
             (
                 work[name] / total,
                 group,
-                [1e-3 * torch.randn(parameter.shape, generator=generator) for parameter in group],
+                [
+                    (1e-3 * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
+                    for parameter in group
+                ],
             )
             for name, group in groups.items()
         ]

@@ -84,7 +84,9 @@ def _speed(point: Point) -> Estimate:
 
 
 def _efficiency(point: Point, points: Sequence[Point]) -> float | None:
-    beside = [each for each in points if _group(each) == _group(point) and each.codec == "none"]
+    link = point.place.link_bits_per_second
+    near = [each for each in points if each.place.link_bits_per_second in (link, None)]  # or on one host
+    beside = [each for each in near if _group(each) == _group(point) and each.codec == "none"]
     if not beside:
         return None
     base = min(beside, key=lambda each: each.ranks)

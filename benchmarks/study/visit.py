@@ -37,18 +37,16 @@ def missing(study: Study, visit: Visit, repetition: int, directory: Path) -> lis
     return [codec for codec in order if _repetitions(directory / _file(visit, codec)) <= repetition]
 
 
-def measure(
-    study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], places: Places, directory: Path, scratch: Path
-) -> None:
+def measure(study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], places: Places, directory: Path) -> None:
     """Lets `codecs` take their turns in one job, and writes their points. Raises VisitError.
 
     What the job says is in logs/ below `directory`, of each visit the last.
     """
     configs = {codec: configuration(study, visit, codec, mode) for codec in codecs}
-    task, output = scratch / "task.json", scratch / "result.json"
+    logs = directory / "logs"  # which all hosts see, as they see the points
+    logs.mkdir(exist_ok=True)
+    task, output, log = logs / "task.json", logs / "result.json", logs / f"{visit.name}.log"
     output.unlink(missing_ok=True)
-    log = directory / "logs" / f"{visit.name}.log"
-    log.parent.mkdir(exist_ok=True)
     task.write_text(
         json.dumps(
             {

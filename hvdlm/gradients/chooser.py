@@ -135,6 +135,8 @@ class Chooser:
 
     def load_state_dict(self, state: Mapping[str, Any], same_ranks: bool) -> None:
         """Goes on with a choice, on as many ranks and with the same buckets and candidates; else measures anew."""
+        if "bucket_bytes" not in state:  # of an earlier hvdlm
+            return
         plan = Plan(state["bucket_bytes"], state["names"])
         is_known = plan.bucket_bytes in (self._bucket_bytes, *self._candidates.values())
         is_known &= set(plan.names) <= self._candidates.keys()

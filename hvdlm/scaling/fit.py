@@ -45,33 +45,47 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
     if not base or not together:
         raise HvdlmError("a fit needs codec none on the fewest ranks, and points of two ranks or more")
     model = _read_off(usable, base, together)
-    between_hosts = [point.place.link_bits_per_second for point in together if len(set(point.place.hosts)) > 1]
-    knows_rates = bool(between_hosts) and None not in between_hosts
     measured = [math.log(step_seconds(point)) for point in together]
+    inside = [point for point in together if len(set(point.place.hosts)) == 1]
+    between = [point for point in together if len(set(point.place.hosts)) > 1]
+    knows_rates = all(point.place.link_bits_per_second is not None for point in between)
 
     def at(values: NDArray[np.float64]) -> PerformanceModel:
-        carried, latency = math.exp(values[0]), float(values[1]) * _USUAL_LATENCY
-        network = Network(
-            efficiency=carried if knows_rates else 1.0,
-            latency=latency,
-            bits_per_second=None if knows_rates else carried,
+        """`values`: for each kind of link that was passed, the logarithm of what it carries, and its latency."""
+        found = iter(values)
+        return model.model_copy(
+            update={
+                "inside": _network(float(next(found)), float(next(found)), False) if inside else None,
+                "between": _network(float(next(found)), float(next(found)), knows_rates) if between else None,
+            }
         )
-        return model.model_copy(update={"network": network})
 
     def residuals(values: NDArray[np.float64]) -> NDArray[np.float64]:
         tried = at(values)
         logs = [math.log(forecast(tried, of_point(point)).seconds) for point in together]
         return np.subtract(logs, measured)
 
-    least_carried, usual, most = map(math.log, _EFFICIENCIES if knows_rates else _RATES)
+    sides = [*([_RATES] if inside else []), *([_EFFICIENCIES if knows_rates else _RATES] if between else [])]
     found = least_squares(
         residuals,
-        x0=[usual, 1.0],
-        bounds=([least_carried, 0.0], [most, _MOST_LATENCY / _USUAL_LATENCY]),
+        x0=[value for _, usual, _ in sides for value in (math.log(usual), 1.0)],
+        bounds=(
+            [value for least, _, _ in sides for value in (math.log(least), 0.0)],
+            [value for _, _, most in sides for value in (math.log(most), _MOST_LATENCY / _USUAL_LATENCY)],
+        ),
         diff_step=1e-3,  # a forecast is not smooth in small
     )
     best = at(found.x)
     return best.model_copy(update={"residual": float(np.sqrt(np.mean(residuals(found.x) ** 2)))})
+
+
+def _network(log_carried: float, latency: float, knows_rate: bool) -> Network:
+    carried = math.exp(log_carried)
+    return Network(
+        efficiency=carried if knows_rate else 1.0,
+        latency=latency * _USUAL_LATENCY,
+        bits_per_second=None if knows_rate else carried,
+    )
 
 
 def step_seconds(point: Point) -> float:
@@ -92,7 +106,7 @@ def _read_off(usable: Sequence[Point], base: Sequence[Point], together: Sequence
     fewest, most = min(starts), max(starts)
     return PerformanceModel(
         machine=first.machine,
-        ranks_per_host=first.place.ranks_per_host,
+        ranks_per_host=max(point.place.ranks_per_host for point in usable),
         is_simulated=first.simulated_tokens_per_second is not None,
         uses_gpu=first.machine.gpu is not None and first.settings["train"]["device"] != "cpu",
         lanes=max(point.lanes for point in usable),
@@ -104,7 +118,8 @@ def _read_off(usable: Sequence[Point], base: Sequence[Point], together: Sequence
         start_seconds=starts[fewest],
         start_seconds_per_rank=(starts[most] - starts[fewest]) / max(1, most - fewest),
         codecs={name: _codec_cost(name, together, alone) for name in sorted({p.codec for p in together})},
-        network=Network(efficiency=1.0, latency=0.0, bits_per_second=None),
+        inside=None,
+        between=None,
         residual=0.0,
         measured=Measured(
             ranks=sorted({point.ranks for point in usable}),

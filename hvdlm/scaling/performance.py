@@ -33,11 +33,19 @@ class CodecCost(Record):
 
 
 class Network(Record):
-    """Links between hosts; of one host, what its ranks share."""
+    """What messages between ranks of one host, or between hosts, go through."""
 
     efficiency: float = Field(gt=0, description="bytes of gradients carried, over what the rate would carry")
     latency: float = Field(ge=0, description="seconds a hop")
     bits_per_second: float | None = Field(description="where no rate is known: what was carried")
+
+    def bandwidth(self, link: float | None) -> float:
+        """Bits/s of gradients, over a link of such a rate. Raises HvdlmError if none is known."""
+        if self.bits_per_second is not None:
+            return self.bits_per_second
+        if link is None:
+            raise HvdlmError("the rate of the link is not known: say it with --link, as in --link 100gbit")
+        return link * self.efficiency
 
 
 class Measured(Record):
@@ -67,7 +75,8 @@ class PerformanceModel(Record):
     start_seconds: float = Field(description="from the start of processes to the first step, of the fewest ranks")
     start_seconds_per_rank: float
     codecs: dict[str, CodecCost]
-    network: Network
+    inside: Network | None = Field(description="of a host, between its ranks; null: not measured")
+    between: Network | None = Field(description="hosts; null: not measured")
     residual: float = Field(description="root mean square of log(predicted / measured), of points that were not fitted")
     measured: Measured
 
@@ -115,17 +124,23 @@ def cores(model: PerformanceModel, scenario: Scenario) -> Cores:
 
 
 def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str) -> tuple[list[Stage], float]:
-    """A bucket's way by a codec, and the bytes that a rank sends between hosts."""
+    """A bucket's way by a codec, and the bytes that a rank sends for it."""
     cost = _cost(model, codec)
     shapes, elements = scenario.buckets[bucket], scenario.elements[bucket]
     by_node = scenario.compression.by_node and 1 < scenario.ranks_per_host < scenario.ranks
-    among = scenario.hosts if by_node else scenario.ranks
-    exchanged = messages(codec, shapes, among, scenario.compression)
-    computing = [Stage("codec", cost.seconds_per_element * elements / (len(exchanged) + 1))] * (len(exchanged) + 1)
-    way = [computing[0]]
-    for message, after in zip(exchanged, computing[1:], strict=True):
-        way += [*_message(model, scenario, message, cost, 1 if by_node else scenario.ranks_per_host), after]
-    return way, sum(message.nbytes for message in exchanged)
+    exchanged = messages(codec, shapes, scenario.hosts if by_node else scenario.ranks, scenario.compression)
+    computing = Stage("codec", cost.seconds_per_element * elements / (len(exchanged) + 1))
+    way, sent = [computing], sum(message.nbytes for message in exchanged)
+    for message in exchanged:
+        way += [*_message(model, scenario, message, cost, 1 if by_node else scenario.ranks_per_host), computing]
+    if by_node:
+        # before and after, dense within each node: summed, and handed out again
+        (within,) = messages("none", shapes, scenario.ranks_per_host, scenario.compression)
+        handed = within._replace(nbytes=within.nbytes / 2, hops=within.hops // 2)
+        dense = _cost(model, "none")
+        way = [*_inside(model, within, dense), *way, *_inside(model, handed, dense)]
+        sent += within.nbytes + handed.nbytes
+    return way, sent
 
 
 def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str]) -> StepForecast:
@@ -134,7 +149,9 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
     forward, backward = model.forward_seconds_per_flop * flops, model.backward_seconds_per_flop * flops
     last = _backward_pass(scenario, backward / scenario.micro_batches)
     lanes = model.lanes if scenario.hosts > 1 else 1
-    burst = 8 * scenario.burst / bandwidth(model, scenario) if scenario.burst else 0.0
+    burst = 0.0
+    if scenario.burst and scenario.hosts > 1:
+        burst = 8 * scenario.burst / _measured(model.between, "between hosts").bandwidth(scenario.link)
     schedule = play(last, [way for way, _ in ways], lanes, cores(model, scenario), burst)
     before = backward - last.end
     compute = forward + before + schedule.backward_end
@@ -183,24 +200,37 @@ def _message(
     model: PerformanceModel, scenario: Scenario, message: Message, cost: CodecCost, per_host: int
 ) -> list[Stage]:
     """Between hosts a ring passes each link once, whatever the ranks of a host; what goes to all passes it for each."""
-    nbytes = message.nbytes
-    if message.kind == "all-to-all" and per_host > 1 and scenario.ranks > per_host:
-        nbytes *= per_host * (scenario.ranks - per_host) / (scenario.ranks - 1)
-    seconds = 8 * nbytes / bandwidth(model, scenario)
+    if scenario.hosts == 1:
+        return _inside(model, message, cost)
+    between = _measured(model.between, "between hosts")
+    nbytes, latency = message.nbytes, between.latency
+    if per_host > 1:
+        if message.kind == "all-to-all":
+            nbytes *= per_host * (scenario.ranks - per_host) / (scenario.ranks - 1)
+        elif model.inside:  # of its hops only one in so many leaves a host
+            latency = (between.latency + (per_host - 1) * model.inside.latency) / per_host
+    return _stages(message, nbytes, latency, between.bandwidth(scenario.link), cost)
+
+
+def _inside(model: PerformanceModel, message: Message, cost: CodecCost) -> list[Stage]:
+    inside = _measured(model.inside, "within a host")
+    return _stages(message, message.nbytes, inside.latency, inside.bandwidth(None), cost)
+
+
+def _stages(message: Message, nbytes: float, latency: float, bandwidth: float, cost: CodecCost) -> list[Stage]:
+    """`nbytes`: that pass the link for a rank's message; `latency`: of a hop."""
+    seconds = 8 * nbytes / bandwidth
     load = cost.core_seconds_per_byte * message.nbytes / seconds if seconds else 0.0
     # While one segment of a chunk waits for its turn others are under way; when the last one goes round, none
     segments = message.nbytes / message.hops / message.segment if message.segment else 1.0
-    latency = model.network.latency * message.hops / segments + 8 * message.segment / bandwidth(model, scenario)
-    return [Stage("latency", latency), Stage("link", seconds, load)]
+    waiting = latency * message.hops / segments + 8 * message.segment / bandwidth
+    return [Stage("latency", waiting), Stage("link", seconds, load)]
 
 
-def bandwidth(model: PerformanceModel, scenario: Scenario) -> float:
-    """Bits/s of gradients that a host's link carries. Raises HvdlmError if no rate is known."""
-    if scenario.link is not None:
-        return scenario.link * model.network.efficiency
-    if model.network.bits_per_second is None:
-        raise HvdlmError("the rate of the link is not known: say it with --link, as in --link 100gbit")
-    return model.network.bits_per_second
+def _measured(network: Network | None, where: str) -> Network:
+    if network is None:
+        raise HvdlmError(f"the fit has no messages {where}: measure some, by a study of such ranks")
+    return network
 
 
 def _cost(model: PerformanceModel, codec: str) -> CodecCost:

@@ -42,11 +42,15 @@ def write_fit(results: Path, output: Path) -> None:
     console = _console()
     for holdout in tries:
         console.print(residual_table(holdout))
-    network = model.network
+    for where, network in (("within a host", model.inside), ("between hosts", model.between)):
+        if network:
+            carried = f"{network.efficiency:.1%} of its rate"
+            if network.bits_per_second is not None:
+                carried = f"{network.bits_per_second / 1e9:,.2f} Gbit/s"
+            console.print(f"{where} a link carries {carried}, with {network.latency * 1e6:,.0f} us a hop")
     console.print(
-        f"{len(points)} points; links carry {network.efficiency:.1%} of their rate, "
-        f"{network.latency * 1e6:.0f} us a hop; forecasts of points that were not fitted are off by "
-        f"{model.residual:.1%} (root mean square)"
+        f"{len(points)} points; forecasts of points that were not fitted are off by {model.residual:.1%} "
+        "(root mean square)"
     )
     partial = output.with_suffix(".partial")
     partial.write_text(model.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -200,7 +204,7 @@ def _advice(
         if name != last.compression.codec:
             other = last.compression.model_copy(update={"codec": name})
             tries[f"codec {name}"] = replace(last, compression=other)
-    if 1 < last.ranks_per_host < last.ranks and not last.compression.by_node:
+    if model.inside and 1 < last.ranks_per_host < last.ranks and not last.compression.by_node:
         by_node = last.compression.model_copy(update={"by_node": True})
         tries["compression.by_node"] = replace(last, compression=by_node)
     speed = last.tokens / step.seconds

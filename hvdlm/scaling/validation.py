@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hvdlm.errors import HvdlmError
 from hvdlm.scaling.fit import fit, step_seconds
 from hvdlm.scaling.performance import PerformanceModel, forecast
 from hvdlm.scaling.point import Point
 from hvdlm.scaling.scenario import of_point
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,6 @@ class Holdout:
     """What a fit did not see, and how far off it was."""
 
     name: str
-    fitted: int  # points
     residuals: list[Residual]
 
     @property
@@ -44,7 +47,10 @@ class Holdout:
 
 
 def hold_out(points: Sequence[Point]) -> list[Holdout]:
-    """Fits to the fewer half of the rank counts, and to each link alone, and forecasts the rest, where there is one."""
+    """Fits to the fewer half of the rank counts, and to all links but each, and forecasts the rest.
+
+    What cannot be fitted is said, and left out.
+    """
     ranks = sorted({point.ranks for point in points})
     most = ranks[: max(2, len(ranks) // 2)][-1]
     few = [point for point in points if point.ranks <= most]
@@ -58,11 +64,16 @@ def hold_out(points: Sequence[Point]) -> list[Holdout]:
         others = [point for point in points if point.place.link_bits_per_second != link]
         own = [point for point in points if point.place.link_bits_per_second == link]
         tries.append((f"held out: links of {link / 1e6:,g} Mbit/s", others, own))
-    return [
-        Holdout(title, len(seen), residuals(fit(seen), unseen))
-        for title, seen, unseen in tries
-        if unseen and any(point.ranks > 1 for point in seen)
-    ]
+    found = []
+    for title, seen, unseen in tries:
+        try:
+            errors = residuals(fit(seen), unseen)
+        except HvdlmError as error:
+            logger.warning("not %s: %s", title, error)
+            continue
+        if errors:
+            found.append(Holdout(title, errors))
+    return found
 
 
 def residuals(model: PerformanceModel, points: Sequence[Point]) -> list[Residual]:

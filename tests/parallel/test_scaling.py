@@ -97,7 +97,7 @@ def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_
     codec.write_text(WRONG_SUM, encoding="utf-8")
     result = run(write_study(small_data, tmp_path, f"{codec}:WrongSum", repetitions=1), deadline=200)
     assert result.status == 1
-    assert "ranks ended with different models, so do not use r2-b2-WrongSum.point.json" in result.output
+    assert "ranks ended with different models, so do not use r2-b2-wrong-py-WrongSum.point.json" in result.output
     points = read_points(tmp_path / "small-weak")
     assert [(point.ranks, point.is_valid) for point in points if not point.is_valid] == [(2, False)]
     assert report(tmp_path / "small-weak").output.count("3 of 4 points are valid") == 1

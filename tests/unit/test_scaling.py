@@ -13,7 +13,7 @@ from hvdlm.config import CommSection, CompressionSection, from_dict
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit
-from hvdlm.scaling.performance import forecast
+from hvdlm.scaling.performance import Network, forecast
 from hvdlm.scaling.point import read_point, read_points, schema, write_point
 from hvdlm.scaling.prediction import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
 from hvdlm.scaling.rehearsal import Message, messages
@@ -134,8 +134,9 @@ PLANTED = [make_point(ranks, link) for link in (1e8, 1e9) for ranks in (1, 2, 4,
 
 def test_a_fit_finds_what_was_planted() -> None:
     model = fit([point for point in PLANTED if point.ranks <= 2])
-    assert model.network.efficiency == pytest.approx(EFFICIENCY, rel=1e-3)
-    assert model.network.latency == pytest.approx(LATENCY, rel=1e-2)
+    assert model.inside is None and model.between is not None
+    assert model.between.efficiency == pytest.approx(EFFICIENCY, rel=1e-3)
+    assert model.between.latency == pytest.approx(LATENCY, rel=1e-2)
     assert (model.data_seconds, model.start_seconds, model.start_seconds_per_rank) == (0.01, 4.0, 1.0)
     for point in PLANTED:
         assert forecast(model, of_point(point)).seconds == pytest.approx(point.repetitions[0].seconds, rel=1e-3)
@@ -192,12 +193,29 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **options)
 
 
+def test_links_within_a_host_are_a_class_of_their_own() -> None:
+    """Two ranks on one host, whose messages pass no link of a known rate, carry what they carry."""
+    place = PLANTED[1].place.model_copy(
+        update={"hosts": ["a", "a"], "ranks_per_host": 2, "link_bits_per_second": None, "kind": "local"}
+    )
+    near = make_point(2, 3e9).model_copy(update={"place": place})
+    model = fit([*PLANTED, near])
+    assert model.inside is not None and model.between is not None
+    assert model.between.efficiency == pytest.approx(EFFICIENCY, rel=1e-3)
+    assert forecast(model, of_point(near)).seconds == pytest.approx(near.repetitions[0].seconds, rel=1e-3)
+
+
 def test_by_node_passes_the_link_once_a_node() -> None:
-    model = fit(PLANTED)
+    fast = Network(efficiency=1.0, latency=0.0, bits_per_second=1e15)
+    model = fit(PLANTED).model_copy(update={"inside": fast})
     config = from_dict({"compression": {"by_node": True}}, "test", PRESETS)
     flat = config.model_copy(update={"compression": CompressionSection()})
-    apart, together = (forecast(model, of_config(each, 257, 16, 8, 1e9)) for each in (flat, config))
-    assert apart.wire_bytes / together.wire_bytes == pytest.approx((2 * 15 / 16) / (2 * 1 / 2), rel=1e-6)
+    apart, together = (forecast(model, of_config(each, 257, 16, 8, 1e8)) for each in (flat, config))
+    # of each bucket's bytes 2 * 15/16 pass the link, or 2 * 1/2
+    assert together.schedule.link_seconds == pytest.approx(apart.schedule.link_seconds * 8 / 15, rel=1e-3)
+    assert together.exposed < 0.6 * apart.exposed
+    with pytest.raises(HvdlmError, match="the fit has no messages within a host"):
+        forecast(fit(PLANTED), of_config(config, 257, 16, 8, 1e8))
 
 
 def test_faster_ranks_show_more_of_the_exchange() -> None:
