@@ -30,6 +30,11 @@ class WorkerPool:
             if workers > 1
             else None
         )
+        if self._executor:
+            # All workers now: one that is started just when another is killed would be forgotten, and waited for, for
+            # ever (Python 3.11's executor starts them as work comes)
+            for _ in range(workers):
+                self._executor.submit(_begin)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -63,6 +68,10 @@ class WorkerPool:
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
+
+
+def _begin() -> None:
+    """Work for a worker that has none yet."""
 
 
 def _start_worker() -> None:
