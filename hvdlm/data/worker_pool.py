@@ -24,6 +24,7 @@ class WorkerPool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self._is_broken = False
         # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
         self._executor = (
             ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -43,7 +44,11 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._executor:
+            over = threading.Event()
+            if self._is_broken:
+                threading.Thread(target=_kill_workers, args=(over,), daemon=True).start()
             self._executor.shutdown(cancel_futures=True)
+            over.set()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in the order of the items.
@@ -65,9 +70,17 @@ class WorkerPool:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
+            self._is_broken = True
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
+
+
+def _kill_workers(over: threading.Event) -> None:
+    """A worker that outlives another's death keeps what is written to it waiting, and the executor's end with it."""
+    while not over.wait(0.1):
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 def _begin() -> None:
