@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hvdlm.errors import HvdlmError
 
@@ -47,6 +48,10 @@ class WorkerPool:
             over = threading.Event()
             if self._is_broken:
                 threading.Thread(target=_kill_workers, args=(over,), daemon=True).start()
+                if sys.version_info < (3, 11, 5):
+                    # It would wait for what is being written to be read (python/cpython issue 94777)
+                    queue: Any = getattr(self._executor, "_call_queue")  # noqa: B009, not in its stub
+                    queue._reader.close()
             self._executor.shutdown(cancel_futures=True)
             over.set()
 
