@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import time
@@ -25,7 +24,9 @@ import torch
 from torch import Tensor
 
 from common.machine import describe_machine, describe_versions
+from common.results import write_results, write_text
 from common.script import absolute_path, run_script
+from hvdlm.cluster.doctor.measure import AllReduce
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import connect, detect
 from hvdlm.errors import HvdlmError
@@ -112,7 +113,6 @@ def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, 
     communicator.barrier()
     of_all = np.array(communicator.all_gather_object([reduce() for _ in range(iterations)]))  # (ranks, iterations)
     p50, p95, p99 = (float(each) for each in np.percentile(of_all.max(axis=0), [50, 95, 99]))
-    speed, size = nbytes / p50, communicator.size
     return Row(
         way.name,
         str(dtype).removeprefix("torch."),
@@ -122,8 +122,8 @@ def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, 
         p95,
         p99,
         int(np.median(of_all, axis=1).argmax()),
-        speed,
-        speed * 2 * (size - 1) / size,
+        nbytes / p50,
+        AllReduce(communicator.size, nbytes, p50).bus_bandwidth,
         wrong,
     )
 
@@ -172,10 +172,8 @@ def _write(rows: Sequence[Row], launcher: str, communicator: Communicator, optio
         "versions": describe_versions(),
         "rows": [asdict(row) for row in rows],
     }
-    partial = options.output / "allreduce.partial"
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(options.output / f"allreduce-{options.name}.json")
-    (options.output / f"allreduce-{options.name}.md").write_text(_table(rows), encoding="utf-8")
+    write_results(options.output / f"allreduce-{options.name}.json", results)
+    write_text(options.output / f"allreduce-{options.name}.md", _table(rows))
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
@@ -49,8 +50,8 @@ def report(results: Path) -> None:
         sections.append(_drawn(results, "loss", "Loss over time", _LOSS, pictures.loss_over_time(runs)))
     sections.append(Section("What was run", _RUN, table=_settings(points)))
     title, lead = f"Scaling study {points[0].study}, {points[0].mode}", _lead(points)
-    _write(results / "report.html", html(title, lead, sections))
-    _write(results / "report.md", markdown(title, lead, sections))
+    write_text(results / "report.html", html(title, lead, sections))
+    write_text(results / "report.md", markdown(title, lead, sections))
     print(f"{results / 'report.html'}: {len(summaries)} of {len(points)} points are valid")
 
 
@@ -167,12 +168,6 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise HvdlmError(f"{file} is not JSON: {error}") from None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _parse() -> argparse.Namespace:

@@ -18,8 +18,8 @@ from common.script import absolute_path, run_script
 from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import SUFFIX, read_point, schema
 from study.places import opened
-from study.plan import Study, Visit, configuration, read_study, visits
-from study.visit import VisitError, check_data, measure, missing
+from study.plan import Study, Visit, read_study, visits
+from study.visit import VisitError, check_data, check_points, measure, missing
 
 _MOST_TRIES = 2
 
@@ -34,7 +34,7 @@ def scale(options: argparse.Namespace) -> None:
     planned = list(visits(study))
     for visit in planned:  # what does not fit is told before anything runs
         for codec in study.codecs:
-            configuration(study, visit, codec, options.mode)
+            check_points(study, options.mode, visit, codec, directory)
     jobs = [
         (repetition, visit)
         for repetition in range(study.repetitions)
@@ -54,6 +54,8 @@ def scale(options: argparse.Namespace) -> None:
 def _visit_all(study: Study, options: argparse.Namespace, jobs: list[tuple[int, Visit]], directory: Path) -> list[str]:
     failed: list[str] = []
     with opened(study, directory) as places:
+        for visit in {visit for _, visit in jobs}:  # what cannot be started is told before anything runs
+            places.launcher(visit)
         for number, (repetition, visit) in enumerate(jobs, start=1):
             for attempt in range(1, _MOST_TRIES + 1):
                 codecs = missing(study, visit, repetition, directory)

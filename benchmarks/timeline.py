@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, load
@@ -90,9 +91,7 @@ def _write(
         "ranks": communicator.size,
         "clock_error_seconds": error,
     }
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps({"traceEvents": events, "otherData": said}) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_text(output, json.dumps({"traceEvents": events, "otherData": said}) + "\n")
     print(f"{output}: {len(events)} events of {communicator.size} ranks, clocks within {error * _MICROSECONDS:.0f} us")
 
 

@@ -25,6 +25,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> None:
     """Replaces the file whole or not at all."""
+    write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -11,12 +11,14 @@ from hvdlm.errors import HvdlmError
 
 
 def run_script(name: str, work: Callable[[], None]) -> None:
-    """Exits with a sentence if `work` raises HvdlmError; SIGTERM and Ctrl-C end it in good order."""
+    """Exits with a sentence if `work` raises HvdlmError or OSError; SIGTERM and Ctrl-C end it in good order."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes down what was set up
     try:
         work()
     except HvdlmError as error:
         sys.exit(f"{name}: error: {error}")
+    except OSError as error:
+        sys.exit(f"{name}: error: {error.filename or 'operating system'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

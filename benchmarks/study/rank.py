@@ -1,6 +1,6 @@
 """One rank of a visit: every codec takes its turn, and rank 0 writes what all have measured.
 
-Started by visit.py, through a launcher: rank.py TASK, a JSON file of `Task`.
+Started by visit.py, through a launcher: rank.py TASK, a JSON file that visit.py has written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import torch
-from torch.nn.utils import parameters_to_vector
 
 from common.machine import describe_machine, describe_versions
+from common.results import write_results
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, from_dict
 from hvdlm.data.loader import Loader
@@ -33,7 +33,7 @@ from hvdlm.gradients.codecs.switching import Switching
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.hardware import choose_device, keep_memory, seconds_alive, share_cores
 from hvdlm.training.job import job
-from hvdlm.training.replicas import broadcast_tensors
+from hvdlm.training.replicas import broadcast_tensors, parameter_hash
 from hvdlm.training.trainer import Trainer
 from study.simulated import SimulatedTrainer
 
@@ -66,10 +66,7 @@ def main(task_file: str) -> None:
                 "environment": _environment(),
                 "turns": turns,
             }
-            output = Path(task["output"])
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.replace(output)
+            write_results(Path(task["output"]), result)
 
 
 def _turn(
@@ -90,7 +87,7 @@ def _turn(
     for _ in range(warmup - 1):
         trainer.train_step(loader, stop_here=False)
     own = _measure(trainer, loader, communicator, task["steps"], task["ranks_per_machine"])
-    ranks = communicator.all_gather_object({**own, "start": start_seconds, "hash": _hash(trainer)})
+    ranks = communicator.all_gather_object({**own, "start": start_seconds, "hash": parameter_hash(trainer.parameters)})
     sync = trainer.sync
     turn = {
         "lanes": len(sync.lanes),
@@ -154,12 +151,6 @@ def _busy_seconds() -> float:
     """That the cores of this machine have been at work, for whomever: the kernel sends and receives for nobody."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
-
-
-def _hash(trainer: Trainer) -> str:
-    with torch.no_grad():
-        flat = parameters_to_vector(trainer.model.parameters()).cpu()
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
 def _environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hvdlm.gradients.codecs.choice import AUTO
 from hvdlm.scaling.point import Point
 from hvdlm.scaling.statistics import Estimate, trimmed_mean
 
@@ -41,27 +42,38 @@ def summarise(points: Sequence[Point]) -> list[Summary]:
     return [Summary(point, _speed(point), _efficiency(point, ordered), _parts(point)) for point in ordered]
 
 
+def groups(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """By model and batch, in words: those of one differ in ranks, links and codecs only."""
+    found: dict[str, list[Summary]] = {}
+    for each in summaries:
+        _, _, batch = _group(each.point)
+        whose = "of a rank" if each.point.mode == "weak" else "of all ranks"
+        title = f"{each.point.settings['model']['preset']}, {batch} sequences {whose}"
+        found.setdefault(title, []).append(each)
+    return found
+
+
 def links(summaries: Sequence[Summary]) -> list[float | None]:
     """The rates of the links that were passed, None where none is known or none was passed by any point."""
-    rates = {s.point.place.link_bits_per_second for s in summaries if len(set(s.point.place.hosts)) > 1}
+    rates = {s.point.place.link_bits_per_second for s in summaries if not s.point.place.is_one_host}
     return sorted(rates or {None}, key=lambda rate: rate or 0)
 
 
 def behind(link: float | None, summaries: Sequence[Summary]) -> list[Summary]:
     """Points with this link, and those on one host, which pass none."""
-    return [s for s in summaries if s.point.place.link_bits_per_second == link or len(set(s.point.place.hosts)) == 1]
+    return [s for s in summaries if s.point.place.link_bits_per_second == link or s.point.place.is_one_host]
 
 
 def shortfall_of_auto(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary, float]]:
     """Each point of codec auto, the best point of a fixed codec beside it, and what auto lacks of its tokens/s."""
     found = []
     for auto in summaries:
-        if auto.point.codec != "auto" or auto.point.ranks == 1:
+        if auto.point.codec != AUTO or auto.point.ranks == 1:
             continue
         beside = [
             other
             for other in summaries
-            if other.point.codec != "auto"
+            if other.point.codec != AUTO
             and _group(other.point) == _group(auto.point)
             and other.point.ranks == auto.point.ranks
             and other.point.place.link_bits_per_second == auto.point.place.link_bits_per_second

@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from common.setups import environment
 from hvdlm.comm.rate import parse_rate
+from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.scaling.point import SUFFIX, Machine, Place, Point, read_point, write_point
+from hvdlm.scaling.point import SUFFIX, Machine, Place, Point, read_point, write_record
 from study.places import Places
 from study.plan import Mode, Study, Visit, configuration
 
@@ -27,6 +29,21 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 class VisitError(Exception):
     """A job has come to nothing; says why."""
+
+
+def check_points(study: Study, mode: Mode, visit: Visit, codec: str, directory: Path) -> None:
+    """Raises HvdlmError where settings do not fit, or a point is there that was measured with others."""
+    settings = _settings(configuration(study, visit, codec, mode), codec)
+    file = directory / _file(visit, codec)
+    if not file.exists():
+        return
+    earlier = read_point(file)
+    asked = (study.simulated_tokens_per_second or None, study.steps)
+    if earlier.settings != settings or (earlier.simulated_tokens_per_second, _steps(earlier)) != asked:
+        raise HvdlmError(
+            f"{file} was measured with other settings than study {study.name} has now: give the study another name, "
+            "or delete its directory"
+        )
 
 
 def missing(study: Study, visit: Visit, repetition: int, directory: Path) -> list[str]:
@@ -81,8 +98,6 @@ def measure(study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], place
         turn = result["turns"][codec]
         file = directory / _file(visit, codec)
         earlier = read_point(file).repetitions if file.exists() else []
-        settings = config.model_dump(exclude={"data": {"path"}, "train": {"run_dir"}})
-        settings["compression"]["codec"] = Path(codec).name
         point = {
             "study": study.name,
             "mode": mode,
@@ -95,7 +110,7 @@ def measure(study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], place
             "algorithm": config.comm.algorithm,
             "lanes": turn["lanes"],
             "codec": Path(codec).name,
-            "settings": settings,
+            "settings": _settings(config, codec),
             "seed": config.train.seed,
             "vocab_size": result["vocab_size"],
             "tokens_per_step": config.train.batch_size * config.model.context_length,
@@ -103,7 +118,7 @@ def measure(study: Study, mode: Mode, visit: Visit, codecs: Sequence[str], place
             "buckets": turn["buckets"],
             "repetitions": [*earlier, turn["repetition"]],
         }
-        write_point(file, Point.model_validate(point))
+        write_record(file, Point.model_validate(point))
 
 
 def revision() -> str:
@@ -118,6 +133,18 @@ def revision() -> str:
 
 def _file(visit: Visit, codec: str) -> str:
     return visit.point_name(codec) + SUFFIX
+
+
+def _settings(config: Config, codec: str) -> dict[str, Any]:
+    """Without paths, which say where and not what."""
+    settings = config.model_dump(mode="json", exclude={"data": {"path"}, "train": {"run_dir"}})
+    settings["compression"]["codec"] = Path(codec).name
+    return settings
+
+
+def _steps(point: Point) -> int:
+    """Of a repetition."""
+    return len(point.repetitions[0].step_seconds[0])
 
 
 def _repetitions(file: Path) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hvdlm.errors import HvdlmError
 
@@ -25,7 +25,6 @@ class WorkerPool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._is_broken = False
         # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
         self._executor = (
             ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -45,15 +44,7 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._executor:
-            over = threading.Event()
-            if self._is_broken:
-                threading.Thread(target=_kill_workers, args=(over,), daemon=True).start()
-                if sys.version_info < (3, 11, 5):
-                    # It would wait for what is being written to be read (python/cpython issue 94777)
-                    queue: Any = getattr(self._executor, "_call_queue")  # noqa: B009, not in its stub
-                    queue._reader.close()
             self._executor.shutdown(cancel_futures=True)
-            over.set()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in the order of the items.
@@ -75,17 +66,12 @@ class WorkerPool:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            self._is_broken = True
+            if sys.version_info < (3, 11, 5):
+                # The executor would wait until what it is writing has been read (python/cpython issue 94777)
+                vars(self._executor)["_call_queue"]._reader.close()
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
-
-
-def _kill_workers(over: threading.Event) -> None:
-    """A worker that outlives another's death keeps what is written to it waiting, and the executor's end with it."""
-    while not over.wait(0.1):
-        for worker in multiprocessing.active_children():
-            worker.kill()
 
 
 def _begin() -> None:

@@ -45,9 +45,10 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
     if not base or not together:
         raise HvdlmError("a fit needs codec none on the fewest ranks, and points of two ranks or more")
     model = _read_off(usable, base, together)
+    scenarios = [of_point(point) for point in together]
     measured = [math.log(step_seconds(point)) for point in together]
-    inside = [point for point in together if len(set(point.place.hosts)) == 1]
-    between = [point for point in together if len(set(point.place.hosts)) > 1]
+    inside = [point for point in together if point.place.is_one_host]
+    between = [point for point in together if not point.place.is_one_host]
     knows_rates = all(point.place.link_bits_per_second is not None for point in between)
 
     def at(values: NDArray[np.float64]) -> PerformanceModel:
@@ -62,7 +63,7 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
 
     def residuals(values: NDArray[np.float64]) -> NDArray[np.float64]:
         tried = at(values)
-        logs = [math.log(forecast(tried, of_point(point)).seconds) for point in together]
+        logs = [math.log(forecast(tried, scenario).seconds) for scenario in scenarios]
         return np.subtract(logs, measured)
 
     sides = [*([_RATES] if inside else []), *([_EFFICIENCIES if knows_rates else _RATES] if between else [])]

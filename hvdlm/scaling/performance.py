@@ -10,7 +10,7 @@ hops x latency, then bytes / bandwidth of the link between hosts: the alpha-beta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -21,7 +21,7 @@ from hvdlm.gradients.forecast import BackwardPass, Cost, choose
 from hvdlm.scaling.point import Machine, Record
 from hvdlm.scaling.rehearsal import Message, messages
 from hvdlm.scaling.scenario import Scenario
-from hvdlm.scaling.schedule import Backward, Cores, Schedule, Stage, play
+from hvdlm.scaling.schedule import Cores, Schedule, Stage, play
 from hvdlm.scaling.statistics import expected_maximum
 
 
@@ -77,7 +77,7 @@ class PerformanceModel(Record):
     codecs: dict[str, CodecCost]
     inside: Network | None = Field(description="of a host, between its ranks; null: not measured")
     between: Network | None = Field(description="hosts; null: not measured")
-    residual: float = Field(description="root mean square of log(predicted / measured), of points that were not fitted")
+    residual: float = Field(description="root mean square of log(predicted / measured), of points not fitted, if any")
     measured: Measured
 
 
@@ -92,6 +92,7 @@ class StepForecast:
     optimizer: float
     spread: float
     schedule: Schedule
+    elements: list[int]  # numbers in each bucket
     codecs: list[str]  # of each bucket
     wire_bytes: float  # sent by a rank
 
@@ -163,27 +164,25 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
         model.optimizer_seconds_per_element * sum(scenario.elements),
         model.spread * compute * expected_maximum(scenario.ranks),
         schedule,
+        scenario.elements,
         list(names),
         sum(nbytes for _, nbytes in ways),
     )
 
 
 def _forecast_auto(model: PerformanceModel, scenario: Scenario) -> StepForecast:
-    """The choice is made as hvdlm makes it, from costs that are forecast in place of tried."""
-    compression = scenario.compression
-    candidates = [name.strip() for name in compression.candidates.split(",")]
-    fixed = {name: replace(scenario, compression=compression.model_copy(update={"codec": name})) for name in candidates}
+    """The choice is made as hvdlm makes it, from costs that are forecast in place of tried: the soonest of one codec
+    for all buckets, each in buckets that suit it, and of one for each bucket.
+    """
+    candidates = [name.strip() for name in scenario.compression.candidates.split(",")]
+    uniform = [forecast(model, scenario.with_compression(codec=name)) for name in candidates]
     count = len(scenario.buckets)
-    uniform = {name: _forecast(model, fixed[name], [name] * count) for name in candidates}
-    costs = {
-        name: [_alone(stages(model, fixed[name], index, name)[0]) for index in range(count)] for name in candidates
-    }
-    dense = uniform[candidates[0]]
+    costs = {name: [_alone(stages(model, scenario, index, name)[0]) for index in range(count)] for name in candidates}
     flops = scenario.flops_per_token * scenario.tokens
     last = _backward_pass(scenario, model.backward_seconds_per_flop * flops / scenario.micro_batches)
-    chosen = choose(BackwardPass(last.full, last.end), costs, shares_core=False)
+    chosen = choose(last, costs, shares_core=False)
     mixed = _forecast(model, scenario, chosen)
-    return min([mixed, dense, *uniform.values()], key=lambda each: each.seconds)
+    return min([mixed, *uniform], key=lambda each: each.seconds)
 
 
 def _alone(way: Sequence[Stage]) -> Cost:
@@ -191,9 +190,9 @@ def _alone(way: Sequence[Stage]) -> Cost:
     return Cost(computing, sum(stage.seconds for stage in way) - computing)
 
 
-def _backward_pass(scenario: Scenario, seconds: float) -> Backward:
+def _backward_pass(scenario: Scenario, seconds: float) -> BackwardPass:
     """That of the last micro-batch, in which gradients become complete."""
-    return Backward([seconds * share for share in scenario.full], seconds)
+    return BackwardPass([seconds * share for share in scenario.full], seconds)
 
 
 def _message(

@@ -48,6 +48,11 @@ class Place(Record):
     launcher: str = Field(description="the command that started the ranks")
     environment: dict[str, str] = Field(description="variables of launchers, MPI, OpenMP and hvdlm on rank 0")
 
+    @property
+    def is_one_host(self) -> bool:
+        """No message has passed a link."""
+        return len(set(self.hosts)) == 1
+
 
 class Bucket(Record):
     """Gradients that travel together."""
@@ -133,10 +138,10 @@ def read_point(file: Path) -> Point:
         raise HvdlmError(f"{file} is not a point of version 1: {where}: {first['msg']}; measure it again") from None
 
 
-def write_point(file: Path, point: Point) -> None:
+def write_record(file: Path, record: Record) -> None:
     """Replaces the file whole or not at all."""
     partial = file.with_suffix(".partial")
-    partial.write_text(point.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
 
 

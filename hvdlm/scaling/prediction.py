@@ -16,7 +16,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.performance import PerformanceModel, StepForecast, forecast, read_model
-from hvdlm.scaling.point import read_points
+from hvdlm.scaling.point import read_points, write_record
 from hvdlm.scaling.scenario import Scenario, of_config
 from hvdlm.scaling.validation import Holdout, hold_out, root_mean_square
 
@@ -37,8 +37,9 @@ def write_fit(results: Path, output: Path) -> None:
     tries = hold_out(points)
     model = fit(points)
     unseen = [residual for holdout in tries for residual in holdout.residuals]
+    which = "that were fitted"
     if unseen:
-        model = model.model_copy(update={"residual": root_mean_square(unseen)})
+        model, which = model.model_copy(update={"residual": root_mean_square(unseen)}), "that were not fitted"
     console = _console()
     for holdout in tries:
         console.print(residual_table(holdout))
@@ -49,12 +50,9 @@ def write_fit(results: Path, output: Path) -> None:
                 carried = f"{network.bits_per_second / 1e9:,.2f} Gbit/s"
             console.print(f"{where} a link carries {carried}, with {network.latency * 1e6:,.0f} us a hop")
     console.print(
-        f"{len(points)} points; forecasts of points that were not fitted are off by {model.residual:.1%} "
-        "(root mean square)"
+        f"{len(points)} points; forecasts of points {which} are off by {model.residual:.1%} (root mean square)"
     )
-    partial = output.with_suffix(".partial")
-    partial.write_text(model.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_record(output, model)
 
 
 def residual_table(holdout: Holdout) -> Table:
@@ -86,6 +84,9 @@ def predict(
     Raises HvdlmError for what the fit does not know.
     """
     model = read_model(file)
+    for option, value in (("--per-node", ranks_per_host), ("--rank-flops", rank_flops)):
+        if value is not None and value <= 0:
+            raise HvdlmError(f"{option} {value:g}: give a number above 0")
     if rank_flops is not None:
         model = with_flops(model, rank_flops)
     per_host = ranks_per_host or model.ranks_per_host
@@ -107,7 +108,8 @@ def predict(
         found = [forecast(model, scenario) for scenario in scenarios]
         console.print(_table(model, codec, scenarios, found, alone))
         console.print(*_advice(model, scenarios, found, alone), sep="\n")
-        console.print(_timeline(found[-1], scenarios[-1]))
+        console.print(_timeline(found[-1], counts[-1]))
+    console.print(f"{counts[-1]:,} ranks take about {start_seconds(model, counts[-1]):,.0f} s to start.")
 
 
 def with_flops(model: PerformanceModel, flops: float) -> PerformanceModel:
@@ -146,6 +148,12 @@ def interval(model: PerformanceModel, ranks: int) -> float:
     """
     doublings = max(0.0, math.log2(ranks / max(model.measured.ranks)))
     return math.exp(2 * model.residual * (1 + doublings))
+
+
+def start_seconds(model: PerformanceModel, ranks: int) -> float:
+    """From the start of processes to the first step."""
+    more = max(0, ranks - min(model.measured.ranks))
+    return model.start_seconds + model.start_seconds_per_rank * more
 
 
 def is_extrapolated(model: PerformanceModel, ranks: int, link: float | None) -> bool:
@@ -202,11 +210,9 @@ def _advice(
     }
     for name in model.codecs:
         if name != last.compression.codec:
-            other = last.compression.model_copy(update={"codec": name})
-            tries[f"codec {name}"] = replace(last, compression=other)
+            tries[f"codec {name}"] = last.with_compression(codec=name)
     if model.inside and 1 < last.ranks_per_host < last.ranks and not last.compression.by_node:
-        by_node = last.compression.model_copy(update={"by_node": True})
-        tries["compression.by_node"] = replace(last, compression=by_node)
+        tries["compression.by_node"] = last.with_compression(by_node=True)
     speed = last.tokens / step.seconds
     gains = {
         name: scenario.tokens / forecast(model, scenario).seconds / speed - 1
@@ -218,15 +224,15 @@ def _advice(
     return [*sentences, f"At {last.ranks:,} ranks, tokens/s would change by: {told}."]
 
 
-def _timeline(step: StepForecast, scenario: Scenario) -> Table:
-    """When the buckets of the most ranks are full and there."""
+def _timeline(step: StepForecast, ranks: int) -> Table:
+    """When buckets are full and there."""
     end = f"{step.schedule.backward_end * 1e3:,.1f}"
-    title = f"buckets at {scenario.ranks:,} ranks, ms since the beginning of the backward pass, which ends at {end}"
+    title = f"buckets at {ranks:,} ranks, ms since the beginning of the backward pass, which ends at {end}"
     table = Table("bucket", "MB", "codec", "full", "taken", "there", title=title, title_justify="left")
     journeys = list(enumerate(step.schedule.journeys))
     half = _SHOWN_BUCKETS // 2
     shown = journeys if len(journeys) <= _SHOWN_BUCKETS else [*journeys[:half], *journeys[-half:]]
     for index, journey in shown:
         times = (f"{at * 1e3:,.1f}" for at in journey)
-        table.add_row(str(index + 1), f"{scenario.elements[index] * 4 / 1e6:,.1f}", step.codecs[index], *times)
+        table.add_row(str(index + 1), f"{step.elements[index] * 4 / 1e6:,.1f}", step.codecs[index], *times)
     return table

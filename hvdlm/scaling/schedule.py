@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from hvdlm.gradients.forecast import BackwardPass
+
 Kind = Literal["codec", "latency", "link"]
 
 # What communication leaves of the cores at least, however much it wants: schedulers are fair.
@@ -35,13 +37,6 @@ class Cores(NamedTuple):
 
     available: float  # to this rank alone: below 1 where there are more ranks than cores
     backward: float  # of those, that the backward pass keeps busy: 0 where it runs on a GPU
-
-
-class Backward(NamedTuple):
-    """When, in seconds from its beginning, a backward pass that nothing holds up fills each bucket, and ends."""
-
-    full: Sequence[float]  # ascending
-    end: float
 
 
 class Journey(NamedTuple):
@@ -96,7 +91,7 @@ class _Speeds(NamedTuple):
 
 
 def play(
-    backward: Backward, stages: Sequence[Sequence[Stage]], lanes: int, cores: Cores, burst: float = 0.0
+    backward: BackwardPass, stages: Sequence[Sequence[Stage]], lanes: int, cores: Cores, burst: float = 0.0
 ) -> Schedule:
     """`stages`: of each bucket; `lanes`: how many take buckets in turns.
 

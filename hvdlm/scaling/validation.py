@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvdlm.errors import HvdlmError
+from hvdlm.gradients.codecs.choice import AUTO
 from hvdlm.scaling.fit import fit, step_seconds
 from hvdlm.scaling.performance import PerformanceModel, forecast
 from hvdlm.scaling.point import Point
@@ -78,7 +79,7 @@ def hold_out(points: Sequence[Point]) -> list[Holdout]:
 
 def residuals(model: PerformanceModel, points: Sequence[Point]) -> list[Residual]:
     """Of points whose codecs the model knows."""
-    known = [point for point in points if point.codec in model.codecs or point.codec == "auto"]
+    known = [point for point in points if point.codec in model.codecs or point.codec == AUTO]
     return [
         Residual(
             point.ranks,

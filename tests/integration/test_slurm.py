@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ import pytest
 from cluster import Cluster
 from jobs import SETTINGS, assert_same_curve, losses, records, train
 from launcher import BIN, Result, environment
+from small_study import write_study
 
 from hvdlm.scaling.point import read_points
 
@@ -239,25 +240,9 @@ def test_a_job_that_is_there_is_not_overwritten_and_can_be_submitted_again(
     assert "invalid partition specified: gpu" in unknown.output
 
 
-STUDY = """
-name = "small"
-place = "slurm"
-launcher = {launcher!r}
-ranks = [1, 2]
-codecs = ["none"]
-batch_sizes = [4]
-repetitions = 1
-steps = 2
-data = {data!r}
-settings.model = {{ layers = 1, heads = 2, width = 32, context_length = 32 }}
-"""
-
-
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 def test_a_scaling_study_in_an_allocation(launcher: str, queue: Queue, small_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "study.toml").write_text(STUDY.format(launcher=launcher, data=str(small_data)))
-    script = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
-    study = f"{sys.executable} {script} strong {tmp_path}/study.toml --output {tmp_path}"
+    study = shlex.join(write_study(tmp_path, small_data, place="slurm", launcher=launcher))
     job = f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --output={tmp_path}/slurm-%j.out\nexec {study}\n"
     (tmp_path / "job.sh").write_text(job)
     number = queue.sbatch(tmp_path)

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from small_study import write_study
 
 from hvdlm.scaling.point import read_points
-
-STUDY = """
-name = "small"
-place = "hostfile"
-hostfile = {hostfile!r}
-launcher = {launcher!r}
-ranks = [1, 2]
-links = ["1gbit"]
-codecs = ["none"]
-batch_sizes = [4]
-repetitions = 1
-steps = 2
-data = {data!r}
-settings.model = {{ layers = 1, heads = 2, width = 32, context_length = 32 }}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +19,8 @@ def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_a_study_on_a_host_list(launcher: str, cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
-    study = tmp_path / "study.toml"
-    study.write_text(STUDY.format(hostfile=str(cluster.hostfile), launcher=launcher, data=str(small_data)))
-    script = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
-    result = cluster.run("h1", [sys.executable, str(script), "strong", str(study), "--output", str(tmp_path)])
+    more = {"hostfile": str(cluster.hostfile), "links": ["1gbit"]}
+    result = cluster.run("h1", write_study(tmp_path, small_data, place="hostfile", launcher=launcher, **more))
     assert result.status == 0, result.output
     one, two = sorted(read_points(tmp_path / "small-strong"), key=lambda point: point.ranks)
     assert (one.place.hosts, two.place.hosts) == (["h1"], ["h1", "h2"])

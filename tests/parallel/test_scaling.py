@@ -85,6 +85,10 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
             assert first.parameter_hashes == second.parameter_hashes
     again = run(command, deadline=100)
     assert (again.status, "all 4 points are there" in again.output) == (0, True)
+    study = tmp_path / "study.toml"
+    study.write_text(study.read_text(encoding="utf-8").replace("layers = 1", "layers = 2"), encoding="utf-8")
+    changed = run(command, deadline=100)
+    assert (changed.status, "was measured with other settings" in changed.output) == (1, True)
     assert report(points).status == 0
     page = (points / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 3 and "src=" not in page and 'href="http' not in page
@@ -111,6 +115,10 @@ def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_
         (("layers = 1", "layers = 0"), "model.layers = 0"),
         (('place = "local"', 'place = "fabric"'), "a fabric needs links"),
         (("[settings.train]", "[settings.trains]"), "unknown key trains"),
+        (
+            ('place = "local"', 'place = "hostfile"\nhostfile = "HOSTS"'),
+            "hosts has too few hosts for 2 ranks",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_is_told_before_anything_runs(
@@ -118,7 +126,9 @@ def test_a_study_that_cannot_be_is_told_before_anything_runs(
 ) -> None:
     command = write_study(small_data, tmp_path, "fp16")
     file = tmp_path / "study.toml"
-    file.write_text(file.read_text().replace(*change), encoding="utf-8")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("h1\n", encoding="utf-8")
+    file.write_text(file.read_text().replace(*change).replace("HOSTS", str(hosts)), encoding="utf-8")
     result = run(command, deadline=60)
     assert (result.status, sentence in result.output, "Traceback" in result.output) == (1, True, False), result.output
 

@@ -11,14 +11,15 @@ from planted import EFFICIENCY, LATENCY, make_point
 
 from hvdlm.config import CommSection, CompressionSection, from_dict
 from hvdlm.errors import HvdlmError
+from hvdlm.gradients.forecast import BackwardPass
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.performance import Network, forecast
-from hvdlm.scaling.point import read_point, read_points, schema, write_point
+from hvdlm.scaling.point import read_point, read_points, schema, write_record
 from hvdlm.scaling.prediction import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
 from hvdlm.scaling.rehearsal import Message, messages
 from hvdlm.scaling.scenario import of_config, of_point
-from hvdlm.scaling.schedule import Backward, Cores, Journey, Stage, play
+from hvdlm.scaling.schedule import Cores, Journey, Stage, play
 from hvdlm.scaling.statistics import expected_maximum, trimmed_mean
 from hvdlm.scaling.validation import hold_out
 
@@ -26,14 +27,14 @@ PLENTY = Cores(8, 0)
 
 
 def test_one_bucket_is_exposed_by_what_the_backward_pass_does_not_hide() -> None:
-    schedule = play(Backward([1.0], 2.0), [[Stage("link", 3.0)]], 1, PLENTY)
+    schedule = play(BackwardPass([1.0], 2.0), [[Stage("link", 3.0)]], 1, PLENTY)
     assert schedule.journeys == [Journey(full=1.0, begin=1.0, end=4.0)]
     assert (schedule.backward_end, schedule.exposed, schedule.link_seconds) == (2.0, 2.0, 3.0)
 
 
 def test_two_lanes_share_the_link() -> None:
     stages = [[Stage("codec", 1.0), Stage("link", 3.0)]] * 2
-    schedule = play(Backward([1.0, 2.0], 2.0), stages, 2, PLENTY)
+    schedule = play(BackwardPass([1.0, 2.0], 2.0), stages, 2, PLENTY)
     # the first is alone on the link from 2 to 3, then each has half of it: 4 s for its last 2; then the second's last 1
     assert [journey.end for journey in schedule.journeys] == [7.0, 8.0]
     assert (schedule.link_seconds, schedule.codec_seconds) == (6.0, 1.0)
@@ -41,36 +42,36 @@ def test_two_lanes_share_the_link() -> None:
 
 def test_on_one_lane_the_next_bucket_waits() -> None:
     stages = [[Stage("latency", 0.5), Stage("link", 1.0)]] * 2
-    schedule = play(Backward([1.0, 1.0], 1.0), stages, 1, PLENTY)
+    schedule = play(BackwardPass([1.0, 1.0], 1.0), stages, 1, PLENTY)
     assert schedule.journeys == [Journey(1.0, 1.0, 2.5), Journey(1.0, 2.5, 4.0)]
     assert schedule.latency_seconds == 1.0
 
 
 def test_a_codec_holds_up_a_backward_pass_on_the_same_core() -> None:
-    schedule = play(Backward([1.0, 2.0], 2.0), [[Stage("codec", 1.0)], []], 1, Cores(1, 1))
+    schedule = play(BackwardPass([1.0, 2.0], 2.0), [[Stage("codec", 1.0)], []], 1, Cores(1, 1))
     assert schedule.journeys == [Journey(1.0, 1.0, 3.0), Journey(3.0, 3.0, 3.0)]
     assert schedule.backward_end == 3.0
 
 
 def test_what_drives_the_link_comes_first_on_a_core() -> None:
-    schedule = play(Backward([0.0], 1.0), [[Stage("link", 1.0, load=0.5)]], 1, Cores(1, 1))
+    schedule = play(BackwardPass([0.0], 1.0), [[Stage("link", 1.0, load=0.5)]], 1, Cores(1, 1))
     assert schedule.journeys[0].end == 1.0
     assert schedule.backward_end == pytest.approx(1.5)  # half a core for the first second
 
 
 def test_a_link_is_slow_where_cores_cannot_drive_it() -> None:
-    schedule = play(Backward([0.0], 0.0), [[Stage("link", 1.0, load=0.9)]], 1, Cores(0.5, 0))
+    schedule = play(BackwardPass([0.0], 0.0), [[Stage("link", 1.0, load=0.9)]], 1, Cores(0.5, 0))
     assert schedule.end == pytest.approx(2.0)  # 0.9 cores wanted, 90% of a half there
 
 
 def test_a_link_that_was_idle_bursts() -> None:
     stages = [[Stage("link", 1.0)], [Stage("link", 1.0)]]
-    schedule = play(Backward([0.0, 10.0], 10.0), stages, 1, PLENTY, burst=0.5)
+    schedule = play(BackwardPass([0.0, 10.0], 10.0), stages, 1, PLENTY, burst=0.5)
     # at 50 times its speed until it has carried 0.5 s more than came meanwhile, then at its own
     bursting = 0.5 / 49
     assert schedule.journeys[0].end == pytest.approx(bursting + 1.0 - 50 * bursting)
     assert schedule.journeys[1].end - 10 == pytest.approx(schedule.journeys[0].end)  # it had time to recover
-    schedule = play(Backward([0.0, 0.0], 0.0), stages, 1, PLENTY, burst=0.5)
+    schedule = play(BackwardPass([0.0, 0.0], 0.0), stages, 1, PLENTY, burst=0.5)
     assert schedule.end == pytest.approx(bursting + 2.0 - 50 * bursting)
 
 
@@ -165,7 +166,7 @@ def test_a_fit_needs_points_that_fit() -> None:
 
 def test_points_survive_their_files(tmp_path: Path) -> None:
     file = tmp_path / "a.point.json"
-    write_point(file, PLANTED[1])
+    write_record(file, PLANTED[1])
     assert read_point(file) == PLANTED[1]
     assert read_points(tmp_path) == [PLANTED[1]]
     content = json.loads(file.read_text())
@@ -179,13 +180,18 @@ def test_points_survive_their_files(tmp_path: Path) -> None:
 
 def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index, point in enumerate([*PLANTED, make_point(2, 1e9, "fp16"), make_point(4, 1e9, "fp16")]):
-        write_point(tmp_path / f"{index}.point.json", point)
+        write_record(tmp_path / f"{index}.point.json", point)
     write_fit(tmp_path, tmp_path / "fit.json")
     assert "MAPE 0.0%" in capsys.readouterr().out
     options = {"preset": "tiny", "batch_size": 4, "rank_flops": None, "overrides": []}
     predict(tmp_path / "fit.json", ranks="8..64", ranks_per_host=1, link="10gbit", codecs=["none"], **options)
     said = capsys.readouterr().out
     assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
+    assert "64 ranks take about 67 s to start" in said  # as planted: 3 s, and 1 s a rank
+    for bad, sentence in (({"ranks_per_host": 0}, "--per-node 0"), ({"rank_flops": -1.0}, "--rank-flops -1")):
+        with pytest.raises(HvdlmError, match=sentence):
+            asked = {"ranks": "8", "ranks_per_host": 1, "link": None, "codecs": [], **options, **bad}
+            predict(tmp_path / "fit.json", **asked)
     with pytest.raises(HvdlmError, match="codec topk was not measured: the fit knows fp16, none"):
         predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=["topk"], **options)
     (tmp_path / "fit.json").write_text("{}")
@@ -220,11 +226,27 @@ def test_by_node_passes_the_link_once_a_node() -> None:
 
 def test_faster_ranks_show_more_of_the_exchange() -> None:
     model = fit(PLANTED)
-    scenario = of_point(PLANTED[2])
+    scenario = of_config(from_dict({"model": {"width": 512}}, "test", PRESETS), 257, 4, 1, 1e9)
+    assert len(scenario.buckets) > 1
     flops = scenario.flops_per_token * scenario.tokens / 0.03
-    fast = forecast(with_flops(model, flops), scenario)
+    slow, fast = forecast(model, scenario), forecast(with_flops(model, flops), scenario)
     assert fast.forward + fast.backward == pytest.approx(0.03)
     assert fast.forward / fast.backward == pytest.approx(0.5)
+    # of the exchange, what the shorter backward pass no longer hides
+    assert slow.exposed < fast.exposed < slow.exposed + slow.backward - fast.backward + 1e-9
+
+
+def test_auto_is_forecast_in_the_buckets_of_what_it_chooses() -> None:
+    fitted = fit(PLANTED)
+    far = Network(efficiency=1.0, latency=0.5, bits_per_second=None)  # so that few buckets are sooner
+    codecs = {**fitted.codecs, "topk": fitted.codecs["none"]}
+    model = fitted.model_copy(update={"codecs": codecs, "between": far})
+    settings = {"model": {"width": 512}, "compression": {"codec": "auto", "candidates": "none,topk"}}
+    config = from_dict(settings, "test", PRESETS)
+    scenario = of_config(config, 257, 4, 1, 1e6)
+    none, topk, auto = (forecast(model, scenario.with_compression(codec=name)) for name in ("none", "topk", "auto"))
+    assert len(topk.elements) < len(none.elements)  # 32 and 4 MiB
+    assert auto == topk and topk.seconds < none.seconds
 
 
 def test_ranges() -> None:

@@ -85,6 +85,27 @@ def test_pictures_of_all_kinds(tmp_path: Path) -> None:
         assert (tmp_path / f"{index}.png").stat().st_size > 1000
 
 
+def test_throughput_is_drawn_beside_its_ideal_a_panel_a_link_and_batch() -> None:
+    points = [make_point(1, 1e9, seconds=0.5), *(make_point(2, link, seconds=1.0) for link in (1e8, 1e9))]
+    larger = [
+        point.model_copy(
+            update={
+                "settings": {**point.settings, "train": {**point.settings["train"], "batch_size": 8 * point.ranks}},
+                "tokens_per_step": 2 * point.tokens_per_step,
+            }
+        )
+        for point in points
+    ]
+    figure = pictures.throughput(summarise([*points, *larger]))
+    tokens = points[0].tokens_per_step
+    assert len(figure.axes) == 4
+    for axes, batch in zip(figure.axes, (4, 4, 8, 8), strict=True):
+        assert f"{batch} sequences of a rank" in axes.get_title()
+        ideal, measured = (list(line.get_ydata()) for line in axes.lines[:2])
+        assert ideal == pytest.approx([tokens * batch / 2, tokens * batch])
+        assert measured == pytest.approx([tokens * batch / 2, tokens * batch / 2])
+
+
 def test_pages() -> None:
     table = Table(("a", "b"), [("1", "<2>")])
     sections = [Section("Title", "Text & more", "<svg></svg>", table)]
