@@ -38,6 +38,10 @@ class Exchange:
         """Starts counting anew."""
         self.wire_bytes, self.spans, self.first_sent = 0, [], None
 
+    def prefers_ring(self, elements: int) -> bool:
+        """Whether the ring sums so many numbers, and not the engine."""
+        return self._ring is not None and prefers_ring(self.trials, elements)
+
     @property
     def seconds(self) -> float:
         """Sending, receiving and waiting, since `clear`."""
@@ -58,8 +62,8 @@ class Exchange:
         with self._counted("all-reduce"):
             if encoding is not None and self._ring is None:
                 raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
-            can_ring = self._ring is not None and values.dtype is torch.float32 and op is ReduceOp.SUM
-            if self._ring is not None and can_ring and (encoding or prefers_ring(self.trials, values.numel())):
+            can_ring = values.dtype is torch.float32 and op is ReduceOp.SUM
+            if self._ring is not None and can_ring and (encoding or self.prefers_ring(values.numel())):
                 self.wire_bytes += self._ring.all_reduce_(values, encoding, errors)
                 return
             self._communicator.all_reduce_(values, op)

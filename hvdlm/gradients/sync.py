@@ -91,10 +91,10 @@ class GradientSync:
             self.codecs = self._switching(self._plan.names)
         else:
             self.codecs = [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
-        # Nothing for a thread of ours to do: engines go on by themselves, and several buckets at a time
+        # What an engine sums needs no thread of ours: it goes on by itself, and with several buckets at a time
         is_dense = all(type(codec) is Dense for codec in self.codecs)
         is_reached = device.type == "cpu" or first.supports_cuda  # else a thread copies to the host and back
-        self._is_engines_alone = is_dense and is_reached and not first.exchange.has_ring and first.nodes is None
+        self._can_leave_to_engine = is_dense and is_reached and first.nodes is None
         self.step = 0  # of the optimizer: the number of the gradients that are being made
         # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
         # codec owes after a step that is then skipped would be wrong.
@@ -267,7 +267,7 @@ class GradientSync:
             )
         lane = self.lanes[index % len(self.lanes)]
         with self._named(index):
-            if self._is_engines_alone:
+            if self._can_leave_to_engine and not lane.exchange.prefers_ring(bucket.buffer.numel()):
                 self._under_way.append(lane.exchange.all_reduce_by_engine_async_(bucket.buffer))
             else:
                 name = f"bucket {index + 1}"
