@@ -19,7 +19,8 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.choice import codec_maker
 from hvdlm.gradients.exchange import Exchange
 
-# Rows of a matrix beyond which one of two smaller matrices is rehearsed and continued: messages grow evenly with rows.
+# Rows of a matrix beyond which a bucket is rehearsed at two smaller scales and continued: messages grow evenly with the
+# rows of all matrices.
 _MOST_ROWS = 1024
 
 Shapes = Sequence[Sequence[int]]
@@ -31,7 +32,12 @@ class Message(NamedTuple):
     kind: str  # "all-reduce", "all-gather" or "all-to-all"
     nbytes: float  # that a rank sends, and receives
     hops: int  # messages that follow one another, each made of the one before
-    segment: float  # bytes of it that travel as one, and are sent on when they have come
+    longest: float  # bytes that travel as one at most; 0: all that go to one rank
+
+    @property
+    def segment(self) -> float:
+        """Bytes of it that travel as one, and are sent on when they have come."""
+        return min(self.longest, self.nbytes / self.hops)
 
 
 def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSection) -> list[Message]:
@@ -44,20 +50,13 @@ def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSectio
     tallest = max((shape[0] for shape in shapes if len(shape) > 1), default=0)
     if tallest <= _MOST_ROWS:
         return list(_rehearse(codec, _frozen(shapes), ranks, settings))
-    short, shorter = (_rehearse(codec, _cut(shapes, rows), ranks, settings) for rows in (_MOST_ROWS, _MOST_ROWS // 2))
-    cut_rows = sum(shape[0] - _MOST_ROWS for shape in shapes if len(shape) > 1 and shape[0] > _MOST_ROWS)
-    fewer = sum(max(0, min(shape[0], _MOST_ROWS) - _MOST_ROWS // 2) for shape in shapes if len(shape) > 1)
+    share = _MOST_ROWS / tallest
+    short, shorter = (_rehearse(codec, _cut(shapes, each), ranks, settings) for each in (share, share / 2))
+    growth = (1 - share) / (share - share / 2)
     return [
-        _longer(more, (more.nbytes - less.nbytes) * cut_rows / fewer) for more, less in zip(short, shorter, strict=True)
+        more._replace(nbytes=more.nbytes + (more.nbytes - less.nbytes) * growth)
+        for more, less in zip(short, shorter, strict=True)
     ]
-
-
-def _longer(message: Message, nbytes: float) -> Message:
-    """By so many bytes; one that was cut into segments already is cut into more."""
-    longer = message.nbytes + nbytes
-    was_cut = message.segment < message.nbytes / message.hops
-    segment = message.segment if was_cut else min(4 * SEGMENT, longer / message.hops)
-    return message._replace(nbytes=longer, segment=segment if message.segment else 0)
 
 
 @cache
@@ -102,14 +101,14 @@ class _CountingExchange(Exchange):
         self._note("all-to-all", sum(message.nbytes for message in messages[1:]), 1, 0)
         return [messages[0]] * self.size
 
-    def _note(self, kind: str, nbytes: float, hops: int, segment: float) -> None:
-        self.messages.append(Message(kind, nbytes, hops, min(segment, nbytes / hops)))
+    def _note(self, kind: str, nbytes: float, hops: int, longest: float) -> None:
+        self.messages.append(Message(kind, nbytes, hops, longest))
 
 
 def _frozen(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(shape) for shape in shapes)
 
 
-def _cut(shapes: Shapes, rows: int) -> tuple[tuple[int, ...], ...]:
-    """All matrices with at most so many rows."""
-    return tuple((min(shape[0], rows), *shape[1:]) if len(shape) > 1 else tuple(shape) for shape in shapes)
+def _cut(shapes: Shapes, share: float) -> tuple[tuple[int, ...], ...]:
+    """All matrices with such a share of their rows."""
+    return tuple((max(1, round(shape[0] * share)), *shape[1:]) if len(shape) > 1 else tuple(shape) for shape in shapes)

@@ -96,7 +96,7 @@ def test_a_ring_sends_all_but_its_part_twice(ranks: int) -> None:
     shapes = [[300, 100], [100]]
     settings = CompressionSection()
     (whole,) = messages("none", shapes, ranks, settings)
-    assert whole == Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1), whole.segment)
+    assert whole == Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1), 4 * 64 * 1024)
     assert whole.segment == pytest.approx(4 * 30_100 / ranks)  # less than 64 Ki numbers: travels as one
     (halves,) = messages("fp16", shapes, ranks, settings)
     assert halves.nbytes == pytest.approx(share * (2 * 30_100 + 4))
@@ -117,7 +117,7 @@ def test_powersgd_sends_its_vectors_and_what_is_small() -> None:
 @pytest.mark.parametrize("codec", ["none", "topk", "powersgd", "int4"])
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_tall_matrices_are_continued_from_shorter_ones(codec: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [[4096, 256], [256]]
+    shapes = [[4096, 256], [256], [2048, 1024]]
     settings = CompressionSection()
     continued = messages(codec, shapes, ranks, settings)
     monkeypatch.setattr("hvdlm.scaling.rehearsal._MOST_ROWS", 10**6)
