@@ -16,6 +16,7 @@ from study.summary import PARTS, Summary, behind, groups, links
 # Okabe & Ito, "Color Universal Design" (2008)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "osD^vPX*"
+_LINES = ("-", "--", ":")  # of more lines than colours
 _HATCHES = ("", "//", "..", "xx")
 
 
@@ -85,7 +86,8 @@ def bus_bandwidth(results: Sequence[Mapping[str, Any]], line_rates: Sequence[flo
         if line_rate is not None:
             axes.axhline(line_rate / 8e9, color="0.6", linestyle="--", label="rate of the link")
         axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s")
-        axes.set_title(f"{result['ranks']} ranks on {len(set(result['hosts']))} hosts", fontsize=10)
+        hosts = len(set(result["hosts"]))
+        axes.set_title(f"{result['ranks']} ranks on {hosts} host{'s' * (hosts > 1)}", fontsize=10)
         axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -159,6 +161,7 @@ def _style(index: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[index // len(_COLOURS) % len(_LINES)],
         "markersize": 4,
         "linewidth": 1.2,
     }
