@@ -5,7 +5,7 @@
 
 Open the file in https://ui.perfetto.dev or chrome://tracing. A rank is a process there; its threads are the compute
 thread and each lane of the gradient exchange. Buckets that an engine sums by itself are not in it: it does not say when
-they travel (with Horovod, HOROVOD_TIMELINE does).
+they travel (with Horovod, HOROVOD_TIMELINE does); with `--comm.algorithm ring` all are.
 """
 
 from __future__ import annotations
