@@ -54,7 +54,7 @@ def scale(options: argparse.Namespace) -> None:
 def _visit_all(study: Study, options: argparse.Namespace, jobs: list[tuple[int, Visit]], directory: Path) -> list[str]:
     failed: list[str] = []
     with opened(study, directory) as places:
-        for visit in {visit for _, visit in jobs}:  # what cannot be started is told before anything runs
+        for visit in dict.fromkeys(visit for _, visit in jobs):  # what cannot be started is told before anything runs
             places.launcher(visit)
         for number, (repetition, visit) in enumerate(jobs, start=1):
             for attempt in range(1, _MOST_TRIES + 1):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 
-from hvdlm.config import CompressionSection, Config
+from hvdlm.config import CompressionSection, Config, ModelSection
 from hvdlm.gradients.bucket import divide
 from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes
 from hvdlm.model.size import flops_per_token
@@ -54,7 +54,8 @@ class Scenario:
     @cached_property
     def full(self) -> tuple[float, ...]:
         """Share of the backward pass after which each bucket is full."""
-        return _full(self._model, [len(bucket) for bucket in self.buckets])
+        model = _model(self.config.model, self.vocab_size)
+        return _full(model, [len(bucket) for bucket in self.buckets])
 
     @cached_property
     def elements(self) -> list[int]:
@@ -66,15 +67,9 @@ class Scenario:
         compression = self.compression.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"compression": compression}), buckets=())
 
-    @cached_property
-    def _model(self) -> Transformer:
-        """Its names and shapes, without its memory."""
-        with torch.device("meta"):
-            return Transformer(self.config.model, self.vocab_size)
-
     def _cut(self) -> Shapes:
         nbytes = bucket_bytes(self.config.comm, self.compression, self.hosts)
-        groups = divide(dict(self._model.named_parameters()), nbytes)
+        groups = divide(dict(_model(self.config.model, self.vocab_size).named_parameters()), nbytes)
         return tuple(tuple(tuple(parameter.shape) for parameter in group.values()) for group in groups)
 
 
@@ -112,6 +107,13 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
         train.batch_size * config.model.context_length,
         -(-train.batch_size // train.micro_batch_size),
     )
+
+
+@cache
+def _model(section: ModelSection, vocab_size: int) -> Transformer:
+    """Its names and shapes, without its memory; the same for all scenarios of a model."""
+    with torch.device("meta"):
+        return Transformer(section, vocab_size)
 
 
 def _full(model: Transformer, counts: Sequence[int]) -> tuple[float, ...]:
