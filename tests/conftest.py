@@ -16,7 +16,7 @@ import torch
 from hvdlm.cluster.fabric.programs import require
 from hvdlm.errors import HvdlmError
 
-sys.path.insert(0, str(Path(__file__).parent / "parallel"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "ranks")]
 
 
 @pytest.fixture(scope="session")

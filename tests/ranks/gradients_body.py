@@ -1,12 +1,11 @@
-"""Averaged gradients against plain PyTorch on the joined batch; on each rank: `gradients_body.py ENGINE ALGORITHM`."""
+"""Averaged gradients against plain PyTorch on the joined batch."""
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
-from checks import run_checks
+from checks import check
 from torch import nn
 from torch.nn import functional
 
@@ -18,7 +17,6 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.training.model import make_model as make_whole_model
 
 VOCABULARY, LENGTH = 61, 32
-ALGORITHM = sys.argv[2]
 SMALL_BUCKET = 40_000 / 2**20  # MiB: several buckets, some parameters larger than one
 
 
@@ -28,8 +26,8 @@ def make_model() -> Transformer:
     return model
 
 
-def make_sync(model: nn.Module, comm: Communicator, bucket_mb: float = SMALL_BUCKET, **codec: object) -> GradientSync:
-    return GradientSync(model, comm, CommSection(bucket_mb=bucket_mb, algorithm=ALGORITHM), CompressionSection(**codec))
+def make_sync(model: nn.Module, comm: Communicator, algorithm: str, bucket_mb: float = SMALL_BUCKET) -> GradientSync:
+    return GradientSync(model, comm, CommSection(bucket_mb=bucket_mb, algorithm=algorithm), CompressionSection())
 
 
 def joined_batch(sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +44,11 @@ def plain_gradients(sequences: int) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def check_joined_batch(comm: Communicator) -> None:
+def check_joined_batch(comm: Communicator, algorithm: str) -> None:
     """Shares are equal, unequal, cut into micro-batches of unequal size, or empty on some ranks."""
     for sequences, at_once in ((12, 12), (7, 2), (7, 1), (2, 1), (1, 1)):
         model = make_model()
-        sync = make_sync(model, comm)
+        sync = make_sync(model, comm, algorithm)
         assert len(sync.buckets) > 3
         first = comm.rank * sequences // comm.size
         last = (comm.rank + 1) * sequences // comm.size
@@ -73,10 +71,10 @@ def check_joined_batch(comm: Communicator) -> None:
             assert torch.allclose(sync.norm(), norm, rtol=1e-5)
 
 
-def check_overlap(comm: Communicator) -> None:
+def check_overlap(comm: Communicator, algorithm: str) -> None:
     """The first bucket leaves while the backward pass has half of the gradients still to make."""
     model = make_model()
-    sync, made = make_sync(model, comm), note_gradients(model)
+    sync, made = make_sync(model, comm, algorithm), note_gradients(model)
     backward_pass(model, sync)
     assert sync.traffic.first_sent < made[len(made) // 2]  # not only before the last gradient
     # a ring sends 2 (n-1)/n of the buffer; where the chunks of a bucket are unequal, an element more or less
@@ -86,14 +84,13 @@ def check_overlap(comm: Communicator) -> None:
     assert abs(sync.traffic.wire_bytes - ring) <= slack
 
 
-def check_overlap_when_compiled(comm: Communicator) -> None:
+@check(sizes=[2], engines=["mpi"], algorithm=["ring"])  # compiling takes long, and is the same everywhere
+def check_overlap_when_compiled(comm: Communicator, algorithm: str) -> None:
     """As `train.compile` compiles it, and in bf16, it leaves long before the backward pass ends."""
-    if (comm.size, ALGORITHM) != (2, "ring"):
-        return  # compiling takes long, and is the same everywhere
     shape = {"layers": 8, "heads": 4, "width": 128, "context_length": LENGTH}
     config = Config(model=ModelSection(**shape), train=TrainSection(precision="bf16", compile=True))
     model = make_whole_model(config, VOCABULARY, torch.device("cpu"))
-    sync, made = make_sync(model, comm), note_gradients(model)
+    sync, made = make_sync(model, comm, algorithm), note_gradients(model)
     backward_pass(model, sync, sequences=64)
     made.clear()
     begin = backward_pass(model, sync, sequences=64)
@@ -121,13 +118,13 @@ def backward_pass(model: Transformer, sync: GradientSync, sequences: int = 4) ->
     return begin
 
 
-def check_missing_gradients(comm: Communicator) -> None:
+def check_missing_gradients(comm: Communicator, algorithm: str) -> None:
     """A parameter that got no gradient, on one rank or on all, counts as zero and nobody waits for ever."""
     model = nn.ModuleDict({"first": nn.Linear(50, 50), "second": nn.Linear(50, 50), "never": nn.Linear(50, 50)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)
-    sync = make_sync(model, comm, bucket_mb=1000 / 2**20)
+    sync = make_sync(model, comm, algorithm, bucket_mb=1000 / 2**20)
     sync.begin()
     sync.last_micro_batch()
     x = torch.ones(1, 50)
@@ -139,9 +136,9 @@ def check_missing_gradients(comm: Communicator) -> None:
     assert torch.equal(model["never"].weight.grad, torch.zeros(50, 50))
 
 
-def check_cleared_gradients_are_noticed(comm: Communicator) -> None:
+def check_cleared_gradients_are_noticed(comm: Communicator, algorithm: str) -> None:
     model = make_model()
-    sync = make_sync(model, comm)
+    sync = make_sync(model, comm, algorithm)
     sync.begin()
     token_loss(model(*joined_batch(1)[:1]), model.output_weight, joined_batch(1)[1]).backward()
     for parameter in model.parameters():
@@ -152,7 +149,3 @@ def check_cleared_gradients_are_noticed(comm: Communicator) -> None:
         assert "GradientSync.begin()" in str(error)
     else:
         raise AssertionError("a gradient outside its bucket went unnoticed")
-
-
-if __name__ == "__main__":
-    run_checks(sys.argv[1], globals())

@@ -1,16 +1,18 @@
-"""What every engine must do at every size; run on each rank: `communicator_body.py ENGINE RANKS`.
+"""What every engine must do at every size.
 
 Expected values are worked out here from integers that add exactly in every dtype, without any collective.
 """
 
 from __future__ import annotations
 
-import sys
+import os
+from unittest.mock import patch
 
 import torch
+from checks import CAPABILITIES, check
 
 from hvdlm.comm.communicator import Communicator, ReduceOp
-from hvdlm.comm.launch import connect
+from hvdlm.errors import HvdlmError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8]
 SHAPES = [(), (1,), (2,), (3,), (7,), (5, 3), (1000,), (0,), (4, 0)]
@@ -33,6 +35,12 @@ def reduced(size: int, shape: tuple[int, ...], dtype: torch.dtype, op: ReduceOp)
     if op is ReduceOp.SUM:
         return stacked.sum(0).to(dtype)
     return (stacked.amax(0) if op is ReduceOp.MAX else stacked.amin(0)).to(dtype)
+
+
+def check_capabilities(comm: Communicator) -> None:
+    """They are those by which the other checks were chosen."""
+    assert comm.capabilities - {"cuda"} == CAPABILITIES[comm.engine]
+    assert not comm.supports("no such capability")
 
 
 def check_all_reduce(comm: Communicator) -> None:
@@ -110,11 +118,11 @@ def check_broadcast(comm: Communicator) -> None:
     same(received.view(torch.int16), special.view(torch.int16))
 
 
+@check(sizes=[3], lacks="bfloat16")
 def check_bfloat16_rounds_once(comm: Communicator) -> None:
     """256 + 1 + 1 is 258 in float32 and 256 if bfloat16 rounds after each addition: never silently wrong."""
-    if comm.size == 3 and not comm.supports("bfloat16"):
-        tensor = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
-        same(comm.all_reduce_(tensor), torch.tensor([258.0], dtype=torch.bfloat16))
+    tensor = torch.tensor([256.0 if comm.rank == 0 else 1.0], dtype=torch.bfloat16)
+    same(comm.all_reduce_(tensor), torch.tensor([258.0], dtype=torch.bfloat16))
 
 
 def check_order_of_many(comm: Communicator) -> None:
@@ -128,9 +136,8 @@ def check_order_of_many(comm: Communicator) -> None:
     same(gathered.wait().flatten(), torch.arange(comm.size))
 
 
+@check(sizes=[2, 3, 4], needs="send")
 def check_messages(comm: Communicator) -> None:
-    if not comm.supports("send") or comm.size == 1:
-        return
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for dtype in DTYPES:
         for shape in ((3,), (5, 3), (0,), (70_000,)):
@@ -164,7 +171,6 @@ def check_places(comm: Communicator) -> None:
 
 def check_split(comm: Communicator) -> None:
     """Odd and even ranks, each group in falling order of rank."""
-    assert comm.supports("split")
     group = comm.split(color=comm.rank % 2, key=-comm.rank)
     members = [rank for rank in reversed(range(comm.size)) if rank % 2 == comm.rank % 2]
     assert (group.size, group.rank) == (len(members), members.index(comm.rank))
@@ -186,6 +192,18 @@ def check_split(comm: Communicator) -> None:
     assert again.all_gather_object(comm.rank) == list(range(comm.size))
 
 
+@check(engines=["horovod"])
+def check_splitting_horovod_must_be_allowed(comm: Communicator) -> None:
+    with patch.dict(os.environ, HOROVOD_DYNAMIC_PROCESS_SETS="0"):
+        plain = type(comm)(comm._set, comm._members, comm._timeout)  # as ranks make it at their start
+    try:
+        plain.split(0, 0)
+    except HvdlmError as error:
+        assert "only if HOROVOD_DYNAMIC_PROCESS_SETS=1 is in the environment" in str(error)
+    else:
+        raise AssertionError("it was split")
+
+
 def check_mistakes(comm: Communicator) -> None:
     for mistake, error in (
         (lambda: comm.all_reduce_(torch.zeros(2, dtype=torch.complex64)), TypeError),
@@ -198,21 +216,3 @@ def check_mistakes(comm: Communicator) -> None:
         except error:
             continue
         raise AssertionError(f"{error} was not raised")
-
-
-def main(engine: str, ranks: int) -> None:
-    comm = connect(engine, timeout=60)
-    assert comm.engine == engine and comm.size == ranks, (comm.engine, comm.size)
-    assert not comm.supports("no such capability")
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            comm.barrier()
-            check(comm)
-            print(f"{name} passed on rank {comm.rank}", flush=True)
-    comm.barrier()
-    comm.close()
-    print(f"rank {comm.rank} of {comm.size} finished", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""The ring against exact sums; run on each rank: `ring_body.py ENGINE`.
+"""The ring against exact sums.
 
 Expected values are sums of integers, exact in float32 whatever their order, or float64 sums of what each rank drew.
 """
@@ -6,10 +6,9 @@ Expected values are sums of integers, exact in float32 whatever their order, or 
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
-from checks import run_checks
+from checks import check
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
@@ -41,12 +40,11 @@ def check_sums(comm: Communicator) -> None:
                 assert abs(sent - 8 * (comm.size - 1) * length / comm.size) <= 8 * comm.size
 
 
+@check(sizes=[2, 3, 4])
 def check_all_gather(comm: Communicator) -> None:
     for segment in SEGMENTS:
         ring = Ring(comm, segment)
         for length in [0, *LENGTHS]:
-            if comm.size == 1:
-                continue
             messages = [(torch.arange(length) * (rank + 3)).to(torch.uint8) for rank in range(comm.size)]
             gathered = ring.all_gather(messages[comm.rank])
             assert all(torch.equal(one, other) for one, other in zip(gathered, messages, strict=True))
@@ -73,23 +71,22 @@ def check_encodings(comm: Communicator) -> None:
                 # each of at most `size` roundings is of a partial sum that is no larger than all parts together
                 bound = comm.size * precision * sum(part.abs() for part in parts)
                 assert ((values - exact).abs() <= bound + 1e-6).all(), (dtype, segment, length)
-                owed = comm.all_gather(errors).double().sum(0)
-                assert torch.allclose(values + owed, exact, rtol=0, atol=1e-5)
+                residual = comm.all_gather(errors).double().sum(0)
+                assert torch.allclose(values + residual, exact, rtol=0, atol=1e-5)
                 messages = 2 * (comm.size - 1) * math.ceil(length / comm.size / segment + 1)
                 assert sent <= 4 * (comm.size - 1) * length / comm.size + 12 * messages
                 without = parts[comm.rank].clone()
                 ring.all_reduce_(without, ScaledCast(dtype))
                 assert torch.equal(without, values)  # keeping account of errors changes nothing
                 again = parts[comm.rank].clone()
-                ring.all_reduce_(again, ScaledCast(dtype), errors)  # what was owed goes with it
-                owed_now = comm.all_gather(errors).double().sum(0)
-                assert torch.allclose(again + owed_now, exact + owed, rtol=0, atol=1e-5)
+                ring.all_reduce_(again, ScaledCast(dtype), errors)  # the residual goes with it
+                residual_now = comm.all_gather(errors).double().sum(0)
+                assert torch.allclose(again + residual_now, exact + residual, rtol=0, atol=1e-5)
 
 
+@check(sizes=[2, 3, 4])
 def check_extreme_numbers(comm: Communicator) -> None:
-    """No finite number overflows, none vanishes beside its like, and what is not finite stays so and is not owed."""
-    if comm.size == 1:
-        return
+    """No finite number overflows, none vanishes beside its like, and what is not finite stays so and is no residual."""
     ring = Ring(comm, 64)
     for magnitude in (1e-45, 1e-38, 1e-8, 1e8, 1e37):
         values, errors = torch.full((130,), magnitude), torch.zeros(130)
@@ -107,7 +104,3 @@ def check_extreme_numbers(comm: Communicator) -> None:
         assert not values[70].isfinite()
         assert errors.isfinite().all()
         assert same_everywhere(comm, values.nan_to_num(5.0))
-
-
-if __name__ == "__main__":
-    run_checks(sys.argv[1], globals())

@@ -1,0 +1,82 @@
+"""What every engine, the ring, gradients and codecs must do, on ranks of a pool: every check an item of its own."""
+
+from __future__ import annotations
+
+import codecs_body
+import communicator_body
+import gradients_body
+import pytest
+import ring_body
+from checks import Case, Group, cases_of, checks_of
+from pool import Pools
+
+
+def groups(engine: str, launcher: str, sizes: list[int], pool: int = 4, **keywords: object) -> list[Group]:
+    """Groups of a pool. Those of Horovod are whole pools."""
+    pool_size = {"none": 1}.get(launcher, pool)
+    return [Group(engine, launcher, n, n if engine == "horovod" else pool_size, keywords=keywords) for n in sizes]
+
+
+def unsplit(launcher: str, size: int, **keywords: object) -> list[Group]:
+    """Horovod as it is unless HOROVOD_DYNAMIC_PROCESS_SETS says otherwise."""
+    return [Group("horovod", launcher, size, size, can_split=False, keywords=keywords)]
+
+
+GLOO, OVER_MPI = "horovodrun --gloo", "horovodrun --mpi"
+
+# 1 and 3 ranks are no different from launcher to launcher: one of each engine tells
+CASES = [
+    *cases_of(
+        communicator_body,
+        [
+            *groups("solo", "none", [1]),
+            *groups("torch", "none", [1]),
+            *groups("mpi", "mpirun", [1, 2, 3, 4]),
+            *groups("torch", "mpirun", [2, 4]),
+            *groups("torch", "torchrun", [1, 2, 3, 4]),
+            *groups("horovod", GLOO, [2, 4]),
+            *groups("horovod", OVER_MPI, [1, 2, 3, 4]),
+        ],
+    ),
+    *cases_of(
+        ring_body,
+        [*groups("solo", "none", [1]), *groups("mpi", "mpirun", [2, 3, 4]), *groups("torch", "mpirun", [3])],
+    ),
+    *cases_of(
+        gradients_body,
+        [
+            *groups("solo", "none", [1], algorithm="engine"),
+            *groups("mpi", "mpirun", [2, 4], algorithm="engine"),
+            *groups("mpi", "mpirun", [2, 3, 4], algorithm="ring"),
+            *groups("torch", "mpirun", [2], algorithm="engine"),
+            *groups("torch", "mpirun", [3], algorithm="ring"),
+            *unsplit(GLOO, 2, algorithm="engine"),
+            *unsplit(OVER_MPI, 2, algorithm="engine"),
+        ],
+    ),
+    *cases_of(
+        codecs_body,
+        [
+            *groups("mpi", "mpirun", [2, 4], algorithm="ring"),
+            *groups("mpi", "mpirun", [2], algorithm="engine"),
+            *unsplit(GLOO, 2, algorithm="engine"),
+        ],
+    ),
+]
+
+# One pool after the other: each starts once
+CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_check(case: Case, pools: Pools) -> None:
+    group = case.group
+    pool = pools.get(group.engine, group.launcher, group.pool)
+    pool.run(case.body, case.function, group.size, can_split=group.can_split, **case.keywords)
+
+
+@pytest.mark.parametrize("body", [communicator_body, ring_body, gradients_body, codecs_body])
+def test_every_check_runs(body: object) -> None:
+    """A check that no group is for would pass by not being run."""
+    names = {case.function for case in CASES if case.body.stem == body.__name__}
+    assert names and names == set(checks_of(body))

@@ -1,0 +1,120 @@
+"""Checks that run on the ranks of a pool: what a body file says of each, and which groups of ranks run it.
+
+A body file holds functions called check_..., of a communicator and keywords. `check` narrows the groups that one runs
+on, and gives values for its keywords; without it a check runs on every group that its body is for.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Of each engine, as communicator_body.check_capabilities finds them on its ranks. Horovod can split in the pools.
+CAPABILITIES = {
+    "solo": {"float16", "bfloat16", "split"},
+    "mpi": {"send", "split"},
+    "torch": {"send", "split", "float16", "bfloat16"},
+    "horovod": {"float16", "split"},
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that a body runs on, and keywords for all its checks."""
+
+    engine: str
+    launcher: str
+    size: int
+    pool: int  # ranks of the pool
+    can_split: bool = True
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def capabilities(self) -> set[str]:
+        return CAPABILITIES[self.engine] - (set() if self.can_split else {"split"})
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What `check` was given."""
+
+    sizes: Sequence[int] = (1, 2, 3, 4)
+    engines: Sequence[str] = tuple(CAPABILITIES)
+    needs: str | None = None
+    lacks: str | None = None
+    values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+def check(
+    sizes: Sequence[int] = (1, 2, 3, 4),
+    engines: Sequence[str] = tuple(CAPABILITIES),
+    needs: str | None = None,
+    lacks: str | None = None,
+    **values: Sequence[Any],
+) -> Callable[[Function], Function]:
+    """Limits a check to groups of some sizes and engines, that have one capability and have not another.
+
+    `values`: of keywords. The check runs once for each of them; if the group has a value of its own for the keyword,
+    the check runs on that group if it is one of them.
+    """
+
+    def mark(function: Function) -> Function:
+        function.limits = _Limits(sizes, engines, needs, lacks, values)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check on one group: an item of the test session."""
+
+    body: Path
+    function: str
+    group: Group
+    keywords: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        values = [Path(str(value)).name.replace(":", ".") for value in self.keywords.values()]
+        name = f"{self.body.stem.removesuffix('_body')}.{self.function.removeprefix('check_')}"
+        where = f"{self.group.engine} {self.group.launcher.replace(' --', ' ')} {self.group.size}"
+        return "-".join([name, where, *values])
+
+
+def checks_of(body: ModuleType) -> dict[str, Callable[..., Any]]:
+    """The checks of a body by name, in their order."""
+    return {name: function for name, function in vars(body).items() if name.startswith("check_")}
+
+
+def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
+    """Every check of a body on every group that it is for."""
+    assert body.__file__ is not None
+    found = []
+    for group in groups:
+        for name, function in checks_of(body).items():
+            limits: _Limits = getattr(function, "limits", _Limits())
+            if group.size not in limits.sizes or group.engine not in limits.engines:
+                continue
+            if limits.needs not in {None, *group.capabilities} or limits.lacks in group.capabilities:
+                continue
+            for keywords in _products(function, limits, group):
+                found.append(Case(Path(body.__file__), name, group, keywords))
+    return found
+
+
+def _products(function: Callable[..., Any], limits: _Limits, group: Group) -> Iterator[dict[str, Any]]:
+    """The keywords of each run of a check on a group."""
+    wanted = list(inspect.signature(function).parameters)[1:]
+    own = {name: value for name, value in group.keywords.items() if name in wanted}
+    if any(value not in limits.values.get(name, [value]) for name, value in group.keywords.items()):
+        return
+    free = {name: values for name, values in limits.values.items() if name not in group.keywords}
+    for chosen in itertools.product(*free.values()):
+        yield {**own, **dict(zip(free, chosen, strict=True))}
