@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from jobs import Ranks
 from pool import Pools
 
 
@@ -14,3 +15,9 @@ def pools() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture
+def ranks(pools: Pools) -> Ranks:
+    """Up to 4 ranks of engine mpi for `hvdlm` commands."""
+    return Ranks(pools.get("mpi", "mpirun", 4))

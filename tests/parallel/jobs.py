@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 from launcher import BIN, Job, Result, launcher_command, run, start
+from pool import RankPool
 
 SETTINGS = {
     "model.layers": 2,
@@ -40,6 +43,27 @@ def train(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str, *
 
 def start_training(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str, **overrides: object) -> Job:
     return start([*launcher_command(launcher, ranks), *command(data, run_dir, *options, **overrides)])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Runs `hvdlm` on ranks of a pool, where how they were started is not what a test is about."""
+
+    pool: RankPool
+
+    def hvdlm(self, ranks: int, *words: str, stop_after: int | None = None, **environment: str) -> Result:
+        """`hvdlm WORDS...` on some ranks, which all return one status; `stop_after`: the step that a SIGTERM meets."""
+        options = {"arguments": words, "stop_after": stop_after, "environment": environment}
+        answers = self.pool.run(Path(commands.__file__), "run_hvdlm", ranks, **options)
+        output = "".join(answer.output for answer in answers)
+        statuses = {answer.value for answer in answers}
+        assert len(statuses) == 1, output
+        return Result(statuses.pop(), output)
+
+    def train(
+        self, ranks: int, data: Path, run_dir: Path, *options: str, stop_after: int | None = None, **overrides: object
+    ) -> Result:
+        return self.hvdlm(ranks, *command(data, run_dir, *options, **overrides)[1:], stop_after=stop_after)
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:

@@ -118,3 +118,11 @@ def _products(function: Callable[..., Any], limits: _Limits, group: Group) -> It
     free = {name: values for name, values in limits.values.items() if name not in group.keywords}
     for chosen in itertools.product(*free.values()):
         yield {**own, **dict(zip(free, chosen, strict=True))}
+
+
+def assert_every_check_runs(body: ModuleType, cases: Sequence[Case]) -> None:
+    """Fails for a body without checks, and for a check that no group is for: it would pass by not being run."""
+    assert body.__file__ is not None
+    assert checks_of(body), f"{body.__name__} has no checks"
+    left = set(checks_of(body)) - {case.function for case in cases if case.body == Path(body.__file__)}
+    assert not left, f"no group runs {', '.join(sorted(left))} of {body.__name__}"

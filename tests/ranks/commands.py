@@ -1,0 +1,66 @@
+"""`hvdlm ...` on the ranks of a pool, as if a launcher had started it on each of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+from unittest.mock import patch
+
+from hvdlm.cli import main
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.mpi import MPICommunicator
+from hvdlm.config import Config
+from hvdlm.data.shard import DataSet
+from hvdlm.model.transformer import Transformer
+from hvdlm.training import checkpoint
+from hvdlm.training.evaluation import evaluate
+from hvdlm.training.trainer import Trainer
+
+
+def run_hvdlm(
+    comm: Communicator, arguments: Sequence[str], stop_after: int | None, environment: Mapping[str, str]
+) -> int:
+    """Runs one command and returns its exit status; its engine is that of the pool, whatever the settings say.
+
+    With `stop_after`, rank 0 gets a SIGTERM during that step. Raises AssertionError where the command would have ended
+    the job at once, which would end the pool.
+    """
+    os.environ.update(environment)
+
+    def connect(_: str, timeout: float) -> Communicator:
+        own = comm.split(0, comm.rank)  # the command closes it
+        assert isinstance(own, MPICommunicator)
+        own._timeout = timeout
+        own.abort = abort  # type: ignore[method-assign]
+        return own
+
+    def abort(reason: str) -> NoReturn:
+        raise AssertionError(f"the job would have been ended: {reason}")
+
+    step = Trainer.train_step
+
+    def step_with_signal(trainer: Trainer, *arguments: object) -> bool:
+        if trainer.step + 1 == stop_after and comm.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *arguments)  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        stack.enter_context(patch("hvdlm.training.job.connect", connect))
+        stack.enter_context(patch.object(Trainer, "train_step", step_with_signal))
+        try:
+            return main(arguments)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+
+
+def evaluate_checkpoint(comm: Communicator, run_dir: Path, data_path: Path, at_once: int) -> tuple[float, float, int]:
+    """Loss, accuracy and number of tokens that `hvdlm evaluate` rounds and prints, `at_once` sequences at once."""
+    state = checkpoint.open_state(run_dir)
+    model = Transformer(Config.model_validate(state["config"]).model, state["vocab_size"])
+    model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+    result = evaluate(model, DataSet(data_path), comm, at_once)
+    return result.loss, result.accuracy, result.tokens
