@@ -144,7 +144,7 @@ def test_all_ranks_believe_they_are_rank_0(mpich: Path, small_data: Path, tmp_pa
 def test_engine_that_does_not_fit_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(HvdlmError, match="mpirun started 2 ranks and this is rank 1 .* leave comm.engine at auto"):
+    with pytest.raises(HvdlmError, match=r"mpirun started 2 ranks and this is rank 1 .* leave comm.engine at auto"):
         connect("solo", timeout=10)
 
 
@@ -214,7 +214,7 @@ def test_rank_that_stopped(engine: str, launcher: str, algorithm: str, small_dat
 
 def test_data_set_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """And the corrected command finds the run directory free."""
-    result = ranks.train(2, small_data, tmp_path / "run", model__context_length=10**7)
+    result = ranks.train(2, small_data, tmp_path / "run", model__context_length=500_000)
     assert_said_once(result, "context_length")
     assert ranks.train(2, small_data, tmp_path / "run", train__steps=5).status == 0
 

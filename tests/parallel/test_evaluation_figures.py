@@ -25,7 +25,7 @@ from hvdlm.training import checkpoint
 def data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three packages; a few of their files are for validation."""
     output = tmp_path_factory.mktemp("data") / "tiny"
-    prepare(small_texts[1:4], output, "byte", 2, 0.05, workers=1, text_key="text", seed=0, skip_bad=True)
+    prepare(small_texts[1:4], output, "byte", 2, 0.2, workers=1, text_key="text", seed=0, skip_bad=True)
     return output
 
 

@@ -10,6 +10,7 @@ import communicator_body
 import gradients_body
 import pytest
 import ring_body
+import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
 from pool import Pools
 
@@ -65,6 +66,7 @@ CASES = [
             *unsplit(GLOO, 2, algorithm="engine"),
         ],
     ),
+    *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
 ]
 
 # One pool after the other: each starts once
@@ -78,7 +80,7 @@ def test_check(case: Case, pools: Pools) -> None:
     pool.run(case.body, case.function, group.size, can_split=group.can_split, **case.keywords)
 
 
-@pytest.mark.parametrize("body", [communicator_body, ring_body, gradients_body, codecs_body])
+@pytest.mark.parametrize("body", [communicator_body, ring_body, gradients_body, codecs_body, training_body])
 def test_every_check_runs(body: ModuleType) -> None:
     assert_every_check_runs(body, CASES)
 
