@@ -24,7 +24,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup data train test lint types unit parallel integration clean distclean
+.PHONY: help setup data train test quick lint types unit parallel integration gpu clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,10 +39,9 @@ train: setup data ## set up, prepare data, train examples/quickstart.toml on RAN
 	@echo "== A sample of what it learned"
 	@hvdlm generate $(RUN) --prompt "def " --tokens 200
 
-test: lint types ## set up, then lint, check types and run all tests
-	@echo "== Tests"
-	@python -m pytest tests/unit --numprocesses 2
-	@python -m pytest tests/parallel tests/integration
+quick: lint types unit ## lint, check types, run the tests of single functions and modules
+
+test: quick parallel integration gpu ## set up, then lint, check types and run all tests
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"
@@ -53,12 +52,17 @@ types: $(VENV)/test.stamp ## check types with mypy
 	@echo "== Types"
 	@mypy
 
-unit parallel integration: $(VENV)/test.stamp
+unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two at a time
+	@echo "== Tests of single functions and modules"
+	@python -m pytest tests/unit --numprocesses 2
+
+parallel integration gpu: $(VENV)/test.stamp
+	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@
 
-unit: ## run the tests of single functions and modules
-parallel: ## run the tests that are the same on 1, 2 and 4 ranks
-integration: ## run the tests of launchers, installation and faults
+parallel: ## run the tests of ranks on this machine
+integration: ## run the tests of hosts, Slurm, installation and faults
+gpu: ## run the tests that need a GPU
 
 clean: ## remove caches and build leftovers; leaves .venv, data and runs
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,16 @@ class Ranks:
 
     pool: RankPool
 
-    def hvdlm(self, ranks: int, *words: str, stop_after: int | None = None, **environment: str) -> Result:
-        """`hvdlm WORDS...` on some ranks, which all return one status; `stop_after`: the step that a SIGTERM meets."""
-        options = {"arguments": words, "stop_after": stop_after, "environment": environment}
+    def hvdlm(
+        self,
+        ranks: int,
+        *words: str,
+        stop_after: int | None = None,
+        overflow_at: Sequence[int] = (),
+        **environment: str,
+    ) -> Result:
+        """`hvdlm WORDS...` on some ranks, which all return one status; the other arguments are `run_hvdlm`'s."""
+        options = {"stop_after": stop_after, "overflow_at": overflow_at, "arguments": words, "environment": environment}
         answers = self.pool.run(Path(commands.__file__), "run_hvdlm", ranks, **options)
         output = "".join(answer.output for answer in answers)
         statuses = {answer.value for answer in answers}
@@ -61,9 +69,17 @@ class Ranks:
         return Result(statuses.pop(), output)
 
     def train(
-        self, ranks: int, data: Path, run_dir: Path, *options: str, stop_after: int | None = None, **overrides: object
+        self,
+        ranks: int,
+        data: Path,
+        run_dir: Path,
+        *options: str,
+        stop_after: int | None = None,
+        overflow_at: Sequence[int] = (),
+        **overrides: object,
     ) -> Result:
-        return self.hvdlm(ranks, *command(data, run_dir, *options, **overrides)[1:], stop_after=stop_after)
+        words = command(data, run_dir, *options, **overrides)[1:]
+        return self.hvdlm(ranks, *words, stop_after=stop_after, overflow_at=overflow_at)
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:

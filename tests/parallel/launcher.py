@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,21 @@ def launcher_command(launcher: str, ranks: int) -> list[str]:
     return [name, *options, "-np", str(ranks), "-H", f"localhost:{ranks}"]
 
 
+def ranks_of(command: Sequence[str]) -> int:
+    """How many ranks a command of `launcher_command` starts; 1 without a launcher."""
+    words = list(map(str, command))
+    after = [words[index + 1] for index, word in enumerate(words) if word in ("-np", "-n", "--nproc-per-node")]
+    return sum(map(int, after)) or 1
+
+
 def start(command: Sequence[str], extra: Mapping[str, str] | None = None, cwd: Path | None = None) -> Job:
-    """Starts a command whose descendants can be told from all other processes."""
+    """Starts a command whose descendants can be told from all other processes.
+
+    With HVDLM_TEST_LAUNCHES in the environment, appends it to that file: `cut -f 1` tells how many ranks it starts.
+    """
+    if log := os.environ.get("HVDLM_TEST_LAUNCHES"):
+        with Path(log).open("a", encoding="utf-8") as file:
+            print(ranks_of(command), shlex.join(map(str, command))[:300], sep="\t", file=file)
     mark = uuid.uuid4().hex
     # Its own, for mpirun names files by its process number and starts no more where a killed one has left the same
     temporary = tempfile.TemporaryDirectory(prefix="hvdlm-", ignore_cleanup_errors=True)

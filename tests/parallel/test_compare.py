@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launcher import Result, run
-
-from hvdlm.cluster.fabric.programs import require
-from hvdlm.errors import HvdlmError
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from scripts import run_here, script_command
 
 TINY = ["--model.layers", "1", "--model.heads", "2", "--model.width", "32", "--model.context_length", "32"]
 SHORT = ["--train.steps", "20", "--train.evaluate_every", "10", "--log.every", "5", "--optimizer.warmup_steps", "5"]
 SMALL = ["--train.batch_size", "4", "--train.micro_batch_size", "2", "--train.evaluate_sequences", "16"]
 
 
+def compare_words(data: Path, output: Path, *options: str) -> list[str]:
+    words = ["compare.py", "--data", str(data), "--output", str(output)]
+    return [*words, "--rounds", "2", "--steps", "1", *TINY, *options]
+
+
 def compare(data: Path, output: Path, *options: str) -> Result:
-    words = [sys.executable, str(BENCHMARKS / "compare.py"), "--data", str(data), "--output", str(output)]
-    return run([*words, "--rounds", "2", "--steps", "1", *TINY, *options], deadline=200)
+    return run(script_command(*compare_words(data, output, *options)), deadline=280)
 
 
 def converge(data: Path, output: Path, *options: str) -> Result:
-    words = [sys.executable, str(BENCHMARKS / "convergence.py"), "--data", str(data), "--output", str(output)]
-    words += ["--runs", str(output / "runs"), *TINY, *SHORT, *SMALL, *options]
-    return run(words, deadline=200)
+    words = ["--data", str(data), "--output", str(output), "--runs", str(output / "runs")]
+    return run_here("convergence.py", *words, *TINY, *SHORT, *SMALL, *options)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,6 +44,7 @@ def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
     names += ["DDP", "DDP fp16", "Horovod"]
     assert [row["name"] for row in one_host["standings"]] == names
     assert {key for key in one_host if one_host[key]} >= {"date", "setup", "machine", "versions", "settings"}
+    assert len(one_host["outcomes"]) == len(names)
     for outcome in one_host["outcomes"]:
         assert (outcome["starts"], outcome["crashes"]) == (1, [])
         assert [turn["step_seconds"] > 0 for turn in outcome["turns"]] == [True, True]
@@ -56,11 +55,8 @@ def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "compare.png").exists()
 
 
+@pytest.mark.needs_root
 def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
-    try:
-        require(slurm=False)
-    except HvdlmError as error:
-        pytest.skip(str(error))
     options = ["--codecs", "none", "--engines", "torch", "--peers", "--model.layers", "2"]
     result = compare(small_data, tmp_path, "--setup", "2x1gbit", *options)
     assert result.status == 0, result.output
@@ -111,7 +107,7 @@ def test_a_contestant_that_crashes(small_data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_compare_refuses(options: list[str], sentence: str, small_data: Path, tmp_path: Path) -> None:
-    result = compare(small_data, tmp_path, *options)
+    result = run_here(*compare_words(small_data, tmp_path, *options))
     assert result.status == 1
     assert result.output.startswith("compare.py: error: ")
     assert sentence in result.output

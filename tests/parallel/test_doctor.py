@@ -72,10 +72,12 @@ def test_healthy_ranks(launcher: str, ranks: int, engine: str) -> None:
 
 
 def test_ranks_bound_to_one_core() -> None:
-    if len(psutil.Process().cpu_affinity()) < 2:
-        pytest.skip("binding can be seen only where there are two cores")
+    """Where there is one core only, it is no fault."""
     core = str(psutil.Process().cpu_affinity()[0])
     result = run([*launcher_command("mpirun", 2), "taskset", "-c", core, *DOCTOR])
+    if psutil.cpu_count() == 1:
+        assert lines(result, "error: ") == []
+        return
     assert result.status == 1
     (said,) = lines(result, "error: ")
     assert re.fullmatch(

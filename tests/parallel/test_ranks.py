@@ -73,7 +73,10 @@ CASES = [
 CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+PARAMETERS = [pytest.param(case, marks=[pytest.mark.timing] * case.is_timing, id=str(case)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_check(case: Case, pools: Pools) -> None:
     group = case.group
     pool = pools.get(group.engine, group.launcher, group.pool)

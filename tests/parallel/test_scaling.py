@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launcher import Result, run, start
+from launcher import Result, launcher_command, run, start
+from scripts import run_here, script_command
 
 from hvdlm.scaling.point import read_points
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 STUDY = """
 name = "small"
@@ -52,30 +50,29 @@ class WrongSum(Dense):
 def write_study(data: Path, directory: Path, codec: str, repetitions: int = 2) -> list[str]:
     file = directory / "study.toml"
     file.write_text(STUDY.format(codec=codec, repetitions=repetitions, data=str(data)), encoding="utf-8")
-    words = [sys.executable, str(BENCHMARKS / "scaling.py"), "weak", str(file)]
-    return [*words, "--output", str(directory)]
+    return ["scaling.py", "weak", str(file), "--output", str(directory)]
 
 
 def report(directory: Path) -> Result:
-    return run([sys.executable, str(BENCHMARKS / "report.py"), str(directory)], deadline=100)
+    return run_here("report.py", str(directory))
 
 
 def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
     command = write_study(small_data, tmp_path, "fp16")
-    job = start(command)
     points = tmp_path / "small-weak"
-    deadline = time.monotonic() + 120
-    while len(list(points.glob("r2-*.point.json"))) < 2:  # the first repetition is there
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    job.process.send_signal(signal.SIGKILL)
-    job.finish(deadline=60)
+    deadline = time.monotonic() + 200
+    with start(script_command(*command)) as job:
+        while len(list(points.glob("r2-*.point.json"))) < 2:  # the first repetition is there
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        job.process.send_signal(signal.SIGKILL)
+        job.finish(deadline=60)
     before = {point.place.ranks: point.repetitions[0] for point in read_points(points) if point.codec == "none"}
-    result = run(command, deadline=200)
+    result = run_here(*command)
     assert result.status == 0, result.output
     after = read_points(points)
     assert sorted((point.ranks, point.codec) for point in after) == [(1, "fp16"), (1, "none"), (2, "fp16"), (2, "none")]
-    for point in after:
+    for point in after:  # four, as the line before says
         assert len(point.repetitions) == 2 and point.is_valid
         assert [len(steps) for steps in point.repetitions[0].step_seconds] == [2] * point.ranks
         assert point.repetitions[0].seconds >= 0.016  # 64 tokens at 4,000 a second
@@ -83,11 +80,11 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
             assert point.repetitions[0] == before[point.ranks]
             first, second = point.repetitions
             assert first.parameter_hashes == second.parameter_hashes
-    again = run(command, deadline=100)
+    again = run_here(*command)
     assert (again.status, "all 4 points are there" in again.output) == (0, True)
     study = tmp_path / "study.toml"
     study.write_text(study.read_text(encoding="utf-8").replace("layers = 1", "layers = 2"), encoding="utf-8")
-    changed = run(command, deadline=100)
+    changed = run_here(*command)
     assert (changed.status, "was measured with other settings" in changed.output) == (1, True)
     assert report(points).status == 0
     page = (points / "report.html").read_text(encoding="utf-8")
@@ -99,7 +96,7 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
 def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_path: Path) -> None:
     codec = tmp_path / "wrong.py"
     codec.write_text(WRONG_SUM, encoding="utf-8")
-    result = run(write_study(small_data, tmp_path, f"{codec}:WrongSum", repetitions=1), deadline=200)
+    result = run_here(*write_study(small_data, tmp_path, f"{codec}:WrongSum", repetitions=1))
     assert result.status == 1
     assert "ranks ended with different models, so do not use r2-b2-wrong-py-WrongSum.point.json" in result.output
     points = read_points(tmp_path / "small-weak")
@@ -129,15 +126,14 @@ def test_a_study_that_cannot_be_is_told_before_anything_runs(
     hosts = tmp_path / "hosts"
     hosts.write_text("h1\n", encoding="utf-8")
     file.write_text(file.read_text().replace(*change).replace("HOSTS", str(hosts)), encoding="utf-8")
-    result = run(command, deadline=60)
+    result = run_here(*command)
     assert (result.status, sentence in result.output, "Traceback" in result.output) == (1, True, False), result.output
 
 
 def test_every_way_to_sum_is_checked_and_timed(tmp_path: Path) -> None:
-    mpirun = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
     sizes = ["--smallest", "4b", "--largest", "64kb", "--factor", "16", "--dtypes", "float32", "bfloat16"]
     options = [*sizes, "--codecs", "topk", "--output", str(tmp_path)]
-    result = run([*mpirun, str(BENCHMARKS / "allreduce.py"), *options], deadline=200)
+    result = run([*launcher_command("mpirun", 2), *script_command("allreduce.py", *options)], deadline=200)
     assert result.status == 0, result.output
     rows = json.loads((tmp_path / "allreduce-results.json").read_text())["rows"]
     assert {row["nbytes"] for row in rows} == {4, 64, 1024, 16384}
@@ -149,12 +145,12 @@ def test_every_way_to_sum_is_checked_and_timed(tmp_path: Path) -> None:
         assert row["bus_bandwidth"] == pytest.approx(row["nbytes"] / row["p50"])  # 2 (n - 1) / n is 1 for two ranks
 
 
+@pytest.mark.timing
 def test_a_trace_has_every_bucket_of_every_rank(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.toml").touch()
     words = ["--model.layers", "1", "--comm.bucket_mb", "0.05", "--comm.algorithm", "ring", "--data.path"]
-    mpirun = ["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", sys.executable]
-    trace = [str(BENCHMARKS / "timeline.py"), str(tmp_path / "empty.toml"), "--output", str(tmp_path / "trace.json")]
-    result = run([*mpirun, *trace, *words, str(small_data)], deadline=100)
+    words = [str(tmp_path / "empty.toml"), "--output", str(tmp_path / "trace.json"), *words, str(small_data)]
+    result = run([*launcher_command("mpirun", 2), *script_command("timeline.py", *words)], deadline=100)
     assert result.status == 0, result.output
     content = json.loads((tmp_path / "trace.json").read_text())
     assert 0 <= content["otherData"]["clock_error_seconds"] < 0.1

@@ -49,6 +49,7 @@ class _Limits:
     engines: Sequence[str] = tuple(CAPABILITIES)
     needs: str | None = None
     lacks: str | None = None
+    is_timing: bool = False
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
@@ -57,16 +58,19 @@ def check(
     engines: Sequence[str] = tuple(CAPABILITIES),
     needs: str | None = None,
     lacks: str | None = None,
+    is_timing: bool = False,
     **values: Sequence[Any],
 ) -> Callable[[Function], Function]:
     """Limits a check to groups of some sizes and engines, that have one capability and have not another.
+
+    `is_timing`: it compares clocks, so its items are marked `timing`.
 
     `values`: of keywords. The check runs once for each of them; if the group has a value of its own for the keyword,
     the check runs on that group if it is one of them.
     """
 
     def mark(function: Function) -> Function:
-        function.limits = _Limits(sizes, engines, needs, lacks, values)  # type: ignore[attr-defined]
+        function.limits = _Limits(sizes, engines, needs, lacks, is_timing, values)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -80,6 +84,7 @@ class Case:
     function: str
     group: Group
     keywords: Mapping[str, Any]
+    is_timing: bool
 
     def __str__(self) -> str:
         values = [Path(str(value)).name.replace(":", ".") for value in self.keywords.values()]
@@ -105,7 +110,7 @@ def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
             if limits.needs not in {None, *group.capabilities} or limits.lacks in group.capabilities:
                 continue
             for keywords in _products(function, limits, group):
-                found.append(Case(Path(body.__file__), name, group, keywords))
+                found.append(Case(Path(body.__file__), name, group, keywords, limits.is_timing))
     return found
 
 

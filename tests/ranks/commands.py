@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
@@ -22,12 +22,16 @@ from hvdlm.training.trainer import Trainer
 
 
 def run_hvdlm(
-    comm: Communicator, arguments: Sequence[str], stop_after: int | None, environment: Mapping[str, str]
+    comm: Communicator,
+    arguments: Sequence[str],
+    stop_after: int | None,
+    overflow_at: Sequence[int],
+    environment: Mapping[str, str],
 ) -> int:
     """Runs one command and returns its exit status; its engine is that of the pool, whatever the settings say.
 
-    With `stop_after`, rank 0 gets a SIGTERM during that step. Raises AssertionError where the command would have ended
-    the job at once, which would end the pool.
+    Rank 0 gets a SIGTERM during step `stop_after`; a gradient of the last rank is infinite in steps `overflow_at`.
+    Raises AssertionError where the command would have ended the job at once, which would end the pool.
     """
     os.environ.update(environment)
 
@@ -43,18 +47,28 @@ def run_hvdlm(
 
     step = Trainer.train_step
 
-    def step_with_signal(trainer: Trainer, *arguments: object) -> bool:
+    def changed_step(trainer: Trainer, *arguments: object) -> bool:
         if trainer.step + 1 == stop_after and comm.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer, *arguments)  # type: ignore[arg-type]
+        overflows = trainer.step + 1 in overflow_at and comm.rank == comm.size - 1
+        with infinite_gradient(trainer.model) if overflows else nullcontext():
+            return step(trainer, *arguments)  # type: ignore[arg-type]
 
     with ExitStack() as stack:
         stack.enter_context(patch("hvdlm.training.job.connect", connect))
-        stack.enter_context(patch.object(Trainer, "train_step", step_with_signal))
+        stack.enter_context(patch.object(Trainer, "train_step", changed_step))
         try:
             return main(arguments)
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
+
+
+@contextmanager
+def infinite_gradient(model: Transformer) -> Iterator[None]:
+    """One gradient of this rank overflows."""
+    handle = model.final_norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    yield
+    handle.remove()
 
 
 def evaluate_checkpoint(comm: Communicator, run_dir: Path, data_path: Path, at_once: int) -> tuple[float, float, int]:

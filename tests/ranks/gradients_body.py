@@ -71,6 +71,7 @@ def check_joined_batch(comm: Communicator, algorithm: str) -> None:
             assert torch.allclose(sync.norm(), norm, rtol=1e-5)
 
 
+@check(is_timing=True)
 def check_overlap(comm: Communicator, algorithm: str) -> None:
     """The first bucket leaves while the backward pass has half of the gradients still to make."""
     model = make_model()
@@ -84,7 +85,8 @@ def check_overlap(comm: Communicator, algorithm: str) -> None:
     assert abs(sync.traffic.wire_bytes - ring) <= slack
 
 
-@check(sizes=[2], engines=["mpi"], algorithm=["ring"])  # compiling takes long, and is the same everywhere
+# compiling takes long, and is the same everywhere
+@check(sizes=[2], engines=["mpi"], is_timing=True, algorithm=["ring"])
 def check_overlap_when_compiled(comm: Communicator, algorithm: str) -> None:
     """As `train.compile` compiles it, and in bf16, it leaves long before the backward pass ends."""
     shape = {"layers": 8, "heads": 4, "width": 128, "context_length": LENGTH}
