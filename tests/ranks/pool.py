@@ -29,7 +29,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 START_SECONDS = 120.0  # until all ranks have come
 GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
-END_SECONDS = 20.0  # for all ranks to leave in good order
+END_SECONDS = 60.0  # for all ranks to leave in good order
 
 # The ranks write their stacks to their logs at this signal; hvdlm itself uses it for nothing
 SHOW_STACKS = signal.SIGUSR2
@@ -105,14 +105,19 @@ class RankPool:
             self._signal(signal.SIGCONT)
             self._suspended = False
 
+    def ask_to_leave(self) -> None:
+        """Tells the ranks to end, so that several pools can do so at a time; `close` follows."""
+        self.resume()
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # it has left already
+                connection.send(None)
+
     def close(self) -> None:
         """Ends the ranks in good order, and fails if they do not."""
         if self._job is None:
             return
-        self.resume()
         try:
-            for connection in self._connections.values():
-                connection.send(None)
+            self.ask_to_leave()
             result = self._job.finish(END_SECONDS)
             assert result.status == 0, f"{self} ended with {result.status}:\n{result.output}\n{self._logs()}"
         finally:
@@ -249,6 +254,8 @@ class Pools:
 
     def close(self) -> None:
         """Ends all; fails if one does not end in good order."""
+        for pool in self._pools.values():
+            pool.ask_to_leave()
         errors = []
         for pool in self._pools.values():
             try:
