@@ -11,6 +11,7 @@ from hvdlm.comm.launch import detect
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
+from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import on_first_rank, together
@@ -21,7 +22,7 @@ from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import check_compiler
 from hvdlm.training.plan import print_plan
-from hvdlm.training.preemption import STOPPED_EARLY, Preemption
+from hvdlm.training.preemption import Preemption
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
