@@ -1,28 +1,28 @@
-"""What can be wrong with hosts that have reported, seen from their list and their reports alone."""
+"""Checks of the hosts of a host list, from the list and the reports of their probes."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from hvdlm.cluster.doctor.findings import Finding
-from hvdlm.cluster.doctor.meeting import Route
-from hvdlm.cluster.doctor.members import Member
+from hvdlm.cluster.doctor.findings import Finding, counted
+from hvdlm.cluster.doctor.probed_hosts import ProbedHost
+from hvdlm.cluster.doctor.routes import Route
 
-# What Docker gives a container unless told otherwise, and NCCL cannot live on.
-_LEAST_SHARED_MEMORY = 64 * 2**20
+# Bytes of /dev/shm that Docker gives a container by default. NCCL needs more.
+DOCKER_SHARED_MEMORY = 64 * 2**20
 
 
-def same_host_twice(members: Sequence[Member]) -> list[Finding]:
-    """Two names in the list that lead to one address, or both to this machine."""
+def same_host_twice(hosts: Sequence[ProbedHost]) -> list[Finding]:
+    """Names in the list that have the same address, or all mean this machine."""
     by_address = defaultdict(list)
-    for member in members:
-        if member.address:
-            by_address["this machine" if member.is_here else str(member.address)].append(member)
+    for host in hosts:
+        if host.address:
+            by_address["this machine" if host.is_local else str(host.address)].append(host)
     return [
         Finding(
             "error",
-            f"{' and '.join(f'{each.name} (line {each.host.line})' for each in same)} are one host, {address}",
+            f"{' and '.join(f'{each.name} (line {each.entry.line})' for each in same)} are one host, {address}",
             "keep one of these lines, with the slots of all",
         )
         for address, same in by_address.items()
@@ -30,27 +30,28 @@ def same_host_twice(members: Sequence[Member]) -> list[Finding]:
     ]
 
 
-def unstated_slots(members: Sequence[Member]) -> list[Finding]:
+def missing_slots(hosts: Sequence[ProbedHost]) -> list[Finding]:
+    """Lines without slots=, which launchers read differently."""
     return [
         Finding(
             "warning",
-            f"line {member.host.line} gives {member.name} no slots: one for horovodrun, one a core for mpirun",
-            f"write `{member.name} slots=1`",
+            f"line {host.entry.line} gives {host.name} no slots: horovodrun takes 1, mpirun one for each core",
+            f"write `{host.name} slots=1`",
         )
-        for member in members
-        if not member.host.states_slots
+        for host in hosts
+        if not host.entry.states_slots
     ]
 
 
-def unlike_software(members: Sequence[Member]) -> list[Finding]:
-    """Versions that some hosts have and most have not, and what a job cannot do without."""
+def different_software(hosts: Sequence[ProbedHost]) -> list[Finding]:
+    """Software whose version differs from that of most hosts, or is missing everywhere though a job needs it."""
     findings = []
-    for subject in members[0].report.software if members else ():
-        versions = [member.report.software[subject] for member in members]
-        common, _ = Counter(versions).most_common(1)[0]  # the first host's where there is no majority
-        odd = [f"{member.name} has {each}" for member, each in zip(members, versions, strict=True) if each != common]
+    for subject in hosts[0].report.software if hosts else ():
+        versions = [host.report.software[subject] for host in hosts]
+        common, _ = Counter(versions).most_common(1)[0]  # the first host's if no version is more common
+        odd = [f"{host.name} has {each}" for host, each in zip(hosts, versions, strict=True) if each != common]
         if odd:
-            others = ", ".join(member.name for member, each in zip(members, versions, strict=True) if each == common)
+            others = ", ".join(host.name for host, each in zip(hosts, versions, strict=True) if each == common)
             what = (
                 f"hosts differ in {subject}: {others} {'have' if ',' in others else 'has'} {common}, {', '.join(odd)}"
             )
@@ -60,42 +61,38 @@ def unlike_software(members: Sequence[Member]) -> list[Finding]:
     return findings
 
 
-def scarce_resources(members: Sequence[Member]) -> list[Finding]:
-    """Fewer cores or GPUs than ranks, and little shared memory."""
+def missing_resources(hosts: Sequence[ProbedHost]) -> list[Finding]:
+    """Hosts with fewer cores or GPUs than ranks, or with little shared memory."""
     findings = []
-    some_have_gpus = any(member.report.gpus for member in members)
-    for member in members:
-        slots, report = member.host.slots, member.report
+    some_have_gpus = any(host.report.gpus for host in hosts)
+    for host in hosts:
+        slots, report = host.entry.slots, host.report
         if slots > report.cores:
-            what = f"{member.name} has {slots} slots and {_count(report.cores, 'core')}"
+            what = f"{host.name} has {slots} slots and {counted(report.cores, 'core')}"
             findings.append(Finding("warning", what, f"write slots={report.cores}, or let ranks share cores"))
         if some_have_gpus and slots > report.gpus:
-            what = f"{member.name} has {slots} slots and {_count(report.gpus, 'GPU')}"
+            what = f"{host.name} has {slots} slots and {counted(report.gpus, 'GPU')}"
             findings.append(Finding("warning", what, f"write slots={report.gpus}, or train on CPUs"))
-        if slots and report.shared_memory < _LEAST_SHARED_MEMORY:
-            what = f"{member.name} has {report.shared_memory // 2**20} MiB free in /dev/shm, by which its ranks talk"
-            findings.append(Finding("warning", what, "remove old files there, or give a container more (--shm-size)"))
+        if slots and report.shared_memory < DOCKER_SHARED_MEMORY:
+            what = f"{host.name} has {report.shared_memory // 2**20} MiB free in /dev/shm, which its ranks need"
+            findings.append(Finding("warning", what, "remove old files there, or give the container more (--shm-size)"))
     return findings
 
 
-def misleading_names(members: Sequence[Member], route: Route) -> list[Finding]:
-    """Names of hosts that lead to other addresses than those by which they are to talk; unlike names of interfaces."""
+def wrong_names(hosts: Sequence[ProbedHost], route: Route) -> list[Finding]:
+    """Host names that resolve to addresses outside the route, and interfaces that have different names on the hosts."""
     findings = []
     if len(route.names) > 1:
         what = f"hosts have other names for their interface on {route}, and horovodrun takes one name for all hosts"
         findings.append(Finding("warning", what, "start ranks with mpirun, or give the interfaces one name"))
-    for member, interface in zip(members, route.interfaces, strict=True):
+    for host, interface in zip(hosts, route.interfaces, strict=True):
         address = interface.address.ip
-        if member.report.own_address.startswith("127."):
-            what = f"{member.name} resolves its own name to {member.report.own_address}, where no other host finds it"
-            remedy = f"give {member.report.hostname} the address {address} in /etc/hosts there"
+        if host.report.own_address.startswith("127."):
+            what = f"{host.name} resolves its own name to {host.report.own_address}, where no other host finds it"
+            remedy = f"give {host.report.hostname} the address {address} in /etc/hosts there"
             findings.append(Finding("warning", what, remedy))
-        elif member.address and not member.address.is_loopback and member.address not in interface.address.network:
-            what = f"{member.name} resolves to {member.address}, not to {address}, its address on {route}"
-            remedy = "let launchers' connections take the same network: give its name that address in /etc/hosts or DNS"
+        elif host.address and not host.address.is_loopback and host.address not in interface.address.network:
+            what = f"{host.name} resolves to {host.address}, not to {address}, its address on {route}"
+            remedy = "give its name that address in /etc/hosts or DNS, so that launchers use the same network"
             findings.append(Finding("warning", what, remedy))
     return findings
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The command lines that start ranks on the hosts of a list, with what these hosts need and nothing else."""
+"""The commands that start ranks on the hosts of a list, with only the options that these hosts need."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdlm.cluster.doctor.meeting import Route
-from hvdlm.cluster.doctor.members import Member
-from hvdlm.cluster.doctor.remote import SEARCH_PATHS
+from hvdlm.cluster.doctor.probed_hosts import ProbedHost
+from hvdlm.cluster.doctor.remote_probe import SEARCH_PATHS
+from hvdlm.cluster.doctor.routes import Route
 
 
-def launch_lines(hostfile: Path, members: Sequence[Member], route: Route | None) -> list[str]:
-    """Lines to paste, for those launchers that all hosts have; `route`: None where all ranks run on this machine."""
-    software = members[0].report.software
-    lines = []
+def launch_commands(hostfile: Path, hosts: Sequence[ProbedHost], route: Route | None) -> list[str]:
+    """One command for each launcher that all hosts have. `route`: None if all ranks run on this machine."""
+    software = hosts[0].report.software
+    commands = []
     if software["Horovod"] != "none" and (route is None or len(route.names) == 1):
-        lines.append(_horovodrun(hostfile, members, route))
+        commands.append(_horovodrun(hostfile, hosts, route))
     if re.match(r"Open MPI ([5-9]|\d\d)", software["MPI"]):
-        lines.append(_mpirun(hostfile, members, route))
-    return lines
+        commands.append(_mpirun(hostfile, hosts, route))
+    return commands
 
 
-def _horovodrun(hostfile: Path, members: Sequence[Member], route: Route | None) -> str:
-    words = [_name("horovodrun"), *_ranks(hostfile, members)]
-    mpi_is_found = shutil.which("mpirun") and _has_everywhere(members, "prted")
-    if "Gloo" in members[0].report.software["Horovod"] and not mpi_is_found:
-        words.append("--gloo")  # under MPI it finds mpirun and its prted by the PATH alone
+def _horovodrun(hostfile: Path, hosts: Sequence[ProbedHost], route: Route | None) -> str:
+    words = [_name("horovodrun"), *_ranks(hostfile, hosts)]
+    finds_mpi = shutil.which("mpirun") and _has_everywhere(hosts, "prted")
+    if "Gloo" in hosts[0].report.software["Horovod"] and not finds_mpi:
+        words.append("--gloo")  # with MPI it would look for mpirun and prted only on the PATH
     if route:
         words += ["--network-interfaces", *route.names]
     return shlex.join([*words, _name("hvdlm")]) + " train CONFIG"
 
 
-def _mpirun(hostfile: Path, members: Sequence[Member], route: Route | None) -> str:
-    # Called by its absolute path, Open MPI looks for its own prted under the same one on every host.
-    launcher = "mpirun" if _has_everywhere(members, "prted") else shutil.which("mpirun") or _installed("mpirun")
-    words = [_name(launcher), *_ranks(hostfile, members), "--bind-to", "none"]
+def _mpirun(hostfile: Path, hosts: Sequence[ProbedHost], route: Route | None) -> str:
+    # If mpirun is called by its absolute path, Open MPI expects prted at the same path on every host.
+    launcher = "mpirun" if _has_everywhere(hosts, "prted") else shutil.which("mpirun") or _installed("mpirun")
+    words = [_name(launcher), *_ranks(hostfile, hosts), "--bind-to", "none"]
     if os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
         words.append("--allow-run-as-root")
     if route:
         include = ",".join(route.names if len(route.networks) > 1 and len(route.names) == 1 else route.networks)
         words += ["--mca", "btl_tcp_if_include", include, "--prtemca", "prte_if_include", include]
         for name in SEARCH_PATHS:
-            if name in os.environ and not (name == "PATH" and _has_everywhere(members, "hvdlm")):
+            if name in os.environ and not (name == "PATH" and _has_everywhere(hosts, "hvdlm")):
                 words += ["-x", name]
     return shlex.join([*words, _name("hvdlm")]) + " train CONFIG"
 
 
-def _ranks(hostfile: Path, members: Sequence[Member]) -> list[str]:
-    return ["-np", str(sum(member.host.slots for member in members)), "--hostfile", str(hostfile)]
+def _ranks(hostfile: Path, hosts: Sequence[ProbedHost]) -> list[str]:
+    return ["-np", str(sum(host.entry.slots for host in hosts)), "--hostfile", str(hostfile)]
 
 
-def _has_everywhere(members: Sequence[Member], program: str) -> bool:
-    """Does the PATH of a session on every host, which is not that of the user's terminal, lead to the same program?"""
-    here = shutil.which(program)
-    return all(member.is_here or member.report.programs[program] == here != "" for member in members)
+def _has_everywhere(hosts: Sequence[ProbedHost], program: str) -> bool:
+    """Whether the PATH of an ssh session, which differs from a terminal's, has the same program on every host."""
+    local = shutil.which(program)
+    return all(host.is_local or host.report.programs[program] == local != "" for host in hosts)
 
 
 def _name(program: str) -> str:
-    """As to be typed: by its name alone where the PATH here leads to that of this environment."""
+    """A program's name if it is on the PATH here, else its path in this environment."""
     return program if shutil.which(program) else _installed(program)
 
 

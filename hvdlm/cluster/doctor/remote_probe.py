@@ -1,4 +1,4 @@
-"""Programs on the hosts of a list: over ssh, without a question, within a deadline, and with nothing left behind."""
+"""Runs the probe (host_probe.py) on a host over ssh, without prompts, with a timeout, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hvdlm.cluster.doctor.host_probe import MARK, SESSION_PATH
+from hvdlm.cluster.doctor.host_probe import LINE_PREFIX, SESSION_PATH
 from hvdlm.errors import HvdlmError
 
-# Where programs, libraries and modules are found: launchers take these along to every host.
+# Search paths of programs, libraries and Python modules, which are passed on to every host.
 SEARCH_PATHS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
-# Seconds for the news of an end to arrive.
-_GRACE = 2.0
+# Seconds that a finished probe's end takes to arrive over ssh.
+_GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a program ended; `status` is None where it was ended at the deadline."""
+class ProbeResult:
+    """How a probe ended; `status` is None if it did not end within the timeout."""
 
     status: int | None
     output: str
     errors: str
 
 
-async def run_probe(host: str | None, timeout: float) -> Outcome:
-    """The probe's report from a host, or what went wrong; `host` None: this machine; `timeout` in seconds."""
+async def run_probe(host: str | None, timeout: float) -> ProbeResult:
+    """Runs the probe's `report` on a host, or on this machine if `host` is None; `timeout` in seconds."""
     process = await start_probe(host, "report", timeout, asyncio.subprocess.PIPE)
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), timeout + _GRACE)
+        output, errors = await asyncio.wait_for(process.communicate(), timeout + _GRACE_SECONDS)
     except asyncio.TimeoutError:
-        return Outcome(None, "", "")
+        return ProbeResult(None, "", "")
     finally:
         await end_probe(process)
-    return Outcome(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
+    return ProbeResult(process.returncode, output.decode(errors="replace"), errors.decode(errors="replace"))
 
 
 async def start_probe(
     host: str | None, task: str, timeout: float, errors: int = asyncio.subprocess.DEVNULL
 ) -> asyncio.subprocess.Process:
-    """Starts the probe at `task` on a host, with pipes to it; `end_probe` must follow.
+    """Starts the probe on a host, with pipes to it; the caller must call `end_probe`. `task`: the probe's arguments.
 
-    Half of `timeout` is for ssh to get there, half for the probe: killing ssh does not end what runs at its other end,
-    so that over there the command `timeout` must.
+    Half of `timeout` is for ssh to connect, half for the probe. Killing ssh does not end the remote process, so the
+    command `timeout` on the host ends it.
     """
     seconds = max(1, math.ceil(timeout / 2))
     command = ["sh", "-c", _script(task, seconds)] if host is None else _ssh(host, _script(task, seconds), seconds)
@@ -58,7 +58,7 @@ async def start_probe(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "LC_ALL": "C"},  # what ssh says is read in failures.py
+            env={**os.environ, "LC_ALL": "C"},  # probe_failures.py matches the messages of ssh
             start_new_session=True,
         )
     except FileNotFoundError:
@@ -68,27 +68,27 @@ async def start_probe(
 
 
 async def end_probe(process: asyncio.subprocess.Process) -> None:
-    """Lets a probe end, which it does with its input, and kills what then is left on this side."""
+    """Closes a probe's standard input, at which it ends, and kills the local processes that are left."""
     assert process.stdin is not None
     process.stdin.close()
     with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(process.wait(), _GRACE)
-    with suppress(ProcessLookupError):  # ssh may have helpers (ProxyCommand)
+        await asyncio.wait_for(process.wait(), _GRACE_SECONDS)
+    with suppress(ProcessLookupError):  # ssh may have started others (ProxyCommand)
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
 
 
-async def next_word(process: asyncio.subprocess.Process) -> str:
-    """The next line of a probe; raises EOFError if it has ended."""
+async def read_line(process: asyncio.subprocess.Process) -> str:
+    """The next line that a probe has written; raises EOFError if it has ended."""
     assert process.stdout is not None
     while line := (await process.stdout.readline()).decode(errors="replace"):
-        if line.startswith(MARK):
-            return line.removeprefix(MARK)
+        if line.startswith(LINE_PREFIX):
+            return line.removeprefix(LINE_PREFIX)
     raise EOFError
 
 
 def _script(task: str, seconds: int) -> str:
-    """For sh: runs the probe by this Python, with our search paths, and tells it what its session's PATH was."""
+    """A line for sh that runs the probe with this Python and these search paths, and passes on the session's PATH."""
     paths = [f"{name}={shlex.quote(os.environ[name])}" for name in SEARCH_PATHS if name in os.environ]
     python = f"{shlex.quote(sys.executable)} -m hvdlm.cluster.doctor.host_probe {task}"
     limit = f"timeout --kill-after=1 {seconds}"
@@ -99,9 +99,9 @@ def _ssh(host: str, script: str, seconds: int) -> list[str]:
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": seconds,
-        "ControlMaster": "no",  # would stay behind, holding our pipes
-        "LogLevel": "ERROR",  # whatever the user's configuration says: no banners, but reasons
+        "ControlMaster": "no",  # a master connection would stay behind and keep the pipes open
+        "LogLevel": "ERROR",  # errors but no banners, whatever the user's configuration
     }
-    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    # The login shell may be any: a POSIX one takes it from there.
-    return ["ssh", *words, "--", host, f"exec sh -c {shlex.quote(script)}"]
+    arguments = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    # The login shell may not be a POSIX shell, so it only starts sh.
+    return ["ssh", *arguments, "--", host, f"exec sh -c {shlex.quote(script)}"]
