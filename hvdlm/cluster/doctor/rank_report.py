@@ -38,9 +38,9 @@ class RankReport:
     launcher: str  # as in comm.launch.Launch
     engine: str
     gpus: tuple[str, ...]  # names of the visible GPUs
-    supports_gpus: bool  # the engine communicates GPU tensors without a copy in host memory of our own
+    supports_gpus: bool  # the engine communicates GPU tensors directly, not by a copy in host memory
     cores: frozenset[int]  # CPU affinity of this process
-    launcher_cores: frozenset[int]  # CPU affinity of the launcher's process on this host
+    launcher_cores: frozenset[int]  # CPU affinity of the launcher's process on this host; all cores without a launcher
     software: Mapping[str, str]
     interfaces: tuple[Interface, ...]
     towards_next_node: Interface | None  # None if there is one node, or no route to the next one's name
@@ -62,7 +62,7 @@ def gather_reports(
 
     `variables` and `shared_memory`: as they were before the engine started, which changes both.
     """
-    parent, launcher_process = _launcher_process()
+    parent, launcher_process = _parent_and_launcher()
     own = RankReport(
         rank=communicator.rank,
         host=communicator.hosts[communicator.rank],
@@ -92,7 +92,7 @@ def one_rank_per_host(reports: list[RankReport]) -> list[RankReport]:
     return list(firsts.values())
 
 
-def _launcher_process() -> tuple[psutil.Process | None, psutil.Process | None]:
+def _parent_and_launcher() -> tuple[psutil.Process | None, psutil.Process | None]:
     """The parent of this process, and its nearest ancestor that belongs to a launcher."""
     ancestors = psutil.Process().parents()
     return next(iter(ancestors), None), next((each for each in ancestors if each.name() in _LAUNCHERS), None)
