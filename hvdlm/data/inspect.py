@@ -86,7 +86,7 @@ def _check_contents(directory: Path, record: ShardRecord) -> None:
     for block in split.blocks(0):
         sha256.update(block.tobytes())
     if sha256.hexdigest() != record.tokens_sha256:
-        raise HvdlmError(f"{directory / record.file} holds other tokens than were written")
+        raise HvdlmError(f"{directory / record.file} has other tokens than were written")
     offsets = split.document_offsets(0)
     if offsets[0] != 0 or offsets[-1] != record.n_tokens or (offsets[1:] <= offsets[:-1]).any():
-        raise HvdlmError(f"{directory / record.file} has bounds of documents that do not fit its tokens")
+        raise HvdlmError(f"{directory / record.file} has document offsets that do not fit its tokens")

@@ -215,7 +215,7 @@ def _check_options(shards: int, validation: float, workers: int) -> None:
     if not 0 <= validation < 1:
         raise HvdlmError(f"--validation {validation}: the fraction must be at least 0 and below 1")
     if workers < 0:
-        raise HvdlmError(f"--workers {workers}: give a number of processes, or 0 for one a core")
+        raise HvdlmError(f"--workers {workers}: give a number of processes, or 0 for one for each core")
 
 
 def _tokenizer_choice(name: str) -> Tokenizer | int:

@@ -70,7 +70,7 @@ class Split:
         try:
             offsets: npt.NDArray[np.uint64] = self._file(shard)["doc_offsets"][:]
         except (OSError, KeyError) as error:
-            raise self._unreadable(shard, "the bounds of its documents", error) from None
+            raise self._unreadable(shard, "its document offsets", error) from None
         return offsets
 
     def blocks(self, shard: int, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:

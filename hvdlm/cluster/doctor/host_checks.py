@@ -83,7 +83,7 @@ def wrong_names(hosts: Sequence[ProbedHost], route: Route) -> list[Finding]:
     """Host names that resolve to addresses outside the route, and interfaces that have different names on the hosts."""
     findings = []
     if len(route.names) > 1:
-        what = f"hosts have other names for their interface on {route}, and horovodrun takes one name for all hosts"
+        what = f"hosts have different names for their interface on {route}, and horovodrun takes one name for all hosts"
         findings.append(Finding("warning", what, "start ranks with mpirun, or give the interfaces one name"))
     for host, interface in zip(hosts, route.interfaces, strict=True):
         address = interface.address.ip

@@ -23,7 +23,7 @@ from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.cluster.versions import output_of
 from hvdlm.comm.interfaces import Interface, own_interfaces
 
-# This variable holds the PATH of the ssh session, before doctor replaced it by the PATH of the launching machine.
+# The variable with the PATH of the ssh session, before doctor replaced it by the PATH of the launching machine.
 SESSION_PATH = "HVDLM_SESSION_PATH"
 # Programs that launchers find on a host's PATH.
 PROGRAMS = ("hvdlm", "prted")
@@ -88,7 +88,7 @@ def _write_line(value: object) -> None:
 
 
 def _connect(seconds: float) -> None:
-    """Listens and connects as the module says, until standard input ends.
+    """Listens and connects as described at the top of this file, until standard input ends.
 
     Nothing accepts the incoming connections: the kernel completes them and keeps them in the backlog.
     """

@@ -20,7 +20,7 @@ _SSH = [
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED[\s\S]*Offending .* key in (?P<file>\S+):\d+",
         "the host key of {host} has changed",
-        "if it was installed anew, remove the old key with `ssh-keygen -R {host} -f {file}` and run `ssh {host}` once "
+        "if it was reinstalled, remove the old key with `ssh-keygen -R {host} -f {file}` and run `ssh {host}` once "
         "by hand; if not, another machine may be impersonating {host}",
     ),
     (

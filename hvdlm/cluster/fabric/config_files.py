@@ -16,7 +16,7 @@ from hvdlm.cluster.fabric.programs import path_of, run
 # The TMPDIR of each host, in the host's own /run. mpirun names files there by its process number, and does not start if
 # a killed mpirun with the same number has left such files (openpmix, ptl_base_listener.c). In a host's PID namespace,
 # numbers are reused soon, so these files must not outlive the host.
-TEMPORARY = "/run/tmp"
+TMPDIR = "/run/tmp"
 
 
 def host_names(count: int) -> list[str]:
@@ -34,7 +34,7 @@ def write_config_files(state: Path, hosts: Sequence[str], slots: int, slurm: boo
         (state / host / "home-ssh").mkdir(mode=0o700)
         _make_key(ssh / "ssh_host_ed25519_key", host)
         (ssh / "authorized_keys").write_text((state / "id_ed25519.pub").read_text())
-        (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TEMPORARY))
+        (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TMPDIR))
         (ssh / "ssh_config").write_text(_SSH_CONFIG.format(state=state, host=host))
     addresses = {host: address(index) for index, host in enumerate(hosts, start=1)}
     known = "".join(

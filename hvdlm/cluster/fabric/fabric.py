@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.cluster.fabric import network
-from hvdlm.cluster.fabric.config_files import TEMPORARY, host_names, write_config_files
+from hvdlm.cluster.fabric.config_files import TMPDIR, host_names, write_config_files
 from hvdlm.cluster.fabric.programs import nsenter, path_of, require, run
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
@@ -79,7 +79,7 @@ class Fabric:
         SIGTERM, SIGHUP and SIGUSR1 are passed on to it; Ctrl-C in a terminal reaches it directly.
         """
         in_host = nsenter(self._host(host), _NAMESPACES)
-        process = subprocess.Popen([*in_host, "env", f"--chdir={Path.cwd()}", f"TMPDIR={TEMPORARY}", *program])
+        process = subprocess.Popen([*in_host, "env", f"--chdir={Path.cwd()}", f"TMPDIR={TMPDIR}", *program])
 
         def pass_on(number: int, _: FrameType | None) -> None:
             with suppress(psutil.NoSuchProcess):
@@ -102,14 +102,14 @@ class Fabric:
 
     def jobs(self, host: str) -> list[psutil.Process]:
         """The processes of a host other than its daemons: those started by `run`, ssh or Slurm."""
-        first = self._host(host)
-        namespace = _process_namespace(first)
+        init = self._host(host)
+        namespace = _process_namespace(init)
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if _process_namespace(process.pid) != namespace or process.pid == first:
+                if _process_namespace(process.pid) != namespace or process.pid == init:
                     continue
-                is_daemon = process.name() in _DAEMONS and process.ppid() == first
+                is_daemon = process.name() in _DAEMONS and process.ppid() == init
                 if not is_daemon and process.name() != "slurmscriptd":  # a part of slurmctld
                     found.append(process)
         return found

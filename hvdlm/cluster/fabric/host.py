@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from hvdlm.cluster.fabric.config_files import TEMPORARY
+from hvdlm.cluster.fabric.config_files import TMPDIR
 from hvdlm.cluster.fabric.network import INTERFACE
 from hvdlm.cluster.fabric.programs import path_of, run
 
@@ -38,8 +38,8 @@ def _mount(state: Path, name: str) -> None:
     run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm")
     for directory in ("sshd", "munge", "lock", "cgroup"):
         Path("/run", directory).mkdir(mode=0o755)
-    Path(TEMPORARY).mkdir()
-    Path(TEMPORARY).chmod(0o1777)
+    Path(TMPDIR).mkdir()
+    Path(TMPDIR).chmod(0o1777)
     # A new /sys shows the network interfaces of this namespace. slurmd needs the control groups in it.
     run("mount", "--rbind", "/sys/fs/cgroup", "/run/cgroup")
     run("mount", "-t", "sysfs", "sysfs", "/sys")

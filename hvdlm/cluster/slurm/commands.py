@@ -44,7 +44,9 @@ def is_running(job: str) -> bool:
 def require(command: str) -> None:
     """Raises HvdlmError if Slurm's command `command` is not on the PATH."""
     if shutil.which(command) is None:
-        raise HvdlmError(f"{command} is not on the PATH: do this where Slurm's commands are, on a login node")
+        raise HvdlmError(
+            f"{command} is not on the PATH: run this where Slurm's commands are installed, as on a login node"
+        )
 
 
 def _run(command: str, *arguments: str) -> str:

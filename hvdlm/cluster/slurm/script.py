@@ -53,7 +53,7 @@ cd "$job" || fail "$(hostname) does not see $job: write the job into a directory
 installed=$("$python" -c 'import hvdlm; print(hvdlm.__version__)') ||
     fail "on $(hostname) there is no hvdlm at $python any more: install hvdlm $version there again"
 [[ $installed == "$version" ]] ||
-    fail "hvdlm $version wrote $job, but $python has hvdlm $installed now: install $version, or write the job anew"
+    fail "hvdlm $version wrote $job, but $python has hvdlm $installed now: install $version, or write the job again"
 
 %{launch}
 
@@ -97,7 +97,7 @@ class Script:
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
-    time: str  # as sbatch takes it
+    time: str  # limit of one start, in sbatch's notation
     lead: int  # seconds before the limit at which training saves and stops
     launcher: str  # "mpirun", "srun" or "horovodrun"
     executable: str  # the launcher's path

@@ -100,7 +100,7 @@ class Supervisor:
                 self._print("the start before this one was cut short: its node failed, or Slurm preempted the job")
             elif commands.is_running(starts[-1].job):
                 raise HvdlmError(
-                    f"Slurm job {starts[-1].job} is training {self._run_dir} right now: let it, or cancel it first"
+                    f"Slurm job {starts[-1].job} is training {self._run_dir} right now: wait for it, or cancel it first"
                 )
         useless = self._log.without_progress(self._job, step)
         if useless.ended + useless.interrupted >= MAX_INTERRUPTED_STARTS:
@@ -160,7 +160,7 @@ class Supervisor:
                 f"stopped by SIGTERM (scancel or preemption): {saved}; if Slurm does not go on, {self._how_to_continue}"
             )
             return STOPPED_EARLY
-        # horovodrun over Gloo turns every status into 1, so the status alone does not tell.
+        # The status alone is not enough: horovodrun over Gloo turns every status into 1.
         stopped = self._stop_requested or status == STOPPED_EARLY
         status = status or 1
         if not stopped and step <= self._log.starts[-1].step:
