@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hvdlm.cluster.doctor.findings import Finding
+from hvdlm.cluster.doctor.interface_variables import interface_variables
 from hvdlm.cluster.doctor.rank_checks import (
     alone_under_a_launcher,
     check_ranks,
@@ -168,6 +169,11 @@ def test_shared_memory(free: int, gpus: int, ranks: int, severity: str | None) -
     findings = little_shared_memory(cluster(1, ranks, gpus=gpus, shared_memory=free))
     assert [each.severity for each in findings] == ([severity] if severity else [])
     assert all(each.what.startswith(f"n1 has {free // 2**20} MiB free in /dev/shm") for each in findings)
+
+
+def test_variables_that_name_interfaces() -> None:
+    environment = {"GLOO_SOCKET_IFNAME": "", "HOROVOD_GLOO_IFACE": "eth0", "NCCL_SOCKET_IFNAME": "^docker0"}
+    assert interface_variables(environment) == {"HOROVOD_GLOO_IFACE": "eth0"}
 
 
 def test_a_variable_that_names_no_interface() -> None:

@@ -231,7 +231,7 @@ def test_missing_pytorch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "message"),
     [
         ("cc1plus: fatal error: x.s: No space left on device", "the disk is full"),
         ("error: externally-managed-environment", "make a virtual environment"),
@@ -242,13 +242,13 @@ def test_missing_pytorch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "exit status 3 without output"),
     ],
 )
-def test_failed_commands_become_sentences(output: str, told: str, tmp_path: Path) -> None:
+def test_failed_commands_become_sentences(output: str, message: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import sys; print({output!r}); sys.exit(3)"]
     with pytest.raises(HvdlmError) as failure:
         run_logged("compiling", command, log, os.environ)
     said = str(failure.value)
-    assert said.startswith("compiling failed: ") and told in said and said.endswith(f"(log: {log})")
+    assert said.startswith("compiling failed: ") and message in said and said.endswith(f"(log: {log})")
     assert output in log.read_text()
 
 

@@ -15,8 +15,9 @@ _LOOPBACK = "lo"
 
 
 def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of `VARIABLES` that are set and do not start with ^, which excludes interfaces."""
-    return {name: environment[name] for name in VARIABLES if environment.get(name, "^")[0] != "^"}
+    """Those of `VARIABLES` that are set, not empty, and do not start with ^, which excludes interfaces."""
+    values = {name: environment.get(name, "") for name in VARIABLES}
+    return {name: value for name, value in values.items() if value and not value.startswith("^")}
 
 
 def named_interfaces(value: str, interfaces: Sequence[Interface]) -> list[Interface]:
