@@ -115,14 +115,14 @@ def _doctor(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.scaling.prediction import write_fit
+    from hvdlm.scaling.commands import write_fit
 
     write_fit(options.results, options.output)
     return 0
 
 
 def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
-    from hvdlm.scaling.prediction import predict
+    from hvdlm.scaling.commands import predict
 
     predict(
         options.fit,
@@ -131,7 +131,7 @@ def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
         link=options.link,
         codecs=options.codec,
         preset=options.model,
-        batch_size=options.batch_size,
+        batch_size_per_rank=options.batch_size,
         rank_flops=options.rank_flops,
         overrides=overrides,
     )
