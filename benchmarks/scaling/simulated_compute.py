@@ -23,7 +23,7 @@ class SimulatedTrainer(Trainer):
     tokens_per_second: float
 
     def prepare(self, tokens_per_second: float) -> None:
-        """Must be called before the first step."""
+        """Sets the speed of a rank. Must be called before the first step."""
         self.tokens_per_second = tokens_per_second
         generator = torch.Generator().manual_seed(self.communicator.rank)
         groups: dict[str, list[Tensor]] = {}

@@ -63,10 +63,11 @@ class JobSpec:
     ranks: int
     link: str | None
     preset: str | None
-    batch_size: int  # as the study says
+    batch_size: int  # sequences per step, of a rank or of all ranks
 
     @property
     def name(self) -> str:
+        """As in the names of its files."""
         parts = [f"r{self.ranks}", self.link, self.preset, f"b{self.batch_size}"]
         return "-".join(part for part in parts if part)
 

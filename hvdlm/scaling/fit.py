@@ -22,11 +22,11 @@ from hvdlm.scaling.point import Point, Repetition
 from hvdlm.scaling.scenario import of_point
 from hvdlm.scaling.statistics import trimmed_mean
 
-# Lower bound, start and upper bound of what a link carries: as a share of its rate if that is known, else in bits/s.
+# Lower bound, first guess and upper bound of what a link carries: a share of its rate if that is known, else bits/s.
 _EFFICIENCIES = (0.05, 0.9, 1.0)
 _RATES = (1e5, 1e9, 1e13)
 
-_START_LATENCY, _MAX_LATENCY = 2e-4, 0.1  # seconds per hop
+_FIRST_LATENCY, _MAX_LATENCY = 2e-4, 0.1  # seconds per hop
 
 
 def fit(points: Sequence[Point]) -> PerformanceModel:
@@ -39,8 +39,8 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
     }
     if len(several) > 1:
         raise HvdlmError(f"the points are of {len(several)} machines or models: fit each separately")
-    least = min(point.ranks for point in usable)
-    base = [point for point in usable if point.ranks == least and point.codec == "none"]
+    fewest = min(point.ranks for point in usable)
+    base = [point for point in usable if point.ranks == fewest and point.codec == "none"]
     shared = [point for point in usable if point.ranks > 1 and point.codec != AUTO]
     if not base or not shared:
         raise HvdlmError("a fit needs codec none on the fewest ranks, and points of two ranks or more")
@@ -51,8 +51,8 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
     on_hosts = [point for point in shared if not point.place.is_one_host]
     knows_rates = all(point.place.link_bits_per_second is not None for point in on_hosts)
 
-    def at(values: NDArray[np.float64]) -> PerformanceModel:
-        """`values`: for each kind of network, the logarithm of what it carries, and its latency over the start's."""
+    def with_networks(values: NDArray[np.float64]) -> PerformanceModel:
+        """`values`: for each kind of network, the logarithm of what it carries, and its latency over the first guess."""
         found = iter(values)
         return model.model_copy(
             update={
@@ -62,21 +62,21 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
         )
 
     def residuals(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        tried = at(values)
-        logs = [math.log(forecast(tried, scenario).seconds) for scenario in scenarios]
+        candidate = with_networks(values)
+        logs = [math.log(forecast(candidate, scenario).seconds) for scenario in scenarios]
         return np.subtract(logs, measured)
 
     bounds = [*([_RATES] if on_one_host else []), *([_EFFICIENCIES if knows_rates else _RATES] if on_hosts else [])]
     found = least_squares(
         residuals,
-        x0=[value for _, start, _ in bounds for value in (math.log(start), 1.0)],
+        x0=[value for _, guess, _ in bounds for value in (math.log(guess), 1.0)],
         bounds=(
             [value for low, _, _ in bounds for value in (math.log(low), 0.0)],
-            [value for _, _, high in bounds for value in (math.log(high), _MAX_LATENCY / _START_LATENCY)],
+            [value for _, _, high in bounds for value in (math.log(high), _MAX_LATENCY / _FIRST_LATENCY)],
         ),
         diff_step=1e-3,  # forecasts are not smooth over smaller steps
     )
-    best = at(found.x)
+    best = with_networks(found.x)
     return best.model_copy(update={"residual": float(np.sqrt(np.mean(residuals(found.x) ** 2)))})
 
 
@@ -84,7 +84,7 @@ def _network(log_carried: float, latency: float, knows_rate: bool) -> Network:
     carried = math.exp(log_carried)
     return Network(
         efficiency=carried if knows_rate else 1.0,
-        latency=latency * _START_LATENCY,
+        latency=latency * _FIRST_LATENCY,
         bits_per_second=None if knows_rate else carried,
     )
 

@@ -49,9 +49,9 @@ class Holdout:
 
 
 def hold_out(points: Sequence[Point]) -> list[Holdout]:
-    """Fits to the smaller half of the rank counts, and to all links but one in turn, and forecasts the other points.
+    """Fits to the smaller half of the rank counts, and for each link to all others; forecasts the points left out.
 
-    Logs a warning for points that cannot be fitted, and leaves them out.
+    Logs a warning where a part of the points cannot be fitted.
     """
     ranks = sorted({point.ranks for point in points})
     max_fitted = ranks[: max(2, len(ranks) // 2)][-1]
@@ -71,9 +71,9 @@ def hold_out(points: Sequence[Point]) -> list[Holdout]:
         own = [point for point in points if point.place.link_bits_per_second == link]
         splits.append((f"held out: links of {link / 1e6:,g} Mbit/s", others, own))
     found = []
-    for title, seen, unseen in splits:
+    for title, fitted, held_out in splits:
         try:
-            errors = residuals(fit(seen), unseen)
+            errors = residuals(fit(fitted), held_out)
         except HvdlmError as error:
             logger.warning("cannot hold out (%s): %s", title, error)
             continue
