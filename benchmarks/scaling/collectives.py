@@ -25,7 +25,7 @@ _ROW = 1024  # a tensor is given to a codec as a matrix with rows of so many ele
 
 @dataclass(frozen=True)
 class Way:
-    """An implementation of all-reduce: `reduce` sums a 1-D tensor in place; `is_exact`: sums of small integers are exact."""
+    """An implementation of all-reduce. `reduce` sums a 1-D tensor in place, small integers exactly if `is_exact`."""
 
     name: str
     dtypes: Sequence[torch.dtype]

@@ -52,7 +52,7 @@ def fit(points: Sequence[Point]) -> PerformanceModel:
     knows_rates = all(point.place.link_bits_per_second is not None for point in on_hosts)
 
     def with_networks(values: NDArray[np.float64]) -> PerformanceModel:
-        """`values`: for each kind of network, the logarithm of what it carries, and its latency over the first guess."""
+        """`values`: for each network, the logarithm of what it carries, and its latency over the first guess."""
         found = iter(values)
         return model.model_copy(
             update={

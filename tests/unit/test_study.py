@@ -47,6 +47,12 @@ def test_one_rank_is_measured_once_whatever_the_links(tmp_path: Path) -> None:
     assert weak.compression.codec == "topk"
 
 
+def test_the_time_limit_of_a_job_is_called_patience_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY + "patience = 60\n")
+    assert read_study(file, None).time_limit == 60.0
+
+
 def test_a_host_s_link_has_one_rate(tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     file.write_text(STUDY.replace("fabric", "slurm"))
