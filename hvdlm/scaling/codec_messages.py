@@ -85,7 +85,7 @@ class _RecordingExchange(Exchange):
         self,
         values: Tensor,
         encoding: Encoding | None = None,
-        errors: Tensor | None = None,
+        residual: Tensor | None = None,
         op: ReduceOp = ReduceOp.SUM,
     ) -> None:
         nbytes = encoding.nbytes(values.numel()) if encoding else values.nbytes
