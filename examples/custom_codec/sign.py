@@ -24,7 +24,7 @@ class Sign(Codec):
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         intended = gradients + self.residual if self.settings.error_feedback else gradients.clone()
-        scales = torch.stack([piece.abs().mean() for piece in self.bucket.cut(intended)])
+        scales = torch.stack([piece.abs().mean() for piece in self.bucket.split(intended)])
         signs = torch.from_numpy(np.packbits(intended.numpy() > 0))
         gradients.zero_()
         for arrived in zip(exchange.all_gather(scales), exchange.all_gather(signs), strict=True):
@@ -35,7 +35,7 @@ class Sign(Codec):
     def _decode(self, scales: Tensor, signs: Tensor) -> Tensor:
         bits = np.unpackbits(signs.numpy(), count=self.residual.numel())
         values = torch.from_numpy(bits).float().mul_(2).sub_(1)
-        for piece, scale in zip(self.bucket.cut(values), scales, strict=True):
+        for piece, scale in zip(self.bucket.split(values), scales, strict=True):
             piece.mul_(scale)
         return values
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hvdlm.model.size import LONGEST_PLAIN_ATTENTION, attention_blocks
+# Attention in 16 bits on a CPU is made of plain products for sequences up to so long: beyond,
+# the probabilities that its backward pass needs outweigh what else a block keeps.
+LONGEST_PLAIN_ATTENTION = 512
+
+# Of queries that meet their keys at once there. Keys that lie after all of them are skipped, half of all in the end;
+# what smaller blocks would gain is lost to smaller products.
+ATTENTION_BLOCK = 256
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -37,6 +43,11 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
         is_causal=mask is None and length > 1,
         enable_gqa=keys.shape[1] != heads,
     )
+
+
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """First query, and the one after the last, of each block that plain attention takes at once."""
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 class _CausalAttention(torch.autograd.Function):

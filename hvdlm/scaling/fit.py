@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.codecs.choice import AUTO
+from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.scaling.performance import CodecCost, Measured, Network, PerformanceModel, forecast
 from hvdlm.scaling.point import Point, Repetition
 from hvdlm.scaling.scenario import of_point

@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.codecs.choice import AUTO
-from hvdlm.gradients.forecast import BackwardPass, Cost, choose
+from hvdlm.gradients.auto.forecast import BackwardPass, Cost, choose
+from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.scaling.point import Machine, Record
 from hvdlm.scaling.rehearsal import Message, messages
 from hvdlm.scaling.scenario import Scenario
@@ -128,7 +128,7 @@ def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str)
     """A bucket's way by a codec, and the bytes that a rank sends for it."""
     cost = _cost(model, codec)
     shapes, elements = scenario.buckets[bucket], scenario.elements[bucket]
-    by_node = scenario.compression.by_node and 1 < scenario.ranks_per_host < scenario.ranks
+    by_node = scenario.compression.hierarchical and 1 < scenario.ranks_per_host < scenario.ranks
     exchanged = messages(codec, shapes, scenario.hosts if by_node else scenario.ranks, scenario.compression)
     computing = Stage("codec", cost.seconds_per_element * elements / (len(exchanged) + 1))
     way, sent = [computing], sum(message.nbytes for message in exchanged)

@@ -96,7 +96,7 @@ def predict(
     words += ["--compression.candidates", model.measured.candidates] if model.measured.candidates else []
     words += overrides
     if batch_size is not None:
-        words += ["--train.batch_size", str(batch_size), "--train.micro_batch_size", str(batch_size)]
+        words += ["--train.global_batch_size", str(batch_size), "--train.micro_batch_size", str(batch_size)]
     config = load(None, words, PRESETS)
     vocab_size = config.model.vocab_size or 257
     console = _console()
@@ -211,8 +211,8 @@ def _advice(
     for name in model.codecs:
         if name != last.compression.codec:
             tries[f"codec {name}"] = last.with_compression(codec=name)
-    if model.inside and 1 < last.ranks_per_host < last.ranks and not last.compression.by_node:
-        tries["compression.by_node"] = last.with_compression(by_node=True)
+    if model.inside and 1 < last.ranks_per_host < last.ranks and not last.compression.hierarchical:
+        tries["compression.hierarchical"] = last.with_compression(hierarchical=True)
     speed = last.tokens / step.seconds
     gains = {
         name: scenario.tokens / forecast(model, scenario).seconds / speed - 1

@@ -16,7 +16,7 @@ from hvdlm.comm.communicator import ReduceOp
 from hvdlm.comm.ring import SEGMENT, Encoding
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.choice import codec_maker
+from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.gradients.exchange import Exchange
 
 # Rows of a matrix beyond which a bucket is rehearsed at two smaller scales and continued: messages grow evenly with the
@@ -68,7 +68,7 @@ def _rehearse(
     bucket = Bucket(parameters)
     bucket.buffer.normal_(generator=generator)
     exchange = _CountingExchange(ranks)
-    codec_maker(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
+    codec_factory(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
     return tuple(exchange.messages)
 
 

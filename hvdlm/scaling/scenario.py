@@ -11,7 +11,7 @@ import torch
 
 from hvdlm.config import CompressionSection, Config, ModelSection
 from hvdlm.gradients.bucket import divide
-from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes
+from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import Transformer
 from hvdlm.scaling.point import Point
@@ -76,7 +76,7 @@ class Scenario:
 def of_point(point: Point) -> Scenario:
     """What a point of a study has measured: the step of the rank with the largest share of the batch."""
     config = Config.model_validate(point.settings)
-    share = -(-config.train.batch_size // point.ranks)
+    share = -(-config.train.global_batch_size // point.ranks)
     # Those of codec auto are of what it chose, which is to be forecast
     shapes = () if point.codec == AUTO else tuple(tuple(map(tuple, bucket.shapes)) for bucket in point.buckets)
     return Scenario(
@@ -104,8 +104,8 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
         -(-ranks // ranks_per_host),
         link,
         0,
-        train.batch_size * config.model.context_length,
-        -(-train.batch_size // train.micro_batch_size),
+        train.global_batch_size * config.model.context_length,
+        -(-train.global_batch_size // train.micro_batch_size),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from hvdlm.gradients.forecast import BackwardPass
+from hvdlm.gradients.auto.forecast import BackwardPass
 
 Kind = Literal["codec", "latency", "link"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.codecs.choice import AUTO
+from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.scaling.fit import fit, step_seconds
 from hvdlm.scaling.performance import PerformanceModel, forecast
 from hvdlm.scaling.point import Point

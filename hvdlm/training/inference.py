@@ -1,4 +1,4 @@
-"""`hvdlm evaluate` and `hvdlm generate`: what a checkpoint is worth, and what it says."""
+"""`hvdlm evaluate` and `hvdlm generate`: the validation loss of a checkpoint, and text that its model continues."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
-from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.precision import DTYPES
+from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.replicas import broadcast_tensors
 
 
-def evaluate(path: Path, data_path: Path, engine: str, batch_size: int) -> int:
-    """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside the yardsticks."""
-    with job(engine, timeout=300, config_digest=str((path, data_path, batch_size))) as communicator:
-        if batch_size < 1:
-            raise JobError(f"--batch-size {batch_size}: give 1 or more")
-        data = together(communicator, lambda: DataSet(data_path))
-        state = on_first_rank(communicator, lambda: _open_for(data, path))
+def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) -> int:
+    """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines."""
+    with job(engine, timeout=300, config_digest=str((path, data_path, micro_batch_size))) as communicator:
+        if micro_batch_size < 1:
+            raise JobError(f"--micro-batch-size {micro_batch_size}: give 1 or more")
+        data = on_all_ranks(communicator, lambda: DataSet(data_path))
+        state = on_rank_0(communicator, lambda: _open_for(data, path))
         config = Config.model_validate(state["config"])
         device = choose_device("auto", communicator)
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
-        model.compute_in(DTYPES[config.train.precision])
-        result = evaluation.evaluate(model, data, communicator, batch_size)
-        yardstick = on_first_rank(communicator, lambda: yardsticks(data))
+        model.set_compute_dtype(DTYPES[config.train.precision])
+        result = evaluation.evaluate(model, data, communicator, micro_batch_size)
+        yardstick = on_rank_0(communicator, lambda: yardsticks(data))
         if communicator.rank == 0:
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
             for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C become a wish to stop, which the trainer grants after the step in hand."""
+"""SIGTERM, SIGUSR1 and Ctrl-C become a request to stop, which the trainer obeys after the current step."""
 
 from __future__ import annotations
 

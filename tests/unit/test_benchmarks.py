@@ -226,9 +226,9 @@ def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     assert (own.train.seed, own.train.run_dir) == (3, str(directory))
     assert (own.compression.codec, own.compression.error_feedback) == ("lib/my.py:Mine", False)
     assert not runs.is_finished(own)
-    assert (own.compression.warmup_steps, own.optimizer.freeze_after) == (0, 0)
+    assert (own.compression.warmup_steps, own.optimizer.freeze_variance_after) == (0, 0)
     late = runs.config_of(config, runs.Variant("topk", error_feedback=True), 3, tmp_path)
-    assert (late.compression.warmup_steps, late.optimizer.freeze_after) == (4, 4)
+    assert (late.compression.warmup_steps, late.optimizer.freeze_variance_after) == (4, 4)
 
     directory.mkdir()
     (directory / "config.toml").write_text(own.to_toml())

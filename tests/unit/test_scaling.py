@@ -11,7 +11,7 @@ from planted import EFFICIENCY, LATENCY, make_point
 
 from hvdlm.config import CommSection, CompressionSection, from_dict
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.forecast import BackwardPass
+from hvdlm.gradients.auto.forecast import BackwardPass
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.performance import Network, forecast

@@ -43,7 +43,7 @@ def test_one_rank_is_measured_once_whatever_the_links(tmp_path: Path) -> None:
     two = list(visits(study))[1]
     assert two.point_name("my/own.py:Codec") == "r2-100mbit-b6-own-py-Codec"
     weak, strong = (configuration(study, two, "topk", mode) for mode in ("weak", "strong"))
-    assert (weak.train.batch_size, strong.train.batch_size) == (12, 6)
+    assert (weak.train.global_batch_size, strong.train.global_batch_size) == (12, 6)
     assert weak.compression.codec == "topk"
 
 

@@ -1,7 +1,8 @@
-"""The first messages of a job over MPI, on hosts with several networks: keeping off those that join nobody, and an end.
+"""Starting MPI on hosts with several networks: excludes those that connect no hosts, and sets a deadline.
 
-Open MPI takes every network of a host for a way to every other host. Docker gives its bridge the same address on all
-hosts, so a rank that calls another one there calls itself, and the job hangs or is aborted (horovod issues 98, 281).
+Open MPI assumes that every network of a host reaches every other host. Docker gives its bridge the same address on all
+hosts, so a rank that connects to another there connects to itself, and the job hangs or aborts (horovod issues 98,
+281).
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ logger = logging.getLogger(__name__)
 
 # Bridges that container engines and hypervisors make on each host for guests of that host alone, by the names that
 # Docker (docker0, br-0123456789ab), Podman, Kubernetes, LXC, LXD and libvirt give them.
-_GUESTS_ONLY = re.compile(r"docker\d+|br-[0-9a-f]{12}|podman\d+|cni-podman\d+|cni\d+|lxcbr\d+|lxdbr\d+|virbr\d+")
+_GUEST_BRIDGE = re.compile(r"docker\d+|br-[0-9a-f]{12}|podman\d+|cni-podman\d+|cni\d+|lxcbr\d+|lxdbr\d+|virbr\d+")
 
-# What Open MPI keeps off by itself, which naming more would replace (ompi_info --param btl tcp --level 1).
+# What Open MPI excludes by default, which a list of ours replaces (ompi_info --param btl tcp --level 1).
 _OPEN_MPI_EXCLUDES = "127.0.0.1/8,sppp"
 
-# Seconds between ranks that have all started, and their first word to each other, before something is wrong.
-PATIENCE = 60.0
+# Seconds within which ranks that have all started must have exchanged their first message.
+STARTUP_TIMEOUT = 60.0
 
 
-def for_guests_only(interface: Interface) -> bool:
+def is_guest_bridge(interface: Interface) -> bool:
     """Whether an interface is, by its name, a bridge to containers or virtual machines of this host."""
-    return _GUESTS_ONLY.fullmatch(interface.name) is not None
+    return _GUEST_BRIDGE.fullmatch(interface.name) is not None
 
 
-def keep_open_mpi_off_bridges(environment: MutableMapping[str, str]) -> None:
-    """Excludes this host's bridges for guests, unless the user has told Open MPI what to use. Before MPI_Init."""
+def exclude_guest_bridges(environment: MutableMapping[str, str]) -> None:
+    """Tells Open MPI to exclude this host's guest bridges, unless the user has configured it. Call before MPI_Init."""
     variables = {"OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"}
-    bridges = sorted({each.name for each in own_interfaces() if for_guests_only(each)})
-    if bridges and not variables & environment.keys() and _open_mpi_decides_alone():
+    bridges = sorted({each.name for each in own_interfaces() if is_guest_bridge(each)})
+    if bridges and not variables & environment.keys() and _open_mpi_uses_defaults():
         environment["OMPI_MCA_btl_tcp_if_exclude"] = ",".join([_OPEN_MPI_EXCLUDES, *bridges])
 
 
-def _open_mpi_decides_alone() -> bool:
+def _open_mpi_uses_defaults() -> bool:
     """Whether no file of parameters includes or excludes interfaces: Open MPI refuses to be told both."""
     ompi_info = shutil.which("ompi_info") or shutil.which("ompi_info", path=sysconfig.get_path("scripts"))
     if ompi_info is None:
@@ -62,40 +63,42 @@ def _open_mpi_decides_alone() -> bool:
     return bool(sources) and all(line.endswith(":default") for line in sources)
 
 
-def meet_over_mpi(rank: int, timeout: float) -> MPICommunicator:
+def start_mpi(rank: int, timeout: float) -> MPICommunicator:
     """Starts MPI and joins its ranks; `timeout`: seconds that a rank waits for another."""
-    # MPI_Init returns when all have come, and holds Python's lock till then: what was noted meanwhile is read after it.
-    with first_contact(rank, timeout):
+    # Importing mpi4py calls MPI_Init, which returns when all ranks have called it and holds the GIL until then.
+    with startup_deadline(rank, timeout):
         from hvdlm.comm.mpi import MPICommunicator
-    with first_contact(rank, min(timeout, PATIENCE)):
+    with startup_deadline(rank, min(timeout, STARTUP_TIMEOUT)):
         return MPICommunicator(timeout)
 
 
 @contextmanager
-def first_contact(rank: int, seconds: float) -> Iterator[None]:
-    """Ends the process, after a sentence, unless the block ends within `seconds`. For the main thread.
+def startup_deadline(rank: int, seconds: float) -> Iterator[None]:
+    """Ends the process with an error message unless the block ends within `seconds`. For the main thread.
 
-    What hangs there is inside a library that nothing but the end of the process gets out of, and whose functions at
-    exit would wait for the same ranks again. Where Open MPI aborts one rank in there, mpirun ends the others by
-    SIGTERM: they say what the aborted one could not.
+    A call that hangs inside MPI can be left only by ending the process, without MPI's exit handlers, which would wait
+    for the same ranks again. Where Open MPI aborts one rank during start-up, mpirun ends the others by SIGTERM: they
+    print the advice that the aborted rank could not.
     """
-    # A handler in Python runs only after the library has returned; what the interpreter writes here is read at once.
-    watched, noted = socket.socketpair()
-    noted.setblocking(False)
+    # A Python signal handler runs only after the library call has returned; the wake-up descriptor is written at once.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
     def watch() -> None:
-        while select.select([watched], [], [], seconds)[0]:
-            number = watched.recv(1)[0]
+        while select.select([reader], [], [], seconds)[0]:
+            number = reader.recv(1)[0]
             if number == signal.SIGTERM:
-                logger.error("%s", _in_vain(rank, "was ended before it had reached the others", own_interfaces()))
+                logger.error(
+                    "%s", _failure_message(rank, "was ended before it had reached the others", own_interfaces())
+                )
                 os._exit(128 + number)
             if number == 0:
                 return
-        logger.error("%s", _in_vain(rank, f"has not reached the others within {seconds:g} s", own_interfaces()))
+        logger.error("%s", _failure_message(rank, f"has not reached the others within {seconds:g} s", own_interfaces()))
         os._exit(1)
 
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    wakeup = signal.set_wakeup_fd(noted.fileno(), warn_on_full_buffer=False)
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -103,16 +106,16 @@ def first_contact(rank: int, seconds: float) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
-        noted.send(b"\0")
+        writer.send(b"\0")
         watcher.join()
-        watched.close()
-        noted.close()
+        reader.close()
+        writer.close()
 
 
-def _in_vain(rank: int, what: str, interfaces: Sequence[Interface]) -> str:
-    """What a rank can say that has reached nobody: it knows its own networks, and not which of them the others have."""
+def _failure_message(rank: int, what: str, interfaces: Sequence[Interface]) -> str:
+    """The error message of a rank that has reached no other: it knows its own networks, not those of other hosts."""
     sentence = f"rank {rank} on {socket.gethostname()} {what}"
-    networks = {str(each.address.network): each.name for each in interfaces if not for_guests_only(each)}
+    networks = {str(each.address.network): each.name for each in interfaces if not is_guest_bridge(each)}
     if len(networks) < 2:
         return (
             f"{sentence}: look for a firewall between the hosts or a host that is down; "

@@ -13,7 +13,7 @@ import pytest
 from hvdlm.comm.launch import Launch
 from hvdlm.config import load
 from hvdlm.model.presets import PRESETS
-from hvdlm.training.plan import print_plan
+from hvdlm.training.dry_run import print_dry_run
 
 LAUNCHERS = ("OMPI_", "PMI", "SLURM_", "HOROVOD_")
 
@@ -34,8 +34,8 @@ def rows(output: str) -> dict[str, str]:
 
 def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["--model.layers=2", "--model.width=8", "--model.heads=2", "--model.context_length=16"]
-    batch = ["--train.batch_size=32", "--train.micro_batch_size=4", "--train.steps=1000"]
-    print_plan(load(None, [*overrides, *batch], PRESETS), 100, Launch("mpirun", 0, 3))
+    batch = ["--train.global_batch_size=32", "--train.micro_batch_size=4", "--train.steps=1000"]
+    print_dry_run(load(None, [*overrides, *batch], PRESETS), 100, Launch("mpirun", 0, 3))
     found = rows(capsys.readouterr().out)
     # a block: 2 norms of 16, attention 8 x 24 + 24 and 8 x 8 + 8, MLP 8 x 32 + 32 and 32 x 8 + 8 -> 872
     # tokens 100 x 8, positions 16 x 8, last norm 16 -> 944
@@ -52,20 +52,19 @@ def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a rank of several that owes what its codec did not send."""
+    """Of one of two ranks, whose codec keeps residuals."""
     shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--compression.codec=int4"]
-    print_plan(load(None, shape, PRESETS), 30_000, Launch("mpirun", 0, 2))
+    print_dry_run(load(None, shape, PRESETS), 30_000, Launch("mpirun", 0, 2))
     output = capsys.readouterr().out
     parts = {
         name: int(value.replace(",", "")) for name, value in re.findall(r"^   (\S.*?)  +([\d,]+) MiB", output, re.M)
     }
-    assert set(parts) == {
-        "weights and optimizer", "owed by the codec", "activations", "loss", "temporary, and gaps between", "libraries",
-    }  # fmt: skip
+    names = {"weights and optimizer", "residuals of the codec", "activations", "loss", "libraries"}
+    assert set(parts) == {*names, "temporary, and gaps between"}
     total = int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", ""))
     assert abs(sum(parts.values()) - total) <= len(parts)
     count = int(rows(output)["parameters"].replace(",", ""))
-    assert parts["owed by the codec"] == round(4 * count / 2**20)
+    assert parts["residuals of the codec"] == round(4 * count / 2**20)
     assert parts["weights and optimizer"] == round(16 * count / 2**20)  # fp32: no copies
     assert parts["libraries"] > 100
 
@@ -77,8 +76,8 @@ def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_batch_is_shared_among_the_ranks(
     capsys: pytest.CaptureFixture[str], ranks: int, batch: int, micro: int, share: int, at_once: int, passes: int
 ) -> None:
-    config = load(None, [f"--train.batch_size={batch}", f"--train.micro_batch_size={micro}"], PRESETS)
-    print_plan(config, 65, Launch("mpirun", 0, ranks))
+    config = load(None, [f"--train.global_batch_size={batch}", f"--train.micro_batch_size={micro}"], PRESETS)
+    print_dry_run(config, 65, Launch("mpirun", 0, ranks))
     found = rows(capsys.readouterr().out)
     assert found["sequences per step"] == f"{batch}, at most {share} a rank, {at_once} at once"
     assert found["micro-batches per step"] == str(passes)
@@ -87,7 +86,7 @@ def test_the_batch_is_shared_among_the_ranks(
 def test_the_settings_it_prints_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = "runs/" + "a long name with [brackets] and :smile: " * 5
     config = load(None, ["--train.run_dir", run_dir, "--model.preset=llama-1b"], PRESETS)
-    print_plan(config, 128256, Launch("none", 0, 1))
+    print_dry_run(config, 128256, Launch("none", 0, 1))
     settings, _, _ = capsys.readouterr().out.rpartition("\n\n")
     (tmp_path / "printed.toml").write_text(settings)
     assert load(tmp_path / "printed.toml", [], PRESETS) == config

@@ -9,9 +9,9 @@ from ipaddress import IPv4Interface
 
 import pytest
 
-from hvdlm.comm import first_contact as subject
-from hvdlm.comm.first_contact import first_contact, for_guests_only, keep_open_mpi_off_bridges
+from hvdlm.comm import startup as subject
 from hvdlm.comm.interfaces import Interface
+from hvdlm.comm.startup import exclude_guest_bridges, is_guest_bridge, startup_deadline
 
 ETHERNET = Interface("eth0", IPv4Interface("10.0.0.1/24"), 1000)
 FABRIC = Interface("ib0", IPv4Interface("10.1.0.1/24"), 100_000)
@@ -21,10 +21,10 @@ DOCKER = Interface("docker0", IPv4Interface("172.17.0.1/16"), None)
 # goes on after a signal.
 HANGS = """
 import ctypes, logging, sys
-from hvdlm.comm.first_contact import first_contact
+from hvdlm.comm.startup import startup_deadline
 logging.basicConfig()
 libc = ctypes.CDLL(None)
-with first_contact(rank=3, seconds=float(sys.argv[1])):
+with startup_deadline(rank=3, seconds=float(sys.argv[1])):
     print("waiting", flush=True)
     while libc.sleep(30):
         pass
@@ -45,14 +45,14 @@ with first_contact(rank=3, seconds=float(sys.argv[1])):
     ],
 )
 def test_bridges_for_guests_are_known_by_name(name: str, expected: bool) -> None:
-    assert for_guests_only(Interface(name, IPv4Interface("172.17.0.1/16"), None)) is expected
+    assert is_guest_bridge(Interface(name, IPv4Interface("172.17.0.1/16"), None)) is expected
 
 
 def test_open_mpi_is_kept_off_bridges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "own_interfaces", lambda: [DOCKER, ETHERNET])
-    monkeypatch.setattr(subject, "_open_mpi_decides_alone", lambda: True)
+    monkeypatch.setattr(subject, "_open_mpi_uses_defaults", lambda: True)
     environment: dict[str, str] = {}
-    keep_open_mpi_off_bridges(environment)
+    exclude_guest_bridges(environment)
     assert environment == {"OMPI_MCA_btl_tcp_if_exclude": "127.0.0.1/8,sppp,docker0"}
 
 
@@ -60,19 +60,19 @@ def test_open_mpi_is_kept_off_bridges(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_told_open_mpi_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "own_interfaces", lambda: [DOCKER, ETHERNET])
     environment = {name: "docker0"}
-    keep_open_mpi_off_bridges(environment)
+    exclude_guest_bridges(environment)
     assert environment == {name: "docker0"}
 
 
 def test_without_bridges_open_mpi_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "own_interfaces", lambda: [ETHERNET, FABRIC])
     environment: dict[str, str] = {}
-    keep_open_mpi_off_bridges(environment)
+    exclude_guest_bridges(environment)
     assert environment == {}
 
 
 def test_several_networks_are_named_with_the_flags() -> None:
-    sentence = subject._in_vain(2, "has not reached the others within 60 s", [DOCKER, ETHERNET, FABRIC])
+    sentence = subject._failure_message(2, "has not reached the others within 60 s", [DOCKER, ETHERNET, FABRIC])
     assert sentence.startswith("rank 2 on ")
     assert "on 10.0.0.0/24 (eth0) and 10.1.0.0/24 (ib0), and one of these" in sentence
     assert "mpirun --mca btl_tcp_if_include 10.0.0.0/24 or 10.1.0.0/24" in sentence
@@ -81,20 +81,20 @@ def test_several_networks_are_named_with_the_flags() -> None:
 
 
 def test_with_one_network_the_hosts_are_to_blame() -> None:
-    sentence = subject._in_vain(2, "has not reached the others within 60 s", [DOCKER, ETHERNET])
+    sentence = subject._failure_message(2, "has not reached the others within 60 s", [DOCKER, ETHERNET])
     assert "firewall" in sentence and "`hvdlm doctor --hostfile FILE`" in sentence
 
 
-def test_contact_leaves_signals_as_they_were() -> None:
+def test_it_leaves_signals_as_they_were() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with first_contact(rank=0, seconds=30):
+    with startup_deadline(rank=0, seconds=30):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_an_error_in_contact_is_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="from the library"), first_contact(rank=0, seconds=30):
+def test_an_error_inside_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="from the library"), startup_deadline(rank=0, seconds=30):
         raise RuntimeError("from the library")
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.blocks import Part, cut_into_parts
-from hvdlm.gradients.codecs.selection import (
+from hvdlm.gradients.codecs.blockwise import Part, split_into_parts
+from hvdlm.gradients.codecs.topk import (
     add_chosen,
     add_chosen_with_torch,
     choose,
@@ -23,10 +23,10 @@ Chosen = tuple[Tensor, Tensor]
 
 
 def with_torch(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> Chosen:
-    values = torch.empty(part.entries(kept))
-    places = torch.empty(part.entries(kept), dtype=torch.uint8)
-    choose_with_torch(part, kept, gradients, residual, values, places)
-    return values, places
+    values = torch.empty(part.chosen_count(kept))
+    indices = torch.empty(part.chosen_count(kept), dtype=torch.uint8)
+    choose_with_torch(part, kept, gradients, residual, values, indices)
+    return values, indices
 
 
 BOTH = pytest.mark.parametrize("way", [choose, with_torch])
@@ -45,10 +45,10 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 def test_by_hand(way: Callable[..., Chosen]) -> None:
     gradients = torch.tensor([1.0, -3.0, 2.0, 0.0, 5.0, -5.0, 5.0, 4.0, 7.0])
     residual = torch.tensor([0.5, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -10.0, 1.0])
-    values, places = way(one_span(9, 4), 2, gradients, residual)
+    values, indices = way(one_span(9, 4), 2, gradients, residual)
     # sums: [1.5, -3, 3, 0] [5, -5, 5, -6] [8]; among equal magnitudes the first; the last block has one number only
     assert values.tolist() == [-3.0, 3.0, -6.0, 5.0, 8.0]
-    assert places.tolist() == [1, 2, 3, 0, 0]
+    assert indices.tolist() == [1, 2, 3, 0, 0]
     assert residual.tolist() == [1.5, -3.0, 3.0, 0.0, 5.0, -5.0, 5.0, -6.0, 8.0]
     assert gradients.tolist() == [0.5, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -10.0, 1.0]
 
@@ -85,20 +85,20 @@ def test_fuzzed_against_a_sort(way: Callable[..., Chosen], block: int, length: i
     for kept in {0, 1, 3, block}:
         gradients, residual = drawn(generator, length), drawn(generator, length)
         intended, owed = gradients + residual, residual.clone()
-        values, places = way(part, kept, gradients, residual)
+        values, indices = way(part, kept, gradients, residual)
         assert equal_bits(gradients, owed)
         assert torch.equal(residual.nan_to_num(9.0), intended.nan_to_num(9.0))
         starts = range(0, length, block)
         wanted = [expected_choice(intended[start : start + block].numpy(), kept) for start in starts]
-        assert places.tolist() == np.concatenate(wanted).tolist()
+        assert indices.tolist() == np.concatenate(wanted).tolist()
         where = np.concatenate([start + each for start, each in zip(starts, wanted, strict=True)])
         assert equal_bits(values, residual[torch.from_numpy(where)])
         target, expected = torch.zeros(length), torch.zeros(length)
-        add_chosen(part, kept, values, places, target)
+        add_chosen(part, kept, values, indices, target)
         expected[torch.from_numpy(where)] = values
         assert torch.equal(target.nan_to_num(9.0), expected.nan_to_num(9.0))
         again = torch.zeros(length)
-        add_chosen_with_torch(part, kept, values, places, again)
+        add_chosen_with_torch(part, kept, values, indices, again)
         assert torch.equal(again.nan_to_num(9.0), target.nan_to_num(9.0))
 
 
@@ -106,7 +106,7 @@ def test_parts_hold_every_number_once() -> None:
     shapes = [(70, 100), (70,), (100, 41), (3, 3), (90, 50, 2), (1, 4096)]
     bucket = Bucket({str(index): nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)})
     for count in (1, 2, 5, 300):
-        parts = cut_into_parts(bucket, 64, count)
+        parts = split_into_parts(bucket, 64, count)
         assert len(parts) == count
         seen = torch.zeros_like(bucket.buffer)
         for part in parts:

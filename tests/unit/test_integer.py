@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvdlm.gradients.codecs.blocks import Part
-from hvdlm.gradients.codecs.rounding import (
+from hvdlm.gradients.codecs.blockwise import Part
+from hvdlm.gradients.codecs.integer import (
     add_blocks,
     add_blocks_with_torch,
     count_bytes,
@@ -82,7 +82,7 @@ def test_what_is_not_finite_or_next_to_nothing(way: Callable[..., None], bits: i
     scales, integers = room(part, bits)
     way(part, bits, gradients, residual, scales, integers)
     assert scales.isnan().tolist() == [True, True, False, False]
-    assert torch.equal(residual[6:9], intended[6:9])  # owed whole
+    assert torch.equal(residual[6:9], intended[6:9])  # old_residual whole
     delivered = torch.zeros(12)
     add_blocks(part, bits, scales, integers, delivered)
     assert delivered[:6].isnan().all()
@@ -96,20 +96,20 @@ def test_what_is_not_finite_or_next_to_nothing(way: Callable[..., None], bits: i
 def test_loops_and_torch_operations_agree(bits: int, block: int, length: int) -> None:
     part = make_part(block, (3, 3 + length), (length + 10, 2 * length + 10))
     draw = torch.Generator().manual_seed(block * 1000 + length)
-    fresh, owed = (torch.randn(2 * length + 12, generator=draw) * 10 for _ in range(2))
+    new, old_residual = (torch.randn(2 * length + 12, generator=draw) * 10 for _ in range(2))
     results = []
     for rounds, adds in ((round_blocks, add_blocks), (round_blocks_with_torch, add_blocks_with_torch)):
-        gradients, residual, delivered = fresh.clone(), owed.clone(), torch.zeros_like(fresh)
+        gradients, residual, delivered = new.clone(), old_residual.clone(), torch.zeros_like(new)
         scales, integers = room(part, bits)
         rounds(part, bits, gradients, residual, scales, integers)
         adds(part, bits, scales, integers, delivered)
         results.append((gradients, residual, scales, integers, delivered))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     gradients, residual, scales, _, delivered = results[0]
-    inside = torch.zeros(len(fresh), dtype=torch.bool)
+    inside = torch.zeros(len(new), dtype=torch.bool)
     for start, stop in part.spans.tolist():
         inside[start:stop] = True
-    assert torch.allclose((residual + delivered)[inside], (fresh + owed)[inside], rtol=1e-6, atol=1e-6)
-    assert torch.equal(gradients[inside], owed[inside])
-    assert torch.equal(gradients[~inside], fresh[~inside]) and torch.equal(residual[~inside], owed[~inside])
+    assert torch.allclose((residual + delivered)[inside], (new + old_residual)[inside], rtol=1e-6, atol=1e-6)
+    assert torch.equal(gradients[inside], old_residual[inside])
+    assert torch.equal(gradients[~inside], new[~inside]) and torch.equal(residual[~inside], old_residual[~inside])
     assert residual[inside].abs().max() <= 0.5001 * scales.max()

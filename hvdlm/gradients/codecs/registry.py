@@ -1,4 +1,4 @@
-"""Which codec a name stands for."""
+"""The codecs by name, and the size of bucket that suits each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hvdlm.gradients.codecs.integer import Integer
 from hvdlm.gradients.codecs.powersgd import PowerSGD
 from hvdlm.gradients.codecs.topk import TopK
 
-MakeCodec = Callable[[Bucket, CompressionSection], Codec]
+CodecFactory = Callable[[Bucket, CompressionSection], Codec]
 
-# The codec that is chosen anew for each bucket, by measurement: see codecs/switching.py.
+# The codec of each bucket is chosen by measurement: see gradients/auto/.
 AUTO = "auto"
 
-CODECS: dict[str, MakeCodec] = {
+CODECS: dict[str, CodecFactory] = {
     "none": Dense,
     "fp16": partial(Cast, torch.float16),
     "bf16": partial(Cast, torch.bfloat16),
@@ -34,23 +34,23 @@ CODECS: dict[str, MakeCodec] = {
     "powersgd": PowerSGD,
 }
 
-# MiB of gradients that travel at once where `comm.bucket_mb` does not say (benchmarks/LOG.md). Large buckets cost fewer
-# turns of the communication thread; small ones leave sooner, which matters where there is much to send and far to go.
+# MiB of a bucket where `comm.bucket_mb` is 0 (benchmarks/LOG.md). Large buckets take fewer operations; small ones are
+# sent sooner, which matters where much is sent over slow links.
 _BUCKET_MB_ON_ONE_NODE = 16.0
 _BUCKET_MB = {"int8": 8.0, "int4": 8.0, "topk": 32.0, "powersgd": 32.0}
-_BUCKET_MB_OF_OTHERS = 4.0
+_DEFAULT_BUCKET_MB = 4.0
 
 
 def bucket_bytes(comm: CommSection, compression: CompressionSection, node_count: int) -> int:
-    """Bytes of a bucket, about."""
-    measured = _BUCKET_MB.get(compression.codec, _BUCKET_MB_OF_OTHERS)
+    """Approximate bytes of a bucket."""
+    megabytes = _BUCKET_MB.get(compression.codec, _DEFAULT_BUCKET_MB)
     if node_count == 1:
-        measured = max(measured, _BUCKET_MB_ON_ONE_NODE)
-    return int((comm.bucket_mb or measured) * 2**20)
+        megabytes = max(megabytes, _BUCKET_MB_ON_ONE_NODE)
+    return int((comm.bucket_mb or megabytes) * 2**20)
 
 
-def codec_maker(name: str) -> MakeCodec:
-    """What makes the codec called `name`, one of `CODECS` or FILE.py:CLASS, for a bucket; HvdlmError if unknown."""
+def codec_factory(name: str) -> CodecFactory:
+    """The constructor of the codec `name`, one of `CODECS` or FILE.py:CLASS. Raises HvdlmError if it is unknown."""
     if name in CODECS:
         return CODECS[name]
     path, colon, class_name = name.rpartition(":")

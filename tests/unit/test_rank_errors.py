@@ -1,4 +1,4 @@
-"""What one rank finds out alone becomes known to all; and replicas that are no longer equal are named."""
+"""An error of one rank becomes an error of all; and replicas that are no longer equal are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.training.agreement import on_first_rank, raise_together, together
+from hvdlm.training.rank_errors import on_all_ranks, on_rank_0, raise_on_all_ranks
 from hvdlm.training.replicas import broadcast_tensors, check_replicas, parameter_hash
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def failing_on(*ranks: int) -> Callable[[Communicator], int]:
                 raise HvdlmError(f"disk {communicator.rank} is full")
             return communicator.rank * 10
 
-        return together(communicator, action)
+        return on_all_ranks(communicator, action)
 
     return body
 
@@ -57,16 +57,16 @@ def failing_on(*ranks: int) -> Callable[[Communicator], int]:
 
 
 def test_alone_the_result_is_one_s_own() -> None:
-    assert together(SoloCommunicator(), lambda: {"a": 1}) == {"a": 1}
-    assert together(SoloCommunicator(), lambda: None) is None
-    assert on_first_rank(SoloCommunicator(), lambda: "x") == "x"
+    assert on_all_ranks(SoloCommunicator(), lambda: {"a": 1}) == {"a": 1}
+    assert on_all_ranks(SoloCommunicator(), lambda: None) is None
+    assert on_rank_0(SoloCommunicator(), lambda: "x") == "x"
 
 
 def test_alone_an_error_keeps_its_sentence_and_becomes_the_job_s() -> None:
     def fail() -> None:
         raise HvdlmError("the disk is full")
 
-    for function in (together, on_first_rank):
+    for function in (on_all_ranks, on_rank_0):
         with pytest.raises(JobError) as caught:
             function(SoloCommunicator(), fail)
         assert str(caught.value) == "the disk is full"
@@ -74,7 +74,7 @@ def test_alone_an_error_keeps_its_sentence_and_becomes_the_job_s() -> None:
 
 def test_a_bug_is_not_made_into_a_sentence() -> None:
     with pytest.raises(ZeroDivisionError):
-        together(SoloCommunicator(), lambda: 1 // 0)
+        on_all_ranks(SoloCommunicator(), lambda: 1 // 0)
 
 
 # ---- several
@@ -105,7 +105,7 @@ def test_the_first_rank_works_for_all() -> None:
         worked.append(threading.get_ident())
         return "done"
 
-    assert on_ranks(3, lambda communicator: on_first_rank(communicator, action)) == ["done"] * 3
+    assert on_ranks(3, lambda communicator: on_rank_0(communicator, action)) == ["done"] * 3
     assert len(worked) == 1
 
 
@@ -121,7 +121,7 @@ def test_the_others_wait_as_long_as_the_first_rank_gives_signs_of_life() -> None
             return gather(*arguments)
 
         communicator.all_reduce_ = counting  # type: ignore[method-assign]
-        return on_first_rank(communicator, lambda: time.sleep(2.5) or "done")  # type: ignore[func-returns-value]
+        return on_rank_0(communicator, lambda: time.sleep(2.5) or "done")  # type: ignore[func-returns-value]
 
     assert on_ranks(2, body) == ["done"] * 2
     assert signs.count(0) == signs.count(1) >= 2
@@ -131,26 +131,27 @@ def test_what_the_first_rank_cannot_do_is_told_as_its_own() -> None:
     def fail() -> None:
         raise HvdlmError("the disk is full")
 
-    assert sentences(on_ranks(3, lambda communicator: on_first_rank(communicator, fail))) == {"the disk is full"}
+    assert sentences(on_ranks(3, lambda communicator: on_rank_0(communicator, fail))) == {"the disk is full"}
 
 
 def test_without_complaints_nothing_is_raised() -> None:
-    raise_together(SoloCommunicator(), [None])
-    assert on_ranks(2, lambda communicator: raise_together(communicator, [None, None])) == [None, None]
+    raise_on_all_ranks(SoloCommunicator(), [None])
+    assert on_ranks(2, lambda communicator: raise_on_all_ranks(communicator, [None, None])) == [None, None]
 
 
-def test_an_empty_complaint_is_one() -> None:
-    assert sentences(on_ranks(2, lambda communicator: raise_together(communicator, [None, ""]))) == {"rank 1 on n1: "}
+def test_an_empty_message_is_an_error_too() -> None:
+    outcomes = on_ranks(2, lambda communicator: raise_on_all_ranks(communicator, [None, ""]))
+    assert sentences(outcomes) == {"rank 1 on n1: "}
 
 
 def test_a_data_set_that_is_not_there_is_told_once(tmp_path: Path) -> None:
-    outcomes = on_ranks(2, lambda communicator: together(communicator, lambda: DataSet(tmp_path / "none")))
+    outcomes = on_ranks(2, lambda communicator: on_all_ranks(communicator, lambda: DataSet(tmp_path / "none")))
     (sentence,) = sentences(outcomes)
     assert sentence.startswith(f"{tmp_path / 'none'}: no such data set")
 
 
 def test_a_data_set_is_opened_by_every_rank(small_data: Path) -> None:
-    opened = on_ranks(2, lambda communicator: together(communicator, lambda: DataSet(small_data)))
+    opened = on_ranks(2, lambda communicator: on_all_ranks(communicator, lambda: DataSet(small_data)))
     assert opened[0] is not opened[1]  # each has files of its own
     assert opened[0].fingerprint == opened[1].fingerprint  # type: ignore[union-attr]
 

@@ -1,4 +1,4 @@
-"""A codec that becomes another: nothing that is owed is lost, and a checkpoint has room for it."""
+"""A codec that is switched: no residual is lost, and one can be restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import nn
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import CompressionSection
+from hvdlm.gradients.auto.switchable import SwitchableCodec
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.switching import Switching
 from hvdlm.gradients.exchange import Exchange
 
 EXCHANGE = Exchange(SoloCommunicator(), None, [])
 SIZE = 128
 
 
-def switching(name: str) -> Switching:
+def switchable(name: str) -> SwitchableCodec:
     bucket = Bucket({"weight": nn.Parameter(torch.zeros(SIZE, SIZE))})
-    return Switching(name, bucket, CompressionSection(density=0.25))
+    return SwitchableCodec(name, bucket, CompressionSection(density=0.25))
 
 
 def gradients() -> torch.Tensor:
@@ -27,11 +27,11 @@ def gradients() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("names", [["topk", "none"], ["topk", "fp16", "none"], ["topk", "none", "topk", "none"]])
-def test_what_is_owed_comes_with_the_next_codec(names: list[str]) -> None:
-    codec = switching(names[0])
+def test_the_residual_is_delivered_by_the_next_codec(names: list[str]) -> None:
+    codec = switchable(names[0])
     delivered = torch.zeros(SIZE * SIZE)
     for step, name in enumerate(names):
-        codec.become(name)
+        codec.switch_to(name)
         values = gradients()
         codec.reduce_(values, EXCHANGE, step)
         delivered += values
@@ -43,7 +43,7 @@ def test_what_is_owed_comes_with_the_next_codec(names: list[str]) -> None:
 
 
 def test_a_saved_residual_is_delivered_by_a_codec_that_has_none() -> None:
-    codec = switching("none")
+    codec = switchable("none")
     codec.state()["residual"].fill_(3.0)
     values = gradients()
     codec.reduce_(values, EXCHANGE, 0)
@@ -54,8 +54,8 @@ def test_a_saved_residual_is_delivered_by_a_codec_that_has_none() -> None:
 
 
 def test_it_stays_what_it_is() -> None:
-    codec = switching("topk")
+    codec = switchable("topk")
     codec.reduce_(gradients(), EXCHANGE, 0)
     residual = codec.state()["residual"]
-    codec.become("topk")
+    codec.switch_to("topk")
     assert codec.state()["residual"].data_ptr() == residual.data_ptr()

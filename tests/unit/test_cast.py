@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvdlm.gradients.codecs.halves import add_errors, narrow, power_of_two, widen
+from hvdlm.gradients.codecs.cast import add_residual, narrow, power_of_two, widen
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -47,22 +47,22 @@ def test_numbers_are_rounded_as_a_cast_does(dtype: torch.dtype) -> None:
 def test_what_rounding_takes_is_the_difference(dtype: torch.dtype) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 0, 1000)
     values[:3] = torch.tensor([np.nan, np.inf, -np.inf])
-    numbers, errors = torch.empty(1000, dtype=dtype), torch.empty(1000)
-    narrow(values, 1024.0, numbers, errors)
-    assert not errors[:3].any()
-    assert torch.equal(numbers[3:].float() / 1024 + errors[3:], values[3:])
-    assert errors[3:].any()
+    numbers, residual = torch.empty(1000, dtype=dtype), torch.empty(1000)
+    narrow(values, 1024.0, numbers, residual)
+    assert not residual[:3].any()
+    assert torch.equal(numbers[3:].float() / 1024 + residual[3:], values[3:])
+    assert residual[3:].any()
 
 
-def test_errors_are_added_and_the_largest_is_found() -> None:
+def test_the_residual_is_added_and_the_largest_is_found() -> None:
     values = torch.tensor([1.0, -5.0, 3.0])
-    assert add_errors(values, None) == 5.0
-    assert add_errors(values, torch.tensor([0.5, 4.0, 3.0])) == 6.0
+    assert add_residual(values, None) == 5.0
+    assert add_residual(values, torch.tensor([0.5, 4.0, 3.0])) == 6.0
     assert values.tolist() == [1.5, -1.0, 6.0]
     values[1] = -np.inf
-    assert add_errors(values, None) == np.inf
+    assert add_residual(values, None) == np.inf
     values[0] = np.nan
-    assert np.isnan(add_errors(values, None))
+    assert np.isnan(add_residual(values, None))
 
 
 @pytest.mark.parametrize(
