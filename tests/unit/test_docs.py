@@ -207,6 +207,18 @@ def test_ways_are_short_and_lead_through_files(heading: str, most: int) -> None:
     assert all((ROOT / file).is_file() for file in files)
 
 
+def test_every_name_of_the_walk_is_in_its_file() -> None:
+    """From `backward()` to the wire, in CONTRIBUTING.md."""
+    walk = section_of(ROOT / "CONTRIBUTING.md", "### From `backward()` to the wire")
+    steps = re.findall(r"^\d+\. (.*?)(?=^\d+\. |^\|)", walk, re.M | re.S)
+    assert len(steps) == 8
+    for step in steps:
+        code = "".join(text_of(ROOT / link) for link in re.findall(r"\]\(([^)]+)\)", step))
+        names = [name.removesuffix("()").rpartition(".")[2] for name in quoted(step)]
+        assert names
+        assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
 # ---- the run directory
 
 
