@@ -106,10 +106,10 @@ def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     if options.hostfile:
-        from hvdlm.cluster.doctor.hosts import examine_hosts
+        from hvdlm.cluster.doctor.examine_hosts import examine_hosts
 
         return examine_hosts(options.hostfile, options.timeout)
-    from hvdlm.cluster.doctor.ranks import examine_ranks
+    from hvdlm.cluster.doctor.examine_ranks import examine_ranks
 
     return examine_ranks(options.engine, options.timeout)
 

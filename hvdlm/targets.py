@@ -1,4 +1,3 @@
-"""The target that does not count, as `data/` writes and `model/` reads it."""
+"""The value that marks a target as ignored, shared by the loader, which sets it, and the loss, which skips it."""
 
-IGNORE = -100
-"""Target of a position where nothing is to be predicted; PyTorch's default `ignore_index`."""
+IGNORE = -100  # as PyTorch's default `ignore_index`

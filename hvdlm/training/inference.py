@@ -12,9 +12,9 @@ from rich.table import Table
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, ModelSection
+from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
-from hvdlm.data.yardsticks import yardsticks
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.transformer import Transformer
@@ -39,13 +39,13 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
         model = _load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
         result = evaluation.evaluate(model, data, communicator, micro_batch_size)
-        yardstick = on_rank_0(communicator, lambda: yardsticks(data))
+        baselines = on_rank_0(communicator, lambda: ngram_baselines(data))
         if communicator.rank == 0:
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
             for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):
                 table.add_column(column, justify="right" if column else "left")
             bits_per_nat = result.bits_per_byte(data) / result.loss
-            for name, loss in (("unigram yardstick", yardstick.unigram), ("bigram yardstick", yardstick.bigram)):
+            for name, loss in (("unigram baseline", baselines.unigram), ("bigram baseline", baselines.bigram)):
                 table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss * bits_per_nat:.4f}", "")
             table.add_row(
                 "model",

@@ -11,6 +11,7 @@ from hvdlm.comm.launch import detect
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
+from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.console import open_view
@@ -20,7 +21,7 @@ from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import check_compiler
-from hvdlm.training.preemption import STOPPED_EARLY, Preemption
+from hvdlm.training.preemption import Preemption
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.trainer import Trainer
 

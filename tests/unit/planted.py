@@ -1,4 +1,4 @@
-"""Points of a scaling study whose figures follow from a few numbers by hand."""
+"""Made-up points of a scaling study, with step times that are computed from a few known numbers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.point import Bucket, Machine, Place, Point, Repetition
 
 ELEMENTS = 1_000_000
-_PARAMETERS = 52  # of preset tiny: two embeddings, 4 blocks of 12, the last norm's two; all but one empty here
+_PARAMETERS = 52  # of preset tiny: 2 embeddings, 12 in each of 4 blocks, 2 of the last norm; all but one are empty
 LATENCY, EFFICIENCY = 4e-4, 0.8
 
 
 def make_point(ranks: int, link: float, codec: str = "none", seconds: float | None = None) -> Point:
-    """One bucket, full when the backward pass ends, so that a step's length is known by hand."""
+    """A point with one bucket, which is reduced after the backward pass, so that the step time is a simple sum."""
     sent = 2 * (ranks - 1) / ranks * (4 if codec == "none" else 2) * ELEMENTS
     hops = 2 * (ranks - 1)
-    # of 64 Ki numbers, in what one rank sends at once; while the last one goes round the link is idle
+    # The ring splits a rank's chunk into segments of 64 Ki elements. While the last one travels, the link is idle.
     chunk = sent / max(1, hops)
     segment = min(chunk, 2**18 if codec == "none" else 2**17 + 4)
     latency = hops * LATENCY * segment / chunk if hops else 0.0

@@ -1,6 +1,6 @@
-"""Proof that an installed Horovod works: its own report, and two ranks that add up integers.
+"""Smoke test of an installed Horovod: checks what it was built with, and runs an all-reduce on two ranks.
 
-Run as `python -m hvdlm.cluster.horovod_build.proof CONTROLLER` this module is one of those ranks.
+`python -m hvdlm.cluster.horovod_build.smoke_test CONTROLLER` is one of these ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hvdlm.cluster.horovod_build.target import Target
 from hvdlm.errors import HvdlmError
 
 RANKS = 2
-TIMEOUT = 180.0  # seconds; a cold PyTorch on a network file system takes its time to load
+TIMEOUT = 180.0  # seconds; PyTorch on a network file system may take long to load
 
 
-def prove(target: Target, log: Path) -> Iterator[str]:
-    """Tries the installed Horovod and yields one line for each thing proven.
+def run_smoke_test(target: Target, log: Path) -> Iterator[str]:
+    """Tests the installed Horovod and yields one line for each passed test.
 
-    Raises HvdlmError for the first thing that does not work.
+    Raises HvdlmError for the first test that fails.
     """
     environment = dict(os.environ)
     directories = [sysconfig.get_path("scripts")]
@@ -40,20 +40,22 @@ def prove(target: Target, log: Path) -> Iterator[str]:
         output = run_logged(f"an all-reduce under {controller}", command, log, environment, timeout=TIMEOUT)
         for rank in range(RANKS):
             if _success(rank, controller) not in output:
-                raise HvdlmError(f"an all-reduce under {controller} ended without word from rank {rank} (log: {log})")
+                raise HvdlmError(f"an all-reduce under {controller} ended without a result of rank {rank} (log: {log})")
         yield f"horovodrun -np {RANKS} --{controller}: all-reduce of integers is right on every rank"
 
 
 def _expected(target: Target) -> list[str]:
+    """The features that Horovod must have been built with."""
     return ["PyTorch", "Gloo", *(["MPI"] if target.mpi else []), *(["NCCL"] if target.cuda else [])]
 
 
 def _success(rank: int, controller: str) -> str:
+    """The line that a rank prints after a correct all-reduce."""
     return f"rank {rank} of {RANKS} under {controller}: right"
 
 
 def _rank(controller: str) -> str | None:
-    """Takes part in one all-reduce and returns what is wrong with it, None if nothing is."""
+    """Takes part in one all-reduce as a rank; returns an error, or None if the result is right."""
     import horovod.torch as hvd
     import torch
 
@@ -63,10 +65,10 @@ def _rank(controller: str) -> str | None:
         return f"asked for {controller}, but Horovod runs under {running}"
     if hvd.size() != RANKS:
         return f"asked for {RANKS} ranks, but Horovod counts {hvd.size()}"
-    # NCCL needs a GPU for each rank
+    # NCCL needs a GPU of its own for each rank.
     on_gpu = hvd.nccl_built() and torch.cuda.device_count() >= RANKS
     device = torch.device("cuda", hvd.local_rank()) if on_gpu else torch.device("cpu")
-    # rank r brings (r + 1) times 0, 1, 2, ...: two ranks make three times
+    # Rank r contributes r + 1 times the numbers, so the sum over both ranks is 3 times the numbers.
     numbers = torch.arange(10_000, device=device)
     total = hvd.allreduce(numbers * (hvd.rank() + 1), op=hvd.Sum, name="proof")
     if not torch.equal(total, 3 * numbers):

@@ -1,6 +1,6 @@
-"""Does a job that puts itself back into the queue get anywhere? Kept in a file of its own, one line an event.
+"""A log of a job's starts, one JSON line for each start and each end, to detect jobs that make no progress.
 
-The measure is the step of the run's newest checkpoint. A start that has not raised it was in vain.
+A start has made progress if the run's newest checkpoint has a higher step at its end than at its beginning.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from typing import Any, Literal
 
 from hvdlm.errors import HvdlmError
 
-# A start ends by itself ("stopped" to save, "failed"), or somebody ended it with a signal ("told"); one that its node
-# took with it leaves no line.
+# How a start ended: training finished ("done"), stopped to save before the limit ("stopped"), or failed ("failed"); or
+# the job received SIGTERM ("told"). After a node failure there is no line.
 Ending = Literal["done", "stopped", "failed", "told"]
 
-# Starts in a row, in vain, after which a job ends.
-MOST_IN_VAIN = 2
-# The same with those that were cut short from outside: by a node's failure or by preemption, which are not the job's
-# fault, but no reason to try for ever.
-MOST_CUT_SHORT = 5
+# A job ends after this many consecutive starts without progress that ended by themselves.
+MAX_STARTS_WITHOUT_PROGRESS = 2
+# The same, when interrupted starts count too: those ended by a node failure or by preemption, not by the job itself.
+MAX_INTERRUPTED_STARTS = 5
 
 
-def newest_step(run_dir: Path) -> int:
-    """The step of the checkpoint that `--resume latest` would begin with, or 0. Does not read the checkpoint itself."""
+def newest_checkpoint_step(run_dir: Path) -> int:
+    """The step of the checkpoint from which `--resume latest` would resume, or 0. Does not read the checkpoint."""
     try:
         latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8")
     except OSError:
@@ -39,7 +38,7 @@ def newest_step(run_dir: Path) -> int:
 
 @dataclass
 class Start:
-    """One start of a Slurm job; `step`: of the newest checkpoint when it began."""
+    """One start of a Slurm job; `step`: of the newest checkpoint at its beginning."""
 
     job: str
     step: int
@@ -47,17 +46,17 @@ class Start:
 
 
 @dataclass(frozen=True)
-class InVain:
-    """How many starts in a row have not raised the newest checkpoint: by themselves, or cut short from outside."""
+class WithoutProgress:
+    """How many consecutive starts made no progress: those that ended by themselves, and those that were interrupted."""
 
-    by_themselves: int
-    cut_short: int
+    ended: int
+    interrupted: int
 
 
-class Record:
+class StartLog:
     """The starts of all Slurm jobs that have run a job directory, oldest first.
 
-    Raises HvdlmError where it cannot be read or written.
+    Raises HvdlmError if the file cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,21 +69,21 @@ class Record:
                 self.starts.append(Start(event["job"], event["step"]))
 
     def begin(self, job: str, step: int) -> None:
-        """Notes that the Slurm job with the number `job` starts, from a checkpoint of `step`."""
+        """Logs that the Slurm job with the number `job` starts from the checkpoint of `step`."""
         self.starts.append(Start(job, step))
         self._append({"job": job, "step": step})
 
     def end(self, ending: Ending) -> None:
-        """Notes how the last start ended."""
+        """Logs how the last start ended."""
         self.starts[-1].ending = ending
         self._append({"ending": ending})
 
-    def in_vain(self, job: str, step: int) -> InVain:
-        """Counts the last starts of this job that began with a checkpoint of `step`, the newest now, or later."""
+    def without_progress(self, job: str, step: int) -> WithoutProgress:
+        """Counts the latest starts of `job` that did not get beyond `step`, the step of the newest checkpoint now."""
         own = [start for start in self.starts if start.job == job]
         last = list(takewhile(lambda start: start.step >= step, reversed(own)))
-        by_themselves = sum(start.ending in ("stopped", "failed") for start in last)
-        return InVain(by_themselves, len(last) - by_themselves)
+        ended = sum(start.ending in ("stopped", "failed") for start in last)
+        return WithoutProgress(ended, len(last) - ended)
 
     def _read(self) -> Iterator[dict[str, Any]]:
         try:
@@ -92,12 +91,12 @@ class Record:
         except OSError as error:
             raise HvdlmError(f"cannot read {self._path}: {error.strerror}") from None
         for line in text.splitlines():
-            with suppress(json.JSONDecodeError):  # a line that a node's failure left unfinished
+            with suppress(json.JSONDecodeError):  # a node failure may have left an incomplete line
                 yield json.loads(line)
 
     def _append(self, event: dict[str, object]) -> None:
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(event))  # what a node's failure left unfinished must not swallow it
+                file.write("\n" + json.dumps(event))  # starts a new line, in case the last one is incomplete
         except OSError as error:
             raise HvdlmError(f"cannot write {self._path}: {error.strerror}") from None

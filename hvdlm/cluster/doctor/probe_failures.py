@@ -1,4 +1,4 @@
-"""Why a host could not be examined, in words for its user: what ssh, the shell and Python say when they fail."""
+"""Explains why the probe of a host failed, from the errors of ssh, the shell and Python."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shlex
 import sys
 
 from hvdlm.cluster.doctor.findings import Finding
-from hvdlm.cluster.doctor.remote import Outcome
+from hvdlm.cluster.doctor.remote_probe import ProbeResult
 
-# What OpenSSH says on exit status 255, with what it means and what helps; the first that matches is told. {host} is
-# the host's name, {file} the file that ssh complains of.
+# Messages of OpenSSH at exit status 255, what they mean, and the remedy; the first that matches is used. {host} is the
+# host's name, {file} the file that the message names.
 _SSH = [
     (
         r"Could not resolve hostname",
@@ -20,8 +20,8 @@ _SSH = [
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED[\s\S]*Offending .* key in (?P<file>\S+):\d+",
         "the host key of {host} has changed",
-        "if it was installed anew, forget the old key with `ssh-keygen -R {host} -f {file}` and say `ssh {host}` once "
-        "by hand; if not, somebody may be posing as {host}",
+        "if it was reinstalled, remove the old key with `ssh-keygen -R {host} -f {file}` and run `ssh {host}` once "
+        "by hand; if not, another machine may be impersonating {host}",
     ),
     (
         r"Host key verification failed",
@@ -46,49 +46,49 @@ _SSH = [
     (
         r"No route to host|Network is unreachable",
         "there is no route to {host}",
-        "see whether it is up and on this network, or comment it out",
+        "check that it is up and on this network, or comment it out",
     ),
     (
         r"timed out",
         "{host} does not answer",
-        "see whether it is up and lets ssh through its firewall, or comment it out",
+        "check that it is up and that its firewall allows ssh, or comment it out",
     ),
     (
         r"Connection closed|Connection reset|kex_exchange_identification|Connection to \S+ closed",
-        "sshd on {host} hangs up",
+        "sshd on {host} closes the connection",
         "read its log there (journalctl -u ssh); MaxStartups and AllowUsers in its configuration are common causes",
     ),
 ]
 
 
-def explain(host: str, outcome: Outcome, timeout: float) -> Finding:
-    """The finding for a probe that did not report; `timeout`: the seconds that it had."""
-    what, remedy = _reason(host, outcome, timeout)
+def explain_probe_failure(host: str, result: ProbeResult, timeout: float) -> Finding:
+    """The finding for a probe that did not report; `timeout`: seconds after which it was ended."""
+    what, remedy = _reason(host, result, timeout)
     return Finding("error", what, remedy)
 
 
-def _reason(host: str, outcome: Outcome, timeout: float) -> tuple[str, str]:
+def _reason(host: str, result: ProbeResult, timeout: float) -> tuple[str, str]:
     python = shlex.quote(sys.executable)
-    errors = outcome.errors.replace("\r", "")
+    errors = result.errors.replace("\r", "")
     last = errors.strip().rpartition("\n")[2] or "nothing"
-    if outcome.status is None:
-        return f"{host} has not answered within {timeout:g} s", f"see what `ssh -v {host} true` waits for"
-    if outcome.status in (124, 137):  # ended by `timeout` over there
+    if result.status is None:
+        return f"{host} has not answered within {timeout:g} s", f"run `ssh -v {host} true` to see what it waits for"
+    if result.status in (124, 137):  # ended by the command `timeout` on the host
         return (
             f"Python on {host} has not answered within {timeout:g} s",
-            f"see what `ssh {host} {python} --version` waits for; a slow file system may need a longer --timeout",
+            f"try `ssh {host} {python} --version`; a slow file system may need a longer --timeout",
         )
-    if outcome.status == 255:
+    if result.status == 255:
         for symptom, what, remedy in _SSH:
             if found := re.search(symptom, errors):
                 words = {"host": host, **found.groupdict()}
                 return what.format(**words), remedy.format(**words)
         return f"ssh to {host} fails ({last})", f"make `ssh -o BatchMode=yes {host} true` work"
-    same = "have the same environment at the same path on every host, or on a file system that they share"
-    if outcome.status == 127:
-        return f"there is no Python at {sys.executable} on {host}", same
-    if outcome.status == 126:
-        return f"{sys.executable} cannot be run on {host} ({last})", same
+    same_path = "have the same environment at the same path on every host, or on a file system that they share"
+    if result.status == 127:
+        return f"there is no Python at {sys.executable} on {host}", same_path
+    if result.status == 126:
+        return f"{sys.executable} cannot be run on {host} ({last})", same_path
     if found := re.search(r"No module named '?([\w.]+)", errors):
-        return f"Python on {host} has no {found.group(1)}", f"install there what is installed here, or {same}"
-    return f"the probe on {host} ends with exit status {outcome.status} ({last})", f"try `ssh {host} hvdlm --version`"
+        return f"Python on {host} has no {found.group(1)}", f"install there what is installed here, or {same_path}"
+    return f"the probe on {host} ends with exit status {result.status} ({last})", f"try `ssh {host} hvdlm --version`"

@@ -1,7 +1,6 @@
-"""What is written before the hosts of a fabric start: names, keys, and the configuration of their daemons.
+"""Writes the files that a fabric's hosts need before they start: host names, ssh keys and daemon configurations.
 
-All of it lies in the fabric's state directory; a host sees its own part at the places in /etc where its
-programs look for it (host.py).
+All of them are in the fabric's state directory. Each host mounts its own files over those in /etc (host.py).
 """
 
 from __future__ import annotations
@@ -14,16 +13,18 @@ from pathlib import Path
 from hvdlm.cluster.fabric.network import NETWORK, address
 from hvdlm.cluster.fabric.programs import path_of, run
 
-# Of each host, like the rest of its /run. mpirun names its files there after its own process, and starts no more where
-# a killed one with the same number has left some (openpmix, ptl_base_listener.c): on hosts, numbers come back soon.
-TEMPORARY = "/run/tmp"
+# The TMPDIR of each host, in the host's own /run. mpirun names files there by its process number, and does not start if
+# a killed mpirun with the same number has left such files (openpmix, ptl_base_listener.c). In a host's PID namespace,
+# numbers are reused soon, so these files must not outlive the host.
+TMPDIR = "/run/tmp"
 
 
 def host_names(count: int) -> list[str]:
+    """h1, h2, ..."""
     return [f"h{index}" for index in range(1, count + 1)]
 
 
-def write_files(state: Path, hosts: Sequence[str], slots: int, slurm: bool) -> None:
+def write_config_files(state: Path, hosts: Sequence[str], slots: int, slurm: bool) -> None:
     """Fills a new state directory."""
     (state / "hostfile").write_text("".join(f"{host} slots={slots}\n" for host in hosts))
     _make_key(state / "id_ed25519", "fabric")
@@ -33,7 +34,7 @@ def write_files(state: Path, hosts: Sequence[str], slots: int, slurm: bool) -> N
         (state / host / "home-ssh").mkdir(mode=0o700)
         _make_key(ssh / "ssh_host_ed25519_key", host)
         (ssh / "authorized_keys").write_text((state / "id_ed25519.pub").read_text())
-        (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TEMPORARY))
+        (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TMPDIR))
         (ssh / "ssh_config").write_text(_SSH_CONFIG.format(state=state, host=host))
     addresses = {host: address(index) for index, host in enumerate(hosts, start=1)}
     known = "".join(
@@ -61,7 +62,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 UsePAM no
 PidFile none
-# As many as start at once when a launcher reaches for all ranks
+# A launcher opens many sessions at once
 MaxStartups 200
 MaxSessions 200
 SetEnv TMPDIR={temporary}
@@ -76,7 +77,7 @@ Host *
 
 
 def _write_shadow(path: Path) -> None:
-    """A copy of the password file in which the user's account is not locked: sshd refuses those, whatever their key."""
+    """Writes a copy of /etc/shadow in which this user's account is not locked; sshd refuses locked accounts."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     lines = Path("/etc/shadow").read_text().splitlines()
     fields = [line.split(":") for line in lines]
@@ -90,12 +91,13 @@ def _write_shadow(path: Path) -> None:
 
 
 def _write_slurm(state: Path, hosts: Sequence[str], slots: int) -> None:
+    """Writes slurm.conf and the key of munge, and makes the directories of the daemons."""
     directory = state / "slurm"
     directory.mkdir()
     (state / "slurmctld").mkdir()
     for host in hosts:
-        for own in ("slurmd", "tmp"):
-            (state / host / own).mkdir()
+        for name in ("slurmd", "tmp"):
+            (state / host / name).mkdir()
     key = state / "munge.key"
     key.touch(mode=0o400)
     key.write_bytes(os.urandom(1024))
@@ -117,7 +119,7 @@ SlurmctldHost={controller}
 SlurmUser=root
 StateSaveLocation={state}/slurmctld
 SlurmdSpoolDir={state}/%n/slurmd
-# PMIx makes its directory for a job in here, and finds another host's in a /tmp that all share
+# PMIx makes a directory for each job here; in the /tmp that all hosts share, it would find another host's
 TmpFS={state}/%n/tmp
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid

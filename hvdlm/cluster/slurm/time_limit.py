@@ -1,4 +1,4 @@
-"""A job's time limit: as sbatch takes it, in seconds, and how long before it training stops to save."""
+"""A job's time limit: parsed from sbatch's notation, and how long before it training stops to save."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FORMS = [
 ]
 _SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
-# Time to finish a step and to write the checkpoint of a large model.
-_LONGEST_LEAD = 300
+# Seconds in which a step ends and the checkpoint of a large model is written.
+_MAX_LEAD = 300
 
 
 def limit_seconds(text: str) -> int:
-    """The limit `text` in seconds, in full minutes as Slurm keeps it.
+    """The limit `text` in seconds, rounded up to full minutes as Slurm does.
 
-    Raises HvdlmError if it is not one that sbatch takes, or none at all: a job without a limit need not be cut up.
+    Raises HvdlmError if sbatch does not accept it, or if it is zero or UNLIMITED.
     """
     match = next((match for form in _FORMS if (match := form.fullmatch(text))), None)
     total = sum(int(count or 0) * _SECONDS[unit] for unit, count in match.groupdict().items()) if match else 0
@@ -39,4 +39,4 @@ def limit_seconds(text: str) -> int:
 
 def default_lead(limit: int) -> int:
     """Seconds before the end of a job of `limit` seconds at which training is asked to save and stop."""
-    return min(_LONGEST_LEAD, limit // 4)
+    return min(_MAX_LEAD, limit // 4)

@@ -1,4 +1,4 @@
-"""Unigram and bigram cross-entropy, against values worked out by hand."""
+"""Unigram and bigram cross-entropy, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvdlm.data import baselines
 from hvdlm.data import shard as shard_module
-from hvdlm.data import yardsticks as yardsticks_module
+from hvdlm.data.baselines import NgramModel, ngram_baselines
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.shard import DataSet
 from hvdlm.data.shard_writer import ShardWriter
 from hvdlm.data.tokenizer import Tokenizer
-from hvdlm.data.yardsticks import CountModel, yardsticks
 from hvdlm.errors import HvdlmError
 
 
@@ -51,7 +51,7 @@ def data_set(directory: Path, vocab_size: int, train: list[list[int]], validatio
 @pytest.mark.parametrize("dense_vocabulary", [2048, 0])
 @pytest.mark.parametrize("block_tokens", [2**22, 2])
 def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabulary: int, block_tokens: int) -> None:
-    monkeypatch.setattr(yardsticks_module, "DENSE_VOCABULARY", dense_vocabulary)
+    monkeypatch.setattr(baselines, "DENSE_VOCABULARY", dense_vocabulary)
     monkeypatch.setattr(shard_module, "BLOCK_TOKENS", block_tokens)
     # Tokens 0, 1, 2 occur 2, 2, 1 times; with one added each, p = 3/8, 3/8, 2/8.
     # Pairs 01, 10, 12 occur 2, 1, 1 times; the pair 21 would cross shards.
@@ -62,7 +62,7 @@ def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabula
         (1 - 0.75) / 2 + 0.75 * 2 / 2 * 2 / 8,  # 2 after 1
         3 / 8,  # 0 after 2, which nothing followed
     ]
-    measured = yardsticks(data)
+    measured = ngram_baselines(data)
     assert measured.unigram == pytest.approx(-(3 * math.log(3 / 8) + math.log(2 / 8)) / 4, rel=1e-12)
     assert measured.bigram == pytest.approx(-sum(map(math.log, bigram)) / 4, rel=1e-12)
 
@@ -70,15 +70,15 @@ def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabula
 def test_pairs_do_not_cross_shards(tmp_path: Path) -> None:
     # Apart, 1 is followed by nothing, so 2 after 1 has its unigram probability (1 + 1) / (2 + 3).
     data = data_set(tmp_path / "data", 3, [[1], [2]], [[1, 2]])
-    assert yardsticks(data).bigram == pytest.approx(-math.log(2 / 5), rel=1e-12)
+    assert ngram_baselines(data).bigram == pytest.approx(-math.log(2 / 5), rel=1e-12)
 
 
 @pytest.mark.parametrize("dense_vocabulary", [2048, 0])
 def test_distributions_sum_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabulary: int) -> None:
-    monkeypatch.setattr(yardsticks_module, "DENSE_VOCABULARY", dense_vocabulary)
+    monkeypatch.setattr(baselines, "DENSE_VOCABULARY", dense_vocabulary)
     vocab_size = 23
     tokens = (np.random.default_rng(0).integers(0, vocab_size - 3, 500) ** 2 // vocab_size).tolist()
-    model = CountModel.fit(data_set(tmp_path / "data", vocab_size, [tokens], []).train, vocab_size)
+    model = NgramModel.fit(data_set(tmp_path / "data", vocab_size, [tokens], []).train, vocab_size)
     every = np.arange(vocab_size)
     assert model.unigram(every).sum() == pytest.approx(1, rel=1e-12)
     for before in range(vocab_size):
@@ -87,4 +87,4 @@ def test_distributions_sum_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_no_validation_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(HvdlmError, match="has no validation tokens; prepare it with a larger --validation"):
-        yardsticks(data_set(tmp_path / "data", 3, [[0, 1]], []))
+        ngram_baselines(data_set(tmp_path / "data", 3, [[0, 1]], []))
