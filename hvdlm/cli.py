@@ -115,14 +115,14 @@ def _doctor(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.scaling.prediction import write_fit
+    from hvdlm.scaling.commands import write_fit
 
     write_fit(options.results, options.output)
     return 0
 
 
 def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
-    from hvdlm.scaling.prediction import predict
+    from hvdlm.scaling.commands import predict
 
     predict(
         options.fit,

@@ -126,7 +126,7 @@ class Trainer:
 
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         unscale = self.nominal_tokens / (totals.tokens * self.loss_scale.factor)  # to the mean over all tokens
-        norm = float(self.sync.norm()) * unscale
+        norm = self._norm(unscale)
         if not self._skip_step(norm):
             self._scale_and_clip(unscale, norm)
             self._update(rate)
@@ -173,6 +173,10 @@ class Trainer:
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
         hidden = self.model(inputs, documents)  # (b, T, D)
         return token_loss(hidden, self.model.output_weight, targets, self.model.dtype)
+
+    def _norm(self, unscale: float) -> float:
+        """Global norm of the gradients of the mean loss, equal on all ranks."""
+        return float(self.sync.norm()) * unscale
 
     def _skip_step(self, norm: float) -> bool:
         """Whether fp16 gradients overflowed on some rank, so that this step is skipped; adapts the loss scale.
