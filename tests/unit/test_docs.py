@@ -171,7 +171,7 @@ def tree() -> list[Path]:
         del folders[depth:]
         parent = folders[-1] if folders else Path()
         first, *others = re.split(r"  +", line.strip())
-        paths += [parent / name for name in [first, *others] if name == first or name.endswith("/")]
+        paths += [parent / name for name in [first, *others] if name == first or re.fullmatch(r"[\w.]+/", name)]
         folders.append(parent / first)
     return paths
 
