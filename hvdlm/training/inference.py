@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.config import Config, ModelSection
+from hvdlm.config import ModelSection, from_dict
 from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
+from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.hardware import choose_device, share_cores
@@ -33,7 +34,7 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
             raise JobError(f"--micro-batch-size {micro_batch_size}: give 1 or more")
         data = on_all_ranks(communicator, lambda: DataSet(data_path))
         state = on_rank_0(communicator, lambda: _open_for(data, path))
-        config = Config.model_validate(state["config"])
+        config = from_dict(state["config"], state["path"], PRESETS)
         device = choose_device("auto", communicator)
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)

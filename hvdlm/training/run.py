@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.comm.launch import detect
-from hvdlm.config import Config
+from hvdlm.config import Config, from_dict
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.exit_status import STOPPED_EARLY
+from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.console import open_view
@@ -116,7 +117,7 @@ def _open_run(config: Config, resume: str | None, data: DataSet, vocab_size: int
 
 def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab_size: int) -> None:
     """Raises HvdlmError unless model, data and order of samples are those of the checkpoint; the rest may differ."""
-    saved, now = state["config"], config.model_dump()
+    saved, now = from_dict(state["config"], state["path"], PRESETS).model_dump(), config.model_dump()
     fixed = [("model", name) for name in now["model"] if name != "preset"]
     fixed += [("train", "seed"), ("train", "global_batch_size")]
     for section, name in fixed:

@@ -96,7 +96,10 @@ def test_throughput_and_its_ideal_in_one_panel_per_link_and_batch_size() -> None
     larger = [
         point.model_copy(
             update={
-                "settings": {**point.settings, "train": {**point.settings["train"], "global_batch_size": 8 * point.ranks}},
+                "settings": {
+                    **point.settings,
+                    "train": {**point.settings["train"], "global_batch_size": 8 * point.ranks},
+                },
                 "tokens_per_step": 2 * point.tokens_per_step,
             }
         )
