@@ -25,7 +25,8 @@ class BucketCodecs:
         plan: CodecPlan | None,
     ) -> None:
         """Takes over `.grad` of all `parameters`. `plan`: codecs that can be switched; None: `compression.codec`."""
-        self._parameters, self._settings, self._plan = parameters, settings, plan
+        self.plan = plan  # in use
+        self._parameters, self._settings = parameters, settings
         self.buckets = make_buckets(parameters, bucket_bytes)
         self.codecs: list[Codec] = []
         if plan is None:
@@ -39,7 +40,7 @@ class BucketCodecs:
 
         Residuals stay with their parameters. Between steps only; `plan` was given to the constructor too.
         """
-        old, self._plan = self._plan, plan
+        old, self.plan = self.plan, plan
         assert old is not None
         if plan.bucket_bytes == old.bucket_bytes:
             for codec, name in zip(self.codecs, plan.names, strict=True):

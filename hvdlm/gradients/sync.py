@@ -31,7 +31,7 @@ from hvdlm.gradients.bucket_codecs import BucketCodecs
 from hvdlm.gradients.channel import open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
-from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes, codec_factory
+from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes, candidate_codecs, codec_factory
 
 
 @dataclass
@@ -75,11 +75,10 @@ class GradientSync:
             # There are no messages between nodes to compress; residuals of a run on several nodes are delivered
             plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
-            candidates = _candidates(comm, compression, communicator.node_count)
+            candidates = candidate_codecs(comm, compression, communicator.node_count)
             self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
             plan = self._tuner.plan
         self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
-        self._plan = plan
         self._engine_may_sum = self._can_bypass_channels()
         self.step = 0  # of the optimizer
         # Whether gradients are sent only after the backward pass, and only if they are finite on all ranks: the
@@ -162,8 +161,8 @@ class GradientSync:
         costs = [dataclasses.astuple(cost) for cost in self.channels[0].exchange.algorithm_costs]
         state = {"step": self.step, "trials": costs, "ranks": self._communicator.size}
         if self._tuner:
-            assert self._plan is not None
-            state["auto"] = self._tuner.state_dict(self._plan)
+            assert self._bucket_codecs.plan is not None
+            state["auto"] = self._tuner.state_dict(self._bucket_codecs.plan)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -278,7 +277,6 @@ class GradientSync:
     # ---- codec auto
 
     def _switch_to(self, plan: CodecPlan) -> None:
-        self._plan = plan
         if self._bucket_codecs.switch_to(plan):
             self._index_slots()
 
@@ -294,12 +292,3 @@ class GradientSync:
             return channel.codec_seconds - before
 
         return probe_codec(self._communicator, self.buckets[index].buffer, reduce)
-
-
-def _candidates(comm: CommSection, compression: CompressionSection, node_count: int) -> dict[str, int]:
-    """The codecs among which `auto` chooses, and the bytes of the buckets that suit each."""
-    sizes = {}
-    for name in (each.strip() for each in compression.candidates.split(",")):
-        codec_factory(name)  # raises HvdlmError now if it is unknown, not when it is first used
-        sizes[name] = bucket_bytes(comm, compression.model_copy(update={"codec": name}), node_count)
-    return sizes

@@ -49,6 +49,18 @@ def bucket_bytes(comm: CommSection, compression: CompressionSection, node_count:
     return int((comm.bucket_mb or megabytes) * 2**20)
 
 
+def candidate_codecs(comm: CommSection, compression: CompressionSection, node_count: int) -> dict[str, int]:
+    """The codecs of `compression.candidates`, and the bytes of the buckets that suit each.
+
+    Raises HvdlmError if one is unknown.
+    """
+    sizes = {}
+    for name in (each.strip() for each in compression.candidates.split(",")):
+        codec_factory(name)
+        sizes[name] = bucket_bytes(comm, compression.model_copy(update={"codec": name}), node_count)
+    return sizes
+
+
 def codec_factory(name: str) -> CodecFactory:
     """The constructor of the codec `name`, one of `CODECS` or FILE.py:CLASS. Raises HvdlmError if it is unknown."""
     if name in CODECS:
