@@ -90,7 +90,7 @@ class Communicator(ABC):
     Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
     are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are
     float32, float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each
-    operation has an `_async` form that returns a `Work`.
+    tensor operation has an `_async` form that returns a `Work`.
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
     engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"

@@ -1,9 +1,10 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
 The way of a gradient: `backward()` makes it; a hook stores it in its bucket (bucket.py); when all gradients of a bucket
-are final, the bucket is submitted to a channel (channel.py), on whose thread or stream its codec (codecs/) encodes it
-and sends it by the exchange (exchange.py), over the ring (comm/ring.py) or the engine's all-reduce (comm/mpi.py and
-others). `wait` returns when every bucket holds the sum.
+are final, the bucket is submitted to a channel (channel.py), on whose thread or stream its codec (codecs/) reduces it
+by operations of the exchange (exchange.py), over the ring (comm/ring.py) or the engine (comm/mpi.py and others). Where
+a codec sends segments of a ring all-reduce, the ring calls the codec's encoding for each of them. `wait` returns when
+every bucket holds the sum.
 """
 
 from __future__ import annotations
@@ -81,12 +82,12 @@ class GradientSync:
         self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
         self._engine_may_sum = self._can_bypass_channels()
         self.step = 0  # of the optimizer
-        # Whether gradients are sent only after the backward pass, and only if they are finite on all ranks: the
+        # Whether gradients are reduced only after the backward pass, and only if they are finite on all ranks: the
         # residuals of a step that is then skipped would be wrong.
         self.only_if_finite = False
         self._is_last_micro_batch = False
-        self._ready = 0  # buckets 0 .. ready-1 are ready to be sent
-        self._handles: list[Work[Any]] = []  # of the buckets that are being sent, 0 .. len-1
+        self._ready = 0  # buckets 0 .. ready-1 are ready to be reduced
+        self._handles: list[Work[Any]] = []  # of the buckets that are being reduced, 0 .. len-1
         self._index_slots()
         for parameter in self._slots:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -94,7 +95,7 @@ class GradientSync:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """In the order in which they are sent."""
+        """In the order in which they are reduced."""
         return self._bucket_codecs.buckets
 
     @property
@@ -116,13 +117,13 @@ class GradientSync:
         self._ready = 0
 
     def set_last_micro_batch(self) -> None:
-        """From here on a gradient that is made is final, and buckets are sent when they are ready."""
+        """From here on a gradient that is made is final, and buckets are reduced when they are ready."""
         self._is_last_micro_batch = True
         if self._tuner:
             self._tuner.backward_started()
 
     def wait(self) -> None:
-        """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if it was not to be sent."""
+        """Returns when this rank's buckets hold the sum over all ranks; NaN if they had to be finite and were not."""
         for bucket in self.buckets[self._ready :]:
             bucket.fill_missing()
         self._advance_ready()
@@ -133,7 +134,7 @@ class GradientSync:
                 bucket.buffer.fill_(math.nan)
             self.traffic = self._measure_traffic()
             return
-        self._send_up_to(len(self.buckets))
+        self._submit_up_to(len(self.buckets))
         for index, handle in enumerate(self._handles):
             with self._naming_bucket(index):
                 handle.wait()
@@ -211,17 +212,17 @@ class GradientSync:
         if not self.only_if_finite:
             self._advance_ready()
             if not (self._tuner and self._tuner.sends_after_backward):
-                self._send_up_to(self._ready)
+                self._submit_up_to(self._ready)
 
     def _advance_ready(self) -> None:
-        """Counts buckets that are ready, none before its predecessors: all ranks must send in one order."""
+        """Advances `_ready` over the leading buckets without pending gradients: all ranks must reduce in one order."""
         while self._ready < len(self.buckets) and self.buckets[self._ready].pending == 0:
             self._ready += 1
             if self._tuner:
                 self._tuner.bucket_ready()
 
-    def _send_up_to(self, stop: int) -> None:
-        """Sends the buckets before `stop` that are not being sent yet; channels take them in turns."""
+    def _submit_up_to(self, stop: int) -> None:
+        """Starts to reduce the buckets before `stop` that are not being reduced yet; channels take them in turns."""
         for index in range(len(self._handles), stop):
             bucket = self.buckets[index]
             if not bucket.owns_gradients():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockCoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -47,15 +47,15 @@ class Integer(BlockwiseCodec):
     def __init__(self, bits: int, bucket: Bucket, settings: CompressionSection) -> None:
         """`bits`: 4 or 8."""
         super().__init__(bucket, settings, LONGEST_BLOCK)
-        self._coding = _Rounded(bits)
+        self._encoding = _IntegerEncoding(bits)
         if bucket.buffer.is_cpu:
             compile_for_cpu(bits)
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
-        self.reduce_by_(self._coding, gradients, exchange)
+        self.reduce_by_(self._encoding, gradients, exchange)
 
 
-class _Rounded(BlockCoding):
+class _IntegerEncoding(BlockEncoding):
     """A float32 scale for each block, then integers."""
 
     def __init__(self, bits: int) -> None:

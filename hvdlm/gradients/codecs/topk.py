@@ -26,11 +26,11 @@ from torch import Tensor
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast
-from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockCoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import reduce_dense_
 from hvdlm.gradients.exchange import Exchange
 
-_FP16 = cast.ScaledCast(torch.float16)
+_FP16 = cast.CastEncoding(torch.float16)
 
 # Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity.
 _MAGNITUDE = 0x7FFFFFFF
@@ -57,7 +57,7 @@ class TopK(BlockwiseCodec):
         if kept == self._block:
             reduce_dense_(gradients, self._residual, exchange)
         else:
-            self.reduce_by_(_Largest(kept), gradients, exchange)
+            self.reduce_by_(_TopKEncoding(kept), gradients, exchange)
 
     def _kept_at(self, step: int) -> int:
         """Elements of a block to send: all for `compression.warmup_steps`, then exponentially fewer for as many."""
@@ -66,7 +66,7 @@ class TopK(BlockwiseCodec):
         return max(self._kept, round(self._block * math.pow(self.settings.density, progress)))
 
 
-class _Largest(BlockCoding):
+class _TopKEncoding(BlockEncoding):
     """The elements of largest magnitude of each block: values as fp16 with their scale, then indices."""
 
     def __init__(self, kept: int) -> None:
