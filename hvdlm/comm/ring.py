@@ -120,7 +120,7 @@ class Ring:
         def receive_buffer(message_index: int, hop: int, segment: _Segment) -> Tensor:
             if hop < self._size - 1:
                 return scratch[message_index % _POSTED_RECEIVES, : segment.length]
-            sends[segment].wait()  # the partial sum is sent from where the finished one is received
+            sends[segment].wait()  # the partial sum may still be being sent from this memory
             return values[segment.span]
 
         for segment in segments[self._rank]:
@@ -216,7 +216,7 @@ class Ring:
         posted = 0
         for message_index, (hop, segment) in enumerate(expected):
             # Receives are posted at most one hop ahead: the plain ring receives a segment into the memory from which it
-            # was sent, and that send starts one hop earlier
+            # was sent, and that send has started size - 1 hops before
             while posted < min(message_index + _POSTED_RECEIVES, len(expected)) and expected[posted][0] <= hop + 1:
                 buffer = receive_buffer(posted, *expected[posted])
                 pending.append(self._communicator.receive_async_(buffer, self._left))

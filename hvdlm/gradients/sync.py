@@ -64,7 +64,7 @@ class GradientSync:
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
         parameters = dict(module.named_parameters())
-        self._device = next(iter(parameters.values())).device
+        self._device = next(p for p in parameters.values() if p.requires_grad).device
         nbytes = bucket_bytes(comm, compression, communicator.node_count)
         sizes = bucket_sizes(parameters, nbytes)
         self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
@@ -73,14 +73,14 @@ class GradientSync:
         self._tuner: CodecTuner | None = None
         plan: CodecPlan | None = None
         if compression.hierarchical and communicator.node_count == 1:
-            # There are no messages between nodes to compress; residuals of a run on several nodes are delivered
+            # Nothing is sent between nodes; a switchable codec delivers residuals that a run on several nodes has saved
             plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
             candidates = candidate_codecs(comm, compression, communicator.node_count)
             self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
             plan = self._tuner.plan
         self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
-        self._engine_may_sum = self._can_bypass_channels()
+        self._bypasses_channels = self._can_bypass_channels()
         self.step = 0  # of the optimizer
         # Whether gradients are reduced only after the backward pass, and only if they are finite on all ranks: the
         # residuals of a step that is then skipped would be wrong.
@@ -232,14 +232,14 @@ class GradientSync:
                 )
             channel = self.channels[index % len(self.channels)]
             with self._naming_bucket(index):
-                if self._engine_may_sum and not channel.exchange.prefers_ring(bucket.buffer.numel()):
+                if self._bypasses_channels and not channel.exchange.prefers_ring(bucket.buffer.numel()):
                     handle: Work[Any] = channel.exchange.all_reduce_by_engine_async_(bucket.buffer)
                 else:
                     handle = channel.submit(self.codecs[index], bucket.buffer, self.step, f"bucket {index + 1}")
             self._handles.append(handle)
 
     def _index_slots(self) -> None:
-        """Notes the bucket of each parameter, and the index of its slot there."""
+        """Maps each parameter to its bucket and the index of its slot there."""
         self._slots: dict[Tensor, tuple[Bucket, int]] = {
             parameter: (bucket, slot) for bucket in self.buckets for slot, parameter in enumerate(bucket.parameters)
         }
@@ -259,7 +259,7 @@ class GradientSync:
 
     @contextmanager
     def _naming_bucket(self, index: int) -> Iterator[None]:
-        """Adds to an error in which bucket it arose."""
+        """Prefixes errors with the number of the bucket."""
         try:
             yield
         except HvdlmError as error:

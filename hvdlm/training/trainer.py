@@ -37,7 +37,7 @@ from hvdlm.training.step_metrics import StepMetrics
 
 
 class Totals(NamedTuple):
-    """What all ranks together contribute to a step."""
+    """Sums over all ranks for one step."""
 
     tokens: int  # targets that count
     stop: bool  # whether some rank asks to stop after this step
@@ -163,7 +163,7 @@ class Trainer:
         return self.communicator.all_reduce_async_(counts, ReduceOp.SUM)
 
     def _wait_for_totals(self, reduction: Work[Tensor], error: str | None) -> Totals:
-        """Raises JobError on all ranks if some rank could not read its part of the batch."""
+        """The totals of all ranks. Raises JobError on all ranks if some rank could not read its part of the batch."""
         tokens, stops, errors = reduction.wait().tolist()
         if errors:
             raise_on_all_ranks(self.communicator, self.communicator.all_gather_object(error))

@@ -101,7 +101,7 @@ class BlockEncoding(ABC):
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
         """Encodes the blocks of `gradients` + `residual` into `message`, and leaves their error in `residual`.
 
-        `gradients` then holds a copy of the old residual, by which `_decode` restores it if the step is skipped.
+        `gradients` then holds a copy of the old residual, by which `_decode` restores it if the step is not applied.
         """
 
     @abstractmethod
@@ -176,7 +176,7 @@ class BlockwiseCodec(Codec):
     ) -> None:
         """Replaces `gradients` by the sum of the messages in order, or, if one of them is not finite, by NaN.
 
-        A step with NaN is skipped, so all ranks then restore the residuals that they had before it.
+        A step with NaN is not applied, so all ranks then restore the residuals that they had before it.
         """
         if all(_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)):
             gradients.zero_()

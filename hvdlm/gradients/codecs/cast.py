@@ -137,10 +137,10 @@ def compile_for_cpu() -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
-def _add_residual(values: np.ndarray, errors: np.ndarray) -> np.float32:
-    if len(errors):
+def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
+    if len(residual):
         for index in range(len(values)):
-            values[index] += errors[index]
+            values[index] += residual[index]
     largest = np.int32(0)
     bits = values.view(np.int32)
     for index in range(len(bits)):

@@ -153,11 +153,11 @@ def _choose(
     for span in range(len(spans)):
         end = spans[span, 1]
         for start in range(spans[span, 0], end, block):
-            gradient = gradients[start : min(start + block, end)]
+            gradient_block = gradients[start : min(start + block, end)]
             residual_block = residual[start : min(start + block, end)]
             for index in range(len(residual_block)):
-                intended = np.float32(gradient[index] + residual_block[index])
-                gradient[index] = residual_block[index]
+                intended = np.float32(gradient_block[index] + residual_block[index])
+                gradient_block[index] = residual_block[index]
                 residual_block[index] = intended
                 magnitude = np.int64(intended.view(np.int32) & _MAGNITUDE)
                 keys[index] = magnitude * LONGEST_BLOCK + _LAST_INDEX - index
@@ -191,9 +191,9 @@ def choose_with_torch(
 ) -> None:
     """`choose` on any device, into `values` and `indices`."""
     for start, stop, length, entries in _runs(part, kept):
-        gradient, residual_block = gradients[start:stop], residual[start:stop]
-        intended = gradient + residual_block
-        gradient.copy_(residual_block)
+        gradient_block, residual_block = gradients[start:stop], residual[start:stop]
+        intended = gradient_block + residual_block
+        gradient_block.copy_(residual_block)
         residual_block.copy_(intended)
         rows = intended.view(-1, length)  # (blocks, length)
         descending = torch.arange(_LAST_INDEX, _LAST_INDEX - length, -1, device=rows.device)
