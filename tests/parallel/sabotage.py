@@ -23,35 +23,34 @@ def other_version() -> None:
 
 
 def diverging_parameter() -> None:
-    apply = Trainer._apply
+    update = Trainer._update
 
-    def apply_wrongly(self: Trainer, correction: float, rate: float) -> float:
-        norm = apply(self, correction, rate)
+    def update_wrongly(self: Trainer, rate: float) -> None:
+        update(self, rate)
         if self.step == 12:
             with torch.no_grad():
                 self.model.final_norm.weight[0] += 1e-6
-        return norm
 
-    Trainer._apply = apply_wrongly  # type: ignore[method-assign]
+    Trainer._update = update_wrongly  # type: ignore[method-assign]
 
 
 def bug() -> None:
-    def apply_never(self: Trainer, correction: float, rate: float) -> float:
+    def update_never(self: Trainer, rate: float) -> None:
         raise ZeroDivisionError("a bug for the test")
 
-    Trainer._apply = apply_never  # type: ignore[method-assign]
+    Trainer._update = update_never  # type: ignore[method-assign]
 
 
 def stopped() -> None:
     """Stops, as a debugger or a suspended machine would, in the middle of a backward pass."""
-    forward = Trainer._loss
+    forward = Trainer._forward
 
-    def loss(self: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
+    def stopping_forward(self: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.step == 12:
             self.model.final_norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
         return forward(self, inputs, targets)
 
-    Trainer._loss = loss  # type: ignore[method-assign]
+    Trainer._forward = stopping_forward  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

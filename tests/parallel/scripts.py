@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import runpy
 import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from launcher import Result
+from launcher import Result, environment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,6 +28,7 @@ def run_here(script: str, *words: str) -> Result:
     status = 0
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, handler)
+        stack.enter_context(patch.dict(os.environ, environment()))
         stack.enter_context(patch.object(sys, "argv", [script, *words]))
         stack.enter_context(patch.object(sys, "path", [str(BENCHMARKS), *sys.path]))
         stack.enter_context(contextlib.redirect_stdout(output))

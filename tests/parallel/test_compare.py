@@ -13,7 +13,7 @@ from scripts import run_here, script_command
 
 TINY = ["--model.layers", "1", "--model.heads", "2", "--model.width", "32", "--model.context_length", "32"]
 SHORT = ["--train.steps", "20", "--train.evaluate_every", "10", "--log.every", "5", "--optimizer.warmup_steps", "5"]
-SMALL = ["--train.batch_size", "4", "--train.micro_batch_size", "2", "--train.evaluate_sequences", "16"]
+SMALL = ["--train.global_batch_size", "4", "--train.micro_batch_size", "2", "--train.evaluate_sequences", "16"]
 
 
 def compare_words(data: Path, output: Path, *options: str) -> list[str]:
@@ -42,14 +42,15 @@ def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
     one_host = read(tmp_path / "compare.json")["one-host"]
     names = ["no communication", "hvdlm mpi none", "hvdlm mpi fp16", "hvdlm horovod none"]
     names += ["DDP", "DDP fp16", "Horovod"]
-    assert [row["name"] for row in one_host["standings"]] == names
+    assert [row["name"] for row in one_host["summary"]] == names
     assert {key for key in one_host if one_host[key]} >= {"date", "setup", "machine", "versions", "settings"}
-    assert len(one_host["outcomes"]) == len(names)
-    for outcome in one_host["outcomes"]:
-        assert (outcome["starts"], outcome["crashes"]) == (1, [])
-        assert [turn["step_seconds"] > 0 for turn in outcome["turns"]] == [True, True]
-        assert outcome["apart"] is None if outcome["name"] == "no communication" else outcome["apart"] < 0.1
-    dense, half = (row["wire_bytes"] for row in one_host["standings"][1:3])
+    assert len(one_host["systems"]) == len(names)
+    for system in one_host["systems"]:
+        assert (system["starts"], system["crashes"]) == (1, [])
+        assert [measured["step_seconds"] > 0 for measured in system["measurements"]] == [True, True]
+        distance = system["relative_distance"]
+        assert distance is None if system["name"] == "no communication" else distance < 0.1
+    dense, half = (row["wire_bytes"] for row in one_host["summary"][1:3])
     assert dense == pytest.approx(2 * half, rel=0.01)
     assert all(f"| {name} |" in (tmp_path / "compare.md").read_text() for name in names)
     assert (tmp_path / "compare.png").exists()
@@ -60,10 +61,10 @@ def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
     options = ["--codecs", "none", "--engines", "torch", "--peers", "--model.layers", "2"]
     result = compare(small_data, tmp_path, "--setup", "2x1gbit", *options)
     assert result.status == 0, result.output
-    limit, ours, ddp = read(tmp_path / "compare.json")["2x1gbit"]["standings"]
-    assert limit["interface_bytes"] < 0.1 * ours["interface_bytes"]
-    assert ours["interface_bytes"] == pytest.approx(ours["wire_bytes"], rel=0.15)  # small messages, large headers
-    assert ddp["interface_bytes"] == pytest.approx(ours["wire_bytes"], rel=0.15)
+    limit, own, ddp = read(tmp_path / "compare.json")["2x1gbit"]["summary"]
+    assert limit["interface_bytes"] < 0.1 * own["interface_bytes"]
+    assert own["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)  # small messages, large headers
+    assert ddp["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)
 
 
 FRAIL = """
@@ -81,7 +82,7 @@ class Frail(Dense):
 """
 
 
-def test_a_contestant_that_crashes(small_data: Path, tmp_path: Path) -> None:
+def test_a_system_that_crashes(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "frail.py").write_text(FRAIL)
     codec = f"{tmp_path / 'frail.py'}:Frail"
     result = compare(small_data, tmp_path, "--setup", "one-host", "--codecs", codec, "--engines", "mpi", "--peers")
@@ -89,11 +90,11 @@ def test_a_contestant_that_crashes(small_data: Path, tmp_path: Path) -> None:
     assert re.search(
         r"compare\.py: error: do not use these figures: .*Frail crashed: RuntimeError: frail", result.output
     )
-    outcomes = {each["name"]: each for each in read(tmp_path / "compare.json")["one-host"]["outcomes"]}
-    assert (outcomes["DDP"]["starts"], outcomes["DDP"]["crashes"]) == (1, [])
-    frail = outcomes[f"hvdlm mpi {codec}"]
+    systems = {each["name"]: each for each in read(tmp_path / "compare.json")["one-host"]["systems"]}
+    assert (systems["DDP"]["starts"], systems["DDP"]["crashes"]) == (1, [])
+    frail = systems[f"hvdlm mpi {codec}"]
     assert (frail["starts"], len(frail["crashes"])) == (2, 1)
-    assert None not in frail["turns"]
+    assert None not in frail["measurements"]
     assert "crashed in 1 of 2 starts" in (tmp_path / "compare.md").read_text()
 
 

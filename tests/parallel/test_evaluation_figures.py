@@ -33,7 +33,7 @@ def data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run_dir(data: Path, pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one short training."""
     run_dir = tmp_path_factory.mktemp("evaluated") / "run"
-    result = Ranks(pools.get("mpi", "mpirun", 4)).train(2, data, run_dir, train__batch_size=6)
+    result = Ranks(pools.get("mpi", "mpirun", 4)).train(2, data, run_dir, train__global_batch_size=6)
     assert result.status == 0, result.output
     return run_dir
 

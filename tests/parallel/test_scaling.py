@@ -161,7 +161,7 @@ def test_a_trace_has_every_bucket_of_every_rank(small_data: Path, tmp_path: Path
         assert [span["name"] for span in buckets] == [f"bucket {index + 1}" for index in range(len(buckets))]
         assert len(buckets) > 2
         assert len([span for span in own if span["cat"] == "wire"]) == len(buckets)
-        laps = {span["name"]: span for span in own if span["cat"] == "compute"}
-        assert {"data", "forward", "backward", "wait", "optimizer"} == laps.keys()
-        backward = laps["backward"]
+        phases = {span["name"]: span for span in own if span["cat"] == "compute"}
+        assert {"data", "forward", "backward", "wait", "optimizer"} == phases.keys()
+        backward = phases["backward"]
         assert buckets[0]["ts"] < backward["ts"] + backward["dur"]  # on its way before the pass has ended

@@ -67,7 +67,7 @@ def test_the_model_learns(alone: Path) -> None:
 
 def test_a_run_leaves_everything_it_promises(alone: Path) -> None:
     assert (alone / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "batch_size = 16" in (alone / "config.toml").read_text(encoding="utf-8")
+    assert "global_batch_size = 16" in (alone / "config.toml").read_text(encoding="utf-8")
     checkpoint = alone / "checkpoints" / "step_00000050"
     assert (alone / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == checkpoint.name
     assert json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] == 50
@@ -134,7 +134,7 @@ def test_llama_trains(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
 def test_more_ranks_than_sequences(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Ranks without a share take part with nothing, and nobody hangs."""
     for size in (1, 4):
-        settings = {"train__batch_size": 2, "train__steps": 10, "train__evaluate_sequences": 3}
+        settings = {"train__global_batch_size": 2, "train__steps": 10, "train__evaluate_sequences": 3}
         result = ranks.train(size, small_data, tmp_path / str(size), **settings)
         assert result.status == 0, result.output
     assert_same_curve(losses(tmp_path / "4"), losses(tmp_path / "1"), relative=1e-4)

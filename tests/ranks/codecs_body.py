@@ -11,7 +11,7 @@ from torch import nn
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CommSection, CompressionSection
-from hvdlm.gradients.codecs.choice import CODECS
+from hvdlm.gradients.codecs.registry import CODECS
 from hvdlm.gradients.sync import GradientSync
 
 STEPS = 200
@@ -40,7 +40,7 @@ def check_replicas_stay_identical_and_nothing_is_lost(comm: Communicator, algori
     generators = [torch.Generator().manual_seed(rank) for rank in range(comm.size)]
     sent = 0
     for _ in range(STEPS):
-        sync.begin()
+        sync.zero_grad()
         for parameter, total in zip(model.parameters(), made, strict=True):
             everyone = [torch.randn(parameter.shape, generator=generator) for generator in generators]
             parameter.grad = everyone[comm.rank]
@@ -86,7 +86,7 @@ def distance_after(comm: Communicator, algorithm: str, codec: str, error_feedbac
     nn.init.zeros_(model.weight)
     sync = make_sync(model, comm, algorithm, codec, error_feedback=error_feedback, density=0.05)
     for step in range(STEPS):
-        sync.begin()
+        sync.zero_grad()
         model.weight.grad = model.weight.detach() - optimum - (-1) ** step * noise
         sync.wait()
         with torch.no_grad():
@@ -104,17 +104,17 @@ def check_what_error_feedback_is_for(comm: Communicator, algorithm: str, codec: 
 def check_who_gets_the_residuals_of_a_checkpoint(comm: Communicator, algorithm: str) -> None:
     """With hierarchical sums the leader of each node, whoever had them before; within one node all, until sent."""
     with patch("socket.gethostname", lambda: f"n{comm.rank // 2}"):
-        sync = make_sync(make_model(), comm, algorithm, "topk", by_node=True)
+        sync = make_sync(make_model(), comm, algorithm, "topk", hierarchical=True)
     residuals = sync.codec_state()
     assert len(residuals) == 5  # of all parameters
     for values in residuals.values():
         values.fill_(comm.rank + 1)
-    sync.adopt_owed_(2.0)
+    sync.restore_residuals_(2.0)
     if comm.size > 2:
         own = 2 * (comm.rank + 1 + comm.rank + 2) if comm.rank % 2 == 0 else 0
         assert all(torch.equal(values, torch.full_like(values, own)) for values in residuals.values())
         return
-    sync.begin()
+    sync.zero_grad()
     sync.wait()
     assert all((bucket.buffer == 2 + 4).all() for bucket in sync.buckets)
     assert not any(values.any() for values in sync.codec_state().values())
@@ -126,15 +126,19 @@ def check_nothing_is_lost_while_auto_measures(comm: Communicator, algorithm: str
     def bucket_bytes(_: CommSection, settings: CompressionSection, __: int) -> int:
         return 10**6 if settings.codec in ("topk", "powersgd") else 30_000  # one bucket, or two
 
-    with patch("hvdlm.gradients.sync.bucket_bytes", bucket_bytes), patch("hvdlm.gradients.chooser._DOUBT", 1e9):
+    with (
+        patch("hvdlm.gradients.codecs.registry.bucket_bytes", bucket_bytes),
+        patch("hvdlm.gradients.sync.bucket_bytes", bucket_bytes),
+        patch("hvdlm.gradients.auto.tuner._FORECAST_ERROR", 1e9),
+    ):
         model = make_model()
         sync = make_sync(model, comm, algorithm, "auto", candidates="none,topk,powersgd")
         made = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in model.parameters()]
         generators = [torch.Generator().manual_seed(rank) for rank in range(comm.size)]
         plans = set()
         for _ in range(40):
-            sync.begin()
-            sync.last_micro_batch()
+            sync.zero_grad()
+            sync.set_last_micro_batch()
             for parameter, total in zip(model.parameters(), made, strict=True):
                 everyone = [torch.randn(parameter.shape, generator=generator) for generator in generators]
                 (parameter * everyone[comm.rank]).sum().backward()

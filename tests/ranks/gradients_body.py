@@ -54,12 +54,12 @@ def check_joined_batch(comm: Communicator, algorithm: str) -> None:
         last = (comm.rank + 1) * sequences // comm.size
         inputs, targets = (part[first:last] for part in joined_batch(sequences))
         for repetition in range(2):  # the second step must not remember the first
-            sync.begin()
+            sync.zero_grad()
             starts = list(range(0, last - first, at_once))
             for start in starts:
                 loss = token_loss(model(inputs[start:][:at_once]), model.output_weight, targets[start:][:at_once])
                 if start == starts[-1]:
-                    sync.last_micro_batch()
+                    sync.set_last_micro_batch()
                 loss.backward()
             sync.wait()
             sync.scale_(1 / (sequences * LENGTH))
@@ -111,8 +111,8 @@ def note_gradients(model: Transformer) -> list[float]:
 def backward_pass(model: Transformer, sync: GradientSync, sequences: int = 4) -> float:
     """Returns when it began."""
     inputs, targets = joined_batch(sequences)
-    sync.begin()
-    sync.last_micro_batch()
+    sync.zero_grad()
+    sync.set_last_micro_batch()
     loss = token_loss(model(inputs), model.output_weight, targets, model.dtype)
     begin = time.perf_counter()
     loss.backward()
@@ -127,8 +127,8 @@ def check_missing_gradients(comm: Communicator, algorithm: str) -> None:
         for parameter in model.parameters():
             parameter.fill_(0.01)
     sync = make_sync(model, comm, algorithm, bucket_mb=1000 / 2**20)
-    sync.begin()
-    sync.last_micro_batch()
+    sync.zero_grad()
+    sync.set_last_micro_batch()
     x = torch.ones(1, 50)
     (model["first"](x) if comm.rank == 0 else model["first"](x) + model["second"](x)).sum().backward()
     sync.wait()
@@ -141,13 +141,13 @@ def check_missing_gradients(comm: Communicator, algorithm: str) -> None:
 def check_cleared_gradients_are_noticed(comm: Communicator, algorithm: str) -> None:
     model = make_model()
     sync = make_sync(model, comm, algorithm)
-    sync.begin()
+    sync.zero_grad()
     token_loss(model(*joined_batch(1)[:1]), model.output_weight, joined_batch(1)[1]).backward()
     for parameter in model.parameters():
         parameter.grad = None
     try:
         sync.wait()
     except RuntimeError as error:
-        assert "GradientSync.begin()" in str(error)
+        assert "GradientSync.zero_grad()" in str(error)
     else:
         raise AssertionError("a gradient outside its bucket went unnoticed")

@@ -19,8 +19,8 @@ from torch.nn import functional
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, Precision
 from hvdlm.data.loader import Batch
-from hvdlm.model.loss import IGNORE
 from hvdlm.model.transformer import Transformer
+from hvdlm.targets import IGNORE
 from hvdlm.training.trainer import Trainer
 
 VOCABULARY, LENGTH, SEQUENCES = 61, 16, 7
@@ -34,7 +34,7 @@ def make_config(precision: Precision, clip_norm: float, codec: str = "none") -> 
     return Config.model_validate(
         {
             "model": {"layers": 2, "heads": 2, "width": 64, "context_length": LENGTH},
-            "train": {"batch_size": SEQUENCES, "micro_batch_size": 2, "precision": precision, "steps": 2000},
+            "train": {"global_batch_size": SEQUENCES, "micro_batch_size": 2, "precision": precision, "steps": 2000},
             "optimizer": {"lr": RATE, "clip_norm": clip_norm, "schedule": "wsd", "warmup_steps": 0},
             "compression": {"codec": codec, "density": 0.05},
             "comm": {"bucket_mb": 40_000 / 2**20},
@@ -173,7 +173,7 @@ def resumed(comm: Communicator, trainer: Trainer) -> Trainer:
     with torch.no_grad():
         for parameter in again.parameters.values():
             comm.broadcast_(parameter)  # as Trainer.train does
-    again.model.refresh()
+    again.model.update_low_precision_weights()
     return again
 
 
