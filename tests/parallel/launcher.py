@@ -153,7 +153,7 @@ class Job:
 
 def run(
     command: Sequence[str],
-    deadline: float = 120,
+    deadline: float = 200,
     extra: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Result:
@@ -162,6 +162,6 @@ def run(
         return job.finish(deadline)
 
 
-def run_ranks(launcher: str, ranks: int, arguments: Sequence[str], deadline: float = 120, **options: object) -> Result:
+def run_ranks(launcher: str, ranks: int, arguments: Sequence[str], deadline: float = 200, **options: object) -> Result:
     """Runs `python arguments...` on ranks of a launcher."""
     return run([*launcher_command(launcher, ranks), sys.executable, *arguments], deadline, **options)  # type: ignore[arg-type]

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import commands
 import psutil
 import pytest
+from jobs import Ranks
 from launcher import BIN, Result, launcher_command, run
 
-SABOTAGE = Path(__file__).with_name("sabotage.py")
 DOCTOR = [str(BIN / "hvdlm"), "doctor"]
-
-# The last element of long float32 sums is one too many on rank 1.
-SPOILT_SUM = """
-import sys
-from hvdlm.cli import main
-from hvdlm.comm.mpi import MPICommunicator
-
-reduce = MPICommunicator._all_reduce
-
-def reduce_wrongly(self, flat, op):
-    def spoil(_):
-        if self.rank == 1 and flat.dtype.is_floating_point and flat.numel() == 65537:
-            flat[-1] += 1
-    return reduce(self, flat, op).then(spoil)
-
-MPICommunicator._all_reduce = reduce_wrongly
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def doctor(launcher: str, ranks: int, *words: str, **extra: str) -> Result:
     return run([*launcher_command(launcher, ranks), *DOCTOR, *words], extra=extra)
+
+
+def doctor_in_pool(ranks: Ranks, size: int, fault: str | None = None) -> Result:
+    """On ranks of the pool, which mpirun has started."""
+    answers = ranks.pool.run(Path(commands.__file__), "run_doctor", size, fault=fault)
+    (status,) = {answer.value for answer in answers}
+    return Result(status, "".join(answer.output for answer in answers))
 
 
 def lines(result: Result, beginning: str) -> list[str]:
@@ -46,7 +35,6 @@ def lines(result: Result, beginning: str) -> list[str]:
     ("launcher", "ranks", "engine"),
     [
         ("none", 1, "solo"),
-        ("mpirun", 1, "mpi"),
         ("mpirun", 4, "mpi"),
         ("torchrun", 2, "torch"),
         ("horovodrun --gloo", 2, "horovod"),
@@ -54,7 +42,14 @@ def lines(result: Result, beginning: str) -> list[str]:
     ],
 )
 def test_healthy_ranks(launcher: str, ranks: int, engine: str) -> None:
-    result = doctor(launcher, ranks)
+    assert_healthy(doctor(launcher, ranks), launcher, ranks, engine)
+
+
+def test_one_healthy_rank(ranks: Ranks) -> None:
+    assert_healthy(doctor_in_pool(ranks, 1), "mpirun", 1, "mpi")
+
+
+def assert_healthy(result: Result, launcher: str, ranks: int, engine: str) -> None:
     assert result.status == 0, result.output
     name = launcher.split()[0].replace("none", "itself")
     assert lines(result, f"{ranks} rank{'s' if ranks > 1 else ''} on 1 node, started by {name}, engine {engine}")
@@ -85,17 +80,16 @@ def test_ranks_bound_to_one_core() -> None:
     )
 
 
-def test_mixed_versions() -> None:
-    words = [sys.executable, str(SABOTAGE), "other_version", "1", "doctor"]
-    result = run([*launcher_command("mpirun", 2), *words])
+def test_mixed_versions(ranks: Ranks) -> None:
+    result = doctor_in_pool(ranks, 2, fault="version")
     assert result.status == 1
     (said,) = lines(result, "error: ")
     assert re.search(r"ranks differ in hvdlm: \S+ on rank 0 on \S+; 0.0.1 on rank 1 on \S+: install one version", said)
     assert len(lines(result, "rank 0 on ")) == len(lines(result, "rank 1 on ")) == 1  # what each has, in full
 
 
-def test_a_wrong_sum() -> None:
-    result = run([*launcher_command("mpirun", 2), sys.executable, "-c", SPOILT_SUM, "doctor"])
+def test_a_wrong_sum(ranks: Ranks) -> None:
+    result = doctor_in_pool(ranks, 2, fault="sum")
     assert result.status == 1
     said = lines(result, "error: ")
     # engine mpi sums half-precision numbers as float32, so they are spoilt too

@@ -18,7 +18,7 @@ SAVING = {"checkpoint__every": 7, "model__dropout": 0.1}
 
 
 def wait_for_step(job: Job, run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() or max(losses(run_dir), default=0) < step:
         assert job.process.poll() is None and time.monotonic() < deadline, "the job ended or never reached the step"
         time.sleep(0.02)
@@ -62,7 +62,7 @@ def test_killed_and_resumed(size: int, ranks: Ranks, small_data: Path, tmp_path:
     with start_training("mpirun", size, small_data, broken, **SAVING) as job:
         wait_for_step(job, broken, 17)
         job.ranks()[-1].kill()
-        assert job.finish(deadline=60).status != 0
+        assert job.finish(deadline=120).status != 0
     result = ranks.train(size, small_data, broken, "--resume", "latest", **SAVING)
     assert result.status == 0, result.output
     assert "resuming from" in result.output
@@ -80,7 +80,7 @@ def test_signal_to_any_rank(
     with start_training(launcher, 2, small_data, run_dir, **settings) as job:
         wait_for_step(job, run_dir, 10)
         job.ranks()[which].send_signal(number)
-        result = job.finish(deadline=60)
+        result = job.finish(deadline=120)
     assert result.status == 75 if launcher == "mpirun" else "Exit code: 75" in result.output, result.output
     stopped_at = max(losses(run_dir))
     assert f"stopped by a signal after step {stopped_at}; go on with --resume latest" in result.output

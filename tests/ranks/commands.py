@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
+from torch import Tensor
+
 from hvdlm.cli import main
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.mpi import MPICommunicator
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
@@ -56,11 +58,32 @@ def run_hvdlm(
 
     with ExitStack() as stack:
         stack.enter_context(patch("hvdlm.training.job.connect", connect))
+        stack.enter_context(patch("hvdlm.cluster.doctor.examine_ranks.connect", connect))
         stack.enter_context(patch.object(Trainer, "train_step", changed_step))
         try:
             return main(arguments)
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
+
+
+def run_doctor(comm: Communicator, fault: str | None) -> int:
+    """`hvdlm doctor`; with "version" or "sum", rank 1 has another hvdlm, or a wrong last element of long sums."""
+    reduce = MPICommunicator._all_reduce
+
+    def reduce_wrongly(own: MPICommunicator, flat: Tensor, op: ReduceOp) -> Work[None]:
+        def spoil(_: None) -> None:
+            if flat.dtype.is_floating_point and flat.numel() == 65537:
+                flat[-1] += 1
+
+        return reduce(own, flat, op).then(spoil)
+
+    faults = {
+        "version": patch("hvdlm.__version__", "0.0.1"),
+        "sum": patch.object(MPICommunicator, "_all_reduce", reduce_wrongly),
+    }
+    with faults[fault] if fault and comm.rank == 1 else nullcontext():
+        # what the launcher of a job of this size says
+        return run_hvdlm(comm, ["doctor"], None, (), {"OMPI_COMM_WORLD_SIZE": str(comm.size)})
 
 
 @contextmanager
