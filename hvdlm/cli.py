@@ -1,6 +1,6 @@
 """The `hvdlm` command: parses and dispatches, nothing else.
 
-Rooms are imported only when their command runs, so that `hvdlm --help` need not wait for torch.
+Packages are imported only when their command runs, so that `hvdlm --help` need not wait for torch.
 """
 
 from __future__ import annotations
@@ -240,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
-    install = commands.add_parser(
-        "install-horovod", help="build Horovod for this PyTorch and MPI, install and prove it"
-    )
+    install = commands.add_parser("install-horovod", help="build Horovod for this PyTorch and MPI, install and test it")
     install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
     install.set_defaults(run=_install_horovod)
 
@@ -308,7 +306,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    fabric = commands.add_parser("fabric", help="a cluster in a box: emulated hosts on this machine, for rehearsals")
+    fabric = commands.add_parser("fabric", help="an emulated cluster on this machine, for tests")
     fabric.add_argument(
         "--state",
         type=Path,

@@ -2,7 +2,7 @@
 
 A setting is declared once, here, with its type, its bounds, its default and its
 meaning. Unknown keys, wrong types and impossible values are errors that name the
-key and the nearest valid one.
+key and the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ class CommSection(Section):
         0.0, ge=0, description="gradient bytes sent at once, in units of 2**20; 0: what suits codec and hosts"
     )
     algorithm: Literal["auto", "ring", "engine"] = Field(
-        "auto",
-        description="what sums gradients: our ring, the engine's all-reduce, or the faster of them, measured at start",
+        "auto", description="what sums gradients: our ring, the engine's all-reduce, or whichever costs less at start"
     )
     timeout: float = Field(
         300.0, gt=0, description="seconds that a rank waits for another before the job ends with an error"
@@ -296,6 +295,7 @@ def _sentence(detail: Any) -> str:
 
 
 def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
+    # first those that the name has become by a prefix, as rank -> matrix_rank
     close = [each for each in valid if each.endswith(f"_{name}")] or difflib.get_close_matches(
         name, valid, n=1, cutoff=0.5
     )

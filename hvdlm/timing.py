@@ -1,4 +1,4 @@
-"""Clocks: instants and phases of a step, on the time line of the device that computes, and spans of this process."""
+"""Timestamps, spans, and the phases of a step, as the device that computes sees them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Timestamp:
 
 
 class Span(NamedTuple):
-    """Something that lasted from `begin` to `end`, both of time.perf_counter() in this process."""
+    """Something that lasted from `begin` to `end`, in seconds of one clock."""
 
     name: str
     begin: float
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 
 def total_seconds(spans: list[Span]) -> float:
-    """Sum of the lengths of all spans."""
+    """Sum of the lengths of `spans`."""
     return sum(span.seconds for span in spans)
 
 

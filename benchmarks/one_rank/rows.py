@@ -98,7 +98,7 @@ def _model_table(model: str, result: Mapping[str, Any]) -> str:
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     conditions = (
-        f"{settings['train']['batch_size']} sequences of {settings['model']['context_length']} tokens a step, "
+        f"{settings['train']['global_batch_size']} sequences of {settings['model']['context_length']} tokens a step, "
         f"{settings['train']['threads']} threads on {machine['cores']} cores of {machine['cpu']}{gpu}; "
         f"torch {versions['torch']}; medians of {settings['rounds']} rounds of {settings['steps']} steps, "
         f"{result['date']}."

@@ -1,4 +1,4 @@
-"""The one interface through which ranks talk: `Communicator`, `Work`, `ReduceOp`.
+"""The one interface through which ranks communicate: `Communicator`, `Work`, `ReduceOp`.
 
 This file handles what all engines share: dtypes, strided and empty tensors, tensors on a device that the
 engine cannot reach, Python objects, which ranks share a node. An engine (solo.py, mpi.py, horovod.py,
@@ -43,7 +43,7 @@ class Work(Generic[T]):
     """A handle of an operation in progress: its tensors must not be read, written or freed before `wait` returns."""
 
     def __init__(self, finish: Callable[[], T]) -> None:
-        """`finish` blocks until the operation has ended and returns its result; it is called at most once."""
+        """`finish` blocks until the operation has ended and returns its result; once it has, it is not called again."""
         self._finish: Callable[[], T] | None = finish
         self._result: T
 
@@ -72,11 +72,11 @@ def part_lengths(length: int, parts: int) -> list[int]:
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
-def group_by_color(arguments: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """The groups of a split: ranks by color, ordered by key, then by rank; `arguments[r]` is (color, key) of rank r."""
-    ranks = sorted(range(len(arguments)), key=lambda rank: (*arguments[rank], rank))
-    colors = sorted({color for color, _ in arguments})
-    return {color: [rank for rank in ranks if arguments[rank][0] == color] for color in colors}
+def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """The groups of a split: ranks by color, ordered by key, then by rank; `colors_and_keys[r]` is that of rank r."""
+    ranks = sorted(range(len(colors_and_keys)), key=lambda rank: (*colors_and_keys[rank], rank))
+    colors = sorted({color for color, _ in colors_and_keys})
+    return {color: [rank for rank in ranks if colors_and_keys[rank][0] == color] for color in colors}
 
 
 def group_ranks(members: Sequence[int]) -> list[int]:
@@ -90,7 +90,7 @@ class Communicator(ABC):
     Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
     are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are
     float32, float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each
-    operation has an `_async` form that returns a `Work`.
+    tensor operation has an `_async` form that returns a `Work`.
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
     engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"

@@ -109,13 +109,11 @@ class HorovodCommunicator(Communicator):
         return dtype in _REDUCIBLE or (dtype is torch.float16 and op is ReduceOp.SUM)
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
-        return self._start(_cache_name("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(
-            lambda _: None
-        )
+        return self._start(_kind("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
         if op is ReduceOp.SUM and min(lengths) > 0 and self._group_ranks == sorted(self._group_ranks):
-            return self._start(_cache_name("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
+            return self._start(_kind("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
         # Horovod scatters only sums, in its own order of ranks and with no part empty.
         reduced = flat.clone()
         return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
@@ -130,7 +128,7 @@ class HorovodCommunicator(Communicator):
         return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_rank_order)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
-        return self._start(_cache_name("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
+        return self._start(_kind("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
             lambda _: None
         )
 
@@ -149,8 +147,8 @@ class HorovodCommunicator(Communicator):
         return Work(finish)
 
 
-def _cache_name(kind: str, flat: Tensor) -> str:
-    """Horovod caches tensors by name, dtype and shape: only equal ones may share a name from step to step."""
+def _kind(kind: str, flat: Tensor) -> str:
+    """The kind of an operation: Horovod caches by name, dtype and shape, so unlike tensors need different names."""
     return f"{kind}.{flat.dtype}.{flat.numel()}"
 
 

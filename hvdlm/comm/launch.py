@@ -78,8 +78,8 @@ def connect(engine: str, timeout: float) -> Communicator:
     Raises HvdlmError on a rank that cannot, or that finds itself in another job than its launcher started.
     """
     launch = detect(os.environ)
-    # Open MPI's waits then yield their core to processes that compute (a small all-reduce with more ranks than cores:
-    # 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
+    # With this, waits of Open MPI yield their core to processes that compute (a small all-reduce with more ranks than
+    # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     # A segment of the ring (256 KiB) is sent eagerly over TCP, without the rendezvous protocol: while a rank computes,
     # its replies are late (benchmarks/LOG.md).

@@ -44,7 +44,8 @@ class _Endpoint:
 
 
 def rendezvous(launcher: str, rank: int, size: int, timeout: float) -> Store:
-    """The store of all ranks of this job; also makes Gloo use the network on which they connected.
+    """The store of all ranks of this job; also makes Gloo use the network on which they connected,
+    unless GLOO_SOCKET_IFNAME is set.
 
     `launcher`: as of `launch.Launch`; `timeout`: seconds of each wait, here and in the store. Raises HvdlmError on a
     rank that does not find rank 0.
@@ -90,7 +91,7 @@ def slurm_endpoint(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _broadcast_text(text: str, rank: int, timeout: float) -> str:
-    """`text` of rank 0, on every rank, by what the launcher offers."""
+    """Broadcasts `text` of rank 0, over horovodrun's key-value store or over MPI."""
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
         return _broadcast_by_horovodrun(os.environ, text, rank, timeout)
     return _broadcast_by_mpi(text, rank, timeout)

@@ -4,10 +4,10 @@
 the ring and each rank adds its own part (reduce-scatter); in as many more the finished chunks travel round once again
 (all-gather). Segments follow one another without waiting, so that a link is busy while a rank adds.
 
-Sums are float32 whatever is sent: an `Encoding` encodes a segment into a message, and each hop decodes it, adds to it
-and encodes the sum anew. The finished chunk is encoded once, by the rank that finished it, and all ranks, that one too,
-keep the decoded message: so results are equal bit for bit on all ranks, and the order of additions depends on nothing
-but the number of ranks.
+Sums are float32 whatever is sent: a `SegmentEncoding` encodes a segment into a message, and each hop decodes it, adds
+to it and encodes the sum anew. The finished chunk is encoded once, by the rank that finished it, and all ranks, that
+one too, keep the decoded message: so results are equal bit for bit on all ranks, and the order of additions depends on
+nothing but the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ALIGNMENT = 16
 _POSTED_RECEIVES = 4
 
 
-class Encoding(Protocol):
+class SegmentEncoding(Protocol):
     """How a segment of float32 numbers is sent. `message` is uint8, of `nbytes(len(values))` bytes."""
 
     def nbytes(self, elements: int) -> int:
@@ -72,7 +72,9 @@ class Ring:
         self._segment = segment
         self._workspaces: dict[str, Tensor] = {}
 
-    def all_reduce_(self, values: Tensor, encoding: Encoding | None = None, residual: Tensor | None = None) -> int:
+    def all_reduce_(
+        self, values: Tensor, encoding: SegmentEncoding | None = None, residual: Tensor | None = None
+    ) -> int:
         """Replaces `values` (float32, 1-D, contiguous) by their sum over all ranks; returns the bytes this rank sent.
 
         `encoding`: how segments are sent; None: as float32. `residual`, of the shape of `values`: this rank's error of
@@ -115,10 +117,10 @@ class Ring:
             sends[segment] = self._communicator.send_async(values[segment.span], self._right)
             sent += 4 * segment.length
 
-        def receive_buffer(number: int, hop: int, segment: _Segment) -> Tensor:
+        def receive_buffer(message_index: int, hop: int, segment: _Segment) -> Tensor:
             if hop < self._size - 1:
-                return scratch[number % _POSTED_RECEIVES, : segment.length]
-            sends[segment].wait()  # the partial sum is sent from where the finished one is received
+                return scratch[message_index % _POSTED_RECEIVES, : segment.length]
+            sends[segment].wait()  # the partial sum may still be being sent from this memory
             return values[segment.span]
 
         for segment in segments[self._rank]:
@@ -132,7 +134,7 @@ class Ring:
             work.wait()
         return sent
 
-    def _all_reduce_encoded(self, values: Tensor, encoding: Encoding, residual: Tensor | None) -> int:
+    def _all_reduce_encoded(self, values: Tensor, encoding: SegmentEncoding, residual: Tensor | None) -> int:
         segments = self._segments(len(values), self._segment)
         most = max(len(each) for each in segments)
         nbytes = encoding.nbytes(self._segment)
@@ -148,19 +150,19 @@ class Ring:
             sends.append(self._communicator.send_async(message, self._right))
             sent += len(message)
 
-        def encode_and_send(segment: _Segment, store: Tensor, is_finished: bool) -> None:
-            message = store[segment.chunk, segment.number, : encoding.nbytes(segment.length)]
-            numbers = values[segment.span]
+        def encode_and_send(segment: _Segment, messages: Tensor, is_finished: bool) -> None:
+            message = messages[segment.chunk, segment.number, : encoding.nbytes(segment.length)]
+            segment_values = values[segment.span]
             # A rank encodes each segment once, so its residual is added once
-            encoding.encode(numbers, message, None if residual is None else residual[segment.span])
+            encoding.encode(segment_values, message, None if residual is None else residual[segment.span])
             send(message)
             if is_finished:
-                encoding.decode(message, numbers)
+                encoding.decode(message, segment_values)
 
-        def receive_buffer(number: int, hop: int, segment: _Segment) -> Tensor:
+        def receive_buffer(message_index: int, hop: int, segment: _Segment) -> Tensor:
             length = encoding.nbytes(segment.length)
             if hop < self._size - 1:
-                return received[number % _POSTED_RECEIVES, :length]
+                return received[message_index % _POSTED_RECEIVES, :length]
             return finished[segment.chunk, segment.number, :length]
 
         for segment in segments[self._rank]:
@@ -212,10 +214,10 @@ class Ring:
         expected = [(hop, segment) for hop in range(hops) for segment in segments[(self._rank - hop - 1) % self._size]]
         pending: deque[Work[Tensor]] = deque()
         posted = 0
-        for number, (hop, segment) in enumerate(expected):
-            # Not beyond the next hop: the segments that later messages replace have not been sent yet (see
-            # receive_buffer)
-            while posted < min(number + _POSTED_RECEIVES, len(expected)) and expected[posted][0] <= hop + 1:
+        for message_index, (hop, segment) in enumerate(expected):
+            # Receives are posted at most one hop ahead: the plain ring receives a segment into the memory from which it
+            # was sent, and that send has started size - 1 hops before
+            while posted < min(message_index + _POSTED_RECEIVES, len(expected)) and expected[posted][0] <= hop + 1:
                 buffer = receive_buffer(posted, *expected[posted])
                 pending.append(self._communicator.receive_async_(buffer, self._left))
                 posted += 1

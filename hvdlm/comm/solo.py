@@ -1,4 +1,4 @@
-"""Engine `solo`: one process. Every operation is a copy at most, and has ended when it returns."""
+"""Engine `solo`: one process. Every operation is at most a copy, and has ended when it returns."""
 
 from __future__ import annotations
 

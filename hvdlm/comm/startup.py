@@ -65,7 +65,8 @@ def _open_mpi_uses_defaults() -> bool:
 
 def start_mpi(rank: int, timeout: float) -> MPICommunicator:
     """Starts MPI and joins its ranks; `timeout`: seconds that a rank waits for another."""
-    # Importing mpi4py calls MPI_Init, which returns when all ranks have called it and holds the GIL until then.
+    # Importing mpi4py calls MPI_Init, which returns when all ranks have called it and holds the GIL until then:
+    # a deadline that has passed, or a signal, is acted on only afterwards.
     with startup_deadline(rank, timeout):
         from hvdlm.comm.mpi import MPICommunicator
     with startup_deadline(rank, min(timeout, STARTUP_TIMEOUT)):

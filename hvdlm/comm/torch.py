@@ -120,5 +120,5 @@ def _one_gpu_a_rank(store: Any, rank: int, size: int) -> bool:
     """Whether no two ranks of any host would share a GPU, which NCCL refuses; the same answer on all ranks."""
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
     store.set(f"hvdlm/{rank}", f"{gpus} {socket.gethostname()}")
-    hosts = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
-    return all(int(host.split()[0]) >= count for host, count in Counter(hosts).items())
+    reports = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
+    return all(int(report.split()[0]) >= count for report, count in Counter(reports).items())

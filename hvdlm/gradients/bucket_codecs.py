@@ -38,7 +38,7 @@ class BucketCodecs:
     def switch_to(self, plan: CodecPlan) -> bool:
         """Uses the codecs of `plan` from the next step on, and returns whether that needed other buckets.
 
-        Residuals stay with their parameters. Between steps only; `plan` was given to the constructor too.
+        Residuals stay with their parameters. Only between steps, and only if the constructor was given a plan.
         """
         old, self.plan = self.plan, plan
         assert old is not None

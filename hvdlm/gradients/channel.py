@@ -25,7 +25,7 @@ class Channel:
     def __init__(
         self, communicator: Communicator, hierarchy: Hierarchy | None, exchange: Exchange, device: torch.device
     ) -> None:
-        """`communicator`: all ranks, for this channel alone. `exchange`: among them, or among the local leaders."""
+        """`communicator`: all ranks, for this channel alone if the engine can split. `exchange`: they or leaders."""
         self.communicator, self.hierarchy, self.exchange = communicator, hierarchy, exchange
         self.spans: list[Span] = []  # of codecs at work, exchange included, since `reset_counters`
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-gradients")

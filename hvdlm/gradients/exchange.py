@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost, prefers_ring
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.ring import Encoding, Ring
+from hvdlm.comm.ring import Ring, SegmentEncoding
 from hvdlm.timing import Span, total_seconds
 
-# Elements: of bytes, the largest message that Open MPI sends eagerly (see comm/launch.py).
+# Elements of a message of `all_to_all`: of bytes, as codecs send, below Open MPI's eager limit (see comm/launch.py).
 _MESSAGE = 256 * 1024
 
 
@@ -50,7 +50,7 @@ class Exchange:
     def all_reduce_(
         self,
         values: Tensor,
-        encoding: Encoding | None = None,
+        encoding: SegmentEncoding | None = None,
         residual: Tensor | None = None,
         op: ReduceOp = ReduceOp.SUM,
     ) -> None:

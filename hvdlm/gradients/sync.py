@@ -1,9 +1,10 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
 The way of a gradient: `backward()` makes it; a hook stores it in its bucket (bucket.py); when all gradients of a bucket
-are final, the bucket is submitted to a channel (channel.py), on whose thread or stream its codec (codecs/) encodes it
-and sends it by the exchange (exchange.py), over the ring (comm/ring.py) or the engine's all-reduce (comm/mpi.py and
-others). `wait` returns when every bucket holds the sum.
+are final, the bucket is submitted to a channel (channel.py), on whose thread or stream its codec (codecs/) reduces it
+by operations of the exchange (exchange.py), over the ring (comm/ring.py) or the engine (comm/mpi.py and others). Where
+a codec sends segments of a ring all-reduce, the ring calls the codec's encoding for each of them. `wait` returns when
+every bucket holds the sum.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class GradientSync:
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
         parameters = dict(module.named_parameters())
-        self._device = next(iter(parameters.values())).device
+        self._device = next(p for p in parameters.values() if p.requires_grad).device
         nbytes = bucket_bytes(comm, compression, communicator.node_count)
         sizes = bucket_sizes(parameters, nbytes)
         self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
@@ -72,21 +73,21 @@ class GradientSync:
         self._tuner: CodecTuner | None = None
         plan: CodecPlan | None = None
         if compression.hierarchical and communicator.node_count == 1:
-            # There are no messages between nodes to compress; residuals of a run on several nodes are delivered
+            # Nothing is sent between nodes; a switchable codec delivers residuals that a run on several nodes has saved
             plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
             candidates = candidate_codecs(comm, compression, communicator.node_count)
             self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
             plan = self._tuner.plan
         self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
-        self._engine_may_sum = self._can_bypass_channels()
+        self._bypasses_channels = self._can_bypass_channels()
         self.step = 0  # of the optimizer
-        # Whether gradients are sent only after the backward pass, and only if they are finite on all ranks: the
+        # Whether gradients are reduced only after the backward pass, and only if they are finite on all ranks: the
         # residuals of a step that is then skipped would be wrong.
         self.only_if_finite = False
         self._is_last_micro_batch = False
-        self._ready = 0  # buckets 0 .. ready-1 are ready to be sent
-        self._handles: list[Work[Any]] = []  # of the buckets that are being sent, 0 .. len-1
+        self._ready = 0  # buckets 0 .. ready-1 are ready to be reduced
+        self._handles: list[Work[Any]] = []  # of the buckets that are being reduced, 0 .. len-1
         self._index_slots()
         for parameter in self._slots:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -94,7 +95,7 @@ class GradientSync:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """In the order in which they are sent."""
+        """In the order in which they are reduced."""
         return self._bucket_codecs.buckets
 
     @property
@@ -116,13 +117,13 @@ class GradientSync:
         self._ready = 0
 
     def set_last_micro_batch(self) -> None:
-        """From here on a gradient that is made is final, and buckets are sent when they are ready."""
+        """From here on a gradient that is made is final, and buckets are reduced when they are ready."""
         self._is_last_micro_batch = True
         if self._tuner:
             self._tuner.backward_started()
 
     def wait(self) -> None:
-        """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if it was not to be sent."""
+        """Returns when this rank's buckets hold the sum over all ranks; NaN if they had to be finite and were not."""
         for bucket in self.buckets[self._ready :]:
             bucket.fill_missing()
         self._advance_ready()
@@ -133,7 +134,7 @@ class GradientSync:
                 bucket.buffer.fill_(math.nan)
             self.traffic = self._measure_traffic()
             return
-        self._send_up_to(len(self.buckets))
+        self._submit_up_to(len(self.buckets))
         for index, handle in enumerate(self._handles):
             with self._naming_bucket(index):
                 handle.wait()
@@ -211,17 +212,17 @@ class GradientSync:
         if not self.only_if_finite:
             self._advance_ready()
             if not (self._tuner and self._tuner.sends_after_backward):
-                self._send_up_to(self._ready)
+                self._submit_up_to(self._ready)
 
     def _advance_ready(self) -> None:
-        """Counts buckets that are ready, none before its predecessors: all ranks must send in one order."""
+        """Advances `_ready` over the leading buckets without pending gradients: all ranks must reduce in one order."""
         while self._ready < len(self.buckets) and self.buckets[self._ready].pending == 0:
             self._ready += 1
             if self._tuner:
                 self._tuner.bucket_ready()
 
-    def _send_up_to(self, stop: int) -> None:
-        """Sends the buckets before `stop` that are not being sent yet; channels take them in turns."""
+    def _submit_up_to(self, stop: int) -> None:
+        """Starts to reduce the buckets before `stop` that are not being reduced yet; channels take them in turns."""
         for index in range(len(self._handles), stop):
             bucket = self.buckets[index]
             if not bucket.owns_gradients():
@@ -231,14 +232,14 @@ class GradientSync:
                 )
             channel = self.channels[index % len(self.channels)]
             with self._naming_bucket(index):
-                if self._engine_may_sum and not channel.exchange.prefers_ring(bucket.buffer.numel()):
+                if self._bypasses_channels and not channel.exchange.prefers_ring(bucket.buffer.numel()):
                     handle: Work[Any] = channel.exchange.all_reduce_by_engine_async_(bucket.buffer)
                 else:
                     handle = channel.submit(self.codecs[index], bucket.buffer, self.step, f"bucket {index + 1}")
             self._handles.append(handle)
 
     def _index_slots(self) -> None:
-        """Notes the bucket of each parameter, and the index of its slot there."""
+        """Maps each parameter to its bucket and the index of its slot there."""
         self._slots: dict[Tensor, tuple[Bucket, int]] = {
             parameter: (bucket, slot) for bucket in self.buckets for slot, parameter in enumerate(bucket.parameters)
         }
@@ -258,7 +259,7 @@ class GradientSync:
 
     @contextmanager
     def _naming_bucket(self, index: int) -> Iterator[None]:
-        """Adds to an error in which bucket it arose."""
+        """Prefixes errors with the number of the bucket."""
         try:
             yield
         except HvdlmError as error:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Attention in 16 bits on a CPU is made of plain products for sequences up to so long: beyond,
-# the probabilities that its backward pass needs outweigh what else a block keeps.
+# Attention in 16 bits on a CPU uses plain matrix products up to this sequence length: beyond, the probabilities that
+# its backward pass needs take more memory than all else that a block keeps.
 LONGEST_PLAIN_ATTENTION = 512
 
-# Of queries that meet their keys at once there. Keys that lie after all of them are skipped, half of all in the end;
-# what smaller blocks would gain is lost to smaller products.
+# Queries of a block there. Keys after a block's last query are skipped, about half of all; smaller blocks would skip
+# more but make slower products.
 ATTENTION_BLOCK = 256
 
 

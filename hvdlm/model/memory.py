@@ -25,7 +25,7 @@ class TrainingMemory:
     activations: int
     """What the backward pass needs from the blocks."""
     temporary: int
-    """What one block needs beside while it is computed."""
+    """What one block needs in addition while it is computed."""
     loss: int
     """Hidden states and their gradient, the output weight's copy and gradients, and one chunk of logits."""
     gaps: int

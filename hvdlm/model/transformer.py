@@ -122,10 +122,10 @@ class Transformer(nn.Module):
             rotation = _rotation(positions, config.width // config.heads, config.rope_theta)
         mask = _attention_mask(positions, documents, cache)
         x = self.dropout(x)
+        # Chen et al. 2016, arXiv:1604.06174
+        recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            if (
-                self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-            ):  # Chen et al. 2016, arXiv:1604.06174
+            if recomputes:
                 x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)

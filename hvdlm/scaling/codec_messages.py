@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.communicator import ReduceOp
-from hvdlm.comm.ring import SEGMENT, Encoding
+from hvdlm.comm.ring import SEGMENT, SegmentEncoding
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.registry import codec_factory
@@ -84,7 +84,7 @@ class _RecordingExchange(Exchange):
     def all_reduce_(
         self,
         values: Tensor,
-        encoding: Encoding | None = None,
+        encoding: SegmentEncoding | None = None,
         residual: Tensor | None = None,
         op: ReduceOp = ReduceOp.SUM,
     ) -> None:

@@ -164,7 +164,7 @@ def open_state(path: Path) -> dict[str, Any]:
 
 
 def set_latest(path: Path, run_dir: Path) -> None:
-    """Points `latest` of a run at one of its own checkpoints: later ones belong to a run that is abandoned."""
+    """Points `latest` of a run at one of its own checkpoints: later ones are abandoned by resuming from it."""
     if path.parent.resolve() == directory(run_dir).resolve():
         _write_latest(path)
 

@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def device_type(wanted: str) -> str:
-    """The type of device, "cpu" or "cuda", for a wanted "auto", "cpu" or "cuda"."""
+    """The device type, "cpu" or "cuda", that `train.device` = `wanted` selects."""
     return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
 
 

@@ -18,7 +18,7 @@ from hvdlm.errors import HvdlmError, JobError
 logger = logging.getLogger(__name__)
 
 # Seconds in which all ranks that have lost another can print that, before the first of them ends the job.
-_PRINTING = 1.0
+_SECONDS_TO_PRINT = 1.0
 
 
 @contextmanager
@@ -29,14 +29,14 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
     raises alone is printed by that rank, which then aborts the job: the others may be waiting for it for ever.
     """
     communicator = connect(engine, timeout)
-    name = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
-    missing_ranks = None
+    where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+    reporter = None
     try:
         check_ranks_match(communicator, config_digest)
-        missing_ranks = MissingRankReporter(communicator)
+        reporter = MissingRankReporter(communicator)
         yield communicator
         communicator.barrier()
-        missing_ranks.close()
+        reporter.close()
         communicator.close()
     except JobError as error:
         if communicator.rank == 0:
@@ -45,15 +45,15 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
         communicator.close()
         raise SystemExit(1) from None
     except LostRankError as error:
-        missing = f"; {missing_ranks.report()}" if missing_ranks else ""
+        missing = f"; {reporter.report()}" if reporter else ""
         print(f"hvdlm: error: {error}{missing}", file=sys.stderr, flush=True)
-        time.sleep(_PRINTING)
-        communicator.abort(f"hvdlm: {name} ends the job")
+        time.sleep(_SECONDS_TO_PRINT)
+        communicator.abort(f"hvdlm: {where} ends the job")
     except HvdlmError as error:
         if communicator.size == 1:
             raise
         logger.debug("where the error arose", exc_info=True)
-        communicator.abort(f"hvdlm: error: {name}: {error}")
+        communicator.abort(f"hvdlm: error: {where}: {error}")
     except Exception:
         if communicator.size == 1:
             raise

@@ -20,9 +20,8 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, start)
-        self._file = self._path.open(
-            "ab", buffering=0
-        )  # unbuffered: an error of a full disk must not be raised again by close()
+        # Unbuffered: close() must not raise the error of a full disk again
+        self._file = self._path.open("ab", buffering=0)
         self._view = view
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -24,7 +24,7 @@ class StepMetrics:
         self._communicator, self._device = communicator, device
         self._precision, self._flops_per_token = precision, flops_per_token
         self._peak_flops: float | None = None
-        self._is_peak_known = False
+        self._has_looked_up_peak = False
         self._clear()
 
     def _clear(self) -> None:
@@ -32,7 +32,7 @@ class StepMetrics:
         self._timers: list[StepTimer] = []
 
     def add(self, step_seconds: float, timer: StepTimer, codec_seconds: float) -> None:
-        """One step: its seconds, their phases, and the seconds in codecs, which run beside the phases."""
+        """One step: its seconds, their phases, and the seconds in codecs, which overlap the phases."""
         self._step_seconds += step_seconds
         self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
         self._codec_seconds += codec_seconds
@@ -44,8 +44,8 @@ class StepMetrics:
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
         steps = len(self._timers)
-        if not self._is_peak_known:  # between steps, when nothing else computes
-            self._peak_flops, self._is_peak_known = self._own_peak(), True
+        if not self._has_looked_up_peak:  # between steps, when nothing else computes
+            self._peak_flops, self._has_looked_up_peak = self._own_peak(), True
         seconds = [timer.seconds() for timer in self._timers]
         data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
         compute = self._step_seconds - data - exposed

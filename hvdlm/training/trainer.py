@@ -37,7 +37,7 @@ from hvdlm.training.step_metrics import StepMetrics
 
 
 class Totals(NamedTuple):
-    """What all ranks together contribute to a step."""
+    """Sums over all ranks for one step."""
 
     tokens: int  # targets that count
     stop: bool  # whether some rank asks to stop after this step
@@ -116,11 +116,14 @@ class Trainer:
             losses.append(loss.detach())
             timer.end_phase("forward")
             if number == len(micro_batches):
-                totals = self._start_sending(reduction, error)
+                totals = self._wait_for_totals(reduction, error)
+                self.sync.set_last_micro_batch()  # gradients are final from here on: buckets are reduced when ready
             # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
             (loss * (self.loss_scale.factor / self.nominal_tokens)).backward()
             timer.end_phase("backward")
-        totals = totals or self._start_sending(reduction, error)  # a rank without sequences sends zeros
+        if totals is None:  # this rank has no sequences, and contributes zeros
+            totals = self._wait_for_totals(reduction, error)
+            self.sync.set_last_micro_batch()
         self.sync.wait()
         timer.end_phase("wait")
 
@@ -159,13 +162,12 @@ class Trainer:
         counts = torch.tensor([tokens, int(stop_here), int(error is not None)])
         return self.communicator.all_reduce_async_(counts, ReduceOp.SUM)
 
-    def _start_sending(self, reduction: Work[Tensor], error: str | None) -> Totals:
-        """Lets gradients be sent from here on, unless some rank has no batch: then JobError on all ranks."""
+    def _wait_for_totals(self, reduction: Work[Tensor], error: str | None) -> Totals:
+        """The totals of all ranks. Raises JobError on all ranks if some rank could not read its part of the batch."""
         tokens, stops, errors = reduction.wait().tolist()
         if errors:
             raise_on_all_ranks(self.communicator, self.communicator.all_gather_object(error))
         self.timer.end_phase("wait")  # on a GPU, zero while it is busy with what the host has queued
-        self.sync.set_last_micro_batch()
         return Totals(tokens, stops > 0)
 
     def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:

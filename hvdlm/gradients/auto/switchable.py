@@ -1,4 +1,7 @@
-"""A codec that can be replaced by another between two steps, without losing its residual."""
+"""A codec that can be replaced by another between two steps, without losing its residual.
+
+For `auto`, and for a hierarchical job that finds a single node.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,8 @@ class SwitchableCodec(Codec):
         super().__init__(bucket, settings)
         self.name = name
         self._codec = codec_factory(name)(bucket, settings)
-        self._left_residual: Tensor | None = (
-            None  # of the codec before, where this one has none: added to the next step
-        )
+        # Of the codec before, if this one keeps none: it is added to the next step's gradients
+        self._left_residual: Tensor | None = None
 
     def switch_to(self, name: str) -> None:
         """Uses the codec called `name` from the next step on."""

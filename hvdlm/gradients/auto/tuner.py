@@ -1,14 +1,12 @@
 """Codec `auto`: measures the backward pass and the cost of each codec, and chooses the codec of every bucket.
 
-1. Measure. For some steps gradients are sent after the backward pass, so that nothing disturbs it while it is timed.
-Then
-   the cost of each codec is measured on buckets.
-2. Compare. The plan whose gradients are forecast to arrive soonest (forecast.py), and each codec by itself, in buckets
-of
-   the size that suits it, unless it is forecast to be far slower, are each used for some steps: their effect on the
-   backward pass, on each other and on the cores shows only there. The fastest plan is kept.
-3. Watch. Where the steps of the chosen plan become slower or faster than when it was compared, because a link has
-   changed, everything is measured anew.
+1. Measure. For some steps gradients are sent after the backward pass, so that nothing disturbs it while it is
+   timed. Then the cost of each codec is measured on buckets.
+2. Compare. The plan whose gradients are forecast to arrive soonest (forecast.py), and each codec by itself in
+   buckets of the size that suits it, unless it is forecast to be far slower, are used for some steps each: their
+   effect on the backward pass and on the cores shows only there. The fastest plan is kept.
+3. Watch. If steps of the chosen plan become slower or faster than they were in the comparison, because a link
+   has changed, everything is measured anew.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ ProbeBucket = Callable[[int, str], Cost]
 
 
 @dataclass
-class _Candidate:
+class _ComparedPlan:
     """A plan, and the seconds from the beginning of the backward pass until all gradients have arrived."""
 
     plan: CodecPlan
@@ -81,8 +79,8 @@ class CodecTuner:
         self._steps = -_WARM_UP_STEPS  # in the present phase
         self._watched_steps = _WATCHED_STEPS
         self._expected = 0.0  # seconds of the chosen plan
-        self._compared: list[_Candidate] = []  # empty outside the second phase
-        self._current = 0  # index of the candidate in use
+        self._compared: list[_ComparedPlan] = []  # empty outside the second phase
+        self._current = 0  # index of the plan in use
         self._durations: list[float] = []
         self._ready_times: list[list[float]] = []
         self._ready: list[Timestamp] = []
@@ -116,7 +114,7 @@ class CodecTuner:
         if self._is_measuring and self._steps == _MEASURED_STEPS:
             self._start_comparison(probe)
         elif self._compared and self._steps == _COMPARED_STEPS:
-            self._end_candidate()
+            self._end_compared()
         elif not self._is_measuring and not self._compared and self._steps == self._watched_steps:
             self._check_expected()
 
@@ -157,24 +155,24 @@ class CodecTuner:
             plan_costs = [costs[name](size) for name, size in zip(plan.names, plan_sizes, strict=True)]
             return finish_time(BackwardPass(ready, backward.end), plan_costs, shares_core)
 
-        candidates = [_Candidate(plan, forecast(plan)) for plan in plans]
-        latest = (1 + _FORECAST_ERROR) * min(each.forecast for each in candidates)
-        self._compared = [each for each in candidates if each.forecast <= latest]
-        forecasts = ", ".join(f"{each.plan} {_milliseconds(each.forecast)}" for each in candidates)
+        compared = [_ComparedPlan(plan, forecast(plan)) for plan in plans]
+        latest = (1 + _FORECAST_ERROR) * min(each.forecast for each in compared)
+        self._compared = [each for each in compared if each.forecast <= latest]
+        forecasts = ", ".join(f"{each.plan} {_milliseconds(each.forecast)}" for each in compared)
         self._log(f"the backward pass takes {_milliseconds(backward.end)}; gradients should arrive after: {forecasts}")
         self._is_measuring = False
-        self._use_candidate(0)
+        self._use_compared(0)
 
-    def _use_candidate(self, index: int) -> None:
+    def _use_compared(self, index: int) -> None:
         self._current = index
         self.plan = self._compared[index].plan
         self._start_phase(is_measuring=False)
         self._steps = -1
 
-    def _end_candidate(self) -> None:
+    def _end_compared(self) -> None:
         self._compared[self._current].measured = self._slowest_median()
         if self._current + 1 < len(self._compared):
-            self._use_candidate(self._current + 1)
+            self._use_compared(self._current + 1)
             return
         fastest = min(self._compared, key=lambda each: each.measured)
         # Of plans that are next to nothing slower, the one that loses least; a plan of several codecs counts as fastest

@@ -1,9 +1,9 @@
 """What block codecs share: how a bucket is split into blocks, which rank sends which blocks where, and residuals.
 
 Among few ranks each sends its blocks to all. Among more, each rank owns a part of the blocks: the others send it theirs
-of that part, it adds them to its own gradients there, encodes the sum and sends that to all. So a rank sends 2 n
-(P-1)/P bytes, not n (P-1), and a sum is encoded twice for any number of ranks. What the second encoding drops stays in
-the residual of the owner. Biases and other small tensors are sent as float32, with the blocks.
+of that part, it adds them to its own gradients there, encodes the sum and sends that to all. So of P ranks, whose
+encoded buckets have n bytes, each sends 2 n (P-1)/P bytes, not n (P-1), and a sum is encoded twice. What the second
+encoding drops stays in the residual of the owner. Biases and other small tensors are sent as float32, with the blocks.
 
 Over all ranks, delivered + residuals = gradients + old residuals, up to the rounding of float32 additions of several
 ranks' numbers.
@@ -90,7 +90,7 @@ def split_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
     ]
 
 
-class BlockCoding(ABC):
+class BlockEncoding(ABC):
     """How the blocks of a part are encoded. `message` is uint8, of `nbytes(part)` bytes or more."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class BlockCoding(ABC):
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
         """Encodes the blocks of `gradients` + `residual` into `message`, and leaves their error in `residual`.
 
-        `gradients` is overwritten by the old residual, so that the step can be undone.
+        `gradients` then holds a copy of the old residual, by which `_decode` restores it if the step is not applied.
         """
 
     @abstractmethod
@@ -114,7 +114,7 @@ class BlockCoding(ABC):
 
 
 class BlockwiseCodec(Codec):
-    """Keeps a residual, and sums blocks by the `BlockCoding` of a subclass."""
+    """Keeps a residual, and sums blocks by the `BlockEncoding` of a subclass."""
 
     # Up to this number of ranks, all-gather; beyond, owners of parts.
     most_ranks_of_all_gather: int
@@ -129,38 +129,38 @@ class BlockwiseCodec(Codec):
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}
 
-    def reduce_by_(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
+    def reduce_by_(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         """Replaces `gradients` by the sum of all ranks' decoded gradients."""
         if not self.settings.error_feedback:
             self._residual.zero_()
         if exchange.size <= self.most_ranks_of_all_gather:
-            self._reduce_by_all_gather(coding, gradients, exchange)
+            self._reduce_by_all_gather(encoding, gradients, exchange)
         else:
-            self._reduce_by_owners(coding, gradients, exchange)
+            self._reduce_by_owners(encoding, gradients, exchange)
 
-    def _reduce_by_all_gather(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
+    def _reduce_by_all_gather(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         (bucket,) = self._split(1)
-        message = self._encode(coding, bucket, _nbytes(coding, bucket), gradients)
-        self._decode(coding, [bucket] * exchange.size, exchange.all_gather(message), gradients)
+        message = self._encode(encoding, bucket, _nbytes(encoding, bucket), gradients)
+        self._decode(encoding, [bucket] * exchange.size, exchange.all_gather(message), gradients)
 
-    def _reduce_by_owners(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
+    def _reduce_by_owners(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         parts = self._split(exchange.size)
         own = parts[exchange.rank]
-        nbytes = max(_nbytes(coding, part) for part in parts)
+        nbytes = max(_nbytes(encoding, part) for part in parts)
         unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
-        messages = [unused if part is own else self._encode(coding, part, nbytes, gradients) for part in parts]
+        messages = [unused if part is own else self._encode(encoding, part, nbytes, gradients) for part in parts]
         for rank, message in enumerate(exchange.all_to_all(messages)):
             if rank != exchange.rank:
-                _add(coding, own, message, gradients)
-        own_sum = self._encode(coding, own, nbytes, gradients)
-        self._decode(coding, parts, exchange.all_gather(own_sum), gradients)
+                _add(encoding, own, message, gradients)
+        own_sum = self._encode(encoding, own, nbytes, gradients)
+        self._decode(encoding, parts, exchange.all_gather(own_sum), gradients)
 
     def _split(self, count: int) -> list[Part]:
         if len(self._parts) != count:
             self._parts = split_into_parts(self.bucket, self._block, count)
         return self._parts
 
-    def _encode(self, coding: BlockCoding, part: Part, nbytes: int, gradients: Tensor) -> Tensor:
+    def _encode(self, encoding: BlockEncoding, part: Part, nbytes: int, gradients: Tensor) -> Tensor:
         """This rank's message about a part, whose old residual lies in `gradients` from here to `_decode`."""
         message = gradients.new_zeros(nbytes, dtype=torch.uint8)
         dense, blocks = _sections(part, message)
@@ -168,28 +168,28 @@ class BlockwiseCodec(Codec):
         torch.add(gradients[part.dense], residual, out=dense)
         gradients[part.dense] = residual
         self._residual[part.dense] = 0
-        coding.encode(part, gradients, self._residual, blocks)
+        encoding.encode(part, gradients, self._residual, blocks)
         return message
 
     def _decode(
-        self, coding: BlockCoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor
+        self, encoding: BlockEncoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor
     ) -> None:
         """Replaces `gradients` by the sum of the messages in order, or, if one of them is not finite, by NaN.
 
-        A step with NaN is skipped, so all ranks then restore the residuals that they had before it.
+        A step with NaN is not applied, so all ranks then restore the residuals that they had before it.
         """
-        if all(_is_finite(coding, part, message) for part, message in zip(parts, messages, strict=True)):
+        if all(_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)):
             gradients.zero_()
             for part, message in zip(parts, messages, strict=True):
-                _add(coding, part, message, gradients)
+                _add(encoding, part, message, gradients)
             return
         self._residual.copy_(gradients)
         gradients.fill_(math.nan)
 
 
-def _nbytes(coding: BlockCoding, part: Part) -> int:
+def _nbytes(encoding: BlockEncoding, part: Part) -> int:
     """Bytes of a message about a part, a multiple of 4: several in one tensor all start aligned for float32."""
-    return -(-(4 * len(part.dense) + coding.nbytes(part)) // 4) * 4
+    return -(-(4 * len(part.dense) + encoding.nbytes(part)) // 4) * 4
 
 
 def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +198,12 @@ def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
     return message[:length].view(torch.float32), message[length:]
 
 
-def _is_finite(coding: BlockCoding, part: Part, message: Tensor) -> bool:
+def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> bool:
     dense, blocks = _sections(part, message)
-    return bool(dense.isfinite().all()) and coding.is_finite(part, blocks)
+    return bool(dense.isfinite().all()) and encoding.is_finite(part, blocks)
 
 
-def _add(coding: BlockCoding, part: Part, message: Tensor, gradients: Tensor) -> None:
+def _add(encoding: BlockEncoding, part: Part, message: Tensor, gradients: Tensor) -> None:
     dense, blocks = _sections(part, message)
     gradients.index_add_(0, part.dense, dense)
-    coding.add(part, blocks, gradients)
+    encoding.add(part, blocks, gradients)

@@ -1,7 +1,8 @@
 """Codecs `fp16` and `bf16`: half as many bits for each number.
 
-On our ring each segment has a scale of its own, so no finite gradient overflows or vanishes beside its neighbours, and
-sums are float32. Where there is no ring the engine sums numbers of that type, scaled so that no sum overflows.
+On our ring each segment has a scale of its own, so that no finite gradient overflows and the whole range of the type
+lies below the largest magnitude of the segment; sums are float32. Where there is no ring the engine sums numbers of
+that type, scaled so that no sum overflows.
 
 Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU, which add, round and subtract
 in one pass over memory, and PyTorch operations for other devices. Numba has no 16-bit floats on CPUs, so the loops
@@ -34,7 +35,7 @@ _SCALE_BYTES = 4
 _TOP = 2.0**15
 
 
-class ScaledCast:
+class CastEncoding:
     """A segment as a float32 scale, a power of two, then its numbers in a smaller type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -51,9 +52,8 @@ class ScaledCast:
 
     def decode(self, message: Tensor, values: Tensor) -> None:
         scale = float(message[:_SCALE_BYTES].view(torch.float32))
-        widen(
-            self._numbers(message, len(values)), 1 / scale if scale else math.nan, values
-        )  # no encoder writes scale 0
+        factor = 1 / scale if scale else math.nan  # no encoder writes scale 0
+        widen(self._numbers(message, len(values)), factor, values)
 
     def _numbers(self, message: Tensor, length: int) -> Tensor:
         return message[_SCALE_BYTES:].view(self._dtype)[:length]
@@ -65,7 +65,7 @@ class Cast(Codec):
     def __init__(self, dtype: torch.dtype, bucket: Bucket, settings: CompressionSection) -> None:
         super().__init__(bucket, settings)
         self._dtype = dtype
-        self._encoding = ScaledCast(dtype)
+        self._encoding = CastEncoding(dtype)
         self._residual = Residual(bucket, settings.error_feedback)
         if bucket.buffer.is_cpu:
             compile_for_cpu()
@@ -137,10 +137,10 @@ def compile_for_cpu() -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
-def _add_residual(values: np.ndarray, errors: np.ndarray) -> np.float32:
-    if len(errors):
+def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
+    if len(residual):
         for index in range(len(values)):
-            values[index] += errors[index]
+            values[index] += residual[index]
     largest = np.int32(0)
     bits = values.view(np.int32)
     for index in range(len(bits)):

@@ -76,7 +76,8 @@ class Residual:
 def reduce_dense_(gradients: Tensor, residual: Tensor, exchange: Exchange) -> None:
     """Replaces `gradients` by their dense sum, to which this rank adds its whole `residual`.
 
-    Where the residual is zero, the result is bit for bit the dense sum.
+    Where the residual is zero, the result is bit for bit the dense sum. Afterwards it is zero, unless the sum is not
+    finite.
     """
     has_residual = bool(residual.any())
     if has_residual:

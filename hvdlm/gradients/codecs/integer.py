@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockCoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -41,21 +41,21 @@ _NIBBLE_OFFSET = 8
 class Integer(BlockwiseCodec):
     """Sends large matrices as integers of a few bits, and biases and other small tensors as float32."""
 
-    # Among two ranks both send as much; from three on all-gather sends more.
+    # Among two ranks all-gather and owners of parts send as much; among more all-gather sends more.
     most_ranks_of_all_gather = 2
 
     def __init__(self, bits: int, bucket: Bucket, settings: CompressionSection) -> None:
         """`bits`: 4 or 8."""
         super().__init__(bucket, settings, LONGEST_BLOCK)
-        self._coding = _Rounded(bits)
+        self._encoding = _IntegerEncoding(bits)
         if bucket.buffer.is_cpu:
             compile_for_cpu(bits)
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
-        self.reduce_by_(self._coding, gradients, exchange)
+        self.reduce_by_(self._encoding, gradients, exchange)
 
 
-class _Rounded(BlockCoding):
+class _IntegerEncoding(BlockEncoding):
     """A float32 scale for each block, then integers."""
 
     def __init__(self, bits: int) -> None:
@@ -138,12 +138,12 @@ def _round_blocks(
     for span in range(len(spans)):
         end = spans[span, 1]
         for start in range(spans[span, 0], end, block):
-            gradient = gradients[start : min(start + block, end)]
+            gradient_block = gradients[start : min(start + block, end)]
             residual_block = residual[start : min(start + block, end)]
             largest = np.int32(0)
             for index in range(len(residual_block)):
-                intended = np.float32(gradient[index] + residual_block[index])
-                gradient[index] = residual_block[index]
+                intended = np.float32(gradient_block[index] + residual_block[index])
+                gradient_block[index] = residual_block[index]
                 residual_block[index] = intended
                 # Over integers, whose maximum does not depend on the order of comparison: the loop is vectorised
                 largest = max(largest, np.int32(intended.view(np.int32) & _MAGNITUDE))
@@ -225,9 +225,9 @@ def round_blocks_with_torch(
 ) -> None:
     """`round_blocks` on any device."""
     for start, stop, length, blocks, codes in _runs(part, bits):
-        gradient, residual_block = gradients[start:stop], residual[start:stop]
-        intended = gradient + residual_block
-        gradient.copy_(residual_block)
+        gradient_block, residual_block = gradients[start:stop], residual[start:stop]
+        intended = gradient_block + residual_block
+        gradient_block.copy_(residual_block)
         rows = intended.view(-1, length)  # (blocks, length)
         largest = rows.abs().amax(1, keepdim=True)
         is_finite = largest < 2.0**127

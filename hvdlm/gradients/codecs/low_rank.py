@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A vector of whose squared length at most this share is left after orthogonalisation depends on the vectors before it.
+# A vector that keeps at most this share of its squared length is linearly dependent on those before it.
 _NEGLIGIBLE = 2.0**-32
 
 # Rows that are added to the right vectors in one pass over these.
@@ -99,7 +99,7 @@ def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
 
 
 def set_directions(basis: Tensor, rights: Tensor) -> None:
-    """Sets each vector of `basis` (n, columns) to that of `rights` over its length, unless that is zero."""
+    """Sets each vector of `basis` (n, columns) to the direction of that of `rights`, unless that is zero."""
     lengths = torch.linalg.vector_norm(rights.double(), dim=1, keepdim=True)
     basis.copy_(torch.where(lengths > 0, rights / lengths, basis))
 
@@ -129,17 +129,17 @@ def _multiply(
 ) -> None:
     for matrix in range(len(layout)):
         start, rows, columns, left, right = layout[matrix]
-        line = np.empty(columns, np.float32)
+        sum_row = np.empty(columns, np.float32)
         for row in range(rows):
-            gradient = gradients[start + row * columns : start + (row + 1) * columns]
-            residual_part = residual[start + row * columns : start + (row + 1) * columns]
+            gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+            residual_row = residual[start + row * columns : start + (row + 1) * columns]
             for column in range(columns):
-                line[column] = gradient[column] + residual_part[column]
+                sum_row[column] = gradient_row[column] + residual_row[column]
             for which in range(matrix_rank):
                 vector = rights[right + which * columns : right + (which + 1) * columns]
                 total = np.float32(0)
                 for column in range(columns):
-                    total += line[column] * vector[column]
+                    total += sum_row[column] * vector[column]
                 lefts[left + which * rows + row] = total
 
 
@@ -155,21 +155,21 @@ def _multiply_transposed(
     rights[:] = 0
     for matrix in range(len(layout)):
         start, rows, columns, left, right = layout[matrix]
-        lines = np.zeros((_STRIP, columns), np.float32)
+        strip = np.zeros((_STRIP, columns), np.float32)
         factors = np.zeros((matrix_rank, _STRIP), np.float32)
         for top in range(0, rows, _STRIP):
             height = min(_STRIP, rows - top)
-            factors[:, height:] = 0  # the last strip may have fewer rows: its other lines are left from the one before
-            for line_index in range(height):
-                row = top + line_index
-                gradient = gradients[start + row * columns : start + (row + 1) * columns]
-                residual_part = residual[start + row * columns : start + (row + 1) * columns]
-                line = lines[line_index]
+            factors[:, height:] = 0  # the last strip may have fewer rows: its other strip are left from the one before
+            for offset in range(height):
+                row = top + offset
+                gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+                residual_row = residual[start + row * columns : start + (row + 1) * columns]
+                sum_row = strip[offset]
                 for column in range(columns):
-                    line[column] = gradient[column] + residual_part[column]
+                    sum_row[column] = gradient_row[column] + residual_row[column]
                 for which in range(matrix_rank):
-                    factors[which, line_index] = lefts[left + which * rows + row]
-            first, second, third, fourth = lines[0], lines[1], lines[2], lines[3]
+                    factors[which, offset] = lefts[left + which * rows + row]
+            first, second, third, fourth = strip[0], strip[1], strip[2], strip[3]
             for which in range(matrix_rank):
                 a, b, c, d = factors[which, 0], factors[which, 1], factors[which, 2], factors[which, 3]
                 vector = rights[right + which * columns : right + (which + 1) * columns]
@@ -190,18 +190,18 @@ def _reconstruct(
     for matrix in range(len(layout)):
         start, rows, columns, left, right = layout[matrix]
         for row in range(rows):
-            gradient = gradients[start + row * columns : start + (row + 1) * columns]
-            residual_part = residual[start + row * columns : start + (row + 1) * columns]
+            gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+            residual_row = residual[start + row * columns : start + (row + 1) * columns]
             for column in range(columns):
-                residual_part[column] += gradient[column]
-                gradient[column] = 0
+                residual_row[column] += gradient_row[column]
+                gradient_row[column] = 0
             for which in range(matrix_rank):
                 factor = lefts[left + which * rows + row]
                 own = own_rights[right + which * columns : right + (which + 1) * columns]
                 total = rights[right + which * columns : right + (which + 1) * columns]
                 for column in range(columns):
-                    residual_part[column] -= factor * own[column]
-                    gradient[column] += factor * total[column]
+                    residual_row[column] -= factor * own[column]
+                    gradient_row[column] += factor * total[column]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -241,8 +241,9 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 def multiply_with_torch(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Tensor, lefts: Tensor) -> None:
     """`multiply` on any device."""
     vectors = zip(matrices.split_rights(rights), matrices.split_lefts(lefts), strict=True)
-    for (gradient, residual_part), (right, left) in zip(matrices.split(gradients, residual), vectors, strict=True):
-        torch.mm(right, (gradient + residual_part).t(), out=left)
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (right, left) in parts:
+        torch.mm(right, (gradient_matrix + residual_matrix).t(), out=left)
 
 
 def multiply_transposed_with_torch(
@@ -250,8 +251,9 @@ def multiply_transposed_with_torch(
 ) -> None:
     """`multiply_transposed` on any device."""
     vectors = zip(matrices.split_lefts(lefts), matrices.split_rights(rights), strict=True)
-    for (gradient, residual_part), (left, right) in zip(matrices.split(gradients, residual), vectors, strict=True):
-        torch.mm(left, gradient + residual_part, out=right)
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (left, right) in parts:
+        torch.mm(left, gradient_matrix + residual_matrix, out=right)
 
 
 def reconstruct_with_torch(
@@ -261,9 +263,10 @@ def reconstruct_with_torch(
     vectors = zip(
         matrices.split_lefts(lefts), matrices.split_rights(own_rights), matrices.split_rights(rights), strict=True
     )
-    for (gradient, residual_part), (left, own, total) in zip(matrices.split(gradients, residual), vectors, strict=True):
-        residual_part.add_(gradient).addmm_(left.t(), own, alpha=-1)
-        torch.mm(left.t(), total, out=gradient)
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (left, own, total) in parts:
+        residual_matrix.add_(gradient_matrix).addmm_(left.t(), own, alpha=-1)
+        torch.mm(left.t(), total, out=gradient_matrix)
 
 
 def orthonormalise_with_torch(matrices: Matrices, lefts: Tensor) -> None:

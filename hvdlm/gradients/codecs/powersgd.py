@@ -1,7 +1,7 @@
 """Codec `powersgd`: each matrix of gradients is sent as a low-rank approximation (Vogels et al., NeurIPS 2019).
 
-Algorithm 1, for the matrix M_i (m x n) of rank i and r = `compression.matrix_rank` vectors Q (n x r), equal on all
-ranks:
+Algorithm 1, where M_i (m x n) belongs to process i, and Q (n x r) are r = `compression.matrix_rank` vectors, equal on
+all processes:
 
     P = orthonormalised sum over i of M_i Q         first message
     Q_i = M_i^T P,  Q = sum over i of Q_i           second message
@@ -11,7 +11,7 @@ which is r (m + n) numbers instead of m n. The next step starts from Q (warm sta
 sum of gradients, whose largest singular vectors change slowly. All matrices of a bucket are sent together; biases,
 normalisation weights and matrices that would not get smaller are sent as float32, with the first message.
 
-Error feedback (algorithm 2): M_i is the sum of rank i's gradient and old residual, and its new residual is M_i - P
+Error feedback (algorithm 2): M_i is the sum of process i's gradient and old residual, and its new residual is M_i - P
 Q_i^T = (1 - P P^T) M_i. Over all ranks residuals + delivered = sum M_i - P (sum Q_i)^T + P Q^T = sum M_i for any P, up
 to the rounding of float32, on one rank too.
 """
@@ -82,7 +82,7 @@ class PowerSGD(Codec):
             exchange.all_reduce_(self._rights)
             is_finite = bool(self._rights.isfinite().all())
         if not is_finite:
-            gradients.fill_(math.nan)  # all ranks see it: the step is skipped, and residuals stay as they were
+            gradients.fill_(math.nan)  # all ranks see it: the step is not applied, and residuals stay as they were
             return
         reconstruct(matrices, gradients, residual, self._lefts, self._own_rights, self._rights)
         gradients[self._dense] = dense

@@ -26,11 +26,11 @@ from torch import Tensor
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast
-from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockCoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import reduce_dense_
 from hvdlm.gradients.exchange import Exchange
 
-_FP16 = cast.ScaledCast(torch.float16)
+_FP16 = cast.CastEncoding(torch.float16)
 
 # Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity.
 _MAGNITUDE = 0x7FFFFFFF
@@ -57,7 +57,7 @@ class TopK(BlockwiseCodec):
         if kept == self._block:
             reduce_dense_(gradients, self._residual, exchange)
         else:
-            self.reduce_by_(_Largest(kept), gradients, exchange)
+            self.reduce_by_(_TopKEncoding(kept), gradients, exchange)
 
     def _kept_at(self, step: int) -> int:
         """Elements of a block to send: all for `compression.warmup_steps`, then exponentially fewer for as many."""
@@ -66,7 +66,7 @@ class TopK(BlockwiseCodec):
         return max(self._kept, round(self._block * math.pow(self.settings.density, progress)))
 
 
-class _Largest(BlockCoding):
+class _TopKEncoding(BlockEncoding):
     """The elements of largest magnitude of each block: values as fp16 with their scale, then indices."""
 
     def __init__(self, kept: int) -> None:
@@ -153,11 +153,11 @@ def _choose(
     for span in range(len(spans)):
         end = spans[span, 1]
         for start in range(spans[span, 0], end, block):
-            gradient = gradients[start : min(start + block, end)]
+            gradient_block = gradients[start : min(start + block, end)]
             residual_block = residual[start : min(start + block, end)]
             for index in range(len(residual_block)):
-                intended = np.float32(gradient[index] + residual_block[index])
-                gradient[index] = residual_block[index]
+                intended = np.float32(gradient_block[index] + residual_block[index])
+                gradient_block[index] = residual_block[index]
                 residual_block[index] = intended
                 magnitude = np.int64(intended.view(np.int32) & _MAGNITUDE)
                 keys[index] = magnitude * LONGEST_BLOCK + _LAST_INDEX - index
@@ -191,9 +191,9 @@ def choose_with_torch(
 ) -> None:
     """`choose` on any device, into `values` and `indices`."""
     for start, stop, length, entries in _runs(part, kept):
-        gradient, residual_block = gradients[start:stop], residual[start:stop]
-        intended = gradient + residual_block
-        gradient.copy_(residual_block)
+        gradient_block, residual_block = gradients[start:stop], residual[start:stop]
+        intended = gradient_block + residual_block
+        gradient_block.copy_(residual_block)
         residual_block.copy_(intended)
         rows = intended.view(-1, length)  # (blocks, length)
         descending = torch.arange(_LAST_INDEX, _LAST_INDEX - length, -1, device=rows.device)
