@@ -113,7 +113,7 @@ class Cluster:
 
 
 class SharedCluster:
-    """Two hosts of four slots, with Slurm where there is one: started at first use, and anew when a test has spoilt it."""
+    """Two hosts of four slots, with Slurm where it is installed; a new one once a test has left it changed."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: for the fabric's state."""
