@@ -28,7 +28,7 @@ pytestmark = pytest.mark.needs_root
 def doctor(cluster: Cluster, launcher: str, ranks: int, *words: str, **extra: str) -> Result:
     options = {
         "mpirun": ["--hostfile", str(cluster.hostfile), "--map-by", "node", "-x", "PATH", "--bind-to", "none"],
-        GLOO: ["--hostfile", str(cluster.hostfile)] if ranks > 2 else ["-H", "h1:1,h2:1"],
+        GLOO: ["-H", f"h1:{ranks // 2},h2:{ranks // 2}"],
     }[launcher]
     return cluster.run("h1", [*launcher.split(), "-np", str(ranks), *options, "hvdlm", "doctor", *words], extra=extra)
 
