@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +13,14 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from jobs import SETTINGS, assert_same_curve, losses, records, train
+from jobs import SETTINGS, assert_same_curve, losses
 from launcher import BIN, Result, environment
 from small_study import write_study
 
+from hvdlm.cluster.fabric import programs
 from hvdlm.scaling.point import read_points
+
+pytestmark = pytest.mark.needs_slurm
 
 
 class Queue:
@@ -26,6 +28,7 @@ class Queue:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self._inside_h1 = programs.enter(cluster.first_process("h1"), ["net", "uts", "mount", "pid"])
 
     def command(self, *words: str, host: str = "h1") -> Result:
         """Runs a command in a host, and lets whatever it has started live on."""
@@ -35,13 +38,17 @@ class Queue:
         )
         return Result(done.returncode, done.stdout)
 
-    def ask(self, *words: str, host: str = "h1") -> str:
+    def run(self, *words: str, host: str = "h1") -> str:
         result = self.command(*words, host=host)
         assert result.status == 0, result.output
         return result.output.strip()
 
+    def ask(self, *words: str) -> str:
+        """A short question to Slurm, or an order."""
+        return programs.run(*self._inside_h1, *words).strip()
+
     def sbatch(self, job: Path) -> str:
-        return self.ask("sbatch", "--parsable", str(job / "job.sh"))
+        return self.run("sbatch", "--parsable", str(job / "job.sh"))
 
     def state(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -50,30 +57,32 @@ class Queue:
 
     def wait(self, number: str, deadline: float) -> dict[str, str]:
         """The state in which a job has left the queue, for good."""
-        end = time.monotonic() + deadline
-        while self.ask("squeue", "--noheader", "--jobs", number):
-            assert time.monotonic() < end, f"job {number} is still in the queue"
-            time.sleep(1)
+        wait_for(lambda: not self.ask("squeue", "--noheader", "--jobs", number), deadline, f"end of job {number}")
         return self.state(number)
 
 
-@pytest.fixture(scope="module")
-def queue(start_cluster: Callable[..., Cluster]) -> Queue:
-    return Queue(start_cluster(2, 2, "--slurm"))
+def wait_for(condition: Callable[[], bool], deadline: float, what: str) -> None:
+    """Waits until a condition holds; fails after `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {deadline:g} s"
+        time.sleep(0.1)
 
 
-@pytest.fixture(autouse=True)
-def nothing_left(queue: Queue) -> Iterator[None]:
-    """No job, and no process of one, outlives its test."""
-    yield
+@pytest.fixture
+def queue(cluster: Cluster) -> Iterator[Queue]:
+    """Slurm with all nodes idle; no job outlives its test."""
+    queue = Queue(cluster)
+    wait_for(lambda: queue.ask("sinfo", "--noheader", "--format", "%T") == "idle", 60, "idle nodes")
+    yield queue
     queue.ask("scancel", "--user=root")
-    assert queue.cluster.end_jobs() == []
+    wait_for(lambda: not queue.ask("squeue", "--noheader"), 60, "empty queue")
 
 
 def write(data: Path, run_dir: Path, *options: str, **overrides: object) -> Path:
     """`hvdlm slurm` for one rank on each of two nodes; `overrides` have `__` for the dot. Returns its directory."""
     config = run_dir.with_name("empty.toml")
-    config.touch()
+    config.write_text("")
     settings = {**SETTINGS, "data.path": data, "train.run_dir": run_dir}
     settings.update({name.replace("__", "."): value for name, value in overrides.items()})
     words = [str(BIN / "hvdlm"), "slurm", str(config), "--nodes", "2", "--ranks-per-node", "1", *options]
@@ -90,31 +99,26 @@ def edit(job: Path, old: str, new: str) -> None:
 
 
 def log(job: Path, number: str) -> str:
-    return (job / f"slurm-{number}.out").read_text()
+    """What a job has said so far."""
+    file = job / f"slurm-{number}.out"
+    return file.read_text() if file.exists() else ""
 
 
 @contextmanager
 def no_ssh(queue: Queue) -> Iterator[None]:
     """As on many clusters: the second host lets nobody in."""
-    queue.ask("mount", "--bind", "/dev/null", "/etc/ssh/authorized_keys", host="h2")
+    queue.run("mount", "--bind", "/dev/null", "/etc/ssh/authorized_keys", host="h2")
     try:
         assert queue.command("ssh", "-o", "BatchMode=yes", "h2", "true").status == 255
         yield
     finally:
-        queue.ask("umount", "/etc/ssh/authorized_keys", host="h2")
-
-
-@pytest.fixture(scope="module")
-def expected(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The curve of one process alone."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    result = train("none", 1, small_data, run_dir, train__steps=20)
-    assert result.status == 0, result.output
-    return losses(run_dir)
+        queue.run("umount", "/etc/ssh/authorized_keys", host="h2")
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "srun", "horovodrun"])
-def test_launchers(launcher: str, queue: Queue, small_data: Path, tmp_path: Path, expected: dict[int, float]) -> None:
+def test_launchers(
+    launcher: str, queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
+) -> None:
     run_dir = tmp_path / "a run"
     job = write(small_data, run_dir, "--launcher", launcher, train__steps=20)
     if launcher == "horovodrun":
@@ -128,34 +132,40 @@ def test_launchers(launcher: str, queue: Queue, small_data: Path, tmp_path: Path
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output
     assert "2 ranks on 2 nodes" in output
     assert output.endswith("hvdlm: done: the newest checkpoint is of step 20\n")
-    assert_same_curve(losses(run_dir), expected, relative=1e-4)
+    assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
 
 
-# Steps long enough that a start of twenty seconds holds few of them.
+# Steps so long that a signal comes within a few of them
 SLOW = {"model__layers": 4, "model__width": 128, "model__context_length": 128, "train__micro_batch_size": 16}
 
 
-@pytest.mark.timeout(700)  # on a busy machine there are more starts
+def steps_done(run_dir: Path) -> int:
+    return max(losses(run_dir), default=0) if (run_dir / "metrics.jsonl").exists() else 0
+
+
 def test_longer_than_its_limit(queue: Queue, small_data: Path, tmp_path: Path) -> None:
-    """Asked to stop 40 s before a limit of one minute, for a training of 40 s: three starts or more, and one curve."""
-    timing = tmp_path / "timing"
-    assert train("mpirun", 2, small_data, timing, train__steps=10, **SLOW).status == 0
-    steps = round(40 / statistics.median(float(str(record["step_seconds"])) for record in records(timing)))
+    """A limit that is made shorter in two starts of three, and one curve, the same bit for bit as without."""
+    steps = 40
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     job = write(small_data, whole, "--time", "30", train__steps=steps, **SLOW)
+    undisturbed = queue.sbatch(job)
+    job = write(small_data, parts, "--time", "30", "--sbatch=--signal=B:USR1@119", train__steps=steps, **SLOW)
     number = queue.sbatch(job)
-    assert queue.wait(number, 200)["JobState"] == "COMPLETED", log(job, number)
-
-    job = write(small_data, parts, "--time", "1", "--sbatch=--signal=B:USR1@40", train__steps=steps, **SLOW)
-    number = queue.sbatch(job)
-    state = queue.wait(number, 450)
+    for start in (1, 2):
+        wait_for(lambda: f"start {start} of job {number}, from step " in log(job, number), 100, f"start {start}")  # noqa: B023
+        before = steps_done(parts)
+        wait_for(lambda: steps_done(parts) >= before + 2, 100, "steps")  # noqa: B023
+        queue.ask("scontrol", "update", f"JobId={number}", "TimeLimit=2")
+        queue.ask("scancel", "--batch", "--signal=USR1", number)  # as Slurm does from 119 s before the limit on
+        wait_for(lambda: queue.state(number)["JobState"] == "PENDING", 100, "requeued job")
+        queue.ask("scontrol", "update", f"JobId={number}", "TimeLimit=30")
+    state = queue.wait(number, 150)
     output = log(job, number)
-    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output
-    starts = output.count(f" of job {number}, from step ")
-    assert starts >= 3, output
-    assert int(state["Restarts"]) == starts - 1
-    assert output.count("back into the queue") == starts - 1
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "2"), output
+    assert output.count(f" of job {number}, from step ") == 3, output
+    assert output.count("back into the queue") == 2
     assert output.endswith(f"hvdlm: done: the newest checkpoint is of step {steps}\n")
+    assert queue.wait(undisturbed, 150)["JobState"] == "COMPLETED", log(whole.with_name("whole.slurm"), undisturbed)
     assert losses(parts) == losses(whole)
     assert len(losses(parts)) == steps
     last = [run_dir / "checkpoints" / f"step_{steps:08d}" / "model.safetensors" for run_dir in (whole, parts)]
@@ -168,14 +178,11 @@ def test_ranks_that_are_asked_before_they_are_ready(queue: Queue, small_data: Pa
     job = write(small_data, tmp_path / "run", *options, train__steps=100_000, **SLOW)
     edit(job, "horovodrun -np", "horovodrun --gloo -np")
     number = queue.sbatch(job)
-    deadline = time.monotonic() + 150
     again = re.compile(rf"start 2 of job {number}, from step (\d+);")
-    while not (job / f"slurm-{number}.out").exists() or not again.search(log(job, number)):
-        assert time.monotonic() < deadline, log(job, number)
-        time.sleep(0.5)
+    wait_for(lambda: again.search(log(job, number)) is not None, 150, "second start")
     queue.ask("scancel", number)
     output = log(job, number)
-    step = again.search(output)[1]  # type: ignore[index]
+    (step,) = again.findall(output)
     assert int(step) > 0
     assert f"stopped before the limit, from step 0 to {step}: back into the queue, to go on from there" in output
 
@@ -204,10 +211,7 @@ def test_cancelled(launcher: str, queue: Queue, small_data: Path, tmp_path: Path
     run_dir = tmp_path / "run"
     job = write(small_data, run_dir, "--launcher", launcher, train__steps=100000, log__every=1, **SLOW)
     number = queue.sbatch(job)
-    deadline = time.monotonic() + 60
-    while not (run_dir / "metrics.jsonl").exists() or len(losses(run_dir)) < 3:
-        assert time.monotonic() < deadline, log(job, number)
-        time.sleep(0.1)
+    wait_for(lambda: steps_done(run_dir) >= 3, 100, "steps")
     queue.ask("scancel", number)
     state = queue.wait(number, 60)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
@@ -229,7 +233,7 @@ def test_a_job_that_is_there_is_not_overwritten_and_can_be_submitted_again(
     refused = queue.command(*words)
     assert refused.status == 1
     assert f"{job} exists: submit the job in it by `sbatch {job}/job.sh`" in refused.output
-    accepted = queue.ask(*words, "--output", str(tmp_path / "other"))
+    accepted = queue.run(*words, "--output", str(tmp_path / "other"))
     number = accepted.partition("submitted as job ")[2].partition(";")[0]
     assert queue.wait(number, 60)["JobState"] == "COMPLETED", log(tmp_path / "other", number)
     again = queue.sbatch(job)
@@ -240,14 +244,18 @@ def test_a_job_that_is_there_is_not_overwritten_and_can_be_submitted_again(
     assert "invalid partition specified: gpu" in unknown.output
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
-def test_a_scaling_study_in_an_allocation(launcher: str, queue: Queue, small_data: Path, tmp_path: Path) -> None:
-    study = shlex.join(write_study(tmp_path, small_data, place="slurm", launcher=launcher))
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", [1, 2]), ("srun", [2])])
+def test_a_scaling_study_in_an_allocation(
+    launcher: str, ranks: list[int], queue: Queue, small_data: Path, tmp_path: Path
+) -> None:
+    study = shlex.join(write_study(tmp_path, small_data, place="slurm", launcher=launcher, ranks=ranks))
     job = f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --output={tmp_path}/slurm-%j.out\nexec {study}\n"
     (tmp_path / "job.sh").write_text(job)
     number = queue.sbatch(tmp_path)
     state = queue.wait(number, 180)
     assert state["JobState"] == "COMPLETED", log(tmp_path, number)
-    one, two = sorted(read_points(tmp_path / "small-strong"), key=lambda point: point.ranks)
-    assert (one.place.hosts, two.place.hosts) == (["h1"], ["h1", "h2"])
-    assert two.is_valid and two.place.launcher.startswith(launcher)
+    points = {point.ranks: point for point in read_points(tmp_path / "small-strong")}
+    assert {number: point.place.hosts for number, point in points.items()} == {
+        number: ["h1", "h2"][:number] for number in ranks
+    }
+    assert points[2].is_valid and points[2].place.launcher.startswith(launcher)
