@@ -6,8 +6,7 @@ import json
 import re
 import shlex
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cluster import Cluster
 from jobs import SETTINGS, assert_same_curve, losses
 from launcher import BIN, Result, environment
 from small_study import write_study
+from waiting import wait_for
 
 from hvdlm.cluster.fabric import programs
 from hvdlm.scaling.point import read_points
@@ -59,14 +59,6 @@ class Queue:
         """The state in which a job has left the queue, for good."""
         wait_for(lambda: not self.ask("squeue", "--noheader", "--jobs", number), deadline, f"end of job {number}")
         return self.state(number)
-
-
-def wait_for(condition: Callable[[], bool], deadline: float, what: str) -> None:
-    """Waits until a condition holds; fails after `deadline` seconds."""
-    end = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {deadline:g} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture
