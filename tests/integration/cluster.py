@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,7 +81,7 @@ class Cluster:
         """Waits `patience` seconds for the processes of all hosts to end; kills the rest and names them."""
         jobs = [job for host in self.hosts for job in self.fabric.jobs(host)]
         _, alive = psutil.wait_procs(jobs, timeout=patience)
-        names = [shlex.join(each.cmdline()) for each in alive if each.is_running()]
+        names = [textwrap.shorten(shlex.join(each.cmdline()), 200) for each in alive if each.is_running()]
         for process in alive:
             process.kill()
         return names
@@ -139,8 +141,9 @@ class SharedCluster:
         shape = cluster.shape()
         for host in cluster.hosts:
             for kind, before in self._shape[host].items():
-                if shape[host][kind] != before:
-                    left.append(f"{kind} of {host} are {shape[host][kind]} and were {before}")
+                new, gone = Counter(shape[host][kind]) - Counter(before), Counter(before) - Counter(shape[host][kind])
+                left += [f"{kind} of {host}: {each} is new" for each in new]
+                left += [f"{kind} of {host}: {each} is gone" for each in gone]
         if left:
             self.close()
         return left

@@ -156,9 +156,17 @@ def test_status_counts_what_runs(cluster: Cluster) -> None:
     assert cluster.end_jobs() == []
 
 
+@pytest.fixture
+def fabric(tmp_path: Path) -> Iterator[Fabric]:
+    """One that may be started, and is down after the test in any case."""
+    fabric = Fabric(tmp_path / "state")
+    yield fabric
+    fabric.down()
+
+
 @pytest.mark.needs_root
-def test_down_ends_what_it_started_also_after_a_crash(tmp_path: Path) -> None:
-    cluster = Cluster.start(tmp_path / "state", 2, 1)
+def test_down_ends_what_it_started_also_after_a_crash(fabric: Fabric) -> None:
+    cluster = Cluster.start(fabric.state, 2, 1)
     bystander = subprocess.Popen(["sleep", "60"])
     words = [str(BIN / "hvdlm"), "fabric", "--state", str(cluster.fabric.state)]
     # a job that has left its session and its parents, as daemons do
@@ -197,8 +205,7 @@ STAGES: dict[str, Callable[[Fabric], bool]] = {
 
 @pytest.mark.needs_root
 @pytest.mark.parametrize("stage", STAGES)
-def test_down_after_up_was_killed(stage: str, tmp_path: Path) -> None:
-    fabric = Fabric(tmp_path / "state")
+def test_down_after_up_was_killed(stage: str, fabric: Fabric) -> None:
     command = [sys.executable, str(DYING_UP), stage, "fabric", "--state", str(fabric.state), "up", "--hosts", "3"]
     up = subprocess.run(command, timeout=60)
     assert up.returncode == -signal.SIGKILL

@@ -176,7 +176,8 @@ def test_ranks_that_are_asked_before_they_are_ready(queue: Queue, small_data: Pa
     number = queue.sbatch(job)
     again = re.compile(rf"start 2 of job {number}, from step (\d+);")
     wait_for(lambda: again.search(log(job, number)) is not None, 150, "second start")
-    queue.ask("scancel", number)
+    queue.ask("scancel", "--batch", "--signal=TERM", number)  # to save and stop, however long that takes
+    assert queue.wait(number, 120)["ExitCode"] == "75:0", log(job, number)
     output = log(job, number)
     (step,) = again.findall(output)
     assert int(step) > 0
