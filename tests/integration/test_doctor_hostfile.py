@@ -316,6 +316,6 @@ def test_the_printed_lines_train(cluster: Cluster, small_data: Path, tmp_path: P
 @pytest.mark.parametrize("launcher", ["horovodrun --gloo", "mpirun --bind-to none"])
 def test_more_ranks_than_slots(cluster: Cluster, hosts: Path, launcher: str) -> None:
     words: Sequence[str] = [*launcher.split(), "-np", "5", "--hostfile", str(hosts), "hostname"]
-    result = cluster.run("h1", words, deadline=30)
+    result = cluster.run("h1", words, deadline=60)
     assert result.status != 0
     assert "slots" in result.output

@@ -73,7 +73,7 @@ def test_each_host_has_a_name_an_address_and_processes_of_its_own(cluster: Clust
 def test_ssh_reaches_every_host_from_every_host_without_a_question(cluster: Cluster) -> None:
     for origin in cluster.hosts:
         for target in cluster.hosts:
-            result = cluster.run(origin, ["ssh", "-o", "BatchMode=yes", target, "hostname"], deadline=20)
+            result = cluster.run(origin, ["ssh", "-o", "BatchMode=yes", target, "hostname"], deadline=60)
             assert (result.status, result.output) == (0, f"{target}\n")
 
 
@@ -95,7 +95,7 @@ def bandwidth(cluster: Cluster, megabytes: int) -> float:
         assert receiver.process.stdout is not None
         assert receiver.process.stdout.readline() == "listening\n"
         sent = run([*words[:-2], "h1", "--", sys.executable, "-c", SENDER, "h2", str(megabytes)], deadline=60)
-        receiver.finish(deadline=20)
+        receiver.finish(deadline=60)
     assert sent.status == 0, sent.output
     return float(sent.output)
 
@@ -131,7 +131,7 @@ def test_exit_status_directory_environment_and_signals_pass_through(cluster: Clu
         assert job.process.stdout is not None
         job.process.stdout.readline()
         job.process.send_signal(signal.SIGTERM)
-        assert job.finish(deadline=20).status == 9
+        assert job.finish(deadline=60).status == 9
     assert cluster.end_jobs() == []
 
 
