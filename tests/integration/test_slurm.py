@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import SETTINGS, assert_same_curve, losses
-from launcher import BIN, Result, environment
+from launcher import BIN, Result
 from small_study import write_study
 from waiting import wait_for
 
@@ -34,11 +34,7 @@ class Queue:
 
     def command(self, *words: str, host: str = "h1") -> Result:
         """Runs a command in a host, and lets whatever it has started live on."""
-        inside = self.cluster.inside(host, words)
-        done = subprocess.run(
-            inside, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
-        )
-        return Result(done.returncode, done.stdout)
+        return self.cluster.run(host, words, may_go_on=True)
 
     def run(self, *words: str, host: str = "h1") -> str:
         result = self.command(*words, host=host)
