@@ -1,11 +1,11 @@
-"""How fast tensors are summed over all ranks, from 4 bytes to 1 GB, by every way there is, each sum checked.
+"""The speed of all-reduce from 4 bytes to 1 GB, by every available implementation; each sum is checked.
 
     mpirun -np 2 --bind-to none python benchmarks/allreduce.py
     horovodrun --gloo -np 2 python benchmarks/allreduce.py --largest 64mb
     srun --mpi=pmix python benchmarks/allreduce.py --codecs topk powersgd
 
-Definitions are those of nccl-tests (doc/PERFORMANCE.md): algorithm bandwidth is bytes over seconds, bus bandwidth is
-that times 2 (n - 1) / n, which the rate of a link bounds whatever the number of ranks. README.md has the rest.
+Definitions are those of nccl-tests (doc/PERFORMANCE.md): algorithm bandwidth is bytes over seconds; bus bandwidth is
+that times 2 (n - 1) / n, which cannot exceed the rate of a link on any number of ranks. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.machine import describe_machine, describe_versions
-from common.results import write_results, write_text
-from common.script import absolute_path, run_script
+from common.conditions import describe_run
+from common.results import markdown_table, write_results, write_text
+from common.script import RESULTS, absolute_path, run_script
 from hvdlm.cluster.doctor.measure import AllReduce
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import connect, detect
 from hvdlm.errors import HvdlmError
 from hvdlm.training.hardware import choose_device, share_cores
-from study.collectives import Way, has_horovod, ways_of_engine, ways_of_ring
+from scaling.collectives import Way, has_horovod, ways_of_engine, ways_of_ring
 
-_WARM_UP = 2
-_FEWEST, _MOST = 5, 200  # iterations that count
-_SECONDS = 1.0  # of them together, about
-_PERIOD = 7  # of the integers that are summed
+_WARM_UP = 2  # iterations
+_MIN_ITERATIONS, _MAX_ITERATIONS = 5, 200
+_SECONDS = 1.0  # that the measured iterations take, about
+_PERIOD = 7  # of the repeating integers that are summed
 
 _UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one size; seconds are of the slowest rank in each iteration."""
+    """One implementation at one size. Percentiles are over iterations, in seconds of the slowest rank."""
 
     way: str
     dtype: str
@@ -52,13 +51,14 @@ class Row:
     p50: float
     p95: float
     p99: float
-    slowest_rank: int  # whose median is the longest
+    slowest_rank: int  # the rank with the longest median
     algorithm_bandwidth: float  # bytes/s
     bus_bandwidth: float  # bytes/s
-    wrong: int  # elements, over all ranks; of lossy codecs those in which ranks differ
+    wrong: int  # elements, over all ranks; with lossy codecs those in which ranks differ
 
 
-def measure(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    """Checks and times every implementation at every size, and writes the results."""
     launch = detect(os.environ)
     engines = options.engines or _available(launch.launcher)
     communicators = [connect(engine, options.timeout) for engine in engines]
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, device: torch.device) -> Row:
-    """Checks a sum, then times some. Collective."""
+    """Checks one sum, then times some. Collective."""
     length = nbytes // dtype.itemsize
     own, expected = _integers(communicator.rank, communicator.size, length, dtype)
     values = own.to(device, copy=True)
@@ -109,10 +109,10 @@ def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, 
         values.zero_()
         seconds = reduce()
     once = max(communicator.all_gather_object(seconds))
-    iterations = int(min(max(_SECONDS / once, _FEWEST), _MOST))
+    iterations = int(min(max(_SECONDS / once, _MIN_ITERATIONS), _MAX_ITERATIONS))
     communicator.barrier()
-    of_all = np.array(communicator.all_gather_object([reduce() for _ in range(iterations)]))  # (ranks, iterations)
-    p50, p95, p99 = (float(each) for each in np.percentile(of_all.max(axis=0), [50, 95, 99]))
+    by_rank = np.array(communicator.all_gather_object([reduce() for _ in range(iterations)]))  # (ranks, iterations)
+    p50, p95, p99 = (float(each) for each in np.percentile(by_rank.max(axis=0), [50, 95, 99]))
     return Row(
         way.name,
         str(dtype).removeprefix("torch."),
@@ -121,7 +121,7 @@ def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, 
         p50,
         p95,
         p99,
-        int(np.median(of_all, axis=1).argmax()),
+        int(np.median(by_rank, axis=1).argmax()),
         nbytes / p50,
         AllReduce(communicator.size, nbytes, p50).bus_bandwidth,
         wrong,
@@ -129,7 +129,7 @@ def _row(way: Way, dtype: torch.dtype, nbytes: int, communicator: Communicator, 
 
 
 def _integers(rank: int, size: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """This rank's numbers, and the sum of all ranks', exact in every dtype up to 85 ranks of bfloat16."""
+    """This rank's integers, and their sum over all ranks, which is exact in every dtype (bfloat16: up to 85 ranks)."""
     index = torch.arange(_PERIOD)
     of_ranks = torch.stack([(index + each) % 3 + 1 for each in range(size)])  # (ranks, period)
     repeats = -(-length // _PERIOD)
@@ -138,7 +138,7 @@ def _integers(rank: int, size: int, length: int, dtype: torch.dtype) -> tuple[Te
 
 
 def _available(launcher: str) -> list[str]:
-    """Engines that can join this job, that of the launcher first."""
+    """The engines that can connect the ranks of this job, that of the launcher first."""
     if launcher == "none":
         return ["solo"]
     by_mpi = launcher in ("mpirun", "srun")
@@ -163,13 +163,11 @@ def _line(row: Row) -> str:
 def _write(rows: Sequence[Row], launcher: str, communicator: Communicator, options: argparse.Namespace) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results = {
-        "date": time.strftime("%Y-%m-%d"),
+        **describe_run(),
         "launcher": launcher,
         "ranks": communicator.size,
         "hosts": communicator.hosts,
         "link": options.link,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
         "rows": [asdict(row) for row in rows],
     }
     write_results(options.output / f"allreduce-{options.name}.json", results)
@@ -178,13 +176,13 @@ def _write(rows: Sequence[Row], launcher: str, communicator: Communicator, optio
 
 def _table(rows: Sequence[Row]) -> str:
     columns = ("bytes", "dtype", "", "p50 us", "p95 us", "p99 us", "algbw GB/s", "busbw GB/s", "slowest rank", "wrong")
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    table_rows = []
     for row in rows:
         times = (f"{each * 1e6:,.1f}" for each in (row.p50, row.p95, row.p99))
         speeds = (f"{each / 1e9:.3f}" for each in (row.algorithm_bandwidth, row.bus_bandwidth))
         cells = (f"{row.nbytes:,}", row.dtype, row.way, *times, *speeds, str(row.slowest_rank), str(row.wrong))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        table_rows.append(cells)
+    return markdown_table(columns, table_rows)
 
 
 def _bytes(text: str) -> int:
@@ -199,16 +197,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--smallest", type=_bytes, default="4b", help="default: %(default)s")
     parser.add_argument("--largest", type=_bytes, default="1gb", help="default: %(default)s, 2**30 bytes")
     parser.add_argument("--factor", type=int, default=4, choices=[2, 4, 8, 16], help="from one size to the next")
-    parser.add_argument("--engines", nargs="+", choices=["mpi", "horovod", "torch"], help="default: all that can join")
-    parser.add_argument("--codecs", nargs="*", default=[], help="beside fp16 and bf16, over the first engine's ring")
+    parser.add_argument("--engines", nargs="+", choices=["mpi", "horovod", "torch"], help="default: all available")
+    parser.add_argument("--codecs", nargs="*", default=[], help="besides fp16 and bf16, on the first engine's ring")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16", "int32"])
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where tensors are")
-    parser.add_argument("--link", help="rate between hosts, to be drawn beside the results, as 1gbit")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="of the tensors")
+    parser.add_argument("--link", help="rate between hosts, as 1gbit, which report.py draws beside the results")
     parser.add_argument("--name", default="results", help="of the files: allreduce-NAME.json and .md")
-    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another")
+    parser.add_argument("--output", type=absolute_path, default=RESULTS)
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another rank")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run_script("allreduce.py", lambda: measure(_parse()))
+    run_script("allreduce.py", lambda: run(_parse()))

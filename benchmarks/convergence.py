@@ -3,36 +3,35 @@
     hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output data/convergence
     python benchmarks/convergence.py --data data/convergence --no-error-feedback int4
 
-Every run is `hvdlm train` under mpirun. Finished runs are skipped, so an interrupted study goes on where it was.
-Writes convergence.json, convergence.md and convergence.png; README.md beside this file defines the figures. The model
-is a GPT of about 1M parameters; any setting can be overridden as for `hvdlm train`, --section.key value.
+Every run is `hvdlm train` under mpirun. Finished runs are skipped, so an interrupted study continues when it is started
+again. Writes convergence.json, convergence.md and convergence.png; benchmarks/README.md defines the figures. The model
+is a GPT of about 1M parameters; any setting can be overridden as for `hvdlm train`, by --section.key value.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from common.machine import describe_machine, describe_versions
-from common.results import write_results
-from common.script import absolute_path, as_overrides, run_script
-from common.setups import ONE_HOST, opened, parse_setup, possible
+from common.conditions import describe_run, describe_settings
+from common.results import write_results, write_text
+from common.script import RESULTS, absolute_path, as_overrides, run_script
+from common.setups import ONE_HOST, available_setups, open_cluster, parse_setup
+from convergence.curves import draw, table
+from convergence.runs import Run, Variant, is_finished, read_run, run_config, train
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.codecs.choice import CODECS
+from hvdlm.gradients.codecs.registry import CODECS
 from hvdlm.model.presets import PRESETS
-from loss_curves.curves import draw, table
-from loss_curves.runs import Run, Variant, config_of, is_finished, read_run, run
 
 SETTINGS = {
     "model.position": "rope",
     "train.steps": 1200,
-    "train.batch_size": 16,
+    "train.global_batch_size": 16,
     "train.micro_batch_size": 8,
     "train.precision": "bf16",
     "train.evaluate_every": 100,
@@ -43,54 +42,52 @@ SETTINGS = {
 }
 
 
-def study(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Runs what is not finished, seed by seed; the results of all that is are written after each run."""
-    (setup,) = possible([parse_setup(options.setup, options.ranks)])
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Trains what is not finished, seed by seed, and writes the results of all finished runs after each run."""
+    (setup,) = available_setups([parse_setup(options.setup, options.ranks)])
     variants = [Variant(codec, True) for codec in options.codecs]
     variants += [Variant(codec, False) for codec in options.no_error_feedback]
     config = configure(options.data, overrides)
     planned = [
-        (variant, config_of(config, variant, seed, options.runs))
+        (variant, run_config(config, variant, seed, options.runs))
         for seed in range(options.seeds)
         for variant in variants
     ]
     finished = [is_finished(each) for _, each in planned]
     options.output.mkdir(parents=True, exist_ok=True)
     text_bytes = sum(shard.n_bytes for shard in DataSet(options.data).train.shards)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
+    conditions = {
+        **describe_run(),
         "setup": asdict(setup),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
         "corpus": {"text_bytes": text_bytes, "fingerprint": DataSet(options.data).fingerprint},
-        "settings": config.model_dump(exclude={"data": {"path"}, "train": {"run_dir"}}),
+        "settings": describe_settings(config),
     }
     print(f"{len(planned)} runs on {text_bytes / 1e6:.1f} MB of text, {sum(finished)} of them finished")
     done: list[Run] = []
     failed: list[str] = []
     with (
         tempfile.TemporaryDirectory(prefix="hvdlm-convergence-") as directory,
-        opened(setup, Path(directory, "fabric")) as place,
+        open_cluster(setup, Path(directory, "fabric")) as cluster,
     ):
         for (variant, each), is_done in zip(planned, finished, strict=True):
             if not is_done:
                 print(f"== {variant.name}, seed {each.train.seed}", flush=True)
-                status = run(place, each)
+                status = train(cluster, each)
                 if status != 0:
                     failed.append(f"{each.train.run_dir} ended with status {status}")
                     continue
             done.append(read_run(each, variant))
-            results = {**about, "failed": failed, "runs": [asdict(one) for one in done]}
+            results = {**conditions, "failed": failed, "runs": [asdict(one) for one in done]}
             write_results(options.output / "convergence.json", results)
-            (options.output / "convergence.md").write_text(table(done), encoding="utf-8")
+            write_text(options.output / "convergence.md", table(done))
             draw(done, options.output / "convergence.png")
     print(table(done))
     if failed:
-        raise HvdlmError("; ".join(failed) + ": see what was printed there, and start this again")
+        raise HvdlmError("; ".join(failed) + ": see the messages above, and start this again")
 
 
 def configure(data: Path, overrides: Sequence[str]) -> Config:
-    """The settings that all runs have in common. Raises HvdlmError for overrides that are none, or without data."""
+    """The settings that all runs share. Raises HvdlmError for unknown overrides, or without a data set."""
     DataSet(data)
     return load(None, [*as_overrides(SETTINGS), *overrides, "--data.path", str(data)], PRESETS)
 
@@ -98,13 +95,15 @@ def configure(data: Path, overrides: Sequence[str]) -> Config:
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=absolute_path, required=True, help="of hvdlm prepare, at least 10 MB of text")
-    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results", help="a directory")
+    parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
     parser.add_argument("--runs", type=absolute_path, default="runs/convergence", help="a directory of run directories")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="or FILE.py:CLASS (default: all of hvdlm's)")
-    parser.add_argument("--no-error-feedback", nargs="+", default=[], metavar="CODEC", help="these again, without it")
+    parser.add_argument(
+        "--no-error-feedback", nargs="+", default=[], metavar="CODEC", help="codecs to run without error feedback too"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default: %(default)s)")
     parser.add_argument("--setup", default=ONE_HOST, help=f"HOSTSxRATE as in 2x1gbit, or {ONE_HOST} (default)")
-    parser.add_argument("--ranks", type=int, default=2, help=f"of {ONE_HOST}; elsewhere there is one a host")
+    parser.add_argument("--ranks", type=int, default=2, help=f"of {ONE_HOST}; other set-ups have one per host")
     options, overrides = parser.parse_known_args()
     if options.seeds < 1 or options.ranks < 2:
         raise HvdlmError("give 1 or more --seeds, and 2 or more --ranks")
@@ -112,4 +111,4 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    run_script("convergence.py", lambda: study(*_parse()))
+    run_script("convergence.py", lambda: run(*_parse()))

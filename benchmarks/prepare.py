@@ -1,10 +1,10 @@
-"""`hvdlm prepare` on one core beside `map` of Hugging Face's datasets, with the same tokenizer and documents.
+"""The speed of `hvdlm prepare` on one core, and of `map` of Hugging Face's datasets with the same tokenizer and texts.
 
     python benchmarks/prepare.py --data data/python-stdlib
 
-Both run in turns, in processes of their own, and write prepare.json and prepare.md. hvdlm is timed whole: reading,
-tokenizing, splitting into shards, checksums, HDF5; of datasets only `map`, batched, on documents that are in its cache
-already. `pip install -e ".[benchmarks]"` installs what this needs.
+Each runs once per round in a process of its own. Writes prepare.json and prepare.md. hvdlm is timed whole: reading,
+tokenizing, splitting into shards, checksums, HDF5. Of datasets only `map` is timed, batched, on documents that are
+already in its cache. `pip install -e ".[benchmarks]"` installs what this needs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.machine import describe_machine, describe_versions
-from common.results import write_results
-from common.script import absolute_path, run_script
+from common.conditions import describe_run
+from common.results import markdown_table, write_results, write_text
+from common.script import RESULTS, absolute_path, run_script
 from hvdlm.data.documents import find_sources, read_blocks, read_documents
 from hvdlm.data.manifest import TOKENIZER
 from hvdlm.errors import HvdlmError
@@ -42,7 +42,7 @@ print(seconds, sum(len(ids) for ids in tokens["ids"]))
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Alternates the two and writes what came of it."""
+    """Alternates the two and writes the results."""
     try:
         from datasets import Dataset
     except ImportError:
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> None:
     ]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    ours, theirs = [], []
+    hvdlm_rates, datasets_rates = [], []  # MB/s by round
     with tempfile.TemporaryDirectory(prefix="hvdlm-prepare-") as directory:
         documents = Path(directory, "documents")
         Dataset.from_dict({"text": texts}).save_to_disk(documents)
@@ -65,34 +65,32 @@ def measure(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "hvdlm", "prepare", "--input", options.input, "--output", str(output)]
             begin = time.perf_counter()
             run([*command, "--tokenizer", str(tokenizer), "--workers", "1"], environment)
-            ours.append(megabytes / (time.perf_counter() - begin))
+            hvdlm_rates.append(megabytes / (time.perf_counter() - begin))
             seconds = float(run([sys.executable, "-c", _MAP, str(documents), str(tokenizer)], environment).split()[0])
-            theirs.append(megabytes / seconds)
-    ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+            datasets_rates.append(megabytes / seconds)
+    ratio = statistics.median(a / b for a, b in zip(hvdlm_rates, datasets_rates, strict=True))
     results = {
-        "machine": describe_machine(),
-        "versions": describe_versions("datasets", "tokenizers"),
-        "date": time.strftime("%Y-%m-%d"),
+        **describe_run("datasets", "tokenizers"),
         "megabytes": megabytes,
-        "hvdlm_megabytes_per_second": ours,
-        "datasets_megabytes_per_second": theirs,
+        "hvdlm_megabytes_per_second": hvdlm_rates,
+        "datasets_megabytes_per_second": datasets_rates,
         "ratio": ratio,
     }
     options.output.mkdir(parents=True, exist_ok=True)
     write_results(options.output / "prepare.json", results)
-    table = (
-        f"{megabytes:.1f} MB of {len(texts):,} documents, one core, medians of {options.rounds} rounds.\n\n"
-        "|  | MB/s |\n|---|---|\n"
-        f"| hvdlm prepare | {statistics.median(ours):.2f} |\n"
-        f"| datasets map | {statistics.median(theirs):.2f} |\n"
-        f"| ratio within a round | {ratio:.2f} |\n"
-    )
-    (options.output / "prepare.md").write_text(table, encoding="utf-8")
-    print(table)
+    rows = [
+        ("hvdlm prepare", f"{statistics.median(hvdlm_rates):.2f}"),
+        ("datasets map", f"{statistics.median(datasets_rates):.2f}"),
+        ("ratio within a round", f"{ratio:.2f}"),
+    ]
+    conditions = f"{megabytes:.1f} MB of {len(texts):,} documents, one core, medians of {options.rounds} rounds."
+    text = f"{conditions}\n\n{markdown_table(('', 'MB/s'), rows)}"
+    write_text(options.output / "prepare.md", text)
+    print(text)
 
 
 def run(command: list[str], environment: dict[str, str]) -> str:
-    """Its standard output. HvdlmError with its last line of error if it fails."""
+    """A command's standard output. Raises HvdlmError with the last line of its standard error if it fails."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise HvdlmError(f"{' '.join(command[:4])} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -102,8 +100,8 @@ def run(command: list[str], environment: dict[str, str]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=absolute_path, required=True, help="a data set, for its tokenizer")
-    parser.add_argument("--input", default="python-stdlib", help="documents, as of hvdlm prepare")
-    parser.add_argument("--output", type=absolute_path, default=Path(__file__).parent / "results", help="a directory")
+    parser.add_argument("--input", default="python-stdlib", help="documents, as for hvdlm prepare")
+    parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.rounds < 1:

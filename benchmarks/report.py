@@ -1,8 +1,8 @@
-"""The report of a scaling study: one HTML page, its pictures as PNG and SVG, and its tables as Markdown.
+"""The report of a scaling study: one HTML page, its figures as PNG and SVG, and its tables as Markdown.
 
     python benchmarks/report.py benchmarks/results/scaling/fabric-weak
 
-RESULTS is a directory of scaling.py; results of allreduce.py and convergence.py that lie in it are drawn too.
+RESULTS is a directory of scaling.py; results of allreduce.py and convergence.py in it become figures too.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
+from hvdlm.scaling.holdout import Holdout, hold_out
 from hvdlm.scaling.point import Point, read_points
-from hvdlm.scaling.validation import Holdout, hold_out
-from study import pictures
-from study.page import Section, Table, html, markdown
-from study.summary import Summary, shortfall_of_auto, summarise
+from scaling import figures
+from scaling.efficiency import Summary, shortfall_of_auto, summarise
+from scaling.page import Section, Table, html, markdown
 
 
-def report(results: Path) -> None:
-    """Writes report.html, report.md and the pictures beside the points."""
+def write_report(results: Path) -> None:
+    """Writes report.html, report.md and the figures beside the points."""
     points = read_points(results)
     summaries = summarise(points)
     if not summaries:
-        raise HvdlmError(f"{results} holds no valid point: in each ranks ended with different models")
+        raise HvdlmError(f"{results} holds no valid point: in every one ranks ended with different models")
     holdouts = hold_out([summary.point for summary in summaries])
     sections = [
-        _drawn(results, "throughput", "Throughput", _THROUGHPUT, pictures.throughput(summaries), _points(summaries)),
-        _drawn(results, "efficiency", "Efficiency", _EFFICIENCY, pictures.efficiency(summaries)),
-        _drawn(results, "time-per-step", "Where the time goes", _PARTS, pictures.time_per_step(summaries)),
+        _figure(results, "throughput", "Throughput", _THROUGHPUT, figures.throughput(summaries), _points(summaries)),
+        _figure(results, "efficiency", "Efficiency", _EFFICIENCY, figures.efficiency(summaries)),
+        _figure(results, "time-per-step", "Parts of a step", _PARTS, figures.time_per_step(summaries)),
     ]
-    if lacking := shortfall_of_auto(summaries):
-        sections.append(Section("Codec auto beside the best fixed codec", _AUTO, table=_auto(lacking)))
+    if shortfalls := shortfall_of_auto(summaries):
+        sections.append(Section("Codec auto and the best fixed codec", _AUTO, table=_auto(shortfalls)))
     if holdouts:
-        figure = pictures.predictions(holdouts)
-        sections.append(_drawn(results, "predictions", "Prediction", _PREDICTION, figure, _holdouts(holdouts)))
+        figure = figures.predictions(holdouts)
+        sections.append(_figure(results, "predictions", "Prediction", _PREDICTION, figure, _holdouts(holdouts)))
     if sums := [_read(file) for file in sorted(results.glob("allreduce-*.json"))]:
         rates = [float(parse_rate(each["link"])) if each["link"] else None for each in sums]
-        sections.append(_drawn(results, "bus-bandwidth", "All-reduce", _SUMS, pictures.bus_bandwidth(sums, rates)))
+        sections.append(_figure(results, "bus-bandwidth", "All-reduce", _SUMS, figures.bus_bandwidth(sums, rates)))
     if (results / "convergence.json").exists():
         runs = _read(results / "convergence.json")["runs"]
-        sections.append(_drawn(results, "loss", "Loss over time", _LOSS, pictures.loss_over_time(runs)))
+        sections.append(_figure(results, "loss", "Loss over time", _LOSS, figures.loss_over_time(runs)))
     sections.append(Section("What was run", _RUN, table=_settings(points)))
     title, lead = f"Scaling study {points[0].study}, {points[0].mode}", _lead(points)
     write_text(results / "report.html", html(title, lead, sections))
@@ -57,38 +57,38 @@ def report(results: Path) -> None:
 
 _THROUGHPUT = (
     "Tokens of a global batch over the seconds of a step on the slowest rank: mean over repetitions without the "
-    "fastest and the slowest, with its 95% interval (Student's, winsorised variance). Dashed: as many times the "
-    "tokens/s of the fewest ranks as there are more."
+    "fastest and the slowest, with its 95% interval (Student's, winsorised variance). Dashed: ideal scaling from the "
+    "fewest ranks."
 )
 _EFFICIENCY = (
-    "Tokens/s of a rank over tokens/s of a rank among the fewest with codec none. In a weak study every rank has the "
-    "same batch however many there are, in a strong one all together have."
+    "Tokens/s per rank, over tokens/s per rank on the fewest ranks with codec none. In a weak study every rank has the "
+    "same batch size, in a strong one all ranks together have it."
 )
 _PARTS = (
-    "Milliseconds of a step, means over ranks: waiting for data, forward and backward pass, waiting for gradients "
-    "after the backward pass (exposed communication), optimizer."
+    "Milliseconds of a step, means over ranks: waiting for data, forward and backward pass, waiting for other ranks "
+    "(exposed communication), optimizer."
 )
-_AUTO = "Tokens/s of codec auto, and of the fixed codec that was fastest at the same point."
+_AUTO = "Tokens/s of codec auto, and of the fixed codec that was fastest at the same setting."
 _PREDICTION = (
-    "Milliseconds of a step at points that a fit has not seen, as forecast by hvdlm.scaling, over what was measured. "
+    "Milliseconds of a step at held-out points, as forecast by a fit to the other points, over what was measured. "
     "MAPE: mean absolute percentage error."
 )
 _SUMS = "Bus bandwidth as nccl-tests define it, from the median iteration of the slowest rank; float32."
 _LOSS = "Validation loss of the first seed of convergence.py."
-_RUN = "Equal at all points."
+_RUN = "Settings that are equal at all points."
 
 
-def _drawn(
-    results: Path, name: str, title: str, text: str, figure: pictures.Figure, table: Table | None = None
+def _figure(
+    results: Path, name: str, title: str, text: str, figure: figures.Figure, table: Table | None = None
 ) -> Section:
-    return Section(title, text, pictures.save(figure, results / name), table)
+    return Section(title, text, figures.save(figure, results / name), table)
 
 
 def _lead(points: Sequence[Point]) -> str:
     first = points[0]
     kinds = {"fabric": "emulated hosts on one machine", "local": "one machine"}
     simulated = first.simulated_tokens_per_second
-    compute = f" Compute is simulated: a sleep as long as at {simulated:,g} tokens/s a rank." if simulated else ""
+    compute = f" Compute is simulated by sleeping, at {simulated:,g} tokens/s per rank." if simulated else ""
     counts = sorted({len(point.repetitions) for point in points})
     return (
         f"{len(points)} points of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} repetitions on "
@@ -103,14 +103,14 @@ def _points(summaries: Sequence[Summary]) -> Table:
     rows = []
     for each in summaries:
         point, speed = each.point, each.tokens_per_second
-        known = "" if math.isinf(speed.low) else f"{speed.low:,.0f} to {speed.high:,.0f}"
+        interval = "" if math.isinf(speed.low) else f"{speed.low:,.0f} to {speed.high:,.0f}"
         rows.append(
             (
                 point.codec,
                 str(point.ranks),
                 _rate(point.place.link_bits_per_second),
                 f"{speed.mean:,.0f}",
-                known,
+                interval,
                 "" if each.efficiency is None else f"{each.efficiency:.1%}",
                 f"{point.tokens_per_step / speed.mean * 1e3:,.1f}",
                 f"{each.parts['exposed communication'] * 1e3:,.1f}",
@@ -120,8 +120,8 @@ def _points(summaries: Sequence[Summary]) -> Table:
     return Table(columns, rows)
 
 
-def _auto(lacking: Sequence[tuple[Summary, Summary, float]]) -> Table:
-    columns = ("ranks", "link", "auto, tokens/s", "chosen", "best fixed codec", "its tokens/s", "auto lacks")
+def _auto(shortfalls: Sequence[tuple[Summary, Summary, float]]) -> Table:
+    columns = ("ranks", "link", "auto, tokens/s", "chosen", "best fixed codec", "its tokens/s", "auto is slower by")
     rows = [
         (
             str(auto.point.ranks),
@@ -132,7 +132,7 @@ def _auto(lacking: Sequence[tuple[Summary, Summary, float]]) -> Table:
             f"{best.tokens_per_second.mean:,.0f}",
             f"{share:+.1%}",
         )
-        for auto, best, share in lacking
+        for auto, best, share in shortfalls
     ]
     return Table(columns, rows)
 
@@ -155,8 +155,8 @@ def _settings(points: Sequence[Point]) -> Table:
         (f"{section}.{name}", str(value)) for section, each in first.settings.items() for name, value in each.items()
     ]
     rows += list(first.place.environment.items())
-    everywhere = [row for row in rows if row[0] not in ("compression.codec", "train.batch_size", "comm.bucket_mb")]
-    return Table(("setting", "value"), everywhere)
+    equal = [row for row in rows if row[0] not in ("compression.codec", "train.global_batch_size", "comm.bucket_mb")]
+    return Table(("setting", "value"), equal)
 
 
 def _rate(link: float | None) -> str:
@@ -177,4 +177,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script("report.py", lambda: report(_parse().results))
+    run_script("report.py", lambda: write_report(_parse().results))

@@ -1,11 +1,11 @@
-"""A scaling study: how fast training goes on more and more ranks, by codec, link, model and batch.
+"""A scaling study: training speed over the number of ranks, by codec, link, model and batch size.
 
     python benchmarks/scaling.py weak benchmarks/studies/fabric.toml
     salloc --nodes 8 --ntasks-per-node 8 python benchmarks/scaling.py strong study.toml
 
-weak: every rank has the same batch, however many there are; strong: all ranks together have. Starts the jobs itself, on
-this machine, emulated hosts, a host list or inside a Slurm allocation, and writes a JSON file a point. What was killed
-goes on where it stopped. README.md beside this file defines the figures; report.py draws them.
+In weak mode every rank has the same batch size, in strong mode all ranks together have it. The script starts the jobs,
+on this machine, emulated hosts, a host list or in a Slurm allocation, and writes one JSON file per point. A study that
+was interrupted continues when it is started again. benchmarks/README.md defines the figures; report.py draws them.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.script import absolute_path, run_script
+from common.results import write_text
+from common.script import RESULTS, absolute_path, run_script
 from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import SUFFIX, read_point, schema
-from study.places import opened
-from study.plan import Study, Visit, read_study, visits
-from study.visit import VisitError, check_data, check_points, measure, missing
+from scaling.repetitions import JobFailedError, check_point, measure, missing_codecs
+from scaling.study import JobSpec, Study, check_data, job_specs, read_study
+from scaling.study_hosts import open_hosts
 
-_MOST_TRIES = 2
+_MAX_ATTEMPTS = 2
 
 
-def scale(options: argparse.Namespace) -> None:
-    """Measures what is still missing of a study, repetition by repetition."""
+def run(options: argparse.Namespace) -> None:
+    """Measures the points that are missing, repetition by repetition."""
     study = read_study(options.study, options.simulate_compute)
     check_data(study)
     directory = options.output / f"{study.name}-{options.mode}"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "point.schema.json").write_text(schema(), encoding="utf-8")
-    planned = list(visits(study))
-    for visit in planned:  # what does not fit is told before anything runs
+    write_text(directory / "point.schema.json", schema())
+    specs = list(job_specs(study))
+    for spec in specs:  # errors in settings are found before anything runs
         for codec in study.codecs:
-            check_points(study, options.mode, visit, codec, directory)
+            check_point(study, options.mode, spec, codec, directory)
     jobs = [
-        (repetition, visit)
+        (repetition, spec)
         for repetition in range(study.repetitions)
-        for visit in planned
-        if missing(study, visit, repetition, directory)
+        for spec in specs
+        if missing_codecs(study, spec, repetition, directory)
     ]
     if not jobs:
-        print(f"{directory}: all {len(planned) * len(study.codecs)} points are there")
-    failed = _visit_all(study, options, jobs, directory) if jobs else []
+        print(f"{directory}: all {len(specs) * len(study.codecs)} points are there")
+    failed = _run_jobs(study, options, jobs, directory) if jobs else []
     invalid = [file.name for file in sorted(directory.glob(f"*{SUFFIX}")) if not read_point(file).is_valid]
     if invalid:
         failed.append(f"ranks ended with different models, so do not use {', '.join(invalid)}")
@@ -51,22 +52,23 @@ def scale(options: argparse.Namespace) -> None:
         raise HvdlmError("; ".join(failed))
 
 
-def _visit_all(study: Study, options: argparse.Namespace, jobs: list[tuple[int, Visit]], directory: Path) -> list[str]:
+def _run_jobs(study: Study, options: argparse.Namespace, jobs: list[tuple[int, JobSpec]], directory: Path) -> list[str]:
+    """Runs jobs one after the other; returns a sentence for each that has failed."""
     failed: list[str] = []
-    with opened(study, directory) as places:
-        for visit in dict.fromkeys(visit for _, visit in jobs):  # what cannot be started is told before anything runs
-            places.launcher(visit)
-        for number, (repetition, visit) in enumerate(jobs, start=1):
-            for attempt in range(1, _MOST_TRIES + 1):
-                codecs = missing(study, visit, repetition, directory)
-                print(f"{number} of {len(jobs)}: {visit.name}, repetition {repetition + 1}: {', '.join(codecs)}")
+    with open_hosts(study, directory) as hosts:
+        for spec in dict.fromkeys(spec for _, spec in jobs):  # missing hosts are found before anything runs
+            hosts.launcher(spec)
+        for number, (repetition, spec) in enumerate(jobs, start=1):
+            for attempt in range(1, _MAX_ATTEMPTS + 1):
+                codecs = missing_codecs(study, spec, repetition, directory)
+                print(f"{number} of {len(jobs)}: {spec.name}, repetition {repetition + 1}: {', '.join(codecs)}")
                 try:
-                    measure(study, options.mode, visit, codecs, places, directory)
+                    measure(study, options.mode, spec, codecs, hosts, directory)
                     break
-                except VisitError as error:
-                    print(f"{visit.name}, attempt {attempt}: {error}", file=sys.stderr)
-                    if attempt == _MOST_TRIES:
-                        failed.append(f"{visit.name}: {error}")
+                except JobFailedError as error:
+                    print(f"{spec.name}, attempt {attempt}: {error}", file=sys.stderr)
+                    if attempt == _MAX_ATTEMPTS:
+                        failed.append(f"{spec.name}: {error}")
     return failed
 
 
@@ -74,16 +76,15 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["weak", "strong"])
     parser.add_argument("study", type=absolute_path, metavar="STUDY", help="a TOML file: see benchmarks/studies")
-    default = Path(__file__).parent / "results" / "scaling"
-    parser.add_argument("--output", type=absolute_path, default=default, help="a directory")
+    parser.add_argument("--output", type=absolute_path, default=RESULTS / "scaling", help="a directory")
     parser.add_argument(
         "--simulate-compute",
         type=float,
         metavar="TOKENS_PER_SECOND",
-        help="forward and backward of a rank are sleeps as long as at this speed",
+        help="simulate forward and backward pass of ranks of this speed, by sleeping",
     )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    run_script("scaling.py", lambda: scale(_parse()))
+    run_script("scaling.py", lambda: run(_parse()))

@@ -1,20 +1,24 @@
-"""One step on all ranks as a trace: compute, codecs, and each bucket's time on the wire, on one clock.
+"""A trace of one step on all ranks: compute, codecs, and the messages of each bucket, on one clock.
 
     mpirun -np 2 --bind-to none python benchmarks/timeline.py examples/quickstart.toml --output trace.json
     mpirun -np 2 --bind-to none python benchmarks/timeline.py CONFIG --compression.codec topk
 
 Open the file in https://ui.perfetto.dev or chrome://tracing. A rank is a process there; its threads are the compute
-thread and each lane of the gradient exchange. Buckets that an engine sums by itself are not in it: it does not say when
-they travel (with Horovod, HOROVOD_TIMELINE does); with `--comm.algorithm ring` all are.
+thread and each channel of the gradient exchange. Buckets that an engine reduces by its own all-reduce are not in the
+trace, as the engine does not report when their messages travel (Horovod writes them to HOROVOD_TIMELINE); with
+`--comm.algorithm ring` all buckets are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.results import write_text
 from common.script import absolute_path, run_script
@@ -26,38 +30,40 @@ from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.replicas import broadcast_tensors
 from hvdlm.training.trainer import Trainer
-from study.clocks import offsets
 
 _MICROSECONDS = 1e6
+_CLOCK_ROUNDS = 50  # of messages by which clocks are compared
+
+Spans = list[tuple[str, float, float]]  # names, begins and ends, in seconds of time.perf_counter()
 
 
-def trace(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Trains a few steps and writes the last one."""
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Trains a few steps and writes a trace of the last one."""
     config = load(options.config, [*overrides, "--log.every", str(10**6)], PRESETS)
     keep_memory()
     with job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
         own = _last_step(config, communicator, options.warmup_steps)
-        clock, error = offsets(communicator)
-        everyone = communicator.all_gather_object(own)
+        offsets, error = clock_offsets(communicator)
+        ranks = communicator.all_gather_object(own)
         if communicator.rank == 0:
-            _write(options.output, config, communicator, everyone, clock, error)
+            _write(options.output, config, communicator, ranks, offsets, error)
 
 
-def _last_step(config: Config, communicator: Communicator, warmup_steps: int) -> list[list[tuple[str, float, float]]]:
-    """Spans by thread: compute, then of each lane its buckets and the exchanges among them."""
+def _last_step(config: Config, communicator: Communicator, warmup_steps: int) -> list[Spans]:
+    """Spans by thread: compute first, then for each channel its buckets and the exchanges within them."""
     device = choose_device(config.train.device, communicator)
     share_cores(config.train.threads, communicator)
     data = DataSet(Path(config.data.path))
     trainer = Trainer(config, communicator, data, config.model.vocab_size or data.vocab_size, device)
     broadcast_tensors(communicator, trainer.parameters.values())
-    trainer.model.refresh()
+    trainer.model.update_low_precision_weights()
     loader = trainer.open_loader()
     for _ in range(warmup_steps + 1):
         trainer.train_step(loader, stop_here=False)
-    begin = trainer.laps.begin
-    threads = [[(name, begin + start, begin + end) for name, start, end in trainer.laps.spans()]]
-    for lane in trainer.sync.lanes:
-        spans = [*lane.spans, *lane.exchange.spans]
+    begin = trainer.timer.begin
+    threads = [[(name, begin + start, begin + end) for name, start, end in trainer.timer.spans()]]
+    for channel in trainer.sync.channels:
+        spans = [*channel.spans, *channel.exchange.spans]
         threads.append([(span.name, span.begin, span.end) for span in spans])
     return threads
 
@@ -66,44 +72,67 @@ def _write(
     output: Path,
     config: Config,
     communicator: Communicator,
-    everyone: Sequence[list[list[tuple[str, float, float]]]],
-    clock: Sequence[float],
+    ranks: Sequence[list[Spans]],
+    offsets: Sequence[float],
     error: float,
 ) -> None:
-    """The format is that of Chrome's trace events: complete ("X") ones, in microseconds."""
-    zero = min(begin - clock[rank] for rank, threads in enumerate(everyone) for _, begin, _ in threads[0])
+    """Writes Chrome's trace event format: complete ("X") events, in microseconds."""
+    zero = min(begin - offsets[rank] for rank, threads in enumerate(ranks) for _, begin, _ in threads[0])
     events: list[dict[str, Any]] = []
-    for rank, threads in enumerate(everyone):
+    for rank, threads in enumerate(ranks):
         name = f"rank {rank} on {communicator.hosts[rank]}"
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}})
         for number, spans in enumerate(threads):
-            thread = "compute" if number == 0 else f"lane {number}"
+            thread = "compute" if number == 0 else f"channel {number}"
             events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": thread}})
             for what, begin, end in spans:
-                at, lasts = (begin - clock[rank] - zero) * _MICROSECONDS, (end - begin) * _MICROSECONDS
+                start, duration = (begin - offsets[rank] - zero) * _MICROSECONDS, (end - begin) * _MICROSECONDS
                 category = "compute" if number == 0 else "codec" if what.startswith("bucket") else "wire"
-                events.append(
-                    {"ph": "X", "name": what, "cat": category, "pid": rank, "tid": number, "ts": at, "dur": lasts}
-                )
-    said = {
+                event = {"ph": "X", "name": what, "cat": category, "ts": start, "dur": duration}
+                events.append({**event, "pid": rank, "tid": number})
+    other = {
         "engine": communicator.engine,
         "codec": config.compression.codec,
         "ranks": communicator.size,
         "clock_error_seconds": error,
     }
-    write_text(output, json.dumps({"traceEvents": events, "otherData": said}) + "\n")
+    write_text(output, json.dumps({"traceEvents": events, "otherData": other}) + "\n")
     print(f"{output}: {len(events)} events of {communicator.size} ranks, clocks within {error * _MICROSECONDS:.0f} us")
+
+
+def clock_offsets(communicator: Communicator) -> tuple[list[float], float]:
+    """Seconds to subtract from each rank's time.perf_counter() to get rank 0's, and the largest possible error.
+
+    In each round all ranks gather the times at which they began it. A rank cannot have received a time before it was
+    sent, nor the reverse: with offset o of rank r, begin_0 + o <= end_r and begin_r - o <= end_0. Many rounds leave a
+    narrow interval (Cristian, "Probabilistic clock synchronization", Distributed Computing 3, 1989); its middle is
+    returned. Works with any engine. Collective.
+    """
+    upper = float("inf")
+    lowers = [-float("inf")] * communicator.size
+    for _ in range(_CLOCK_ROUNDS):
+        communicator.barrier()
+        begin = time.perf_counter()
+        begins = communicator.all_gather(torch.tensor([begin], dtype=torch.float64).view(torch.uint8))
+        end = time.perf_counter()
+        times = [float(each) for each in begins.view(torch.float64).flatten()]
+        upper = min(upper, end - times[0])
+        lowers = [max(before, at - end) for before, at in zip(lowers, times, strict=True)]
+    of_ranks = communicator.all_gather_object((upper, lowers))
+    bounds = [(of_ranks[0][1][rank], of_ranks[rank][0]) for rank in range(communicator.size)]  # lower: by rank 0
+    bounds[0] = (0.0, 0.0)
+    return [(low + high) / 2 for low, high in bounds], max((high - low) / 2 for low, high in bounds)
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=absolute_path, metavar="CONFIG", help="as of hvdlm train")
+    parser.add_argument("config", type=absolute_path, metavar="CONFIG", help="as for hvdlm train")
     parser.add_argument(
         "--output", type=absolute_path, default=Path("trace.json").absolute(), help="default: trace.json"
     )
-    parser.add_argument("--warmup-steps", type=int, default=5, help="before the one that is traced")
+    parser.add_argument("--warmup-steps", type=int, default=5, help="before the traced step")
     return parser.parse_known_args()
 
 
 if __name__ == "__main__":
-    run_script("timeline.py", lambda: trace(*_parse()))
+    run_script("timeline.py", lambda: run(*_parse()))

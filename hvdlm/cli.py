@@ -1,6 +1,6 @@
 """The `hvdlm` command: parses and dispatches, nothing else.
 
-Rooms are imported only when their command runs, so that `hvdlm --help` need not wait for torch.
+Packages are imported only when their command runs, so that `hvdlm --help` need not wait for torch.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def _set_up_logging(show_tracebacks: bool) -> None:
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from hvdlm.config import load
     from hvdlm.model.presets import PRESETS
-    from hvdlm.training.run import plan, train
+    from hvdlm.training.run import dry_run, train
 
     config = load(options.config, overrides, PRESETS)
     if options.dry_run:
-        return plan(config)
+        return dry_run(config)
     return train(config, options.resume)
 
 
@@ -80,7 +80,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.training.inference import evaluate
 
-    return evaluate(options.checkpoint, options.data, engine=options.engine, batch_size=options.batch_size)
+    return evaluate(options.checkpoint, options.data, engine=options.engine, micro_batch_size=options.micro_batch_size)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:
@@ -106,23 +106,23 @@ def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
     if options.hostfile:
-        from hvdlm.cluster.doctor.hosts import examine_hosts
+        from hvdlm.cluster.doctor.examine_hosts import examine_hosts
 
         return examine_hosts(options.hostfile, options.timeout)
-    from hvdlm.cluster.doctor.ranks import examine_ranks
+    from hvdlm.cluster.doctor.examine_ranks import examine_ranks
 
     return examine_ranks(options.engine, options.timeout)
 
 
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
-    from hvdlm.scaling.prediction import write_fit
+    from hvdlm.scaling.commands import write_fit
 
     write_fit(options.results, options.output)
     return 0
 
 
 def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
-    from hvdlm.scaling.prediction import predict
+    from hvdlm.scaling.commands import predict
 
     predict(
         options.fit,
@@ -131,7 +131,7 @@ def _predict(options: argparse.Namespace, overrides: list[str]) -> int:
         link=options.link,
         codecs=options.codec,
         preset=options.model,
-        batch_size=options.batch_size,
+        batch_size_per_rank=options.batch_size_per_rank,
         rank_flops=options.rank_flops,
         overrides=overrides,
     )
@@ -211,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--verify", action="store_true", help="read everything and check every hash")
     inspect.set_defaults(run=_inspect)
 
-    evaluate = commands.add_parser("evaluate", help="loss, perplexity, bits per byte, accuracy and yardsticks")
+    evaluate = commands.add_parser(
+        "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"
+    )
     evaluate.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
     )
@@ -219,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, required=True, metavar="DIR", help="data set whose validation split is read"
     )
     evaluate.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
-    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once")
+    evaluate.add_argument(
+        "--micro-batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once (default: 8)"
+    )
     evaluate.set_defaults(run=_evaluate)
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -236,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
-    install = commands.add_parser(
-        "install-horovod", help="build Horovod for this PyTorch and MPI, install and prove it"
-    )
+    install = commands.add_parser("install-horovod", help="build Horovod for this PyTorch and MPI, install and test it")
     install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
     install.set_defaults(run=_install_horovod)
 
@@ -283,7 +285,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     predict = commands.add_parser(
         "predict",
         help="forecast speed, efficiency and exposed communication of ranks, links, codecs and models",
-        epilog="Any setting is overridden by --section.key value, as in --compression.rank 8.",
+        epilog="Any setting is overridden by --section.key value, as in --compression.matrix_rank 8.",
         allow_abbrev=False,
     )
     predict.add_argument("fit", type=Path, metavar="FIT", help="a file of hvdlm fit")
@@ -294,7 +296,9 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--codec", action="append", default=[], metavar="CODEC", help="default: all that were measured"
     )
     predict.add_argument("--model", metavar="PRESET", help="default: tiny, or what overrides say")
-    predict.add_argument("--batch-size", type=int, metavar="N", help="sequences of a rank in a step (default: 32)")
+    predict.add_argument(
+        "--batch-size-per-rank", type=int, metavar="N", help="sequences of a rank in a step (default: 32)"
+    )
     predict.add_argument(
         "--rank-flops", type=float, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
     )
@@ -302,7 +306,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    fabric = commands.add_parser("fabric", help="a cluster in a box: emulated hosts on this machine, for rehearsals")
+    fabric = commands.add_parser("fabric", help="an emulated cluster on this machine, for tests")
     fabric.add_argument(
         "--state",
         type=Path,

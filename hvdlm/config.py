@@ -2,7 +2,7 @@
 
 A setting is declared once, here, with its type, its bounds, its default and its
 meaning. Unknown keys, wrong types and impossible values are errors that name the
-key and the nearest valid one.
+key and the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ModelSection(Section):
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="normalisation before each sub-layer")
     norm_eps: float = Field(1e-5, gt=0, description="added to the variance in the normalisation")
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP non-linearity")
-    position: Literal["learned", "rope"] = Field("learned", description="how a token knows its place")
+    position: Literal["learned", "rope"] = Field("learned", description="position embedding")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     bias: bool = Field(True, description="biases in linear layers and LayerNorm")
     tie_embeddings: bool = Field(True, description="output projection shares the token embedding")
@@ -77,18 +77,20 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """`[train]`: how long, how much at once, how exactly."""
+    """`[train]`: steps, batches, precision, device."""
 
     steps: int = Field(1000, gt=0, description="optimizer steps")
-    batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over the whole job")
-    micro_batch_size: int = Field(8, gt=0, description="sequences a rank computes at once")
+    global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"
+    )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
     run_dir: str = Field("runs/default", description="where config, metrics, checkpoints and pictures go")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
-    recompute: bool = Field(
+    activation_checkpointing: bool = Field(
         False, description="blocks keep only their input and are computed again in the backward pass"
     )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
@@ -103,7 +105,9 @@ class OptimizerSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    freeze_after: int = Field(0, ge=0, description="steps after which second moments stay, for lossy codecs; 0: never")
+    freeze_variance_after: int = Field(
+        0, ge=0, description="steps after which second moments are not updated, for topk and powersgd; 0: never"
+    )
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="cosine, or warm-up-stable-decay")
@@ -113,44 +117,52 @@ class OptimizerSection(Section):
 
 
 class CommSection(Section):
-    """`[comm]`: how ranks talk."""
+    """`[comm]`: how ranks communicate."""
 
-    engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field("auto", description="what carries messages")
+    engine: Literal["auto", "solo", "horovod", "mpi", "torch"] = Field(
+        "auto", description="communication library; auto: by how the job was started"
+    )
     bucket_mb: float = Field(
         0.0, ge=0, description="gradient bytes sent at once, in units of 2**20; 0: what suits codec and hosts"
     )
     algorithm: Literal["auto", "ring", "engine"] = Field(
-        "auto", description="what sums gradients: our ring, the engine's all-reduce, or by a trial at start"
+        "auto", description="what sums gradients: our ring, the engine's all-reduce, or whichever costs less at start"
     )
-    timeout: float = Field(300.0, gt=0, description="seconds that a rank waits for another before it gives up")
+    timeout: float = Field(
+        300.0, gt=0, description="seconds that a rank waits for another before the job ends with an error"
+    )
 
 
 class CompressionSection(Section):
-    """`[compression]`: what gradients travel as."""
+    """`[compression]`: how gradients are encoded."""
 
     codec: str = Field(
         "none", description="none, fp16, bf16, int8, int4, topk, powersgd, auto, or FILE.py:CLASS of your own"
     )
     candidates: str = Field(
         "none,fp16,int4",
-        description="what auto chooses among, by measurement; powersgd and topk cost loss, so name them",
+        description="codecs among which auto chooses by measurement; topk and powersgd only if listed: they cost loss",
     )
-    by_node: bool = Field(False, description="sums within a node travel whole; only those between nodes by the codec")
+    hierarchical: bool = Field(False, description="the engine sums within a node, and the codec between nodes")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
     density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk sends")
-    warmup_steps: int = Field(0, ge=0, description="steps before topk and powersgd begin; topk then takes as many")
-    rank: int = Field(4, gt=0, description="of the matrices that powersgd sends for a gradient")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="steps with dense gradients before topk and powersgd; topk then needs as many to reach its density",
+    )
+    matrix_rank: int = Field(4, gt=0, description="rank of the matrices by which powersgd approximates gradients")
 
 
 class CheckpointSection(Section):
-    """`[checkpoint]`: what survives."""
+    """`[checkpoint]`: when checkpoints are written, and how many are kept."""
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(3, gt=0, description="newest checkpoints kept")
 
 
 class LogSection(Section):
-    """`[log]`: what is told."""
+    """`[log]`: how often metrics are written."""
 
     every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
 
@@ -283,7 +295,10 @@ def _sentence(detail: Any) -> str:
 
 
 def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    # first those that the name has become by a prefix, as rank -> matrix_rank
+    close = [each for each in valid if each.endswith(f"_{name}")] or difflib.get_close_matches(
+        name, valid, n=1, cutoff=0.5
+    )
     if close:
-        return f" (did you mean {prefix}{close[0]}?)"
+        return f" (did you mean {' or '.join(prefix + each for each in close)}?)"
     return f" (valid: {', '.join(prefix + each for each in sorted(valid))})"

@@ -1,1 +1,1 @@
-"""What all benchmarks use: how they run as commands, on what, and how results are kept."""
+"""What all benchmarks share: command-line scripts, launchers, emulated hosts, result files and plots."""

@@ -1,4 +1,4 @@
-"""The JSON file with every figure that a benchmark leaves."""
+"""The files that a benchmark writes: JSON with every measurement, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from hvdlm.errors import HvdlmError
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Results by the name of their set-up; none if there is no file yet. Raises HvdlmError for one of another kind."""
+    """The results in a JSON file, by set-up or model; empty if there is no file yet.
+
+    Raises HvdlmError if the file holds something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -24,7 +27,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replaces the file whole or not at all."""
+    """Writes JSON. Replaces the file whole or not at all."""
     write_text(path, json.dumps(results, indent=1) + "\n")
 
 
@@ -33,3 +36,14 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, with a newline at its end."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def format_number(value: float | None, form: str, factor: float = 1.0) -> str:
+    """`value` times `factor` by a format such as "{:.2f}"; empty for None."""
+    return "" if value is None else form.format(value * factor)

@@ -1,4 +1,4 @@
-"""How a benchmark is run as a command: it takes down what it set up, and tells an error in one sentence."""
+"""How a benchmark runs as a command: errors in one sentence, a clean end after a signal, options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from pathlib import Path
 
 from hvdlm.errors import HvdlmError
 
+# Where results go without --output.
+RESULTS = Path(__file__).parents[1] / "results"
+
 
 def run_script(name: str, work: Callable[[], None]) -> None:
-    """Exits with a sentence if `work` raises HvdlmError or OSError; SIGTERM and Ctrl-C end it in good order."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # takes down what was set up
+    """Runs `work`; exits with one sentence if it raises HvdlmError or OSError.
+
+    SIGTERM and Ctrl-C raise SystemExit, so that hosts and ranks are removed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         work()
     except HvdlmError as error:
@@ -24,10 +30,10 @@ def run_script(name: str, work: Callable[[], None]) -> None:
 
 
 def as_overrides(settings: Mapping[str, object]) -> list[str]:
-    """Values by `section.key` as the words of a command line."""
+    """Settings by `section.key` as command-line arguments."""
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def absolute_path(path: str) -> Path:
-    """An option's path, wherever ranks are started."""
+    """The type of path options: ranks may start in another directory."""
     return Path(path).absolute()

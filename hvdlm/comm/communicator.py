@@ -1,9 +1,9 @@
-"""The one interface through which ranks talk: `Communicator`, `Work`, `ReduceOp`.
+"""The one interface through which ranks communicate: `Communicator`, `Work`, `ReduceOp`.
 
-What every engine has in common is here: dtypes, strided and empty tensors, tensors on a device that the
-engine cannot reach, objects, places of ranks on nodes. An engine (solo.py, mpi.py, horovod.py, torch.py)
-adds seven primitives that see only contiguous one-dimensional tensors which it has said it can handle.
-Data that is only moved travels as bytes, so no engine can get a dtype wrong; only sums care about dtypes.
+This file handles what all engines share: dtypes, strided and empty tensors, tensors on a device that the
+engine cannot reach, Python objects, which ranks share a node. An engine (solo.py, mpi.py, horovod.py,
+torch.py) adds primitives that see only contiguous one-dimensional tensors of dtypes that it supports.
+Data that is only moved is sent as bytes, so only reductions depend on dtypes.
 """
 
 from __future__ import annotations
@@ -28,48 +28,43 @@ U = TypeVar("U")
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8})
 
-# What a dtype travels as where an engine cannot reduce it: no value is lost on the way, only rounded at the end.
+# The dtype in which a tensor is reduced where an engine cannot reduce its own; the result is rounded once.
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.uint8: torch.int32}
 
 
 class ReduceOp(Enum):
-    """How values of several ranks become one."""
+    """The reduction over ranks."""
 
     SUM = "sum"
     MAX = "max"
-    MIN = "min"
 
 
 class Work(Generic[T]):
-    """An operation under way. Its tensors must not be read, written or freed before `wait` has returned."""
+    """A handle of an operation in progress: its tensors must not be read, written or freed before `wait` returns."""
 
-    def __init__(self, finish: Callable[[], T], is_done: Callable[[], bool]) -> None:
+    def __init__(self, finish: Callable[[], T]) -> None:
+        """`finish` blocks until the operation has ended and returns its result; once it has, it is not called again."""
         self._finish: Callable[[], T] | None = finish
-        self._is_done = is_done
         self._result: T
 
     @staticmethod
     def done(result: U) -> Work[U]:
-        """Work that has ended before it began."""
-        return Work(lambda: result, lambda: True)
+        """Work that has already ended with `result`."""
+        return Work(lambda: result)
 
     def wait(self) -> T:
         """Blocks until the operation has ended and returns its result; a second call returns it again.
 
-        For tensors on a GPU it may return when the current stream, rather than the host, will see the result.
+        For tensors on a GPU it may return earlier, once the current stream is ordered after the operation.
         """
         if self._finish is not None:
             self._result = self._finish()
             self._finish = None
         return self._result
 
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._finish is None or self._is_done()
-
     def then(self, function: Callable[[T], U]) -> Work[U]:
-        """Work whose result is `function` of this one's, applied by the thread that waits."""
-        return Work(lambda: function(self.wait()), self.is_done)
+        """Work whose result is `function` of this one's result, applied by the thread that calls `wait`."""
+        return Work(lambda: function(self.wait()))
 
 
 def part_lengths(length: int, parts: int) -> list[int]:
@@ -77,14 +72,15 @@ def part_lengths(length: int, parts: int) -> list[int]:
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
-def group_by_color(wishes: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """Ranks by color in rising order, each group by key, then by rank; `wishes[r]` is (color, key) of rank r."""
-    ranks = sorted(range(len(wishes)), key=lambda rank: (*wishes[rank], rank))
-    return {color: [rank for rank in ranks if wishes[rank][0] == color] for color in sorted({w[0] for w in wishes})}
+def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """The groups of a split: ranks by color, ordered by key, then by rank; `colors_and_keys[r]` is that of rank r."""
+    ranks = sorted(range(len(colors_and_keys)), key=lambda rank: (*colors_and_keys[rank], rank))
+    colors = sorted({color for color, _ in colors_and_keys})
+    return {color: [rank for rank in ranks if colors_and_keys[rank][0] == color] for color in colors}
 
 
-def places(members: Sequence[int]) -> list[int]:
-    """Where each member stands among them in rising order: engines number a group so, whatever order was asked for."""
+def group_ranks(members: Sequence[int]) -> list[int]:
+    """The rank that an engine gives each member of a group: engines number members in rising order of global rank."""
     return [sorted(members).index(member) for member in members]
 
 
@@ -94,7 +90,7 @@ class Communicator(ABC):
     Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
     are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are
     float32, float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each
-    operation has an `_async` form that returns a `Work`.
+    tensor operation has an `_async` form that returns a `Work`.
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
     engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"
@@ -111,7 +107,7 @@ class Communicator(ABC):
     hosts: list[str]
     capabilities: frozenset[str]
 
-    # ---- what ranks do together
+    # ---- collective operations
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         """Replaces `tensor` on every rank by its reduction over all ranks. Shapes and dtypes are equal on all."""
@@ -187,7 +183,7 @@ class Communicator(ABC):
         data = self._as_bytes(tensor)
         return self._broadcast(data, root).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
 
-    # ---- what two ranks do
+    # ---- point-to-point operations
 
     def send(self, tensor: Tensor, destination: int) -> None:
         """Sends `tensor` to one rank, which calls `receive_` with one of the same shape and dtype."""
@@ -210,7 +206,7 @@ class Communicator(ABC):
         data = self._as_bytes(tensor)
         return self._receive(data, source).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
 
-    # ---- objects, order, groups, the end
+    # ---- objects, barrier, groups, abort and close
 
     def broadcast_object(self, value: T, root: int = 0) -> T:
         """`value` of `root`, on every rank. Anything that pickle takes."""
@@ -230,7 +226,7 @@ class Communicator(ABC):
         self.all_reduce_(torch.zeros(1, dtype=torch.int32))
 
     def supports(self, capability: str) -> bool:
-        """Whether the engine has a capability of those that the class names."""
+        """Whether the engine has one of the capabilities that the class docstring lists."""
         return capability in self.capabilities
 
     @abstractmethod
@@ -239,13 +235,13 @@ class Communicator(ABC):
 
     @abstractmethod
     def abort(self, reason: str) -> NoReturn:
-        """Ends the whole job at once, with a non-zero exit status on every rank; `reason` goes to stderr."""
+        """Ends the whole job at once, with a non-zero exit status on every rank; prints `reason` to stderr."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the engine in good order. Collective; no operation may follow."""
+        """Shuts the engine down. Collective; no operation may follow."""
 
-    # ---- the primitives of an engine: contiguous, 1-D, at least one element on some rank
+    # ---- primitives of an engine: tensors are contiguous, 1-D, with at least one element on some rank
 
     @abstractmethod
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool: ...
@@ -291,7 +287,7 @@ class Communicator(ABC):
     def _reachable(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda or self.supports("cuda"):
             return tensor
-        _say_once(f"engine {self.engine} cannot reach GPU memory: tensors are staged through pinned host memory")
+        _warn_once(f"engine {self.engine} cannot reach GPU memory: tensors are staged through pinned host memory")
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return staged.copy_(tensor)
 
@@ -313,7 +309,7 @@ def _check_dtype(tensor: Tensor) -> None:
 
 
 def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
-    """Writes the outcome into the caller's tensor, unless it was reduced where it lies."""
+    """Copies the result into the caller's tensor, unless the operation was in place."""
     target = tensor.detach()
     if flat.data_ptr() != target.data_ptr():
         target.copy_(flat.view(target.shape))
@@ -328,10 +324,10 @@ def _unpickled(data: Tensor) -> Any:
     return pickle.loads(data.numpy().tobytes())
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         logger.warning(message)

@@ -15,34 +15,34 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
-from hvdlm.comm.failure import contact, wait_until
-from hvdlm.comm.first_contact import PATIENCE, first_contact
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
+from hvdlm.comm.failure import lost_rank_errors, wait_until
+from hvdlm.comm.startup import STARTUP_TIMEOUT, startup_deadline
 from hvdlm.errors import HvdlmError
 
-_OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max, ReduceOp.MIN: hvd.Min}
+_OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max}
 
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64})
 
 
 class _Names:
-    """Names for operations under way: the lowest number free, so that names come back every step.
+    """Names for operations in progress: the lowest free number, so that names repeat every step.
 
-    Horovod negotiates each tensor by name among the ranks and remembers those that it has seen; an ever new name
+    Horovod negotiates each tensor by name among the ranks and caches the names that it has seen; a new name each time
     would be negotiated in full each time. A number is free again once its operation has been waited for, which
-    happens at the same place of the program on every rank, so all ranks choose alike.
+    happens in the same order on every rank, so all ranks choose the same names.
     """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._taken: dict[str, set[int]] = defaultdict(set)
+        self._in_use: dict[str, set[int]] = defaultdict(set)
 
-    def take(self, kind: str) -> tuple[str, Callable[[], None]]:
-        """A name, and what gives it back."""
-        taken = self._taken[kind]
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
-        taken.add(number)
-        return f"{self._prefix}.{kind}.{number}", lambda: taken.discard(number)
+    def acquire(self, kind: str) -> tuple[str, Callable[[], None]]:
+        """A name, and the function that releases it."""
+        in_use = self._in_use[kind]
+        number = next(number for number in range(len(in_use) + 1) if number not in in_use)
+        in_use.add(number)
+        return f"{self._prefix}.{kind}.{number}", lambda: in_use.discard(number)
 
 
 class HorovodCommunicator(Communicator):
@@ -55,7 +55,7 @@ class HorovodCommunicator(Communicator):
         self._timeout = timeout
         self._set = process_set
         self._members = list(members)
-        self._place = places(members)
+        self._group_ranks = group_ranks(members)
         self._names = _Names("hvdlm" if self._is_whole_job else f"hvdlm.{'.'.join(map(str, members))}")
         can_split = {"split"} if os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") == "1" else set()
         self.capabilities = frozenset({"float16"} | can_split | ({"cuda"} if hvd.nccl_built() else set()))
@@ -66,11 +66,11 @@ class HorovodCommunicator(Communicator):
     def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
         """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
-        # Buckets are large already; which ones Horovod joined would depend on the moment, and so the order of sums
+        # Buckets are large already; which of them Horovod fuses would depend on timing, and with it the order of sums
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        # Horovod's own start over Gloo keeps that time; over MPI it would wait for ever.
+        # Horovod's start over Gloo has that deadline; over MPI it would wait for ever.
         over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-        with nullcontext() if over_gloo else first_contact(rank, min(timeout, PATIENCE)):
+        with nullcontext() if over_gloo else startup_deadline(rank, min(timeout, STARTUP_TIMEOUT)):
             hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
 
@@ -86,15 +86,15 @@ class HorovodCommunicator(Communicator):
             )
         if not self._is_whole_job:
             raise HvdlmError("engine horovod can split only the whole job, not a part of it: use engine mpi or torch")
-        mine: tuple[Any, list[int]] | None = None
+        own: tuple[Any, list[int]] | None = None
         # Adding a process set is collective over all ranks, so each rank adds those of the other colors too.
         for each, ranks in group_by_color(self.all_gather_object((color, key))).items():
             members = [self._members[rank] for rank in ranks]
             process_set = _process_set(tuple(sorted(members)))
             if each == color:
-                mine = (process_set, members)
-        assert mine is not None
-        return HorovodCommunicator(*mine, self._timeout)
+                own = (process_set, members)
+        assert own is not None
+        return HorovodCommunicator(*own, self._timeout)
 
     def abort(self, reason: str) -> NoReturn:
         print(reason, file=sys.stderr, flush=True)
@@ -109,46 +109,46 @@ class HorovodCommunicator(Communicator):
         return dtype in _REDUCIBLE or (dtype is torch.float16 and op is ReduceOp.SUM)
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
-        return self._start(_alike("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
+        return self._start(_kind("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        if op is ReduceOp.SUM and min(lengths) > 0 and self._place == sorted(self._place):
-            return self._start(_alike("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
+        if op is ReduceOp.SUM and min(lengths) > 0 and self._group_ranks == sorted(self._group_ranks):
+            return self._start(_kind("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
         # Horovod scatters only sums, in its own order of ranks and with no part empty.
         reduced = flat.clone()
         return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
-        their_lengths = [lengths[self._place.index(place)] for place in range(self.size)]
+        lengths_by_group_rank = [lengths[self._group_ranks.index(each)] for each in range(self.size)]
 
-        def in_our_order(gathered: Tensor) -> Tensor:
-            pieces = torch.split(gathered, their_lengths)
-            return torch.cat([pieces[place] for place in self._place])
+        def in_rank_order(gathered: Tensor) -> Tensor:
+            pieces = torch.split(gathered, lengths_by_group_rank)
+            return torch.cat([pieces[each] for each in self._group_ranks])
 
-        return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_our_order)
+        return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_rank_order)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
-        return self._start(_alike("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
+        return self._start(_kind("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
             lambda _: None
         )
 
     def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Tensor]:
-        name, give_back = self._names.take(kind)
-        with contact(self.engine, self.rank, hvd.HorovodInternalError):
+        name, release = self._names.acquire(kind)
+        with lost_rank_errors(self.engine, self.rank, hvd.HorovodInternalError):
             handle = operation(*arguments, **options, name=name, process_set=self._set)
 
         def finish() -> Tensor:
             wait_until(lambda: hvd.poll(handle), self._timeout, self.rank, "the other ranks")
-            with contact(self.engine, self.rank, hvd.HorovodInternalError):
+            with lost_rank_errors(self.engine, self.rank, hvd.HorovodInternalError):
                 result: Tensor = hvd.synchronize(handle)
-            give_back()
+            release()
             return result
 
-        return Work(finish, lambda: bool(hvd.poll(handle)))
+        return Work(finish)
 
 
-def _alike(kind: str, flat: Tensor) -> str:
-    """Horovod remembers a tensor by name, dtype and shape: only like ones may share a name from step to step."""
+def _kind(kind: str, flat: Tensor) -> str:
+    """The kind of an operation: Horovod caches by name, dtype and shape, so unlike tensors need different names."""
     return f"{kind}.{flat.dtype}.{flat.numel()}"
 
 

@@ -1,4 +1,4 @@
-"""How was this process started, which engine serves it, and do all ranks belong together?"""
+"""How this process was started, which engine it uses, and whether all ranks run the same software and settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import hvdlm
-from hvdlm.comm.first_contact import keep_open_mpi_off_bridges, meet_over_mpi
+from hvdlm.comm.startup import exclude_guest_bridges, start_mpi
 from hvdlm.errors import HvdlmError, JobError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """What the environment says of the job: its launcher, and this process's place in it."""
+    """What the environment says of the job: its launcher, this process's rank and the number of ranks."""
 
     launcher: str  # "horovodrun", "mpirun", "srun", "torchrun", or "none" for a process started by itself
     rank: int
@@ -78,15 +78,15 @@ def connect(engine: str, timeout: float) -> Communicator:
     Raises HvdlmError on a rank that cannot, or that finds itself in another job than its launcher started.
     """
     launch = detect(os.environ)
-    # Open MPI's waits leave their core to whoever computes, which is us (a small all-reduce with more ranks than
+    # With this, waits of Open MPI yield their core to processes that compute (a small all-reduce with more ranks than
     # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # A segment of the ring (256 KiB) leaves at once over TCP, not after an answer to the question whether it may: while
-    # a rank computes, its answers are late (benchmarks/LOG.md).
+    # A segment of the ring (256 KiB) is sent eagerly over TCP, without the rendezvous protocol: while a rank computes,
+    # its replies are late (benchmarks/LOG.md).
     for name in ("eager_limit", "rndv_eager_limit", "max_send_size"):
         os.environ.setdefault(f"OMPI_MCA_btl_tcp_{name}", str(320 * 1024))
     if launch.size > 1:
-        keep_open_mpi_off_bridges(os.environ)
+        exclude_guest_bridges(os.environ)
     engine, reason = choose_engine(launch, engine)
     try:
         communicator = _start(engine, launch, timeout)
@@ -113,17 +113,17 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
 
         return SoloCommunicator()
     if engine == "mpi":
-        return meet_over_mpi(launch.rank, timeout)
+        return start_mpi(launch.rank, timeout)
     if engine == "horovod":
         if importlib.util.find_spec("horovod") is None:
             raise HvdlmError("engine horovod needs Horovod, which is not installed: run `hvdlm install-horovod`")
         from hvdlm.comm.horovod import HorovodCommunicator
 
         return HorovodCommunicator.start(launch.rank, timeout)
-    from hvdlm.comm.rendezvous import meet
+    from hvdlm.comm.rendezvous import rendezvous
     from hvdlm.comm.torch import TorchCommunicator
 
-    store = meet(launch.launcher, launch.rank, launch.size, timeout)
+    store = rendezvous(launch.launcher, launch.rank, launch.size, timeout)
     return TorchCommunicator.start(store, launch.rank, launch.size, timeout)
 
 
@@ -146,7 +146,7 @@ def _size_remedy(engine: str) -> str:
     return "start the job with one launcher only, and build the engine for its MPI"
 
 
-def check_alike(communicator: Communicator, config_digest: str) -> None:
+def check_ranks_match(communicator: Communicator, config_digest: str) -> None:
     """Raises JobError on every rank unless all run the same software with equal `config_digest`s. Collective."""
     own = {
         "hvdlm": hvdlm.__version__,
@@ -156,13 +156,15 @@ def check_alike(communicator: Communicator, config_digest: str) -> None:
     }
     everyone = communicator.all_gather_object(own)
     for subject, expected in everyone[0].items():
-        odd = [rank for rank in range(communicator.size) if everyone[rank][subject] != expected]
-        if odd:
-            places = ", ".join(f"rank {r} on {communicator.hosts[r]} has {everyone[r][subject]}" for r in odd[:8])
+        different = [rank for rank in range(communicator.size) if everyone[rank][subject] != expected]
+        if different:
+            examples = ", ".join(
+                f"rank {r} on {communicator.hosts[r]} has {everyone[r][subject]}" for r in different[:8]
+            )
             remedy = (
                 "give all ranks the same configuration" if subject == "settings" else "install one version on all hosts"
             )
             raise JobError(
-                f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {places}"
-                f"{' and so on' if len(odd) > 8 else ''}; {remedy}"
+                f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {examples}"
+                f"{' and so on' if len(different) > 8 else ''}; {remedy}"
             )

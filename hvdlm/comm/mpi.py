@@ -3,9 +3,9 @@
 Collectives run on a communication thread, one after the other in the order of their submission, so they
 overlap with computation and every rank runs them in the same order. Messages between two ranks start at once.
 
-A blocking MPI call spins on its core until the slowest rank has come, and on a machine whose cores compute
-that is the very core it waits for. So before each collective the ranks meet in a non-blocking barrier that is
-polled with short sleeps; only when all have come does the collective run, at full speed.
+A blocking MPI call spins on its core until the slowest rank has called it, and where the cores also compute,
+spinning slows down the rank it waits for. So before each collective the ranks enter a non-blocking barrier that
+is polled with short sleeps; the collective itself runs when all ranks have entered it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.failure import contact, wait_until, waited_in_vain
+from hvdlm.comm.failure import lost_rank_errors, timeout_error, wait_until
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
 
-_OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX, ReduceOp.MIN: MPI.MIN}
+_OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX}
 
 # MPI has neither IEEE half nor bfloat16 among its standard datatypes.
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
@@ -46,7 +46,7 @@ class MPICommunicator(Communicator):
                 f"{MPI.Get_library_version().splitlines()[0]} gives no MPI_THREAD_MULTIPLE, which engine mpi needs to "
                 "communicate while it computes: use an MPI built with threads, or comm.engine = 'torch'"
             )
-        # A communicator of our own keeps our messages apart from whatever else speaks MPI in this process.
+        # A duplicate keeps our messages apart from those of other MPI code in this process.
         self._group = MPI.COMM_WORLD.Dup() if group is None else group
         self._timeout = timeout
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-mpi")
@@ -59,7 +59,7 @@ class MPICommunicator(Communicator):
     def abort(self, reason: str) -> NoReturn:
         print(reason, file=sys.stderr, flush=True)
         MPI.COMM_WORLD.Abort(1)
-        os._exit(1)  # MPI_Abort may return before the launcher's signal has come
+        os._exit(1)  # MPI_Abort may return before the launcher's signal arrives
 
     def close(self) -> None:
         self._submit(lambda: None).wait()
@@ -103,7 +103,7 @@ class MPICommunicator(Communicator):
         """Queues a collective for the communication thread."""
 
         def run() -> T:
-            with contact(self.engine, self.rank, MPI.Exception):
+            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
                 wait_until(self._group.Ibarrier().Test, self._timeout, self.rank, "the other ranks")
                 return collective()
 
@@ -113,14 +113,14 @@ class MPICommunicator(Communicator):
             try:
                 return future.result(self._timeout)
             except WaitTimeout:  # in the collective itself: a rank has stopped after the barrier
-                raise waited_in_vain(self._timeout, self.rank, "the other ranks") from None
+                raise timeout_error(self._timeout, self.rank, "the other ranks") from None
 
-        return Work(finish, future.done)
+        return Work(finish)
 
     def _poll(self, request: MPI.Request, what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
         def finish() -> None:
-            with contact(self.engine, self.rank, MPI.Exception):
+            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
                 wait_until(request.Test, self._timeout, self.rank, what)
 
-        return Work(finish, request.Test)
+        return Work(finish)

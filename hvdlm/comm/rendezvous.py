@@ -1,9 +1,8 @@
-"""Where the ranks of engine `torch` meet: a store that rank 0 serves, found on hosts with any number of networks.
+"""Rendezvous of engine `torch`: a TCP store that rank 0 serves, found on hosts with any number of networks.
 
-Each launcher has a channel by which rank 0 can tell the others where it is: under Slurm and with MASTER_ADDR a place
-that all know beforehand, under mpirun MPI itself, under horovodrun its key-value store. By such a channel rank 0 tells
-all its addresses, and each rank takes the first that answers with this job's own word: an address may be unreachable,
-or be that of another host too (docker0).
+Under Slurm and with MASTER_ADDR all ranks know the endpoint beforehand. Under mpirun rank 0 broadcasts it over MPI,
+under horovodrun by its key-value store: all its addresses, of which each rank takes the first that answers with this
+job's token, since an address may be unreachable, or belong to another host too (docker0).
 """
 
 from __future__ import annotations
@@ -23,88 +22,89 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.doorbell import Doorbell, answers
-from hvdlm.comm.first_contact import meet_over_mpi
 from hvdlm.comm.interfaces import interface_towards, own_interfaces
+from hvdlm.comm.liveness import LivenessServer, is_alive
+from hvdlm.comm.startup import start_mpi
 from hvdlm.errors import HvdlmError
 
 LOOPBACK = "127.0.0.1"
 
-# Seconds for one address to answer: a lost packet is sent again after one.
-_PATIENCE = 2.5
+# Seconds for one address to answer: TCP sends a lost packet again after one second.
+_PROBE_TIMEOUT = 2.5
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where rank 0 is: a store, and beside it a doorbell that answers with a word."""
+class _Endpoint:
+    """Where rank 0 serves the store, and a liveness server that answers with the job's token."""
 
     addresses: list[str]  # of rank 0, the best first
     store_port: int
-    bell_port: int
-    word: str
+    liveness_port: int
+    token: str
 
 
-def meet(launcher: str, rank: int, size: int, timeout: float) -> Store:
-    """The store of all ranks of this job; Gloo is told by which network they have met, unless the user has told it.
+def rendezvous(launcher: str, rank: int, size: int, timeout: float) -> Store:
+    """The store of all ranks of this job; also makes Gloo use the network on which they connected,
+    unless GLOO_SOCKET_IFNAME is set.
 
     `launcher`: as of `launch.Launch`; `timeout`: seconds of each wait, here and in the store. Raises HvdlmError on a
     rank that does not find rank 0.
     """
     limit = timedelta(seconds=timeout)
-    known = _known_place(launcher, os.environ)
+    known = _known_endpoint(launcher, os.environ)
     if known:
         is_server = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # there torchrun itself listens
         store = TCPStore(*known, size, is_master=is_server, timeout=limit)
         _use_network(store, rank, size, _resolve(known[0]))
     elif rank == 0:
         store = TCPStore(LOOPBACK, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
-        word = uuid.uuid4().hex
-        with closing(Doorbell(word, closes_within=0.05)) as bell:
-            place = _Place(_own_addresses(), store.port, bell.port, word)
-            _exchange(json.dumps(asdict(place)), rank, timeout)
-            _use_network(store, rank, size, LOOPBACK)  # returns when all have come
+        token = uuid.uuid4().hex
+        with closing(LivenessServer(token, poll_interval=0.05)) as server:
+            endpoint = _Endpoint(_own_addresses(), store.port, server.port, token)
+            _broadcast_text(json.dumps(asdict(endpoint)), rank, timeout)
+            _use_network(store, rank, size, LOOPBACK)  # returns when all ranks have connected
     else:
-        place = _Place(**json.loads(_exchange("", rank, timeout)))
-        address = _answering(place, rank)
-        store = TCPStore(address, place.store_port, size, wait_for_workers=False, timeout=limit)
+        endpoint = _Endpoint(**json.loads(_broadcast_text("", rank, timeout)))
+        address = _reachable_address(endpoint, rank)
+        store = TCPStore(address, endpoint.store_port, size, wait_for_workers=False, timeout=limit)
         _use_network(store, rank, size, address)
     return store
 
 
-def _known_place(launcher: str, environment: Mapping[str, str]) -> tuple[str, int] | None:
+def _known_endpoint(launcher: str, environment: Mapping[str, str]) -> tuple[str, int] | None:
     """Host and port at which rank 0 listens, where all ranks know them without a message."""
     if launcher == "none":
         return LOOPBACK, 0
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if launcher == "srun" and "PMIX_RANK" not in environment:
-        return through_slurm(environment)
+        return slurm_endpoint(environment)
     return None
 
 
-def through_slurm(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Known without a message: the first node of the step, and a port made from the numbers of job and step."""
+def slurm_endpoint(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The first node of the step, and a port derived from the numbers of job and step: no message is needed."""
     # gpu-a[03-10,12],b7: each bracket by its first number, then the first name
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
     number = int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"]) % 8
     return first, 20000 + number % 12000
 
 
-def _exchange(text: str, rank: int, timeout: float) -> str:
-    """`text` of rank 0, on every rank, by the channel that the launcher has."""
+def _broadcast_text(text: str, rank: int, timeout: float) -> str:
+    """Broadcasts `text` of rank 0, over horovodrun's key-value store or over MPI."""
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
-        return _through_horovodrun(os.environ, text, rank, timeout)
-    return _through_mpi(text, rank, timeout)
+        return _broadcast_by_horovodrun(os.environ, text, rank, timeout)
+    return _broadcast_by_mpi(text, rank, timeout)
 
 
-def _through_mpi(text: str, rank: int, timeout: float) -> str:
-    guide = meet_over_mpi(rank, timeout)
-    text = guide.broadcast_object(text)
-    guide.close()
+def _broadcast_by_mpi(text: str, rank: int, timeout: float) -> str:
+    communicator = start_mpi(rank, timeout)
+    text = communicator.broadcast_object(text)
+    communicator.close()
     return text
 
 
-def _through_horovodrun(environment: Mapping[str, str], text: str, rank: int, timeout: float) -> str:
+def _broadcast_by_horovodrun(environment: Mapping[str, str], text: str, rank: int, timeout: float) -> str:
     """By the key-value store that horovodrun serves over HTTP to its ranks: PUT a value, GET it, 404 until then."""
     server = f"{environment['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{environment['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     url = f"http://{server}/hvdlm/rank_0"
@@ -118,7 +118,7 @@ def _through_horovodrun(environment: Mapping[str, str], text: str, rank: int, ti
                 return str(answer.read().decode())
         except urllib.error.HTTPError:
             time.sleep(0.05)
-    raise HvdlmError(f"rank {rank} heard nothing from rank 0 at {server} within {timeout:g} s (comm.timeout)")
+    raise HvdlmError(f"rank {rank} received nothing from rank 0 at {server} within {timeout:g} s (comm.timeout)")
 
 
 def _own_addresses() -> list[str]:
@@ -127,20 +127,20 @@ def _own_addresses() -> list[str]:
     return [LOOPBACK, *(str(interface.address.ip) for interface in interfaces), socket.gethostname()]
 
 
-def _answering(place: _Place, rank: int) -> str:
+def _reachable_address(endpoint: _Endpoint, rank: int) -> str:
     """The first of rank 0's addresses at which this job's rank 0 answers."""
-    for address in place.addresses:
-        if answers(address, place.bell_port, place.word, _PATIENCE):
+    for address in endpoint.addresses:
+        if is_alive(address, endpoint.liveness_port, endpoint.token, _PROBE_TIMEOUT):
             return address
     own = ", ".join(f"{each.address} ({each.name})" for each in own_interfaces()) or "no network"
     raise HvdlmError(
         f"rank {rank} on {socket.gethostname()}, which has {own}, reaches rank 0 at none of its addresses "
-        f"{', '.join(place.addresses[1:])}: let one network join all hosts, with its TCP ports open between them"
+        f"{', '.join(endpoint.addresses[1:])}: let one network join all hosts, with its TCP ports open between them"
     )
 
 
 def _use_network(store: Store, rank: int, size: int, reached: str) -> None:
-    """Gloo's interface on this host: that towards the address at which other hosts have reached rank 0."""
+    """Sets Gloo's interface on this host to the one towards the address at which other hosts reached rank 0."""
     store.set(f"hvdlm/reached/{rank}", reached)
     everyone = [store.get(f"hvdlm/reached/{each}").decode() for each in range(size)]
     remote = [address for address in everyone if not address.startswith("127.")]

@@ -1,4 +1,4 @@
-"""Engine `solo`: one process, nobody to talk to. Every operation ends before it begins."""
+"""Engine `solo`: one process. Every operation is at most a copy, and has ended when it returns."""
 
 from __future__ import annotations
 

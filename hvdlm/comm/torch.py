@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, places
-from hvdlm.comm.failure import contact
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
+from hvdlm.comm.failure import lost_rank_errors
 
-_OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX, ReduceOp.MIN: dist.ReduceOp.MIN}
+_OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
 
 # torch 2.13 renamed it, and warns at each call by the old name.
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,7 +38,7 @@ class TorchCommunicator(Communicator):
         """`members`: the global ranks of `group`, in our order; `limit`: of every wait. `start` makes the first one."""
         self._group, self._limit = group, limit
         self._members = list(members)
-        self._place = places(members)
+        self._group_ranks = group_ranks(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
         self.capabilities = frozenset({"send", "split", "float16", "bfloat16"} | gpu)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
@@ -46,7 +46,7 @@ class TorchCommunicator(Communicator):
 
     @classmethod
     def start(cls, store: Store, rank: int, size: int, timeout: float) -> TorchCommunicator:
-        """Joins the ranks that meet in `store`; `timeout` in seconds, of everything."""
+        """Joins the ranks that share `store`; `timeout`: seconds of every operation."""
         limit = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if _one_gpu_a_rank(store, rank, size) else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -67,8 +67,8 @@ class TorchCommunicator(Communicator):
     def close(self) -> None:
         if self._group is dist.group.WORLD:
             dist.destroy_process_group()
-        del self._group  # else its threads live on into the interpreter's end, and abort it there
-        gc.collect()  # operations that have ended hold on to the connections too
+        del self._group  # otherwise its threads outlive the interpreter and abort the process
+        gc.collect()  # operations that have ended still reference the connections
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return True
@@ -87,13 +87,13 @@ class TorchCommunicator(Communicator):
         padded = data if data.numel() == longest else torch.cat([data, data.new_zeros(longest - data.numel())])
         rows = data.new_empty(self.size * longest)  # in the group's order of ranks
 
-        def in_our_order() -> Tensor:
+        def in_rank_order() -> Tensor:
             return torch.cat(
-                [rows[place * longest :][:length] for place, length in zip(self._place, lengths, strict=True)]
+                [rows[each * longest :][:length] for each, length in zip(self._group_ranks, lengths, strict=True)]
             )
 
         work = self._start(_all_gather_equal, rows, padded, async_op=True)
-        return work.then(lambda _: in_our_order())
+        return work.then(lambda _: in_rank_order())
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return self._start(dist.broadcast, data, self._members[root], async_op=True)
@@ -105,20 +105,20 @@ class TorchCommunicator(Communicator):
         return self._start(dist.irecv, data, self._members[source])
 
     def _start(self, operation: Callable[..., dist.Work | None], *arguments: Any, **options: Any) -> Work[None]:
-        with contact(self.engine, self.rank, RuntimeError):
+        with lost_rank_errors(self.engine, self.rank, RuntimeError):
             work = operation(*arguments, group=self._group, **options)
         assert work is not None  # torch returns none only to ranks outside the group
 
         def finish() -> None:
-            with contact(self.engine, self.rank, RuntimeError):
+            with lost_rank_errors(self.engine, self.rank, RuntimeError):
                 work.wait()
 
-        return Work(finish, work.is_completed)
+        return Work(finish)
 
 
 def _one_gpu_a_rank(store: Any, rank: int, size: int) -> bool:
     """Whether no two ranks of any host would share a GPU, which NCCL refuses; the same answer on all ranks."""
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
     store.set(f"hvdlm/{rank}", f"{gpus} {socket.gethostname()}")
-    places = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
-    return all(int(place.split()[0]) >= count for place, count in Counter(places).items())
+    reports = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
+    return all(int(report.split()[0]) >= count for report, count in Counter(reports).items())

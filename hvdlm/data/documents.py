@@ -1,4 +1,4 @@
-"""Input files as a stream of documents, cut into blocks that workers read on their own."""
+"""Reads documents from input files, in blocks that worker processes handle independently."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pathlib import Path
 from hvdlm.errors import HvdlmError
 
 PYTHON_STDLIB = "python-stdlib"
-BLOCK_BYTES = 2**20  # what is handed to a worker at a time: large beside a message's cost, small beside memory
-SMALLEST_FILE_BYTES = 2**12  # opening a file costs no less than reading this much
-MAX_DOCUMENT_BYTES = 64 * 2**20  # a document is held in memory whole, a few at a time; this bounds them
+BLOCK_BYTES = 2**20  # size of a work item: large enough to outweigh the cost of sending it, small in memory
+SMALLEST_FILE_BYTES = 2**12  # a file counts as at least this large, since opening one costs as much as reading this
+MAX_DOCUMENT_BYTES = 64 * 2**20  # bounds memory: whole documents are held in memory, a few at a time
 
-UNREADABLE = (OSError, EOFError, zlib.error)  # the last two: a .gz that is cut short or damaged
+UNREADABLE = (OSError, EOFError, zlib.error)  # the last two are raised for a truncated or damaged .gz file
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input file. `lenient`: if it is no text, it is left out without a word."""
+    """An input file. `lenient`: if it is not text, it is skipped silently, not reported as a bad document."""
 
     path: Path
     size: int  # bytes
@@ -34,13 +34,13 @@ class Source:
 
     @property
     def holds_lines(self) -> bool:
-        """True for JSON Lines, false for a file that is one document."""
+        """True for a JSON Lines file, False for a file that is a single document."""
         return Path(self.path.name.removesuffix(".gz")).suffix in (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
 class FileBlock:
-    """Files of one document each. They are read by whoever asks for their documents."""
+    """Files of one document each, which are only read by `read_documents`."""
 
     sources: tuple[Source, ...]
     input_bytes: int
@@ -48,12 +48,12 @@ class FileBlock:
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Lines of a JSON Lines file, the first of them numbered `first`; `failure` tells why no more could be read."""
+    """Lines of a JSON Lines file. `first`: number of the first line, from 1. `failure`: why reading stopped, or ""."""
 
     path: Path
     first: int
     lines: tuple[bytes, ...]
-    input_bytes: int  # on disk, compressed or not
+    input_bytes: int  # as stored on disk, before decompression
     failure: str = ""
 
 
@@ -62,18 +62,18 @@ Block = FileBlock | LineBlock
 
 @dataclass(frozen=True)
 class BadDocument:
-    """Where a document should have been, and why there is none."""
+    """A document that cannot be used: `where` it is, as "file:line", and its `problem`."""
 
     where: str
     problem: str
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that `inputs` name, in the order given; those of a directory or a glob are sorted.
+    """The files that `inputs` name, in the order given; the files of a directory or a glob are sorted.
 
-    A file named twice counts once. Hidden names in directories are left out, links to directories not followed.
+    A file named twice counts once. In directories, hidden names are skipped and links to directories not followed.
 
-    Raises HvdlmError for an input that names nothing, or a file that cannot be examined.
+    Raises HvdlmError for an input that matches no file, or a file whose size cannot be read.
     """
     found: dict[Path, Source] = {}
     for name in inputs:
@@ -89,16 +89,16 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 
 def read_blocks(sources: Sequence[Source]) -> Iterator[Block]:
-    """The input in order, in blocks of about BLOCK_BYTES. Of text files nothing is read here."""
+    """The input in order, in blocks of about BLOCK_BYTES. Only JSON Lines files are read here, not single documents."""
     files: list[Source] = []
-    held = 0
+    size = 0
     for source in sources:
         if not source.holds_lines:
             files.append(source)
-            held += max(source.size, SMALLEST_FILE_BYTES)
-        if files and (source.holds_lines or held >= BLOCK_BYTES):
+            size += max(source.size, SMALLEST_FILE_BYTES)
+        if files and (source.holds_lines or size >= BLOCK_BYTES):
             yield _file_block(files)
-            files, held = [], 0
+            files, size = [], 0
         if source.holds_lines:
             yield from _line_blocks(source)
     if files:
@@ -106,7 +106,7 @@ def read_blocks(sources: Sequence[Source]) -> Iterator[Block]:
 
 
 def read_documents(block: Block, text_key: str) -> Iterator[str | BadDocument]:
-    """The texts of a block's documents, in order, and what is wrong with those that are none."""
+    """The text of each document of a block, in order, or a BadDocument if it cannot be used."""
     if isinstance(block, FileBlock):
         for source in block.sources:
             document = _read_file(source)
@@ -145,10 +145,12 @@ def _expand(name: str) -> Iterator[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
+    """The files below a directory, sorted, without hidden ones. Raises HvdlmError for an unreadable directory."""
+
+    def fail(error: OSError) -> None:
         raise HvdlmError(f"cannot read the input directory {error.filename}: {error.strerror}")
 
-    for directory, subdirectories, files in os.walk(root, onerror=refuse):
+    for directory, subdirectories, files in os.walk(root, onerror=fail):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
@@ -159,13 +161,15 @@ def _file_block(files: Sequence[Source]) -> FileBlock:
 
 def _line_blocks(source: Source) -> Iterator[LineBlock]:
     lines: list[bytes] = []
-    first, held, reported = 1, 0, 0
+    first = 1  # number of the first of `lines`
+    size = 0  # bytes of `lines`
+    block_start = 0  # in the file on disk
 
     def block(position: int, failure: str = "") -> LineBlock:
-        nonlocal lines, first, held, reported
-        made = LineBlock(source.path, first, tuple(lines), position - reported, failure)
+        nonlocal lines, first, size, block_start
+        made = LineBlock(source.path, first, tuple(lines), position - block_start, failure)
         first += len(lines) + bool(failure)
-        lines, held, reported = [], 0, position
+        lines, size, block_start = [], 0, position
         return made
 
     try:
@@ -178,8 +182,8 @@ def _line_blocks(source: Source) -> Iterator[LineBlock]:
                     yield block(raw.tell(), _TOO_LONG)
                     continue
                 lines.append(line)
-                held += len(line)
-                if held >= BLOCK_BYTES:
+                size += len(line)
+                if size >= BLOCK_BYTES:
                     yield block(raw.tell())
     except UNREADABLE as error:
         yield block(source.size, f"cannot be read ({error})")

@@ -1,4 +1,4 @@
-"""`hvdlm inspect`: what a data set holds, and whether it is whole."""
+"""`hvdlm inspect`: prints what a data set contains, and checks whether it is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hvdlm.errors import HvdlmError
 def inspect(path: Path, verify: bool) -> None:
     """Prints a table of the data set `path`; with `verify`, reads every token and checks every hash.
 
-    Raises HvdlmError if it is no data set or is damaged; with `verify`, after every damaged file has been listed.
+    Raises HvdlmError if `path` is not a data set or is damaged; with `verify`, after listing every damaged file.
     """
     manifest = Manifest.load(path)
     console = Console()
     if verify:
-        damage = _damage(path, manifest)
+        damage = _find_damage(path, manifest)
         for sentence in damage:
             console.print(f"damaged: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
         if damage:
@@ -54,15 +54,15 @@ def _table(path: Path, manifest: Manifest) -> Table:
 
 
 def _figures(shards: list[ShardRecord]) -> list[str]:
-    """The cells of a row on these shards together."""
+    """The cells of a table row with the totals of these shards."""
     tokens, documents = sum(shard.n_tokens for shard in shards), sum(shard.n_docs for shard in shards)
     text, size = sum(shard.n_bytes for shard in shards), sum(shard.size for shard in shards)
-    ratio = text / max(tokens - documents, 1)  # ends of text are no part of the text
+    ratio = text / max(tokens - documents, 1)  # each document ends with a token that stands for no text
     return [f"{tokens:,}", f"{documents:,}", f"{text / 2**20:,.1f}", f"{size / 2**20:,.1f}", f"{ratio:.2f}"]
 
 
-def _damage(path: Path, manifest: Manifest) -> list[str]:
-    """A sentence for every file that is not as it was written."""
+def _find_damage(path: Path, manifest: Manifest) -> list[str]:
+    """One sentence for each file that is missing, unreadable or changed since it was written."""
     damage: list[str] = []
     try:
         if hashlib.sha256((path / TOKENIZER).read_bytes()).hexdigest() != manifest.tokenizer_sha256:
@@ -80,12 +80,13 @@ def _damage(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _check_contents(directory: Path, record: ShardRecord) -> None:
+    """Reads a whole shard. Raises HvdlmError if its tokens or document offsets are not those that were written."""
     split = Split(directory, [record])
     sha256 = hashlib.sha256()
     for block in split.blocks(0):
         sha256.update(block.tobytes())
     if sha256.hexdigest() != record.tokens_sha256:
-        raise HvdlmError(f"{directory / record.file} holds other tokens than were written")
+        raise HvdlmError(f"{directory / record.file} has other tokens than were written")
     offsets = split.document_offsets(0)
     if offsets[0] != 0 or offsets[-1] != record.n_tokens or (offsets[1:] <= offsets[:-1]).any():
-        raise HvdlmError(f"{directory / record.file} has bounds of documents that do not fit its tokens")
+        raise HvdlmError(f"{directory / record.file} has document offsets that do not fit its tokens")

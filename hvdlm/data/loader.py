@@ -1,4 +1,4 @@
-"""Batches of token windows, read ahead of the step that uses them."""
+"""Reads batches of token windows, ahead of the training step that uses them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hvdlm.data.sampler import Sampler, part
+from hvdlm.data.sampler import Sampler, rank_part
 from hvdlm.data.shard import DataSet
-
-IGNORE = -100  # target of a place where nothing is to be predicted; PyTorch's default ignore_index
+from hvdlm.targets import IGNORE
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a batch of sequences: b of them, maybe 0, of T tokens each.
+    """One rank's part of a batch: b sequences (possibly none) of T tokens each.
 
     Attributes:
         index: number of the batch, from 0.
@@ -36,9 +35,9 @@ class Batch:
 
 
 class Loader:
-    """Context manager that delivers one rank's part of the global batches `start`, `start` + 1, ... for ever.
+    """Context manager that yields one rank's part of the global batches `start`, `start` + 1, ... without end.
 
-    One thread reads up to `read_ahead` batches ahead.
+    A thread reads up to `read_ahead` batches ahead.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Loader:
         start: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """`batch_size` counts the sequences of all ranks; `pin_memory` lets a GPU fetch batches while it computes.
+        """`batch_size` counts the sequences of all ranks; `pin_memory` allows asynchronous copies to a GPU.
 
         Raises HvdlmError if the training split is too small.
         """
@@ -61,7 +60,7 @@ class Loader:
         self._context_length = context_length
         windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
         self._sampler = Sampler(windows, batch_size, seed, data.fingerprint)
-        self._places = part(batch_size, rank, size)
+        self._indices = rank_part(batch_size, rank, size)
         self._pin_memory = pin_memory
         self._seed = seed
         self._next = start
@@ -69,7 +68,7 @@ class Loader:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(start,), name="hvdlm-loader", daemon=True)
         self._thread.start()
-        # A daemon thread that the interpreter's end stops while it holds h5py's lock would hang that end.
+        # At exit the interpreter stops daemon threads; one that is stopped while holding h5py's lock makes exit hang.
         atexit.register(self.close)
 
     def __enter__(self) -> Loader:
@@ -81,26 +80,26 @@ class Loader:
         self.close()
 
     def next(self) -> Batch:
-        """The next batch. Raises HvdlmError, from here on every time, if its shards cannot be read."""
+        """The next batch. Raises HvdlmError, now and at every later call, if its shards cannot be read."""
         if self._closed.is_set():
             raise RuntimeError("next() on a closed Loader")
         item = self._queue.get()
         if isinstance(item, Exception):
-            self._queue.put(item)  # the thread has ended: whoever asks again must not wait for it
+            self._queue.put(item)  # the thread has ended, so later calls must not wait for it
             raise item
         self._next = item.index + 1
         return item
 
     def state_dict(self) -> dict[str, int]:
-        """What the constructor needs to go on from here, on any number of ranks: `seed`, and `batch` as its `start`."""
+        """The constructor's `seed`, and as `batch` the `start` that continues from here, on any number of ranks."""
         return {"seed": self._seed, "batch": self._next}
 
     def close(self) -> None:
-        """Ends the thread. May be called again."""
+        """Ends the thread. Further calls do nothing."""
         atexit.unregister(self.close)
         self._closed.set()
         while self._thread.is_alive():
-            # The thread looks at `_closed` after each put; an empty queue lets its last put through.
+            # The thread checks `_closed` after each put. Emptying the queue unblocks a put that waits.
             while not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(timeout=0.1)
@@ -116,10 +115,10 @@ class Loader:
 
     def _read(self, index: int) -> Batch:
         shards, windows = self._sampler.batch(index)
-        places = slice(self._places.start, self._places.stop)
+        own = slice(self._indices.start, self._indices.stop)
         length = self._context_length
-        rows = np.empty((len(self._places), length + 1), dtype=np.int64)
-        for row, shard, window in zip(rows, shards[places].tolist(), windows[places].tolist(), strict=True):
+        rows = np.empty((len(self._indices), length + 1), dtype=np.int64)
+        for row, shard, window in zip(rows, shards[own].tolist(), windows[own].tolist(), strict=True):
             row[:] = self._split.read(shard, window * length, length + 1)
         batch = Batch(index, _tensor(rows[:, :-1]), _tensor(rows[:, 1:]))
         if self._pin_memory:
@@ -130,11 +129,11 @@ class Loader:
 def validation_batches(
     data: DataSet, context_length: int, sequences_at_once: int, rank: int, size: int, limit: int = 0
 ) -> Iterator[Batch]:
-    """The validation split's windows in order, the first `limit` of them if that is above 0, this rank's part.
+    """This rank's part of the validation split's windows, in order; of the first `limit` only if that is above 0.
 
-    The last window of a shard may be short: it is filled up with the end of text, and IGNORE in its targets. So every
-    token but the first of each shard is predicted exactly once. `index` counts this rank's batches from 0. Ranks may
-    have different numbers of batches, or none; there are none at all in a data set without validation.
+    The last window of a shard may be short: its inputs are padded with the end of text, its targets with IGNORE. So
+    every token but the first of each shard is predicted exactly once. `index` counts this rank's batches from 0.
+    Ranks may have different numbers of batches, or none; a data set without validation has none on any rank.
     """
     windows = [
         (shard, start)
@@ -143,9 +142,9 @@ def validation_batches(
     ]
     if limit:
         windows = windows[:limit]
-    places = part(len(windows), rank, size)
-    for index, first in enumerate(range(places.start, places.stop, sequences_at_once)):
-        chosen = windows[first : min(first + sequences_at_once, places.stop)]
+    own = rank_part(len(windows), rank, size)
+    for index, first in enumerate(range(own.start, own.stop, sequences_at_once)):
+        chosen = windows[first : min(first + sequences_at_once, own.stop)]
         inputs = np.full((len(chosen), context_length), data.eos_id, dtype=np.int64)
         targets = np.full((len(chosen), context_length), IGNORE, dtype=np.int64)
         for row, (shard, start) in enumerate(chosen):

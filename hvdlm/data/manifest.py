@@ -1,4 +1,4 @@
-"""`manifest.json`: what a data set consists of, and the hashes that tell whether it still does."""
+"""`manifest.json`: the shards of a data set, with the hashes by which damage is detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALIDATION_DIRECTORY = "val"
 
 
 class ShardRecord(BaseModel):
-    """One shard, as its writer left it."""
+    """One shard as it was written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -33,7 +33,7 @@ class ShardRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The whole data set. `recipe` is what it was made from: compared when it is to be made again."""
+    """The whole data set. `recipe`: the inputs and options it was made from, which a repeated `prepare` compares."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -48,7 +48,7 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the tokenizer's and every shard's hash: names what the tokens are and how they lie."""
+        """SHA-256 (hex) over the hashes of the tokenizer and of every shard: identifies the tokens and their order."""
         parts = [("tokenizer", self.tokenizer_sha256)]
         parts += [("train", shard.tokens_sha256) for shard in self.train]
         parts += [("validation", shard.tokens_sha256) for shard in self.validation]
@@ -61,9 +61,9 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
-        """Reads and checks `manifest.json`; the shards are not looked at.
+        """Reads and checks `manifest.json`, not the shards.
 
-        Raises HvdlmError if `directory` is no data set, or an unfinished, a newer or a damaged one.
+        Raises HvdlmError if `directory` is not a data set, or is unfinished, damaged or of a newer format version.
         """
         path = directory / MANIFEST
         try:

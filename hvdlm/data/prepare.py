@@ -1,4 +1,4 @@
-"""`hvdlm prepare`: text in, data set out."""
+"""`hvdlm prepare`: turns text files into a data set of tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdlm.data.assignment import VALIDATION, ShardAssignment
 from hvdlm.data.documents import BadDocument, Block, Source, find_sources, read_blocks, read_documents
 from hvdlm.data.manifest import MANIFEST, TOKENIZER, VALIDATION_DIRECTORY, Manifest
-from hvdlm.data.placement import VALIDATION, Placement
 from hvdlm.data.progress import InputProgress
 from hvdlm.data.shard import DataSet
 from hvdlm.data.shard_writer import ShardWriter, token_dtype
@@ -40,27 +40,27 @@ def prepare(
     seed: int,
     skip_bad: bool,
 ) -> None:
-    """Writes the data set `output`, whole or not at all; does nothing if it is there, made from the same.
+    """Writes the data set `output`, complete or not at all; does nothing if it exists with the same recipe.
 
     The tokens depend on the input, its order, the tokenizer, `shards`, `validation` and `seed`, not on `workers`.
-    Memory holds a few MiB and a few documents a worker, however much input there is.
+    Memory holds a few MiB and a few documents for each worker, however large the input.
 
     Args:
         inputs: files (one document each, or JSON Lines by their suffix), directories, globs, or python-stdlib.
         output: directory to write.
-        tokenizer: `byte`, `bpe:VOCAB` (learnt from a sample of the training documents), or a tokenizer.json.
+        tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a tokenizer.json.
         shards: training shards.
         validation: fraction of the documents, at least 0 and below 1.
-        workers: processes; 0 for one a core.
-        text_key: where a JSON Lines record has its text.
-        seed: of the split into shards and validation.
-        skip_bad: leave bad documents out and count them, rather than stop at the first.
+        workers: number of processes; 0 for one for each core.
+        text_key: key of the text in a JSON Lines record.
+        seed: of the assignment of documents to shards and validation.
+        skip_bad: leave out bad documents and count them, instead of stopping at the first.
 
     Raises HvdlmError for bad input or options, naming the file and line.
     """
     _check_options(shards, validation, workers)
     choice = _tokenizer_choice(tokenizer)
-    _check_apart(inputs, output)
+    _check_output_outside_inputs(inputs, output)
     sources = find_sources(inputs)
     recipe: Recipe = {
         "tokenizer": tokenizer if isinstance(choice, int) or tokenizer == "byte" else f"file {choice.sha256}",
@@ -69,22 +69,22 @@ def prepare(
         "text key": text_key,
         "seed": seed,
         "bad documents": "left out" if skip_bad else "refused",
-        "input files": _digest_of(sources),
+        "input files": _sources_digest(sources),
     }
-    if _is_there(output, recipe):
+    if _is_prepared(output, recipe):
         print(f"{output} is there already, made from the same input with the same arguments")
         return
     bad = _BadDocuments(skip_bad)
-    placement = Placement(seed, validation, shards)
+    assignment = ShardAssignment(seed, validation, shards)
     with staged(output) as directory, WorkerPool(workers or os.cpu_count() or 1) as pool:
         if isinstance(choice, int):
-            texts = sample_training_text(sources, pool, text_key, placement, bad.refuse)
+            texts = sample_training_text(sources, pool, text_key, assignment, bad.refuse)
             choice = Tokenizer.train(texts, choice)
         choice.save(directory / TOKENIZER)
-        work = partial(_tokenise, directory / TOKENIZER, choice.sha256, text_key, placement)
-        with _shard_writers(directory, choice, placement) as writers:
+        tokenise = partial(_tokenise, directory / TOKENIZER, choice.sha256, text_key, assignment)
+        with _shard_writers(directory, choice, assignment) as writers:
             with InputProgress("tokenising", sum(source.size for source in sources)) as progress:
-                for block in pool.map(work, read_blocks(sources)):
+                for block in pool.map(tokenise, read_blocks(sources)):
                     bad.refuse(block.bad)
                     bad.count(block.bad)
                     for document in block.documents:
@@ -109,7 +109,7 @@ def prepare(
 @dataclass(frozen=True)
 class _Document:
     shard: int
-    tokens: npt.NDArray[Any]  # (n,), the end of text last
+    tokens: npt.NDArray[Any]  # (n,), ending with the end of text
     n_bytes: int
 
 
@@ -120,8 +120,10 @@ class _TokenisedBlock:
     input_bytes: int
 
 
-def _tokenise(tokenizer: Path, sha256: str, text_key: str, placement: Placement, block: Block) -> _TokenisedBlock:
-    """What a worker does with a block."""
+def _tokenise(
+    tokenizer: Path, sha256: str, text_key: str, assignment: ShardAssignment, block: Block
+) -> _TokenisedBlock:
+    """Runs in a worker: reads and tokenises the documents of a block and assigns them to shards."""
     encoder = _load_once(tokenizer, sha256)
     dtype = token_dtype(encoder.vocab_size)
     texts: list[str] = []
@@ -135,18 +137,18 @@ def _tokenise(tokenizer: Path, sha256: str, text_key: str, placement: Placement,
     for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
         content = text.encode()
         tokens = np.array([*ids, encoder.eos_id], dtype=dtype)
-        documents.append(_Document(placement.shard(content), tokens, len(content)))
+        documents.append(_Document(assignment.shard(content), tokens, len(content)))
     return _TokenisedBlock(documents, bad, block.input_bytes)
 
 
 @lru_cache(maxsize=1)
 def _load_once(path: Path, sha256: str) -> Tokenizer:
-    """`sha256` tells apart the tokenizers that one process may find at the same path."""
+    """`sha256` keeps apart different tokenizers that one process reads from the same path, as tests do."""
     return Tokenizer.load(path)
 
 
 class _BadDocuments:
-    """Stops at the first bad document, or counts them."""
+    """Raises at the first bad document, or counts them if `skip` is set."""
 
     def __init__(self, skip: bool) -> None:
         self._skip = skip
@@ -166,10 +168,12 @@ class _BadDocuments:
 
 
 @contextmanager
-def _shard_writers(directory: Path, tokenizer: Tokenizer, placement: Placement) -> Iterator[dict[int, ShardWriter]]:
-    """A writer for every shard, by what `placement` calls it."""
-    files = {index: (f"shard_{index:05}.h5", index, placement.shards) for index in range(placement.shards)}
-    if placement.validation:
+def _shard_writers(
+    directory: Path, tokenizer: Tokenizer, assignment: ShardAssignment
+) -> Iterator[dict[int, ShardWriter]]:
+    """A writer for every shard, by the shard's number or VALIDATION."""
+    files = {index: (f"shard_{index:05}.h5", index, assignment.shards) for index in range(assignment.shards)}
+    if assignment.validation:
         files[VALIDATION] = (f"{VALIDATION_DIRECTORY}/shard_00000.h5", 0, 1)
     with ExitStack() as stack:
         yield {
@@ -211,11 +215,11 @@ def _check_options(shards: int, validation: float, workers: int) -> None:
     if not 0 <= validation < 1:
         raise HvdlmError(f"--validation {validation}: the fraction must be at least 0 and below 1")
     if workers < 0:
-        raise HvdlmError(f"--workers {workers}: give a number of processes, or 0 for one a core")
+        raise HvdlmError(f"--workers {workers}: give a number of processes, or 0 for one for each core")
 
 
 def _tokenizer_choice(name: str) -> Tokenizer | int:
-    """The tokenizer of that name, or the vocabulary size of one that is yet to be learnt."""
+    """The tokenizer that `name` selects, or the vocabulary size of one that is still to be trained."""
     if name == "byte":
         return Tokenizer.byte()
     if name.startswith("bpe:"):
@@ -228,7 +232,7 @@ def _tokenizer_choice(name: str) -> Tokenizer | int:
     return Tokenizer.load(Path(name))
 
 
-def _check_apart(inputs: Sequence[str], output: Path) -> None:
+def _check_output_outside_inputs(inputs: Sequence[str], output: Path) -> None:
     for name in inputs:
         directory = Path(name).resolve()
         if directory.is_dir() and directory in (output.resolve(), *output.resolve().parents):
@@ -237,14 +241,14 @@ def _check_apart(inputs: Sequence[str], output: Path) -> None:
             )
 
 
-def _digest_of(sources: Sequence[Source]) -> str:
-    """Names the input by path, size and time of change: reading it all would take as long as preparing it."""
+def _sources_digest(sources: Sequence[Source]) -> str:
+    """Identifies the input by path, size and modification time; reading it all would take as long as preparing it."""
     lines = (f"{source.path.resolve()}\0{source.size}\0{source.modified}\n" for source in sources)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def _is_there(output: Path, recipe: Recipe) -> bool:
-    """Whether the data set has been made. Raises HvdlmError if something else is in its place."""
+def _is_prepared(output: Path, recipe: Recipe) -> bool:
+    """Whether `output` is the data set of this recipe. Raises HvdlmError if it exists but is something else."""
     remedy = "remove it, or choose another --output"
     if output.is_dir() and not any(output.iterdir()):
         return False
@@ -253,9 +257,9 @@ def _is_there(output: Path, recipe: Recipe) -> bool:
             raise HvdlmError(f"{output} exists and is not a data set; {remedy}")
         return False
     DataSet(output)
-    made = Manifest.load(output).recipe
+    found = Manifest.load(output).recipe
     differing = [
-        f"{name} (there {made.get(name)}, here {recipe[name]})" for name in recipe if made.get(name) != recipe[name]
+        f"{name} (there {found.get(name)}, here {recipe[name]})" for name in recipe if found.get(name) != recipe[name]
     ]
     if differing:
         raise HvdlmError(

@@ -1,4 +1,4 @@
-"""How far `hvdlm prepare` has come: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of `hvdlm prepare`: a progress bar on a terminal, otherwise a log line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class InputProgress:
-    """Context manager that shows how many of `total` bytes of input are done, on standard error."""
+    """Context manager that shows on standard error how many of `total` input bytes are done."""
 
     def __init__(self, task: str, total: int) -> None:
         self._task = task

@@ -1,4 +1,4 @@
-"""Which windows make up global batch k: a pure function of the data set's fingerprint, the seed and k."""
+"""The sample order: which windows make up global batch k, as a function of data set fingerprint, seed and k only."""
 
 from __future__ import annotations
 
@@ -12,77 +12,86 @@ import numpy.typing as npt
 
 from hvdlm.errors import HvdlmError
 
-ROUNDS = 8  # of the Feistel network; 4 are enough for a random function (Luby & Rackoff 1988), ours is only a mixer
+# Of the Feistel network. 4 are enough with random round functions (Luby & Rackoff 1988); `_mix` is only a hash.
+ROUNDS = 8
 
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 
-def part(batch_size: int, rank: int, size: int) -> range:
-    """The places of a batch that fall to `rank` of `size`: contiguous, as equal as can be, maybe none."""
+def rank_part(batch_size: int, rank: int, size: int) -> range:
+    """The indices in a batch that `rank` of `size` ranks computes: contiguous, as equal as possible, maybe empty."""
     return range(rank * batch_size // size, (rank + 1) * batch_size // size)
 
 
 class Sampler:
     """The sample order of a training split.
 
-    The shards are dealt into lanes, as many as divide both the batch and the shards. A lane has its own shards and
-    its own places in every batch, and walks its windows in one pseudo-random permutation after another. So when the
-    number of ranks divides the lanes, a rank reads its own shards and no other; yet the order itself knows no ranks.
+    The shards are divided into groups of consecutive shards, and every batch into as many runs of consecutive
+    indices; the number of groups is the greatest common divisor of the batch size and the number of shards. Each
+    group fills its own run of every batch with its windows, in a new pseudo-random permutation each epoch.
+
+    The order does not depend on the number of ranks. But if that number divides the number of groups, each rank
+    reads only the shards of its own groups.
     """
 
     def __init__(self, windows: Sequence[int], batch_size: int, seed: int, fingerprint: str) -> None:
         """`windows[s]` is the number of windows in shard s.
 
-        Raises HvdlmError if a lane has no window at all.
+        Raises HvdlmError if a group has no window.
         """
-        self._lanes = math.gcd(batch_size, len(windows))
-        self._places = batch_size // self._lanes  # in a batch, of each lane
+        self._groups = math.gcd(batch_size, len(windows))
+        self._group_batch_size = batch_size // self._groups  # sequences of each group in a batch
         self._key = f"{fingerprint} {seed}"
         self._shard_ends = np.cumsum(windows, dtype=np.int64)  # (S,)
-        shards = len(windows) // self._lanes
-        lane_ends = self._shard_ends[shards - 1 :: shards]  # (lanes,)
-        self._lane_starts = np.concatenate([np.zeros(1, dtype=np.int64), lane_ends[:-1]])
-        self._lane_windows = lane_ends - self._lane_starts
-        if not self._lane_windows.all():
-            lane = int(np.argmin(self._lane_windows))
+        shards = len(windows) // self._groups
+        group_ends = self._shard_ends[shards - 1 :: shards]  # (groups,)
+        self._group_starts = np.concatenate([np.zeros(1, dtype=np.int64), group_ends[:-1]])
+        self._group_windows = group_ends - self._group_starts
+        if not self._group_windows.all():
+            group = int(np.argmin(self._group_windows))
             raise HvdlmError(
-                f"training shards {lane * shards} to {(lane + 1) * shards - 1} hold no whole sequence; "
+                f"training shards {group * shards} to {(group + 1) * shards - 1} hold no whole sequence; "
                 "shorten model.context_length, or prepare the data set with more text or fewer --shards"
             )
 
     def batch(self, k: int) -> tuple[Integers, Integers]:
         """Shard and window of each sequence of global batch `k`: two (batch_size,) int64 arrays."""
-        lanes = np.repeat(np.arange(self._lanes), self._places)  # (B,)
-        counters = k * self._places + np.tile(np.arange(self._places), self._lanes)  # (B,): windows drawn before
-        sizes = self._lane_windows[lanes]
-        epochs, places = np.divmod(counters, sizes)
+        groups = np.repeat(np.arange(self._groups), self._group_batch_size)  # (B,)
+        # (B,): windows that each group has used before this sequence
+        counters = k * self._group_batch_size + np.tile(np.arange(self._group_batch_size), self._groups)
+        sizes = self._group_windows[groups]
+        epochs, positions = np.divmod(counters, sizes)
         keys = np.stack(
-            [_round_keys(self._key, lane, epoch) for lane, epoch in zip(lanes.tolist(), epochs.tolist(), strict=True)]
+            [
+                _round_keys(self._key, group, epoch)
+                for group, epoch in zip(groups.tolist(), epochs.tolist(), strict=True)
+            ]
         )
-        windows = self._lane_starts[lanes] + permute(places, sizes, keys)  # numbered through all shards
+        windows = self._group_starts[groups] + permute(positions, sizes, keys)  # numbered across all shards
         shards = np.searchsorted(self._shard_ends, windows, side="right")
         return shards, windows - np.concatenate([np.zeros(1, dtype=np.int64), self._shard_ends])[shards]
 
 
 def permute(values: Integers, sizes: Integers, keys: Words) -> Integers:
-    """Each value, at least 0 and below its size, under the pseudo-random permutation of that range that its key names.
+    """Applies to each value a pseudo-random permutation of range(size), selected by the value's keys.
 
     The generalized Feistel network with cycle walking of Black & Rogaway, "Ciphers with Arbitrary Finite Domains"
     (CT-RSA 2002), section 5: a number below left * right is a pair of digits; each round adds a function of one
-    digit to the other; results beyond the range go through again. Nothing is stored, so any value costs the same.
+    digit to the other; results outside the range are permuted again. No table is stored, so the cost of a value does
+    not depend on the size.
 
     Args:
-        values, sizes: (n,) int64.
+        values, sizes: (n,) int64; 0 <= value < size.
         keys: (n, ROUNDS) uint64.
     """
     domain = sizes.astype(np.uint64)
     left = np.ceil(np.sqrt(sizes)).astype(np.uint64)
     right = -(-sizes // left.astype(np.int64))
-    return _walk(values.astype(np.uint64), domain, left, right.astype(np.uint64), keys).astype(np.int64)
+    return _cycle_walk(values.astype(np.uint64), domain, left, right.astype(np.uint64), keys).astype(np.int64)
 
 
-def _walk(values: Words, domain: Words, left: Words, right: Words, keys: Words) -> Words:
+def _cycle_walk(values: Words, domain: Words, left: Words, right: Words, keys: Words) -> Words:
     values = _feistel(values, left, right, keys)
     outside = np.flatnonzero(values >= domain)
     while len(outside):
@@ -109,7 +118,7 @@ def _mix(values: Words, keys: Words) -> Words:
 
 
 @lru_cache(maxsize=4096)
-def _round_keys(key: str, lane: int, epoch: int) -> Words:
-    """(ROUNDS,) independent words for one epoch of one lane."""
-    digest = hashlib.shake_256(f"{key} {lane} {epoch}".encode()).digest(8 * ROUNDS)
+def _round_keys(key: str, group: int, epoch: int) -> Words:
+    """(ROUNDS,) uint64: independent keys for one epoch of one group."""
+    digest = hashlib.shake_256(f"{key} {group} {epoch}".encode()).digest(8 * ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -1,4 +1,4 @@
-"""A data set opened for reading: two splits of HDF5 shards, checked before they are trusted."""
+"""Opens a data set for reading: a training and a validation split of HDF5 shards, with integrity checks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
 from hvdlm.data.shard_writer import CHUNK_TOKENS, SHARD_FORMAT, SHARD_VERSION
 from hvdlm.errors import HvdlmError
 
-CACHE_BYTES = 64 * 2**20  # of verified chunks, shared by the shards of a split: small data sets are checked but once
+# Cache of verified chunks, divided among the shards of a split; a data set that fits in it is checked only once.
+CACHE_BYTES = 64 * 2**20
 CHUNK_BYTES = CHUNK_TOKENS * 4
-BLOCK_TOKENS = 2**22  # read at a time when a shard is read through
+BLOCK_TOKENS = 2**22  # read at a time when a whole shard is read
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Shard:
 
 
 class Split:
-    """The shards of training or of validation.
+    """The shards of the training or the validation split.
 
-    Files are opened when first read and in the process that reads: HDF5 handles do not survive a fork.
+    A file is opened at its first read, and again in each forked process: HDF5 handles do not survive a fork.
     """
 
     def __init__(self, directory: Path, records: Sequence[ShardRecord]) -> None:
-        """The shards that `records` of the manifest in `directory` describe."""
+        """`records`: the split's shards in the manifest of `directory`."""
         self.shards = tuple(Shard(directory / r.file, **r.model_dump(exclude={"file"})) for r in records)
         self._directory = directory
         self._files: dict[int, h5py.File] = {}
@@ -49,7 +50,7 @@ class Split:
     def read(self, shard: int, start: int, count: int) -> npt.NDArray[Any]:
         """Tokens `start` to `start + count` of a shard: (count,), uint16 or uint32 as stored.
 
-        Raises HvdlmError if the file has become unreadable or its checksum fails, IndexError beyond its end.
+        Raises HvdlmError if the file cannot be read or a checksum fails, IndexError beyond its end.
         """
         info = self.shards[shard]
         if not 0 <= start <= start + count <= info.n_tokens:
@@ -62,18 +63,18 @@ class Split:
         return tokens
 
     def document_offsets(self, shard: int) -> npt.NDArray[np.uint64]:
-        """Where each document of a shard begins, and the last one ends: (n_docs + 1,) uint64.
+        """The index of the first token of each document of a shard, and n_tokens at the end: (n_docs + 1,) uint64.
 
-        Raises HvdlmError if the file has become unreadable or its checksum fails.
+        Raises HvdlmError if the file cannot be read or a checksum fails.
         """
         try:
             offsets: npt.NDArray[np.uint64] = self._file(shard)["doc_offsets"][:]
         except (OSError, KeyError) as error:
-            raise self._unreadable(shard, "the bounds of its documents", error) from None
+            raise self._unreadable(shard, "its document offsets", error) from None
         return offsets
 
     def blocks(self, shard: int, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:
-        """A whole shard in order, in blocks of bounded size; each begins with the last `overlap` tokens before it."""
+        """A whole shard in order, in blocks of bounded size; each block repeats the `overlap` tokens before it."""
         n_tokens = self.shards[shard].n_tokens
         for start in range(0, n_tokens, BLOCK_TOKENS):
             begin = max(start - overlap, 0)
@@ -88,7 +89,7 @@ class Split:
         return self._files[shard]
 
     def _bad_chunk(self, shard: int, start: int, count: int) -> int:
-        """The first chunk of the range that cannot be read."""
+        """The number of the first chunk in this range of tokens that cannot be read."""
         first, last = start // CHUNK_TOKENS, (start + count - 1) // CHUNK_TOKENS
         for chunk in range(first, last):
             try:
@@ -107,8 +108,8 @@ class Split:
 class DataSet:
     """A directory that `hvdlm prepare` wrote.
 
-    Opening checks the manifest, and the size and attributes of every shard, but reads no tokens; checksums are
-    checked as tokens are read.
+    Opening it checks the manifest, and the size and attributes of every shard, but reads no tokens; checksums are
+    verified when tokens are read.
 
     Attributes:
         fingerprint: SHA-256 (hex) over all tokens and the tokenizer.
@@ -118,7 +119,7 @@ class DataSet:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises HvdlmError if `path` is no data set, an unfinished, a damaged or a mixed-up one."""
+        """Raises HvdlmError if `path` is not a data set, or is unfinished, damaged, or has shards of another one."""
         self.path = path
         manifest = Manifest.load(path)
         for shards in (manifest.train, manifest.validation):

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Writes a directory atomically: it appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hvdlm.errors import HvdlmError
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A directory beside `output` to write in; it is renamed to `output` when the block ends, or removed if it fails.
+    """A staging directory beside `output`; it is renamed to `output` at the end of the block, or removed on an error.
 
-    What a killed process left there is cleared first. After a crash of the machine `output` is whole or absent: files
-    and directories are on disk before the rename.
+    Files that a killed process left in it are deleted first. All files and directories are synced to disk before the
+    rename, so that even after a crash of the machine `output` is complete or absent.
 
     Raises HvdlmError if another process is writing the same `output`, or if something cannot be written.
     """
@@ -46,9 +46,9 @@ def _lock(descriptor: int, output: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise HvdlmError(f"another `hvdlm prepare` is writing {output}; wait for it to end") from None
+        raise HvdlmError(f"another process is writing {output}; wait for it to end") from None
     except OSError:
-        pass  # some cluster file systems have no locks
+        pass  # some cluster file systems do not support locks
 
 
 def _clear(directory: Path) -> None:
@@ -60,7 +60,7 @@ def _clear(directory: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Returns when a file's content, or a directory's entries, would survive a power cut."""
+    """Syncs a file's content, or a directory's entries, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

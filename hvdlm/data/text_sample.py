@@ -1,4 +1,4 @@
-"""A bounded random sample of the training documents, for a tokenizer to learn from."""
+"""A random sample of the training documents, of bounded size, from which a tokenizer is trained."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from hvdlm.data.assignment import VALIDATION, ShardAssignment
 from hvdlm.data.documents import BadDocument, Block, Source, read_blocks, read_documents
-from hvdlm.data.placement import VALIDATION, Placement
 from hvdlm.data.progress import InputProgress
 from hvdlm.data.worker_pool import WorkerPool
 
@@ -17,7 +17,7 @@ SAMPLE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class _Candidates:
-    documents: list[tuple[int, str]]  # rank, text
+    documents: list[tuple[int, str]]  # sort key, text
     bad: list[BadDocument]
     input_bytes: int
 
@@ -26,37 +26,37 @@ def sample_training_text(
     sources: Sequence[Source],
     pool: WorkerPool,
     text_key: str,
-    placement: Placement,
+    assignment: ShardAssignment,
     refuse: Callable[[Sequence[BadDocument]], None],
 ) -> list[str]:
-    """The documents lowest in `placement.rank` that fit in SAMPLE_BYTES, or the lowest one where none fits.
+    """The documents with the lowest `assignment.sort_key` that together fit in SAMPLE_BYTES, but at least one.
 
-    Whether a document is among them does not depend on the order of the input. `refuse` is shown bad documents.
+    The sample does not depend on the order of the input. `refuse` is called with the bad documents of each block.
     """
-    sample: list[tuple[int, str]] = []  # a heap by negative rank: the highest is the first to go
-    held = 0
-    bound = 2**64  # ranks from here on are out
+    sample: list[tuple[int, str]] = []  # a heap of negated sort keys, so that the highest key is removed first
+    size = 0  # bytes of the sample
+    bound = 2**64  # documents with this sort key or a higher one are not in the sample
 
     def jobs() -> Iterator[tuple[Block, int]]:
         return ((block, bound) for block in read_blocks(sources))
 
-    find = partial(_candidates, text_key=text_key, placement=placement)
+    find = partial(_candidates, text_key=text_key, assignment=assignment)
     with InputProgress("reading a sample", sum(source.size for source in sources)) as progress:
         for found in pool.map(find, jobs()):
             refuse(found.bad)
-            for rank, text in found.documents:
-                if rank < bound:
-                    heapq.heappush(sample, (-rank, text))
-                    held += len(text.encode())
-                while held > SAMPLE_BYTES and len(sample) > 1:
+            for key, text in found.documents:
+                if key < bound:
+                    heapq.heappush(sample, (-key, text))
+                    size += len(text.encode())
+                while size > SAMPLE_BYTES and len(sample) > 1:
                     highest, dropped = heapq.heappop(sample)
                     bound = min(bound, -highest)
-                    held -= len(dropped.encode())
+                    size -= len(dropped.encode())
             progress.advance(found.input_bytes)
     return [text for _, text in sorted(sample)]
 
 
-def _candidates(job: tuple[Block, int], text_key: str, placement: Placement) -> _Candidates:
+def _candidates(job: tuple[Block, int], text_key: str, assignment: ShardAssignment) -> _Candidates:
     block, bound = job
     documents: list[tuple[int, str]] = []
     bad: list[BadDocument] = []
@@ -65,7 +65,7 @@ def _candidates(job: tuple[Block, int], text_key: str, placement: Placement) -> 
             bad.append(document)
             continue
         content = document.encode()
-        rank = placement.rank(content)
-        if rank < bound and placement.shard(content) != VALIDATION:
-            documents.append((rank, document))
+        key = assignment.sort_key(content)
+        if key < bound and assignment.shard(content) != VALIDATION:
+            documents.append((key, document))
     return _Candidates(documents, bad, block.input_bytes)

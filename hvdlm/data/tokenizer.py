@@ -1,7 +1,7 @@
-"""Text to token ids and back.
+"""Tokenizers: encode text to token ids and decode ids to text.
 
 Every tokenizer, the byte one included, is a `tokenizer.json` of the Hugging Face `tokenizers` library, so that any
-tool that reads those reads the tokenizer of an hvdlm data set.
+tool that reads that format can use the tokenizer of an hvdlm data set.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from hvdlm.errors import HvdlmError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# What published tokenizers call the token that ends a document.
+# Names of the token that ends a document, in published tokenizers.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
 
-SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: with these, any text can be encoded
+SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: enough to encode any text
 
 
 class Tokenizer:
-    """A vocabulary and the two ways through it.
+    """Encodes text to token ids and decodes ids to text.
 
-    Text that happens to read like a special token is encoded as text: only hvdlm itself ends a document.
+    A special token's name in a text, such as "<|endoftext|>", is encoded as ordinary text: the token that ends a
+    document is only ever added by hvdlm.
 
     Attributes:
-        vocab_size: token ids are below this.
+        vocab_size: upper bound of the token ids, exclusive.
         eos_id: the token that ends a document.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
-        """Wraps `backend`; `origin` names it in errors.
+        """Wraps `backend`; `origin` is its name in error messages.
 
         Raises HvdlmError if the vocabulary has no token that ends a document.
         """
@@ -56,7 +57,7 @@ class Tokenizer:
 
     @classmethod
     def byte(cls) -> Tokenizer:
-        """The 256 byte values, and the end of text as id 256."""
+        """The byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 is the end of text."""
         backend = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
@@ -65,9 +66,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) learnt from `texts`.
+        """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) trained on `texts`.
 
-        The vocabulary is smaller than `vocab_size` where the texts have too few repeated pairs to merge.
+        The vocabulary is smaller than `vocab_size` if the texts have too few repeated pairs to merge.
         """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,19 +85,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a `tokenizer.json`. Raises HvdlmError where there is none, or it is not one."""
+        """Reads a `tokenizer.json`. Raises HvdlmError if it cannot be read or is not one."""
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise HvdlmError(f"cannot read the tokenizer {path}: {error}") from None
         try:
             backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises nothing more particular
+        except Exception as error:  # the library raises no more specific type
             raise HvdlmError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
         return cls(backend, str(path))
 
     def save(self, path: Path) -> None:
-        """Writes a `tokenizer.json` that `load` reads back to an equal tokenizer."""
+        """Writes the tokenizer as a `tokenizer.json`, which `load` reads."""
         path.write_bytes(self._content)
 
     @cached_property
@@ -110,12 +111,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each of `texts`, in order."""
-        if self._ids_are_bytes:  # 50 times as fast as walking through the library's pipeline
+        if self._ids_are_bytes:  # 50 times as fast as the library
             return [list(text.encode()) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -126,9 +127,9 @@ class Tokenizer:
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """The printable character by which byte-level models write each byte value, and that value.
+    """Maps the printable character that byte-level models use for each byte value to that value.
 
-    Printable bytes of Latin-1 stand for themselves, the others for U+0100 and on (Radford et al. 2019).
+    Printable characters of Latin-1 stand for their own value, U+0100 and on for the others (Radford et al. 2019).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [value for value in range(256) if value not in printable]

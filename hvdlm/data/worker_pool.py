@@ -1,4 +1,4 @@
-"""A function applied by several processes, in order and with bounded memory."""
+"""A process pool whose `map` keeps the order of its items and bounds memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Context manager over `workers` processes; with one worker, the calling process does the work."""
+    """Context manager with `workers` worker processes; with one worker, the calling process does the work."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -32,10 +32,10 @@ class WorkerPool:
             else None
         )
         if self._executor:
-            # All workers now: one that is started just when another is killed would be forgotten, and waited for, for
-            # ever (Python 3.11's executor starts them as work comes)
+            # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed
+            # at that time, the executor forgets the new one and waits for it forever.
             for _ in range(workers):
-                self._executor.submit(_begin)
+                self._executor.submit(_do_nothing)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -49,10 +49,10 @@ class WorkerPool:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in the order of the items.
 
-        An item is drawn only when a worker will soon be free for it, so that memory holds two items and results a
-        worker, however long `items` is and however slow the reader of the results.
+        Memory holds at most two items or results for each worker, however long `items` is and however slowly the
+        results are consumed: the next item is taken only then.
 
-        Raises HvdlmError if a worker is killed, and whatever `function` raises.
+        Raises HvdlmError if a worker is killed, and any exception of `function`.
         """
         if self._executor is None:
             yield from map(function, items)
@@ -67,25 +67,25 @@ class WorkerPool:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             if sys.version_info < (3, 11, 5):
-                # The executor would wait until what it is writing has been read (python/cpython issue 94777)
+                # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
                 vars(self._executor)["_call_queue"]._reader.close()
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
 
 
-def _begin() -> None:
-    """Work for a worker that has none yet."""
+def _do_nothing() -> None:
+    """Submitted once for each worker, so that the executor starts it."""
 
 
 def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Workers hold both ends of their queue, so they would wait forever for a parent that was killed."""
+def _exit_with_parent() -> None:
+    """Exits when the parent is killed; the worker, which holds both ends of its queue, would wait forever otherwise."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""How the messages of codecs travel, and what that took: the part of a `Communicator` that a codec sees."""
+"""The collective operations that codecs use, counted in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost, prefers_ring
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.ring import Encoding, Ring
-from hvdlm.gradients.span import Span, total_seconds
-from hvdlm.gradients.trial import Trial, prefers_ring
+from hvdlm.comm.ring import Ring, SegmentEncoding
+from hvdlm.timing import Span, total_seconds
 
-# Elements: as large a message as Open MPI sends off without asking, where they are bytes (see comm/launch.py).
-_PIECE = 256 * 1024
+# Elements of a message of `all_to_all`: of bytes, as codecs send, below Open MPI's eager limit (see comm/launch.py).
+_MESSAGE = 256 * 1024
 
 
 class Exchange:
     """Operations among all ranks of a communicator, counted in bytes and, where they block, in seconds."""
 
-    def __init__(self, communicator: Communicator, ring: Ring | None, trials: Sequence[Trial]) -> None:
-        """`ring`: what sums and gathers; None: the engine does. `trials`: at which sizes the ring's sums cost less."""
+    def __init__(self, communicator: Communicator, ring: Ring | None, algorithm_costs: Sequence[AlgorithmCost]) -> None:
+        """`ring`: sums and gathers; None: the engine does. `algorithm_costs`: what chooses between them by size."""
         self._communicator = communicator
         self._ring = ring
-        self.trials = trials
+        self.algorithm_costs = algorithm_costs
         self.rank, self.size = communicator.rank, communicator.size
         self.has_ring = ring is not None
-        self.wire_bytes = 0  # sent by this rank
-        self.spans: list[Span] = []  # of sending, receiving and waiting, since `clear`
-        self.first_sent: float | None = None  # time.perf_counter() of the first message since `clear`
+        self.wire_bytes = 0  # sent by this rank since `reset_counters`
+        self.spans: list[Span] = []  # of sending, receiving and waiting since `reset_counters`
+        self.first_sent: float | None = None  # time.perf_counter() of the first message since `reset_counters`
 
-    def clear(self) -> None:
-        """Starts counting anew."""
+    def reset_counters(self) -> None:
+        """Counts bytes and seconds from zero."""
         self.wire_bytes, self.spans, self.first_sent = 0, [], None
 
     def prefers_ring(self, elements: int) -> bool:
-        """Whether the ring sums so many numbers, and not the engine."""
-        return self._ring is not None and prefers_ring(self.trials, elements)
+        """Whether the ring, and not the engine, sums `elements` numbers."""
+        return self._ring is not None and prefers_ring(self.algorithm_costs, elements)
 
     @property
     def seconds(self) -> float:
-        """Sending, receiving and waiting, since `clear`."""
+        """Sending, receiving and waiting since `reset_counters`."""
         return total_seconds(self.spans)
 
     def all_reduce_(
         self,
         values: Tensor,
-        encoding: Encoding | None = None,
-        errors: Tensor | None = None,
+        encoding: SegmentEncoding | None = None,
+        residual: Tensor | None = None,
         op: ReduceOp = ReduceOp.SUM,
     ) -> None:
         """Replaces `values` (contiguous, 1-D) by their sum over all ranks.
 
-        With a ring, which costs less for some sizes and the only way for encodings, float32 sums may travel by an
-        `encoding`, whose `errors` are carried on as `Ring.all_reduce_` says.
+        float32 sums go by the ring where that costs less. Only the ring can send them by an `encoding`, whose error is
+        kept in `residual` as `Ring.all_reduce_` says; raises ValueError where there is no ring.
         """
         with self._counted("all-reduce"):
             if encoding is not None and self._ring is None:
-                raise ValueError("only a ring can sum what travels by an encoding: ask has_ring first")
+                raise ValueError("only a ring can sum what is sent by an encoding: ask has_ring first")
             can_ring = values.dtype is torch.float32 and op is ReduceOp.SUM
             if self._ring is not None and can_ring and (encoding or self.prefers_ring(values.numel())):
-                self.wire_bytes += self._ring.all_reduce_(values, encoding, errors)
+                self.wire_bytes += self._ring.all_reduce_(values, encoding, residual)
                 return
             self._communicator.all_reduce_(values, op)
             self._count_all_reduce(values)
 
     def all_reduce_by_engine_async_(self, values: Tensor) -> Work[Any]:
-        """Starts the engine's own all-reduce, of which several may be under way: engines order and join them."""
+        """Starts the engine's own all-reduce; several may be in progress, which the engine keeps in order."""
         if self.first_sent is None:
             self.first_sent = time.perf_counter()
         self._count_all_reduce(values)
@@ -80,14 +80,14 @@ class Exchange:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted("all-gather"):
             self.wire_bytes += (self.size - 1) * message.nbytes
-            if self._ring is not None:  # which sleeps while it waits, where engines spin
+            if self._ring is not None:  # it sleeps while it waits, where engines spin
                 return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
             return self._communicator.all_gather_v(message, [len(message)] * self.size)
 
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
-        """What each rank has for this one, in the order of ranks, when `messages[r]` goes to rank r.
+        """What each rank sends to this one, in the order of ranks, where `messages[r]` is sent to rank r.
 
-        All messages of all ranks have one length and dtype. Engines without point-to-point messages send all to all.
+        All messages of all ranks have one length and dtype. Engines without point-to-point messages gather all of them.
         """
         with self._counted("all-to-all"):
             if not self._communicator.supports("send"):
@@ -97,21 +97,22 @@ class Exchange:
             others = [rank for rank in range(self.size) if rank != self.rank]
             received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
             received[self.rank].copy_(messages[self.rank])
-            works: list[Work[Any]] = []
+            handles: list[Work[Any]] = []
             for rank in others:
-                for out, room in zip(messages[rank].split(_PIECE), received[rank].split(_PIECE), strict=True):
-                    send = partial(self._communicator.send_async, out, rank)
-                    receive = partial(self._communicator.receive_async_, room, rank)
-                    # NCCL works off what goes between two ranks in order: one sends first, the other receives first
-                    works += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
-            for work in works:
-                work.wait()
+                for piece, target in zip(messages[rank].split(_MESSAGE), received[rank].split(_MESSAGE), strict=True):
+                    send = partial(self._communicator.send_async, piece, rank)
+                    receive = partial(self._communicator.receive_async_, target, rank)
+                    # NCCL runs operations between two ranks in order: one of them sends first, the other receives first
+                    handles += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
+            for handle in handles:
+                handle.wait()
             self.wire_bytes += sum(messages[rank].nbytes for rank in others)
             return received
 
     def _count_all_reduce(self, values: Tensor) -> None:
-        """A ring sends each byte on to the next rank twice, less the part that is its own (Patarasuk & Yuan, JPDC 2009,
-        section 3); engines may do otherwise, but not with less. Halves that an engine cannot sum travel as float32.
+        """A ring sends each byte to the next rank twice, except this rank's part (Patarasuk & Yuan, JPDC 2009,
+        section 3); engines may use other algorithms, but none sends less. Halves that an engine cannot sum are sent as
+        float32.
         """
         is_half = values.dtype in (torch.float16, torch.bfloat16)
         is_widened = is_half and not self._communicator.supports(str(values.dtype).removeprefix("torch."))

@@ -1,15 +1,17 @@
 """Sums gradients over all ranks while the backward pass is still making them.
 
-A gradient's way: `backward()` makes it -> a hook takes it into its bucket (bucket.py) and counts it -> the bucket is
-full -> a codec (codecs/) sends it on a lane's communication thread or stream (lane.py, exchange.py), or the engine sums
-it as it is -> `wait` returns when every bucket holds the sum.
+The way of a gradient: `backward()` makes it; a hook stores it in its bucket (bucket.py); when all gradients of a bucket
+are final, the bucket is submitted to a channel (channel.py), on whose thread or stream its codec (codecs/) reduces it
+by operations of the exchange (exchange.py), over the ring (comm/ring.py) or the engine (comm/mpi.py and others). Where
+a codec sends segments of a ring all-reduce, the ring calls the codec's encoding for each of them. `wait` returns when
+every bucket holds the sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,30 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.bucket import divide, make_buckets
-from hvdlm.gradients.chooser import Chooser, Plan
-from hvdlm.gradients.codec_trial import try_codec
-from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes, codec_maker
+from hvdlm.gradients.auto.forecast import Cost
+from hvdlm.gradients.auto.plan import CodecPlan
+from hvdlm.gradients.auto.probe import probe_codec
+from hvdlm.gradients.auto.tuner import CodecTuner
+from hvdlm.gradients.bucket import Bucket, bucket_sizes
+from hvdlm.gradients.bucket_codecs import BucketCodecs
+from hvdlm.gradients.channel import open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
-from hvdlm.gradients.codecs.switching import Switching
-from hvdlm.gradients.forecast import Cost
-from hvdlm.gradients.lane import Lane, lane_count
-from hvdlm.gradients.moment import Moment
-from hvdlm.gradients.trial import Trial
+from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes, candidate_codecs, codec_factory
 
 
 @dataclass
 class Traffic:
     """What one step's gradients cost, on this rank."""
 
-    dense_bytes: int  # that a ring all-reduce of the gradients as they are would send
-    wire_bytes: int  # that was sent
-    codec_seconds: float  # making and reading messages
-    first_sent: float  # time.perf_counter() when the first message left
+    dense_bytes: int  # that a ring all-reduce of the float32 gradients would send
+    wire_bytes: int  # that were sent
+    codec_seconds: float  # encoding and decoding
+    first_sent: float  # time.perf_counter() when the first message was sent
 
 
 class GradientSync:
@@ -48,168 +50,99 @@ class GradientSync:
 
     For each optimizer step:
 
-        sync.begin()
-        for each micro-batch: (before the backward pass of the last one: sync.last_micro_batch())
+        sync.zero_grad()
+        for each micro-batch: (before the backward pass of the last one: sync.set_last_micro_batch())
             loss.backward()
         sync.wait()
 
-    A rank without data skips the passes; a parameter that gets no gradient counts as zero. Either way every
-    rank sends every bucket, in the order of buckets, so none waits for ever.
+    A rank without data skips the passes; a parameter that gets no gradient counts as zero. Either way every rank sends
+    every bucket, in the order of buckets, so that no rank waits for ever.
     """
 
     def __init__(
         self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
-        self._parameters = dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
+        self._device = next(p for p in parameters.values() if p.requires_grad).device
         nbytes = bucket_bytes(comm, compression, communicator.node_count)
-        self.buckets = make_buckets(self._parameters, nbytes)
-        self._device = device = self.buckets[0].buffer.device
-        # Gradients have a communicator of their own where the engine can split one: what the trainer says meanwhile
-        # is then no message among them.
-        can_split = communicator.supports("split")
-        owns = [communicator.split(0, communicator.rank) for _ in range(lane_count(communicator, device) * can_split)]
-        self._communicator = own = owns[0] if owns else communicator
-        first = Lane(own, device, comm, compression, self.buckets)
-        # Buckets take turns on them
-        self.lanes = [first]
-        self.lanes += [Lane(each, device, comm, compression, self.buckets, first.exchange.trials) for each in owns[1:]]
+        sizes = bucket_sizes(parameters, nbytes)
+        self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
+        self._communicator = self.channels[0].communicator
         self._compression = compression
-        self._plan = Plan(nbytes, [])  # that codec auto follows
-        self._chooser: Chooser | None = None
-        if compression.by_node and own.node_count == 1:
-            # Nothing goes between nodes; what was owed when there were several goes with the next gradients
-            self.codecs = self._switching(["none"] * len(self.buckets))
+        self._tuner: CodecTuner | None = None
+        plan: CodecPlan | None = None
+        if compression.hierarchical and communicator.node_count == 1:
+            # Nothing is sent between nodes; a switchable codec delivers residuals that a run on several nodes has saved
+            plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
-            sizes = {}
-            for name in (each.strip() for each in compression.candidates.split(",")):
-                codec_maker(name)  # an unknown one is an error now, not when it is tried
-                alone = compression.model_copy(update={"codec": name})
-                sizes[name] = bucket_bytes(comm, alone, communicator.node_count)
-            self._chooser = Chooser(own, device, nbytes, sizes, self._cut)
-            self._plan = self._chooser.plan
-            self.codecs = self._switching(self._plan.names)
-        else:
-            self.codecs = [codec_maker(compression.codec)(bucket, compression) for bucket in self.buckets]
-        # What an engine sums needs no thread of ours: it goes on by itself, and with several buckets at a time
-        is_dense = all(type(codec) is Dense for codec in self.codecs)
-        is_reached = device.type == "cpu" or first.supports_cuda  # else a thread copies to the host and back
-        self._can_leave_to_engine = is_dense and is_reached and first.nodes is None
-        self.step = 0  # of the optimizer: the number of the gradients that are being made
-        # Gradients wait for the end of the backward pass, and are sent only if they are finite on all ranks: what a
-        # codec owes after a step that is then skipped would be wrong.
+            candidates = candidate_codecs(comm, compression, communicator.node_count)
+            self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
+            plan = self._tuner.plan
+        self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
+        self._bypasses_channels = self._can_bypass_channels()
+        self.step = 0  # of the optimizer
+        # Whether gradients are reduced only after the backward pass, and only if they are finite on all ranks: the
+        # residuals of a step that is then skipped would be wrong.
         self.only_if_finite = False
-        self._missing: list[int] = []  # gradients not made yet, by bucket
-        self._full = 0  # buckets 0 .. full-1 are
-        self._under_way: list[Work[None]] = []  # of buckets 0 .. len-1, in their order
         self._is_last_micro_batch = False
-        self._backward_ended = self._arrived = Moment(device)
-        self.traffic = self._traffic()  # of the last step
-        self._seats = self._find_seats()
-        for parameter in self._seats:
-            parameter.register_post_accumulate_grad_hook(self._count)
+        self._ready = 0  # buckets 0 .. ready-1 are ready to be reduced
+        self._handles: list[Work[Any]] = []  # of the buckets that are being reduced, 0 .. len-1
+        self._index_slots()
+        for parameter in self._slots:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self.traffic = self._measure_traffic()  # of the last step
 
-    def begin(self) -> None:
-        """Clears all gradients and starts counting anew."""
-        if self._chooser:
-            self._follow(self._chooser.plan)
+    @property
+    def buckets(self) -> list[Bucket]:
+        """In the order in which they are reduced."""
+        return self._bucket_codecs.buckets
+
+    @property
+    def codecs(self) -> list[Codec]:
+        """The codec of each bucket."""
+        return self._bucket_codecs.codecs
+
+    # ---- one step
+
+    def zero_grad(self) -> None:
+        """Begins a step: there are no gradients."""
+        if self._tuner:
+            self._switch_to(self._tuner.plan)
         for bucket in self.buckets:
-            bucket.clear()
-        self._missing = [len(bucket.parameters) for bucket in self.buckets]
+            bucket.zero_grad()
+        for channel in self.channels:
+            channel.reset_counters()
         self._is_last_micro_batch = False
-        self._full = 0
-        for lane in self.lanes:
-            lane.clear()
+        self._ready = 0
 
-    def last_micro_batch(self) -> None:
-        """From here on a gradient that is made is complete, and full buckets are sent."""
+    def set_last_micro_batch(self) -> None:
+        """From here on a gradient that is made is final, and buckets are reduced when they are ready."""
         self._is_last_micro_batch = True
-        if self._chooser:
-            self._chooser.begin()
+        if self._tuner:
+            self._tuner.backward_started()
 
     def wait(self) -> None:
-        """Returns when every bucket, on every rank, holds the sum over all ranks; NaN if those were not to be sent."""
-        for bucket in self.buckets[self._full :]:
-            bucket.complete()
-            self._count_full()
-        if self._chooser:
-            self._chooser.backward_ended()
+        """Returns when this rank's buckets hold the sum over all ranks; NaN if they had to be finite and were not."""
+        for bucket in self.buckets[self._ready :]:
+            bucket.fill_missing()
+        self._advance_ready()
+        if self._tuner:
+            self._tuner.backward_ended()
         if self.only_if_finite and not self._is_finite_everywhere():
             for bucket in self.buckets:
                 bucket.buffer.fill_(math.nan)
-            self._backward_ended = self._arrived = Moment(self._device)
-            self.traffic = self._traffic()
+            self.traffic = self._measure_traffic()
             return
-        self._backward_ended = Moment(self._device)
-        for index in range(len(self._under_way), len(self.buckets)):
-            self._send(index)
-        for index, work in enumerate(self._under_way):
-            with self._named(index):
-                work.wait()
-        self._arrived = Moment(self._device)
-        self._under_way.clear()
-        self.traffic = self._traffic()
+        self._submit_up_to(len(self.buckets))
+        for index, handle in enumerate(self._handles):
+            with self._naming_bucket(index):
+                handle.wait()
+        self._handles.clear()
+        self.traffic = self._measure_traffic()
         self.step += 1
-        if self._chooser:
-            self._chooser.arrived(self._try)
-
-    @property
-    def exposed_seconds(self) -> float:
-        """How long the last `wait` has waited: communication that no computation hid."""
-        return self._arrived - self._backward_ended
-
-    def _traffic(self) -> Traffic:
-        size = self.lanes[0].exchange.size
-        first_sent = [lane.exchange.first_sent for lane in self.lanes if lane.exchange.first_sent is not None]
-        return Traffic(
-            dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
-            wire_bytes=sum(lane.exchange.wire_bytes for lane in self.lanes),
-            codec_seconds=sum(lane.codec_seconds for lane in self.lanes),
-            first_sent=min(first_sent, default=math.nan),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is equal on all ranks: the step, the trials by which an all-reduce is chosen, the choice of `auto`."""
-        trials = [dataclasses.astuple(trial) for trial in self.lanes[0].exchange.trials]
-        state = {"step": self.step, "trials": trials, "ranks": self._communicator.size}
-        return {**state, "auto": self._chooser.state_dict(self._plan)} if self._chooser else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved one, on as many ranks with the same all-reduce: another would round otherwise."""
-        self.step = state["step"]
-        if self._chooser and "auto" in state:
-            self._chooser.load_state_dict(state["auto"], state["ranks"] == self._communicator.size)
-            self._follow(self._chooser.plan)
-        if state["ranks"] == self._communicator.size and state["trials"]:
-            for lane in self.lanes:
-                if lane.exchange.trials:
-                    lane.exchange.trials = [Trial(*each) for each in state["trials"]]
-
-    def codec_state(self) -> dict[str, Tensor]:
-        """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
-        by_parameter = {
-            f"{kind}.{name}": piece
-            for bucket, codec in zip(self.buckets, self.codecs, strict=True)
-            for kind, flat in codec.state().items()
-            for name, piece in zip(bucket.names, bucket.cut(flat), strict=True)
-        }
-        further = {name: tensor for codec in self.codecs for name, tensor in codec.further_state().items()}
-        return {**by_parameter, **further}
-
-    def adopt_owed_(self, factor: float) -> None:
-        """Lets ranks that speak for their nodes owe what `codec_state` of all was filled with, times a number."""
-        self.scale_owed_(factor)
-        nodes = self.lanes[0].nodes
-        if nodes:
-            for codec in self.codecs:
-                for flat in codec.state().values():
-                    nodes.hand_to_speaker_(flat)
-
-    def scale_owed_(self, factor: float) -> None:
-        """Multiplies what codecs keep by a number, as gradients are from now on."""
-        for codec in self.codecs if factor != 1 else []:
-            for flat in codec.state().values():
-                flat.mul_(factor)
+        if self._tuner:
+            self._tuner.gradients_arrived(self._probe)
 
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a float32 scalar on their device."""
@@ -222,98 +155,141 @@ class GradientSync:
         for bucket in self.buckets:
             bucket.buffer.mul_(factor)
 
-    def _count(self, parameter: Tensor) -> None:
-        """Autograd has made a gradient."""
-        index, place = self._seats[parameter]
-        self.buckets[index].take(place)
-        if self._is_last_micro_batch:
-            self._missing[index] -= 1
-            self._send_what_is_full()
+    # ---- state
 
-    def _find_seats(self) -> dict[Tensor, tuple[int, int]]:
-        """The bucket of each parameter, and its place there."""
-        return {
-            parameter: (index, place)
-            for index, bucket in enumerate(self.buckets)
-            for place, parameter in enumerate(bucket.parameters)
+    def state_dict(self) -> dict[str, Any]:
+        """What is equal on all ranks: the step, the costs by which an all-reduce is chosen, the plan of `auto`."""
+        costs = [dataclasses.astuple(cost) for cost in self.channels[0].exchange.algorithm_costs]
+        state = {"step": self.step, "trials": costs, "ranks": self._communicator.size}
+        if self._tuner:
+            assert self._bucket_codecs.plan is not None
+            state["auto"] = self._tuner.state_dict(self._bucket_codecs.plan)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a saved state; on as many ranks with the same all-reduce, since another would round otherwise."""
+        self.step = state["step"]
+        same_ranks = state["ranks"] == self._communicator.size
+        if self._tuner and "auto" in state:
+            self._tuner.load_state_dict(state["auto"], same_ranks)
+            self._switch_to(self._tuner.plan)
+        if same_ranks and state["trials"]:
+            for channel in self.channels:
+                if channel.exchange.algorithm_costs:
+                    channel.exchange.algorithm_costs = [AlgorithmCost(*cost) for cost in state["trials"]]
+
+    def codec_state(self) -> dict[str, Tensor]:
+        """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
+        return self._bucket_codecs.state()
+
+    def restore_residuals_(self, factor: float) -> None:
+        """Completes restoring a checkpoint, once `codec_state` of all ranks has been filled from it.
+
+        Residuals are multiplied by `factor`. In a hierarchical reduction they are moved to the local leaders.
+        Collective.
+        """
+        self.scale_residuals_(factor)
+        hierarchy = self.channels[0].hierarchy
+        if hierarchy:
+            for flat in self._bucket_codecs.flat_states():
+                hierarchy.move_to_leader_(flat)
+
+    def scale_residuals_(self, factor: float) -> None:
+        """Multiplies residuals by a number, as gradients are scaled from now on."""
+        if factor != 1:
+            for flat in self._bucket_codecs.flat_states():
+                flat.mul_(factor)
+
+    # ---- from a gradient to its bucket, from a bucket to its channel
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        """Hook: autograd has added to the gradient of `parameter`."""
+        bucket, slot = self._slots[parameter]
+        bucket.store(slot)
+        if not self._is_last_micro_batch:
+            return
+        bucket.pending -= 1
+        if not self.only_if_finite:
+            self._advance_ready()
+            if not (self._tuner and self._tuner.sends_after_backward):
+                self._submit_up_to(self._ready)
+
+    def _advance_ready(self) -> None:
+        """Advances `_ready` over the leading buckets without pending gradients: all ranks must reduce in one order."""
+        while self._ready < len(self.buckets) and self.buckets[self._ready].pending == 0:
+            self._ready += 1
+            if self._tuner:
+                self._tuner.bucket_ready()
+
+    def _submit_up_to(self, stop: int) -> None:
+        """Starts to reduce the buckets before `stop` that are not being reduced yet; channels take them in turns."""
+        for index in range(len(self._handles), stop):
+            bucket = self.buckets[index]
+            if not bucket.owns_gradients():
+                raise RuntimeError(
+                    "a .grad is no longer in its bucket: clear gradients by GradientSync.zero_grad(), not by "
+                    "zero_grad() of a module or optimizer"
+                )
+            channel = self.channels[index % len(self.channels)]
+            with self._naming_bucket(index):
+                if self._bypasses_channels and not channel.exchange.prefers_ring(bucket.buffer.numel()):
+                    handle: Work[Any] = channel.exchange.all_reduce_by_engine_async_(bucket.buffer)
+                else:
+                    handle = channel.submit(self.codecs[index], bucket.buffer, self.step, f"bucket {index + 1}")
+            self._handles.append(handle)
+
+    def _index_slots(self) -> None:
+        """Maps each parameter to its bucket and the index of its slot there."""
+        self._slots: dict[Tensor, tuple[Bucket, int]] = {
+            parameter: (bucket, slot) for bucket in self.buckets for slot, parameter in enumerate(bucket.parameters)
         }
 
-    def _send_what_is_full(self) -> None:
-        """Sends full buckets, but none before its predecessors: all ranks must send in one order."""
-        if self.only_if_finite:
-            return
-        while self._full < len(self.buckets) and self._missing[self._full] == 0:
-            self._count_full()
-        if self._chooser and self._chooser.holds_back:
-            return
-        while len(self._under_way) < self._full:
-            self._send(len(self._under_way))
-
-    def _count_full(self) -> None:
-        self._full += 1
-        if self._chooser:
-            self._chooser.full()
+    def _can_bypass_channels(self) -> bool:
+        """Whether the engine may sum buckets by itself: it has a thread of its own, and takes several at a time."""
+        channel = self.channels[0]
+        is_dense = all(type(codec) is Dense for codec in self.codecs)
+        # otherwise tensors are staged through the host, which the channel's thread does beside the backward pass
+        reaches_device = self._device.type == "cpu" or channel.communicator.supports("cuda")
+        return is_dense and reaches_device and channel.hierarchy is None
 
     def _is_finite_everywhere(self) -> bool:
-        bad = torch.tensor([float(not math.isfinite(float(self.norm())))])
-        self._communicator.all_reduce_(bad)
-        return not bad.any()
-
-    def _send(self, index: int) -> None:
-        bucket = self.buckets[index]
-        if not bucket.holds_its_gradients():
-            raise RuntimeError(
-                "a .grad no longer lies in its bucket: clear gradients with GradientSync.begin(), not with zero_grad()"
-            )
-        lane = self.lanes[index % len(self.lanes)]
-        with self._named(index):
-            if self._can_leave_to_engine and not lane.exchange.prefers_ring(bucket.buffer.numel()):
-                self._under_way.append(lane.exchange.all_reduce_by_engine_async_(bucket.buffer))
-            else:
-                name = f"bucket {index + 1}"
-                self._under_way.append(lane.submit(self.codecs[index], bucket.buffer, self.step, name))
+        overflow = torch.tensor([float(not math.isfinite(float(self.norm())))])
+        self._communicator.all_reduce_(overflow)
+        return not overflow.any()
 
     @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        """Says of an error which bucket it befell."""
+    def _naming_bucket(self, index: int) -> Iterator[None]:
+        """Prefixes errors with the number of the bucket."""
         try:
             yield
         except HvdlmError as error:
             raise type(error)(f"gradient bucket {index + 1} of {len(self.buckets)}: {error}") from error
 
-    def _cut(self, nbytes: int) -> list[int]:
-        """Elements of each bucket of about so many bytes."""
-        groups = divide(self._parameters, nbytes)
-        return [sum(parameter.numel() for parameter in group.values()) for group in groups]
+    def _measure_traffic(self) -> Traffic:
+        size = self.channels[0].exchange.size
+        first_sent = [each.exchange.first_sent for each in self.channels if each.exchange.first_sent is not None]
+        return Traffic(
+            dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
+            wire_bytes=sum(channel.exchange.wire_bytes for channel in self.channels),
+            codec_seconds=sum(channel.codec_seconds for channel in self.channels),
+            first_sent=min(first_sent, default=math.nan),
+        )
 
-    def _switching(self, names: Sequence[str]) -> list[Codec]:
-        return [Switching(name, bucket, self._compression) for name, bucket in zip(names, self.buckets, strict=True)]
+    # ---- codec auto
 
-    def _follow(self, plan: Plan) -> None:
-        """Between steps: codecs change, and if need be buckets; what is owed stays with its parameter."""
-        old, self._plan = self._plan, plan
-        if plan.bucket_bytes == old.bucket_bytes:
-            for codec, name in zip(self.codecs, plan.names, strict=True):
-                assert isinstance(codec, Switching)
-                codec.become(name)
-            return
-        kept = {name: tensor.clone() for name, tensor in self.codec_state().items()}
-        self.buckets = make_buckets(self._parameters, plan.bucket_bytes)
-        self.codecs = self._switching(plan.names)
-        self._seats = self._find_seats()
-        for name, tensor in self.codec_state().items():
-            if name in kept:
-                tensor.copy_(kept[name])
+    def _switch_to(self, plan: CodecPlan) -> None:
+        if self._bucket_codecs.switch_to(plan):
+            self._index_slots()
 
-    def _try(self, index: int, name: str) -> Cost:
-        """What the bucket would cost by the codec called `name`, once it is warm."""
-        codec = codec_maker(name)(self.buckets[index], self._compression)
+    def _probe(self, index: int, name: str) -> Cost:
+        """What bucket `index` costs by the codec called `name`, after the codec's warm-up steps."""
+        codec = codec_factory(name)(self.buckets[index], self._compression)
         step = max(self.step, 2 * self._compression.warmup_steps)
 
         def reduce(gradients: Tensor) -> float:
-            lane = self.lanes[0]
-            before = lane.codec_seconds
-            lane.reduce_(codec, gradients, step, f"trial of {name}")
-            return lane.codec_seconds - before
+            channel = self.channels[0]
+            before = channel.codec_seconds
+            channel.reduce_(codec, gradients, step, f"probe of {name}")
+            return channel.codec_seconds - before
 
-        return try_codec(self._communicator, self.buckets[index].buffer, reduce)
+        return probe_codec(self._communicator, self.buckets[index].buffer, reduce)

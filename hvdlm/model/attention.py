@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hvdlm.model.size import LONGEST_PLAIN_ATTENTION, attention_blocks
+# Attention in 16 bits on a CPU uses plain matrix products up to this sequence length: beyond, the probabilities that
+# its backward pass needs take more memory than all else that a block keeps.
+LONGEST_PLAIN_ATTENTION = 512
+
+# Queries of a block there. Keys after a block's last query are skipped, about half of all; smaller blocks would skip
+# more but make slower products.
+ATTENTION_BLOCK = 256
 
 
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -37,6 +43,11 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
         is_causal=mask is None and length > 1,
         enable_gqa=keys.shape[1] != heads,
     )
+
+
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """First query, and the one after the last, of each block that plain attention takes at once."""
+    return [(start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -10,38 +10,38 @@ from torch.nn import functional
 
 
 class Linear(nn.Linear):
-    """x W^T + b, in the precision of its parameters, or by `compute_in` in a lower one.
+    """x W^T + b, in the precision of its parameters, or by `set_compute_dtype` in a lower one.
 
     Then the parameters are fp32 master weights (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section
-    3.1) and products are made with copies. `refresh` makes those anew once an optimizer step, where autocast casts the
-    weights at every use. Gradients of the parameters come in fp32.
+    3.1) and products use low-precision copies. `update_low_precision_weights` makes the copies once an optimizer step,
+    where autocast casts the weights at every use. Gradients of the parameters are fp32.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__(inputs, outputs, bias)
-        self.low_weight: Tensor | None = None
-        self.low_bias: Tensor | None = None
+        self.low_precision_weight: Tensor | None = None
+        self.low_precision_bias: Tensor | None = None
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Lets products take numbers of this dtype from now on."""
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Computes products in `dtype` from now on."""
         copied = dtype != self.weight.dtype
-        self.low_weight = self.weight.detach().to(dtype) if copied else None
-        self.low_bias = self.bias.detach().to(dtype) if copied and self.bias is not None else None
+        self.low_precision_weight = self.weight.detach().to(dtype) if copied else None
+        self.low_precision_bias = self.bias.detach().to(dtype) if copied and self.bias is not None else None
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copies the parameters to where products take them from; to be called when they have changed."""
-        if self.low_weight is not None:
-            self.low_weight.copy_(self.weight)
-        if self.low_bias is not None:
-            self.low_bias.copy_(self.bias)
+    def update_low_precision_weights(self) -> None:
+        """Copies the parameters to the low-precision weights; call it after every change of the parameters."""
+        if self.low_precision_weight is not None:
+            self.low_precision_weight.copy_(self.weight)
+        if self.low_precision_bias is not None:
+            self.low_precision_bias.copy_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) to (..., outputs) in the dtype of the products, to which x is cast if they have copies."""
-        if self.low_weight is None:
+        if self.low_precision_weight is None:
             return super().forward(x)
-        x = x.to(self.low_weight.dtype)
-        product: Tensor = _Product.apply(x, self.weight, self.bias, self.low_weight, self.low_bias)  # type: ignore[no-untyped-call]
+        x = x.to(self.low_precision_weight.dtype)
+        product: Tensor = _Product.apply(x, self.weight, self.bias, self.low_precision_weight, self.low_precision_bias)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -50,16 +50,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor, low_bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_precision_weight: Tensor,
+        low_precision_bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, low_weight)
+        ctx.save_for_backward(x, low_precision_weight)
         ctx.has_bias = bias is not None
-        return functional.linear(x, low_weight, low_bias)
+        return functional.linear(x, low_precision_weight, low_precision_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_weight = ctx.saved_tensors
+        x, low_precision_weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
         weight_grad = rows.T @ x.reshape(-1, x.shape[-1])  # (outputs, inputs)
         bias_grad = rows.sum(dim=0).float() if ctx.has_bias else None  # added in fp32, then rounded, on its own
-        return grad @ low_weight, weight_grad.float(), bias_grad, None, None
+        return grad @ low_precision_weight, weight_grad.float(), bias_grad, None, None

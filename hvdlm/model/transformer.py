@@ -67,28 +67,28 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = _norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
-        self._low_dtype: torch.dtype | None = None  # of matrix products, if it is not that of the parameters
-        self.recompute = False  # keep only the input of each block, and compute it again in the backward pass
+        self._compute_dtype: torch.dtype | None = None  # of matrix products; None: that of the parameters
+        self.activation_checkpointing = False  # keep only each block's input, and compute it again in the backward pass
         self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Lets matrix products take numbers of this dtype. Parameters, norms and the residual stream stay in fp32.
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Computes matrix products in `dtype`. Parameters, norms and the residual stream stay in fp32.
 
-        To be called on the device where the model is to stay.
+        Call it after the model has been moved to its device.
         """
-        self._low_dtype = dtype
+        self._compute_dtype = dtype
         for layer in self._linear:
-            layer.compute_in(dtype)
+            layer.set_compute_dtype(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of matrix products."""
-        return self._low_dtype or self.output_weight.dtype
+        return self._compute_dtype or self.output_weight.dtype
 
-    def refresh(self) -> None:
-        """Tells the layers that compute in another dtype that their parameters have changed."""
+    def update_low_precision_weights(self) -> None:
+        """Copies the parameters to the low-precision weights of all layers; call it when parameters have changed."""
         for layer in self._linear:
-            layer.refresh()
+            layer.update_low_precision_weights()
 
     @property
     def output_weight(self) -> Tensor:
@@ -122,8 +122,10 @@ class Transformer(nn.Module):
             rotation = _rotation(positions, config.width // config.heads, config.rope_theta)
         mask = _attention_mask(positions, documents, cache)
         x = self.dropout(x)
+        # Chen et al. 2016, arXiv:1604.06174
+        recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            if self.recompute and cache is None and torch.is_grad_enabled():  # Chen et al. 2016, arXiv:1604.06174
+            if recomputes:
                 x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)

@@ -1,4 +1,4 @@
-"""What is to be forecast: so many ranks on such links, with one model and one codec."""
+"""What is forecast: one step with a model and a codec on a number of ranks and links."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hvdlm.config import CompressionSection, Config, ModelSection
-from hvdlm.gradients.bucket import divide
-from hvdlm.gradients.codecs.choice import AUTO, bucket_bytes
+from hvdlm.gradients.bucket import group_parameters
+from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import Transformer
 from hvdlm.scaling.point import Point
@@ -21,29 +21,31 @@ Shapes = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One step of a run, in which every rank computes as many tokens."""
+    """One step of a run in which every rank computes the same number of tokens."""
 
     config: Config
     vocab_size: int
     ranks: int
     ranks_per_host: int
-    machines: int  # whose cores the ranks share: one for each host, or for all that are emulated
-    link: float | None  # bits/s between hosts, each way; None: that of the measurements
-    burst: int  # bytes that a link carries at once after it was idle
+    machines: int  # whose cores the ranks share: one per host, or one for all emulated hosts
+    link: float | None  # bits/s of each host, each way; None: not known
+    burst: int  # bytes that a link carries at once, above its rate, after it was idle
     tokens: int  # of a rank in a step
     micro_batches: int
-    buckets: Shapes = ()  # of each one's parameters, in the order of sending; none: those that suit the codec
+    buckets: Shapes = ()  # by bucket, in the order of sending; empty: the buckets that hvdlm makes for the codec
 
     def __post_init__(self) -> None:
         if not self.buckets:
-            object.__setattr__(self, "buckets", self._cut())
+            object.__setattr__(self, "buckets", self._make_buckets())
 
     @property
     def hosts(self) -> int:
+        """Hosts that the ranks need."""
         return -(-self.ranks // self.ranks_per_host)
 
     @property
     def compression(self) -> CompressionSection:
+        """The settings of compression."""
         return self.config.compression
 
     @cached_property
@@ -52,10 +54,10 @@ class Scenario:
         return flops_per_token(self.config.model, self.vocab_size)
 
     @cached_property
-    def full(self) -> tuple[float, ...]:
-        """Share of the backward pass after which each bucket is full."""
+    def ready(self) -> tuple[float, ...]:
+        """The share of the backward pass after which each bucket is ready."""
         model = _model(self.config.model, self.vocab_size)
-        return _full(model, [len(bucket) for bucket in self.buckets])
+        return _ready_shares(model, [len(bucket) for bucket in self.buckets])
 
     @cached_property
     def elements(self) -> list[int]:
@@ -63,21 +65,21 @@ class Scenario:
         return [sum(torch.Size(shape).numel() for shape in bucket) for bucket in self.buckets]
 
     def with_compression(self, **changes: Any) -> Scenario:
-        """With other settings of compression, in buckets that suit the codec."""
+        """The same with other settings of compression, and the buckets that hvdlm makes for them."""
         compression = self.compression.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"compression": compression}), buckets=())
 
-    def _cut(self) -> Shapes:
+    def _make_buckets(self) -> Shapes:
         nbytes = bucket_bytes(self.config.comm, self.compression, self.hosts)
-        groups = divide(dict(_model(self.config.model, self.vocab_size).named_parameters()), nbytes)
+        groups = group_parameters(dict(_model(self.config.model, self.vocab_size).named_parameters()), nbytes)
         return tuple(tuple(tuple(parameter.shape) for parameter in group.values()) for group in groups)
 
 
 def of_point(point: Point) -> Scenario:
-    """What a point of a study has measured: the step of the rank with the largest share of the batch."""
+    """The step that a point of a study measured, of the rank with the largest part of the batch."""
     config = Config.model_validate(point.settings)
-    share = -(-config.train.batch_size // point.ranks)
-    # Those of codec auto are of what it chose, which is to be forecast
+    sequences = -(-config.train.global_batch_size // point.ranks)
+    # Buckets of codec auto follow from its choice, which is forecast too
     shapes = () if point.codec == AUTO else tuple(tuple(map(tuple, bucket.shapes)) for bucket in point.buckets)
     return Scenario(
         config,
@@ -87,14 +89,14 @@ def of_point(point: Point) -> Scenario:
         point.machine.machines,
         point.place.link_bits_per_second,
         point.place.link_burst_bytes,
-        share * config.model.context_length,
-        -(-share // config.train.micro_batch_size),
+        sequences * config.model.context_length,
+        -(-sequences // config.train.micro_batch_size),
         shapes,
     )
 
 
 def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, link: float | None) -> Scenario:
-    """What a run with these settings would be; its batch is that of one rank, which all ranks then have."""
+    """The step of a run with these settings, whose batch size is that of one rank."""
     train = config.train
     return Scenario(
         config,
@@ -104,23 +106,24 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
         -(-ranks // ranks_per_host),
         link,
         0,
-        train.batch_size * config.model.context_length,
-        -(-train.batch_size // train.micro_batch_size),
+        train.global_batch_size * config.model.context_length,
+        -(-train.global_batch_size // train.micro_batch_size),
     )
 
 
 @cache
 def _model(section: ModelSection, vocab_size: int) -> Transformer:
-    """Its names and shapes, without its memory; the same for all scenarios of a model."""
+    """A model with names and shapes but without memory, shared by all scenarios of it."""
     with torch.device("meta"):
         return Transformer(section, vocab_size)
 
 
-def _full(model: Transformer, counts: Sequence[int]) -> tuple[float, ...]:
-    """Shares of the backward pass after which buckets of so many parameters, in reverse order, are full.
+def _ready_shares(model: Transformer, counts: Sequence[int]) -> tuple[float, ...]:
+    """The share of the backward pass after which each bucket is ready.
 
-    A matrix takes time as it has numbers. An embedding takes none, but one that the output shares takes the output's,
-    at the beginning, and has its gradient only when the pass ends.
+    `counts`: parameters of each bucket, which are in reverse order of the model's. Time is in proportion to a matrix's
+    elements. An embedding takes none. One that is shared with the output takes the output's time at the start of the
+    pass, and its gradient is complete only at the end.
     """
     names = list(reversed(list(model.named_parameters())))
     work = [0 if "embedding" in name else parameter.numel() for name, parameter in names]

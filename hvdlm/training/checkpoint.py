@@ -1,4 +1,4 @@
-"""Checkpoints: directories that are whole or not there, verified when read.
+"""Checkpoints: directories that are complete or absent, verified when read.
 
     checkpoints/
       latest                    the name of the newest one
@@ -6,12 +6,12 @@
         model.safetensors       parameters by name
         optimizer.safetensors   moments and step counts by name
         state.json              everything else
-        tokenizer.json          of the data set, so that a checkpoint can speak by itself
-      ranks/                  what differs from rank to rank, if anything does: rank_00003.safetensors
+        tokenizer.json          of the data set, so that `hvdlm generate` needs nothing but the checkpoint
+        ranks/                  what differs from rank to rank, if anything does: rank_00003.safetensors
         manifest.json           size and SHA-256 of each file above
 
-A checkpoint is written under another name, made durable and renamed. Only rank 0 reads and writes: replicas are
-equal, and a cluster need not share a file system.
+A checkpoint is written under a temporary name, flushed to disk and renamed. Only rank 0 reads and writes: replicas are
+equal, and hosts need not share a file system.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Checkpoint:
         return safetensors.torch.load_file(self.path / "optimizer.safetensors")
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
-        """What that rank had of its own, on the CPU; nothing if ranks did not differ."""
+        """The tensors of that rank alone, on the CPU; none if ranks did not differ."""
         file = self.path / _RANKS / f"rank_{rank:05d}.safetensors"
         return safetensors.torch.load_file(file) if file.exists() else {}
 
@@ -110,7 +110,7 @@ def save(
         if path.exists():  # the same step again, after resuming from an earlier one
             _remove(path)
         partial.rename(path)
-        _point(path)
+        _write_latest(path)
         make_durable(parent.parent)
         for old in [each for each in _by_step(parent) if each <= path][:-keep]:
             _remove(old)
@@ -124,7 +124,7 @@ def save(
 
 
 def versions() -> dict[str, str]:
-    """Of what a checkpoint's state depends on."""
+    """Versions of the software on which a checkpoint depends."""
     return {
         "hvdlm": hvdlm.__version__,
         "torch": str(torch.__version__),
@@ -163,10 +163,10 @@ def open_state(path: Path) -> dict[str, Any]:
     return {**opened.state, "path": str(opened.path)}
 
 
-def lead(path: Path, run_dir: Path) -> None:
-    """Points `latest` of a run at one of its own checkpoints: later ones are now of a time line that it has left."""
+def set_latest(path: Path, run_dir: Path) -> None:
+    """Points `latest` of a run at one of its own checkpoints: later ones are abandoned by resuming from it."""
     if path.parent.resolve() == directory(run_dir).resolve():
-        _point(path)
+        _write_latest(path)
 
 
 def directory(run_dir: str | Path) -> Path:
@@ -187,18 +187,17 @@ def _by_step(parent: Path) -> list[Path]:
 def _best_first(parent: Path) -> list[Path]:
     """The one that `latest` names, those before it, and only then later ones.
 
-    Later ones are of a time line that was left by resuming from an earlier checkpoint, or were made durable just
-    before a crash.
+    Later ones were abandoned by resuming from an earlier checkpoint, or were written just before a crash.
     """
-    falling = _by_step(parent)[::-1]
+    newest_first = _by_step(parent)[::-1]
     try:
         latest = (parent / _LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return falling
-    return sorted(falling, key=lambda path: path.name > latest)  # stable: each part stays in falling order
+        return newest_first
+    return sorted(newest_first, key=lambda path: path.name > latest)  # stable: each part stays in that order
 
 
-def _point(path: Path) -> None:
+def _write_latest(path: Path) -> None:
     pointer = path.with_name(_LATEST + _PARTIAL)
     pointer.write_text(path.name + "\n", encoding="utf-8")
     make_durable(pointer)
@@ -207,10 +206,10 @@ def _point(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint, under another name: one half removed must not look like one."""
-    doomed = path.with_name(path.name + ".removed" + _PARTIAL)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    """Renames a checkpoint, then removes it: one that is half removed must not look like a checkpoint."""
+    removed = path.with_name(path.name + ".removed" + _PARTIAL)
+    path.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _verify(path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 
 class View(Protocol):
-    """Something that shows records of metrics.jsonl as they come."""
+    """Shows records of metrics.jsonl as they are written."""
 
     def show(self, record: dict[str, Any]) -> None: ...
 
@@ -62,15 +62,15 @@ class ProgressLine:
 
 
 def _sentence(record: dict[str, Any], steps: int) -> str:
-    place = f"step {record['step']}/{steps}"
+    step = f"step {record['step']}/{steps}"
     if record["kind"] == "event":
-        return f"{place}  {record['message']}"
+        return f"{step}  {record['message']}"
     loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
     if record["kind"] == "eval":
-        return f"{place}  validation loss {loss}"
+        return f"{step}  validation loss {loss}"
     share = record["exposed_comm_seconds"] / record["step_seconds"]
     left = (steps - record["step"]) * record["step_seconds"]
     return (
-        f"{place}  loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  communication {share:.0%}  "
+        f"{step}  loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  communication {share:.0%}  "
         f"{int(left // 60)}:{int(left % 60):02d} left"
     )

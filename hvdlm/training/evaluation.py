@@ -13,12 +13,12 @@ from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
 from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
-from hvdlm.training.agreement import together
+from hvdlm.training.rank_errors import on_all_ranks
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a validation split."""
+    """Loss and accuracy of a model on a validation split."""
 
     loss: float  # nats per token
     accuracy: float  # share of tokens to which the model gives the highest probability
@@ -39,7 +39,7 @@ def evaluate(
     model: Transformer,
     data: DataSet,
     communicator: Communicator,
-    sequences_at_once: int,
+    micro_batch_size: int,
     limit: int = 0,
 ) -> Evaluation:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks.
@@ -52,7 +52,7 @@ def evaluate(
         device = model.output_weight.device
         loss, correct, count = 0.0, 0, 0
         length = model.config.context_length
-        for batch in validation_batches(data, length, sequences_at_once, communicator.rank, communicator.size, limit):
+        for batch in validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit):
             inputs, targets = batch.inputs.to(device), batch.targets.to(device)
             documents = document_ids(inputs, data.eos_id) if model.config.document_mask else None
             sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
@@ -64,7 +64,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        parts = communicator.all_gather_object(together(communicator, own_part))
+        parts = communicator.all_gather_object(on_all_ranks(communicator, own_part))
     model.train(was_training)
     loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
     if not count:

@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def device_type(wanted: str) -> str:
-    """What "auto", "cpu" or "cuda" stands for: "cpu" or "cuda"."""
+    """The device type, "cpu" or "cuda", that `train.device` = `wanted` selects."""
     return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
 
 
@@ -45,7 +45,7 @@ def choose_device(wanted: str, communicator: Communicator) -> torch.device:
 def share_cores(wanted: int, communicator: Communicator) -> int:
     """Sets and returns the CPU threads: `wanted` if above 0, else OMP_NUM_THREADS, else this rank's share of its cores.
 
-    Ranks that a launcher has bound to cores of their own share them with nobody. Collective.
+    Ranks that a launcher has bound to different cores do not share them. Collective.
     """
     own = (communicator.hosts[communicator.rank], sorted(os.sched_getaffinity(0)))
     sharing = communicator.all_gather_object(own).count(own)
@@ -56,10 +56,10 @@ def share_cores(wanted: int, communicator: Communicator) -> int:
 
 
 def keep_memory() -> None:
-    """Lets glibc keep what is freed for the next step, where it would hand large blocks back to the kernel at once.
+    """Makes glibc keep freed memory for the next step; by default it returns large blocks to the kernel at once.
 
-    The kernel clears each page that it gives out anew: with 50,000 words that took a third of the loss's time
-    (benchmarks/LOG.md). Other C libraries are left as they are.
+    The kernel clears each page that it hands out: with a vocabulary of 50,000 tokens that took a third of the loss's
+    time (benchmarks/LOG.md). Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -78,7 +78,7 @@ def libraries_bytes() -> int:
     """Host memory that this process holds before it has a model, with all libraries loaded that training loads."""
     weight = torch.zeros(1)
     weight.grad = torch.zeros(1)
-    torch.optim.AdamW([weight], fused=True).step()  # imports a good deal
+    torch.optim.AdamW([weight], fused=True).step()  # imports further libraries
     return int(psutil.Process().memory_info().rss)
 
 

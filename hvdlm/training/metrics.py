@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run has measured, one JSON object a line. Everything else is a view of this stream."""
+"""metrics.jsonl: what a run has measured, one JSON object a line. Console and pictures are views of this file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class MetricsLog:
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             _drop_after(self._path, start)
-        self._file = self._path.open("ab", buffering=0)  # what a full disk refuses must not come up again in close()
+        # Unbuffered: close() must not raise the error of a full disk again
+        self._file = self._path.open("ab", buffering=0)
         self._view = view
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -30,12 +31,12 @@ class MetricsLog:
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise self._full(error.strerror) from error
+            raise self._write_error(error.strerror) from error
         if written != len(line):
-            raise self._full("only a part of the line fits")
+            raise self._write_error("only a part of the line fits")
         self._view.show(record)
 
-    def _full(self, reason: str | None) -> HvdlmError:
+    def _write_error(self, reason: str | None) -> HvdlmError:
         return HvdlmError(f"cannot write {self._path}: {reason}; make room, then go on with --resume latest")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The model of a run as training begins: initialised, on its device, in its precision, compiled if so wished."""
+"""Makes the model of a run: initialised, on its device, in its precision, its blocks compiled if configured."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def check_compiler(config: Config, device: torch.device) -> None:
 
 
 def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
-    """The same on every rank. What is to be compiled is compiled when it is first used."""
+    """The same model on every rank. Blocks are compiled at their first use."""
     model = Transformer(config.model, vocab_size)
     model.initialise(config.train.seed)
     model.to(device)
-    model.compute_in(DTYPES[config.train.precision])
-    model.recompute = config.train.recompute
+    model.set_compute_dtype(DTYPES[config.train.precision])
+    model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:
-        for block in model.blocks:  # one compiled backward for all would deliver all gradients at its end
+        for block in model.blocks:  # one compiled backward pass of the whole model would make all gradients at its end
             block.compile()
     return model

@@ -13,30 +13,30 @@ from hvdlm.config import OptimizerSection
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FreezingAdamW(torch.optim.AdamW):
-    """AdamW whose second moments stay as they are from some step on, as 1-bit Adam's do.
+class FrozenVarianceAdamW(torch.optim.AdamW):
+    """AdamW whose second moments are not updated after some step, as in 1-bit Adam.
 
-    Lossy codecs deliver the gradients of many steps at once and nothing in between. The second moment of that is larger
-    by far than the gradients', so AdamW's steps become too small; with a second moment that was settled on whole
-    gradients, steps are linear in what is delivered, and it does not matter when that is (Tang et al., "1-bit Adam",
-    ICML 2021, section 3.3).
+    Codecs that send few elements deliver the gradients of many steps at once and nothing in between. The second moment
+    of that is far larger than that of the gradients, so AdamW's steps become too small. With a second moment of dense
+    gradients, steps are linear in what is delivered, and its delay does not matter (Tang et al., "1-bit Adam", ICML
+    2021, section 3.3).
     """
 
-    def __init__(self, parameters: Any, freeze_after: int = 0, **settings: Any) -> None:
-        """`freeze_after`: steps with moving second moments; 0: all."""
+    def __init__(self, parameters: Any, freeze_variance_after: int = 0, **settings: Any) -> None:
+        """`freeze_variance_after`: steps in which second moments are updated; 0: all."""
         super().__init__(parameters, **settings)
-        self._freeze_after = freeze_after
+        self._freeze_variance_after = freeze_variance_after
         self._steps: int | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if not self._freeze_after:
+        if not self._freeze_variance_after:
             super().step(closure)
             return
-        if self._steps is None:  # the beginning, or a checkpoint's
+        if self._steps is None:  # at the start, or after a checkpoint was loaded
             self._steps = int(next(iter(self.state.values()))["step"])
         self._steps += 1
-        if self._steps <= self._freeze_after:
+        if self._steps <= self._freeze_variance_after:
             super().step(closure)
             return
         for group in self.param_groups:
@@ -47,7 +47,7 @@ class FreezingAdamW(torch.optim.AdamW):
         states = [self.state[parameter] for parameter in parameters]
         first = [state["exp_avg"] for state in states]
         scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-        torch._foreach_div_(scales, (1 - beta2**self._freeze_after) ** 0.5)
+        torch._foreach_div_(scales, (1 - beta2**self._freeze_variance_after) ** 0.5)
         torch._foreach_add_(scales, group["eps"])
         torch._foreach_add_([state["step"] for state in states], 1)
         torch._foreach_lerp_(first, [parameter.grad for parameter in parameters], 1 - beta1)
@@ -65,9 +65,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = FreezingAdamW(
+    optimizer = FrozenVarianceAdamW(
         [group for group in groups if group["params"]],
-        settings.freeze_after,
+        settings.freeze_variance_after,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

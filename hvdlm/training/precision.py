@@ -37,6 +37,6 @@ class LossScale:
         return {"is_dynamic": self.is_dynamic, "factor": self.factor, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Goes on from a saved one; from one of another kind of precision there is nothing to go on from."""
+        """Restores a saved scale; ignored if one of the two precisions has a dynamic scale and the other has not."""
         if bool(state["is_dynamic"]) == self.is_dynamic:
             self.factor, self._good_steps = float(state["factor"]), int(state["good_steps"])

@@ -1,12 +1,9 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C become a wish to stop, which the trainer grants after the step in hand."""
+"""SIGTERM, SIGUSR1 and Ctrl-C become a request to stop, which the trainer obeys after the current step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-
-# The exit status of a job that saved and stopped before its last step: sysexits.h's EX_TEMPFAIL, "try again later".
-STOPPED_EARLY = 75
 
 # SIGUSR1 is the one that launchers pass on to their ranks without killing them.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -1,6 +1,6 @@
-"""What differs from rank to rank in a checkpoint: gathered to rank 0 and handed out again, one rank's at a time.
+"""State that differs between ranks in a checkpoint: gathered to rank 0 and scattered again, one rank at a time.
 
-Rank 0 alone reads and writes, since a cluster need not share a file system.
+Only rank 0 reads and writes files, since hosts need not share a file system.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.errors import HvdlmError
-from hvdlm.training.agreement import together
 from hvdlm.training.checkpoint import Checkpoint
+from hvdlm.training.rank_errors import on_all_ranks
 
 
 def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], parent: Path) -> Path | None:
@@ -30,7 +30,7 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
     directory = parent / "ranks.partial"
     failure: HvdlmError | None = None
     for rank in range(communicator.size):
-        tensors = {name: _moved(communicator, tensor, rank, 0) for name, tensor in own.items()}
+        tensors = {name: _move(communicator, tensor, rank, 0) for name, tensor in own.items()}
         if communicator.rank == 0 and failure is None:
             try:
                 if rank == 0:
@@ -39,29 +39,31 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
                 plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
                 safetensors.torch.save_file(plain, directory / f"rank_{rank:05d}.safetensors")
             except (OSError, safetensors.SafetensorError) as error:
-                # the others go on sending: they are told when all have
+                # the others continue to send; they learn of the error when all have sent
                 failure = HvdlmError(f"cannot write {directory}: {error}; make room, then go on with --resume latest")
 
-    def complain() -> None:
+    def raise_failure() -> None:
         if failure is not None:
             raise failure
 
-    together(communicator, complain)
+    on_all_ranks(communicator, raise_failure)
     return directory
 
 
-def hand_out(communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], old_size: int) -> None:
+def scatter_from_checkpoint(
+    communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], old_size: int
+) -> None:
     """Fills `own` on every rank from the checkpoint that rank 0 has open.
 
-    On as many ranks as there were, each gets its own again. On another number, each gets an equal part of the sum
-    over the old ones: what they owed together is owed still. What the checkpoint does not hold stays as it is.
-    Collective.
+    On as many ranks as before, each gets its own tensors. On another number, each gets an equal part of the sum over
+    the old ranks, so that the sum of residuals is preserved. Tensors that the checkpoint does not hold stay as they
+    are. Collective.
     """
     if old_size == communicator.size:
         for rank in range(communicator.size):
             saved = source.rank_state(rank) if source is not None else {}
             for name, tensor in own.items():
-                moved = _moved(communicator, saved.get(name, tensor).to(tensor.device), 0, rank)
+                moved = _move(communicator, saved.get(name, tensor).to(tensor.device), 0, rank)
                 if communicator.rank == rank:
                     tensor.copy_(moved)
         return
@@ -77,8 +79,8 @@ def hand_out(communicator: Communicator, source: Checkpoint | None, own: Mapping
         communicator.broadcast_(tensor)
 
 
-def _moved(communicator: Communicator, tensor: Tensor, source: int, destination: int) -> Tensor:
-    """`tensor` of rank `source`, on rank `destination`; elsewhere something of its shape. All ranks call it."""
+def _move(communicator: Communicator, tensor: Tensor, source: int, destination: int) -> Tensor:
+    """`tensor` of rank `source`, on rank `destination`; on other ranks any tensor of its shape. Collective."""
     if source == destination:
         return tensor
     if not communicator.supports("send"):

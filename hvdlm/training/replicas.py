@@ -1,4 +1,4 @@
-"""All ranks begin with the same parameters, and proof that they still have them."""
+"""Gives all ranks the same parameters, and checks that they still have them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def parameter_hash(parameters: Mapping[str, Tensor]) -> str:
 def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int) -> None:
     """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters."""
     hashes = communicator.all_gather_object(parameter_hash(parameters))
-    usual, count = Counter(hashes).most_common(1)[0]
+    most_common, count = Counter(hashes).most_common(1)[0]
     if count == communicator.size:
         return
-    odd = ", ".join(f"{r} on {communicator.hosts[r]}" for r, each in enumerate(hashes) if each != usual)
+    different = ", ".join(f"{r} on {communicator.hosts[r]}" for r, each in enumerate(hashes) if each != most_common)
     raise JobError(
-        f"after step {step} the parameters of rank {odd} differ from those of the other ranks: gradients were not "
-        "combined alike, or memory was damaged; check those hosts and resume from a checkpoint"
+        f"after step {step} the parameters of rank {different} differ from those of the other ranks: gradients were "
+        "not combined alike, or memory was damaged; check those hosts and resume from a checkpoint"
     )

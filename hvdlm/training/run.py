@@ -8,52 +8,54 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.comm.launch import detect
-from hvdlm.config import Config
+from hvdlm.config import Config, from_dict
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
+from hvdlm.exit_status import STOPPED_EARLY
+from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
-from hvdlm.training.agreement import on_first_rank, together
 from hvdlm.training.console import open_view
+from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import check_compiler
-from hvdlm.training.plan import print_plan
-from hvdlm.training.preemption import STOPPED_EARLY, Preemption
+from hvdlm.training.preemption import Preemption
+from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def plan(config: Config) -> int:
+def dry_run(config: Config) -> int:
     """Prints what `train` would do on the ranks that this launcher has started."""
     launch = detect(os.environ)
     if launch.rank == 0:
         vocab_size = config.model.vocab_size or _vocab_size(config, DataSet(Path(config.data.path)))
-        print_plan(config, vocab_size, launch)
+        print_dry_run(config, vocab_size, launch)
     return 0
 
 
 def train(config: Config, resume: str | None) -> int:
-    """Trains as configured; `resume`: a checkpoint's path, or "latest" of the run directory, or None to begin anew.
+    """Trains as configured; `resume`: a checkpoint's path, or "latest" of the run directory, or None for a new run.
 
     Returns 0 after the last step, STOPPED_EARLY after a signal.
     """
     keep_memory()
     with Preemption() as preemption, job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
-        data = together(communicator, lambda: DataSet(Path(config.data.path)))
+        data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
-        together(communicator, lambda: check_compiler(config, device))
+        on_all_ranks(communicator, lambda: check_compiler(config, device))
         threads = share_cores(config.train.threads, communicator)
         trainer = Trainer(config, communicator, data, vocab_size, device)
-        state = on_first_rank(communicator, lambda: _begin(config, resume, data, vocab_size))
+        state = on_rank_0(communicator, lambda: _open_run(config, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
             trainer.restore(source, state)
-        loader = together(communicator, trainer.open_loader)
+        loader = on_all_ranks(communicator, trainer.open_loader)
         if communicator.rank == 0:
             logger.info(
                 "%s parameters, %d ranks on %d nodes, %s, %d CPU threads a rank",
@@ -90,8 +92,8 @@ def _vocab_size(config: Config, data: DataSet) -> int:
     return config.model.vocab_size or data.vocab_size
 
 
-def _begin(config: Config, resume: str | None, data: DataSet, vocab_size: int) -> dict[str, Any] | None:
-    """Makes the run directory ready, and finds the state to go on from, if any. Rank 0 alone does this."""
+def _open_run(config: Config, resume: str | None, data: DataSet, vocab_size: int) -> dict[str, Any] | None:
+    """Prepares the run directory, and returns the state of the checkpoint to resume, if any. On rank 0 alone."""
     run_dir = Path(config.train.run_dir)
     if resume is None and (run_dir / "metrics.jsonl").exists():
         raise HvdlmError(
@@ -101,7 +103,7 @@ def _begin(config: Config, resume: str | None, data: DataSet, vocab_size: int) -
     if resume is not None and not (resume == "latest" and not checkpoint.exists_in(run_dir)):
         state = checkpoint.open_state(run_dir if resume == "latest" else Path(resume))
         _check_resumable(state, config, data, vocab_size)
-        checkpoint.lead(Path(state["path"]), run_dir)
+        checkpoint.set_latest(Path(state["path"]), run_dir)
         logger.info("resuming from %s, step %d", state["path"], state["step"])
     elif resume == "latest":
         logger.info("%s holds no checkpoint yet: beginning anew", run_dir)
@@ -114,10 +116,10 @@ def _begin(config: Config, resume: str | None, data: DataSet, vocab_size: int) -
 
 
 def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab_size: int) -> None:
-    """A run goes on only on the same model, data and order of samples; anything else may change."""
-    saved, now = state["config"], config.model_dump()
+    """Raises HvdlmError unless model, data and order of samples are those of the checkpoint; the rest may differ."""
+    saved, now = from_dict(state["config"], state["path"], PRESETS).model_dump(), config.model_dump()
     fixed = [("model", name) for name in now["model"] if name != "preset"]
-    fixed += [("train", "seed"), ("train", "batch_size")]
+    fixed += [("train", "seed"), ("train", "global_batch_size")]
     for section, name in fixed:
         if saved[section][name] != now[section][name]:
             raise HvdlmError(

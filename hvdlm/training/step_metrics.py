@@ -1,4 +1,4 @@
-"""Where the time of steps went, on the slowest rank: the numbers of a "train" line in metrics.jsonl."""
+"""The numbers of a "train" line in metrics.jsonl: loss, speed, and how the slowest rank spent the time of a step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Precision
 from hvdlm.gradients.sync import Traffic
+from hvdlm.timing import StepTimer
 from hvdlm.training.hardware import peak_memory_bytes
-from hvdlm.training.laps import Laps
 from hvdlm.training.peak import peak_flops
 
 
@@ -24,18 +24,18 @@ class StepMetrics:
         self._communicator, self._device = communicator, device
         self._precision, self._flops_per_token = precision, flops_per_token
         self._peak_flops: float | None = None
-        self._is_peak_asked = False
+        self._has_looked_up_peak = False
         self._clear()
 
     def _clear(self) -> None:
-        self._whole = self._codec = 0.0
-        self._laps: list[Laps] = []
+        self._step_seconds = self._codec_seconds = 0.0
+        self._timers: list[StepTimer] = []
 
-    def add(self, whole: float, laps: Laps, codec: float) -> None:
-        """One step: seconds of the whole, how they went by, and seconds in codecs, behind all that."""
-        self._whole += whole
-        self._laps.append(laps)  # read at last: on a GPU that waits
-        self._codec += codec
+    def add(self, step_seconds: float, timer: StepTimer, codec_seconds: float) -> None:
+        """One step: its seconds, their phases, and the seconds in codecs, which overlap the phases."""
+        self._step_seconds += step_seconds
+        self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
+        self._codec_seconds += codec_seconds
 
     def collect(self, loss_sum: float, tokens: int, traffic: Traffic) -> dict[str, Any]:
         """The last step's loss over all ranks, and mean times since the last call, each of the slowest rank.
@@ -43,13 +43,13 @@ class StepMetrics:
         `loss_sum`: this rank's sum over its tokens, nats; `tokens`: of the whole global batch. Collective; sums
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
-        steps = len(self._laps)
-        if not self._is_peak_asked:  # between steps, when nothing else computes
-            self._peak_flops, self._is_peak_asked = self._own_peak(), True
-        seconds = [laps.seconds() for laps in self._laps]
+        steps = len(self._timers)
+        if not self._has_looked_up_peak:  # between steps, when nothing else computes
+            self._peak_flops, self._has_looked_up_peak = self._own_peak(), True
+        seconds = [timer.seconds() for timer in self._timers]
         data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
-        compute = self._whole - data - exposed
-        own = (self._whole, data, compute, exposed, self._codec, peak_memory_bytes(self._device))
+        compute = self._step_seconds - data - exposed
+        own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
         self._clear()
         losses, peaks, times = zip(
             *self._communicator.all_gather_object((loss_sum, self._peak_flops, own)), strict=True

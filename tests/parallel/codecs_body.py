@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import torch
 from checks import run_checks
+from hvdlm.gradients.codecs.choice import CODECS
 from torch import nn
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CommSection, CompressionSection
-from hvdlm.gradients.codecs.choice import CODECS
 from hvdlm.gradients.sync import GradientSync
 
 ALGORITHM = sys.argv[2]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.ring import Ring
-from hvdlm.gradients.codecs.cast import ScaledCast
+from hvdlm.gradients.codecs.cast import CastEncoding
 
 LENGTHS = [1, 2, 3, 7, 64, 100, 1001, 5000]
 SEGMENTS = [4, 64, 65536]
@@ -68,7 +68,7 @@ def check_encodings(comm: Communicator) -> None:
                 parts = [drawn(rank, length) for rank in range(comm.size)]
                 exact = sum(part.double() for part in parts)
                 values, errors = parts[comm.rank].clone(), torch.zeros(length)
-                sent = ring.all_reduce_(values, ScaledCast(dtype), errors)
+                sent = ring.all_reduce_(values, CastEncoding(dtype), errors)
                 assert same_everywhere(comm, values)
                 # each of at most `size` roundings is of a partial sum that is no larger than all parts together
                 bound = comm.size * precision * sum(part.abs() for part in parts)
@@ -78,10 +78,10 @@ def check_encodings(comm: Communicator) -> None:
                 messages = 2 * (comm.size - 1) * math.ceil(length / comm.size / segment + 1)
                 assert sent <= 4 * (comm.size - 1) * length / comm.size + 12 * messages
                 without = parts[comm.rank].clone()
-                ring.all_reduce_(without, ScaledCast(dtype))
+                ring.all_reduce_(without, CastEncoding(dtype))
                 assert torch.equal(without, values)  # keeping account of errors changes nothing
                 again = parts[comm.rank].clone()
-                ring.all_reduce_(again, ScaledCast(dtype), errors)  # what was owed goes with it
+                ring.all_reduce_(again, CastEncoding(dtype), errors)  # what was owed goes with it
                 owed_now = comm.all_gather(errors).double().sum(0)
                 assert torch.allclose(again + owed_now, exact + owed, rtol=0, atol=1e-5)
 
@@ -93,17 +93,17 @@ def check_extreme_numbers(comm: Communicator) -> None:
     ring = Ring(comm, 64)
     for magnitude in (1e-45, 1e-38, 1e-8, 1e8, 1e37):
         values, errors = torch.full((130,), magnitude), torch.zeros(130)
-        ring.all_reduce_(values, ScaledCast(torch.float16), errors)
+        ring.all_reduce_(values, CastEncoding(torch.float16), errors)
         assert torch.allclose(values, torch.full((130,), magnitude * comm.size), rtol=1e-3), (magnitude, values)
         assert errors.isfinite().all()
     zeros = torch.zeros(130)
-    ring.all_reduce_(zeros, ScaledCast(torch.float16))
+    ring.all_reduce_(zeros, CastEncoding(torch.float16))
     assert (zeros == 0).all()
     for bad in (math.nan, math.inf, -math.inf):
         values, errors = torch.ones(130), torch.zeros(130)
         if comm.rank == comm.size - 1:
             values[70] = bad
-        ring.all_reduce_(values, ScaledCast(torch.float16), errors)
+        ring.all_reduce_(values, CastEncoding(torch.float16), errors)
         assert not values[70].isfinite()
         assert errors.isfinite().all()
         assert same_everywhere(comm, values.nan_to_num(5.0))

@@ -164,12 +164,12 @@ def test_evaluation_wants_the_tokenizer_of_the_model(alone: Path, small_texts: l
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(small_data: Path, alone: Path) -> None:
-    """And the table shows the yardsticks that a trained model must beat."""
+    """And the table shows the baselines that a trained model must beat."""
     tables = []
     for launcher, ranks in (("none", 1), ("mpirun", 3)):
         words = [str(BIN / "hvdlm"), "evaluate", str(alone), "--data", str(small_data)]
         result = run([*launcher_command(launcher, ranks), *words])
         assert result.status == 0, result.output
-        tables.append([line.split() for line in result.output.splitlines() if " model " in line or "yardstick" in line])
+        tables.append([line.split() for line in result.output.splitlines() if " model " in line or "baseline" in line])
     assert [row[:3] for row in tables[0]] == [row[:3] for row in tables[1]]
     assert len(tables[0]) == 3

@@ -1,4 +1,4 @@
-"""Points of a scaling study whose figures follow from a few numbers by hand."""
+"""Made-up points of a scaling study, with step times that are computed from a few known numbers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.point import Bucket, Machine, Place, Point, Repetition
 
 ELEMENTS = 1_000_000
-_PARAMETERS = 52  # of preset tiny: two embeddings, 4 blocks of 12, the last norm's two; all but one empty here
+_PARAMETERS = 52  # of preset tiny: two embeddings, 4 blocks of 12, two of the last norm; all but one are empty here
 LATENCY, EFFICIENCY = 4e-4, 0.8
 
 
 def make_point(ranks: int, link: float, codec: str = "none", seconds: float | None = None) -> Point:
-    """One bucket, full when the backward pass ends, so that a step's length is known by hand."""
+    """One bucket, ready when the backward pass ends, so that the length of a step follows by hand."""
     sent = 2 * (ranks - 1) / ranks * (4 if codec == "none" else 2) * ELEMENTS
     hops = 2 * (ranks - 1)
-    # of 64 Ki numbers, in what one rank sends at once; while the last one goes round the link is idle
+    # A chunk is what a rank sends per hop, in segments of 64 Ki numbers; the latency of the last segment is exposed
     chunk = sent / max(1, hops)
     segment = min(chunk, 2**18 if codec == "none" else 2**17 + 4)
     latency = hops * LATENCY * segment / chunk if hops else 0.0
     travel = 8 * (sent + segment) / (EFFICIENCY * link) + latency
     whole = seconds or 0.01 + 0.1 + 0.2 + 0.03 + (travel if ranks > 1 else 0.0)
-    laps = {"data": 0.01, "forward": 0.1, "backward": 0.2, "wait": whole - 0.34, "optimizer": 0.03}
+    phases = {"data": 0.01, "forward": 0.1, "backward": 0.2, "wait": whole - 0.34, "optimizer": 0.03}
     repetition = Repetition(
         step_seconds=[[whole, whole]] * ranks,
         seconds=whole,
-        laps=[laps] * ranks,
+        phase_seconds=[phases] * ranks,
         codec_seconds=0.0,
         exchange_seconds=travel,
         core_seconds=0.0,
@@ -33,7 +33,7 @@ def make_point(ranks: int, link: float, codec: str = "none", seconds: float | No
         start_seconds=3.0 + ranks,
         parameter_hashes=["a"] * ranks,
     )
-    config = from_dict({"train": {"batch_size": 4 * ranks}, "compression": {"codec": codec}}, "test", PRESETS)
+    config = from_dict({"train": {"global_batch_size": 4 * ranks}, "compression": {"codec": codec}}, "test", PRESETS)
     return Point(
         study="planted",
         mode="weak",
@@ -53,7 +53,7 @@ def make_point(ranks: int, link: float, codec: str = "none", seconds: float | No
         ),
         engine="mpi",
         algorithm="ring",
-        lanes=1,
+        channels=1,
         codec=codec,
         settings=config.model_dump(),
         seed=0,

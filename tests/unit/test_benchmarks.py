@@ -1,10 +1,10 @@
-"""The parts of the benchmarks that start nothing: who takes part, figures, tables, files."""
+"""The parts of the benchmarks that start no job: systems, figures, tables, files."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,57 +16,67 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from torch.nn.utils import parameters_to_vector
 
 import fast_path
-import one_rank
 from common import results as results_file
+from common.processes import cause_of_failure
 from common.setups import Setup, parse_setup
-from comparison import picture, table
-from comparison.answers import apart
-from comparison.contestant import Contestant, Exchange
-from comparison.job import cause_of_crash
-from comparison.lineup import Crew, in_order, is_faithful, line_up
-from comparison.race import Outcome
-from comparison.standings import objections, standings
-from comparison.turns import Turn, over_ranks, take_turn
+from compare import plot, summary
+from compare.measurement import Measurement, SystemResult, measure, over_ranks, relative_distance
+from compare.registry import SystemGroup, group_systems, is_dense, table_order
+from compare.systems import StepReport, System
+from convergence import curves, runs
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
-from loss_curves import curves, runs
-from solo import plain
+from one_rank import plain_gpt, rows
+from one_rank.configurations import FP32_EAGER, configure
+from one_rank.process import Start, StepTime
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def turn(step_seconds: float, waited: float | None = None, wire: float | None = None) -> Turn:
-    return Turn(step_seconds, waited, wire, interface_bytes=None)
+def test_no_two_files_have_one_name() -> None:
+    counts = Counter(file.name for file in BENCHMARKS.rglob("*.py") if file.name != "__init__.py")
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")}
+    packages = {file.parent.name for file in BENCHMARKS.glob("*/__init__.py")}
+    assert {name for name, count in counts.items() if count > 1} == set()
+    assert packages - scripts == {"common"}  # every other package holds the parts of the script with its name
 
 
-def outcome(name: str, *turns: Turn | None, **others: object) -> Outcome:
-    return replace(Outcome(name, list(turns), starts=1), **others)  # type: ignore[arg-type]
+def measured(step_seconds: float, waited: float | None = None, wire: float | None = None) -> Measurement:
+    return Measurement(step_seconds, waited, wire, interface_bytes=None)
 
 
-def test_contestants_share_a_job_with_those_of_their_engine() -> None:
-    crews = line_up(["none", "topk"], ["mpi", "torch"], ["DDP fp16", "DDP PowerSGD"])
-    assert crews == [
-        Crew("mpi", ("no communication", "hvdlm mpi none", "hvdlm mpi topk")),
-        Crew("torch", ("hvdlm torch none", "DDP", "DDP fp16")),
-        Crew("torch", ("DDP PowerSGD",)),
+def result_of(name: str, *measurements: Measurement | None, **others: object) -> SystemResult:
+    return replace(SystemResult(name, list(measurements), starts=1), **others)  # type: ignore[arg-type]
+
+
+def test_systems_on_one_engine_share_a_job() -> None:
+    groups = group_systems(["none", "topk"], ["mpi", "torch"], ["DDP fp16", "DDP PowerSGD"])
+    assert groups == [
+        SystemGroup("mpi", ("no communication", "hvdlm mpi none", "hvdlm mpi topk")),
+        SystemGroup("torch", ("hvdlm torch none", "DDP", "DDP fp16")),
+        SystemGroup("torch", ("DDP PowerSGD",)),
     ]
 
 
-def test_the_reference_is_always_there() -> None:
-    assert line_up(["fp16"], ["torch"], []) == [Crew("torch", ("no communication", "hvdlm torch fp16", "DDP"))]
+def test_the_reference_is_always_included() -> None:
+    assert group_systems(["fp16"], ["torch"], []) == [
+        SystemGroup("torch", ("no communication", "hvdlm torch fp16", "DDP"))
+    ]
 
 
 def test_rows_are_hvdlms_first() -> None:
     names = ["no communication", "DDP PowerSGD", "DDP", "hvdlm torch none"]
-    assert in_order(names) == ["no communication", "hvdlm torch none", "DDP", "DDP PowerSGD"]
+    assert table_order(names) == ["no communication", "hvdlm torch none", "DDP", "DDP PowerSGD"]
 
 
-def test_whose_model_must_be_that_of_ddp() -> None:
-    answers = {"Horovod fp16": True, "hvdlm mpi bf16": True, "hvdlm mpi topk": False, "DDP PowerSGD": False}
-    answers |= {"no communication": False, "hvdlm mpi my codec.py:Mine": False}
-    assert {name: is_faithful(name) for name in answers} == answers
+def test_which_systems_must_train_the_model_of_ddp() -> None:
+    expected = {"Horovod fp16": True, "hvdlm mpi bf16": True, "hvdlm mpi topk": False, "DDP PowerSGD": False}
+    expected |= {"no communication": False, "hvdlm mpi my codec.py:Mine": False}
+    assert {name: is_dense(name) for name in expected} == expected
 
 
 def test_setups_by_name() -> None:
@@ -75,72 +85,86 @@ def test_setups_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["two-hosts", "1x1gbit", "2x", "2x1gb", "2x0mbit"])
-def test_no_such_setup(name: str) -> None:
+def test_unknown_setups(name: str) -> None:
     with pytest.raises(HvdlmError, match="mbit"):
         parse_setup(name, 2)
 
 
-def test_a_turn_counts_all_steps_but_its_first() -> None:
+def test_the_first_step_is_not_measured() -> None:
     done: list[int] = []
 
-    def step() -> Exchange:
+    def step() -> StepReport:
         done.append(len(done))
-        return Exchange(waited_seconds=float(len(done)), wire_bytes=10 * len(done))
+        return StepReport(waited_seconds=float(len(done)), wire_bytes=10 * len(done))
 
-    seen = take_turn(Contestant(torch.nn.Linear(1, 1), step), 3, None)  # type: ignore[arg-type]
+    seen = measure(System(torch.nn.Linear(1, 1), step), 3, None)  # type: ignore[arg-type]
     assert len(done) == 4
     assert (seen.waited_seconds, seen.wire_bytes, seen.interface_bytes) == (3.0, 30.0, None)  # of 2, 3, 4
     assert seen.step_seconds >= 0
 
 
 def test_a_job_is_as_slow_as_its_slowest_rank() -> None:
-    whole = over_ranks([Turn(1.0, 0.5, 100.0, 120.0), Turn(2.0, 0.25, 300.0, 340.0)])
-    assert whole == Turn(2.0, 0.5, 200.0, 230.0)
-    assert over_ranks([turn(1.0), turn(3.0)]) == turn(3.0)
+    whole = over_ranks([Measurement(1.0, 0.5, 100.0, 120.0), Measurement(2.0, 0.25, 300.0, 340.0)])
+    assert whole == Measurement(2.0, 0.5, 200.0, 230.0)
+    assert over_ranks([measured(1.0), measured(3.0)]) == measured(3.0)
 
 
 def test_figures_are_medians_over_rounds() -> None:
-    limit = outcome("no communication", turn(1.0), turn(2.0), turn(1.0))
-    ddp = outcome("DDP", turn(2.0), turn(2.5), turn(4.0))
-    ours = outcome("hvdlm mpi none", turn(1.25, 0.1, 8.0), None, turn(2.0, 0.3, 8.0), starts=2, crashes=["why"])
-    never = outcome("DDP PowerSGD", None, None, None, starts=10, crashes=["why"] * 10)
-    rows = {row.name: row for row in standings([limit, ours, ddp, never], tokens_a_step=100)}
-    assert rows["no communication"].tokens_per_second == 100.0  # median of 100, 50, 100
-    assert rows["DDP"].of_limit == 0.5  # of 1/2, 2/2.5, 1/4
-    assert rows["DDP"].exposed_seconds == 1.0  # of 1, 0.5, 3
-    assert rows["hvdlm mpi none"].tokens_per_second == 65.0  # between 80 and 50
-    assert rows["hvdlm mpi none"].of_ddp == 1.8  # between 2/1.25 and 4/2
-    assert rows["hvdlm mpi none"].waited_seconds == pytest.approx(0.2)
-    assert rows["hvdlm mpi none"].wire_bytes == 8.0
-    assert (rows["hvdlm mpi none"].starts, rows["hvdlm mpi none"].crashes) == (2, 1)
-    assert rows["DDP PowerSGD"].tokens_per_second is rows["DDP PowerSGD"].of_limit is None
-    assert rows["DDP PowerSGD"].crashes == 10
+    limit = result_of("no communication", measured(1.0), measured(2.0), measured(1.0))
+    ddp = result_of("DDP", measured(2.0), measured(2.5), measured(4.0))
+    dense = result_of(
+        "hvdlm mpi none", measured(1.25, 0.1, 8.0), None, measured(2.0, 0.3, 8.0), starts=2, crashes=["why"]
+    )
+    crashed = result_of("DDP PowerSGD", None, None, None, starts=10, crashes=["why"] * 10)
+    by_name = {row.name: row for row in summary.summarise([limit, dense, ddp, crashed], tokens_per_step=100)}
+    assert by_name["no communication"].tokens_per_second == 100.0  # median of 100, 50, 100
+    assert by_name["DDP"].of_limit == 0.5  # of 1/2, 2/2.5, 1/4
+    assert by_name["DDP"].exposed_seconds == 1.0  # of 1, 0.5, 3
+    assert by_name["hvdlm mpi none"].tokens_per_second == 65.0  # between 80 and 50
+    assert by_name["hvdlm mpi none"].of_ddp == 1.8  # between 2/1.25 and 4/2
+    assert by_name["hvdlm mpi none"].waited_seconds == pytest.approx(0.2)
+    assert by_name["hvdlm mpi none"].wire_bytes == 8.0
+    assert (by_name["hvdlm mpi none"].starts, by_name["hvdlm mpi none"].crashes) == (2, 1)
+    assert by_name["DDP PowerSGD"].tokens_per_second is by_name["DDP PowerSGD"].of_limit is None
+    assert by_name["DDP PowerSGD"].crashes == 10
 
 
-def test_figures_that_may_not_be_used() -> None:
-    assert objections([outcome("hvdlm mpi topk", apart=0.9), outcome("DDP PowerSGD", crashes=["why"])]) == []
-    (crashed,) = objections([outcome("hvdlm mpi topk", crashes=["out of memory"])])
+def test_problems_of_results() -> None:
+    assert (
+        summary.find_problems(
+            [result_of("hvdlm mpi topk", relative_distance=0.9), result_of("DDP PowerSGD", crashes=["why"])]
+        )
+        == []
+    )
+    (crashed,) = summary.find_problems([result_of("hvdlm mpi topk", crashes=["out of memory"])])
     assert crashed == "hvdlm mpi topk crashed: out of memory"
-    (strayed,) = objections([outcome("hvdlm mpi fp16", apart=0.2), outcome("DDP fp16", apart=0.01)])
-    assert strayed.startswith("hvdlm mpi fp16 and DDP have trained different models")
-    (peer,) = objections([outcome("Horovod", apart=0.2)])
+    (wrong,) = summary.find_problems(
+        [result_of("hvdlm mpi fp16", relative_distance=0.2), result_of("DDP fp16", relative_distance=0.01)]
+    )
+    assert wrong.startswith("hvdlm mpi fp16 and DDP have trained different models")
+    (peer,) = summary.find_problems([result_of("Horovod", relative_distance=0.2)])
     assert "Horovod" in peer
 
 
-def test_why_a_job_has_crashed() -> None:
-    log = [
+def test_the_cause_of_a_failure(tmp_path: Path) -> None:
+    def cause(lines: list[str]) -> str:
+        log = tmp_path / "log"
+        log.write_text("\n".join(lines))
+        return cause_of_failure(log)
+
+    lines = [
         "[W1121 socket.cpp:767] Warning: error resolving [localhost]",
         "hvdlm: engine torch",
         "terminate called after throwing an instance of 'gloo::EnforceNotMet'",
         "  what():  [enforce fail at pair.cc:456] op.preamble.length <= op.nbytes. 55296 vs 9984.",
         "RuntimeError: Connection reset by peer",
     ]
-    assert cause_of_crash(log).startswith("what():  [enforce fail")
-    assert cause_of_crash(["Killed", ""]) == "Killed"
-    assert cause_of_crash([]) == "it printed nothing"
+    assert cause(lines).startswith("what():  [enforce fail")
+    assert cause(["Killed", ""]) == "Killed"
+    assert cause([]) == "it printed nothing"
 
 
-def test_how_far_two_models_are_apart(small_data: Path, tmp_path: Path) -> None:
+def test_the_relative_distance_between_two_models(small_data: Path, tmp_path: Path) -> None:
     config = load(None, ["--data.path", str(small_data), "--model.width", "32", "--train.seed", "5"], PRESETS)
     model = Transformer(config.model, DataSet(small_data).vocab_size)
     model.initialise(5)
@@ -148,17 +172,17 @@ def test_how_far_two_models_are_apart(small_data: Path, tmp_path: Path) -> None:
     step = torch.ones_like(start)
     torch.save(start + 4 * step, tmp_path / "reference")
     torch.save(start + 3 * step, tmp_path / "own")
-    assert apart(tmp_path / "own", tmp_path / "reference", config) == pytest.approx(0.25, rel=1e-3)
+    assert relative_distance(tmp_path / "own", tmp_path / "reference", config) == pytest.approx(0.25, rel=1e-3)
 
 
 @pytest.fixture
 def results() -> dict[str, object]:
-    """Of a set-up where one contestant crashed."""
-    outcomes = [
-        outcome("no communication", turn(0.25)),
-        outcome("hvdlm mpi none", turn(0.5, 0.002, 1_500_000.0)),
-        outcome("DDP", turn(1.0)),
-        outcome("DDP PowerSGD", None, starts=3, crashes=["why"] * 3),
+    """The results of a set-up where one system crashed."""
+    systems = [
+        result_of("no communication", measured(0.25)),
+        result_of("hvdlm mpi none", measured(0.5, 0.002, 1_500_000.0)),
+        result_of("DDP", measured(1.0)),
+        result_of("DDP PowerSGD", None, starts=3, crashes=["why"] * 3),
     ]
     result = {
         "date": "2026-11-21",
@@ -166,20 +190,20 @@ def results() -> dict[str, object]:
         "machine": {"cpu": "a processor", "cores": 2},
         "versions": {"torch": "2.13.0", "mpi": "an MPI"},
         "settings": {"rounds": 1, "steps": 6},
-        "standings": [asdict(row) for row in standings(outcomes, tokens_a_step=1000)],
+        "summary": [asdict(row) for row in summary.summarise(systems, tokens_per_step=1000)],
     }
     return {"2x1gbit": result}
 
 
 def test_table(results: dict[str, object]) -> None:
-    lines = table.table(results).splitlines()
+    lines = summary.table(results).splitlines()
     assert lines[0] == "## 2x1gbit"
-    assert "2 ranks one a host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert {len(row) for row in rows} == {9}
-    assert rows[2] == ["no communication", "4,000", "1.000", "4.000", "0.0", "", "", "", ""]
-    assert rows[3] == ["hvdlm mpi none", "2,000", "0.500", "2.000", "250.0", "2.0", "1.50", "", ""]
-    assert rows[5] == ["DDP PowerSGD", "", "", "", "", "", "", "", "crashed in 3 of 3 starts"]
+    assert "2 ranks one per host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert {len(row) for row in cells} == {9}
+    assert cells[2] == ["no communication", "4,000", "1.000", "4.000", "0.0", "", "", "", ""]
+    assert cells[3] == ["hvdlm mpi none", "2,000", "0.500", "2.000", "250.0", "2.0", "1.50", "", ""]
+    assert cells[5] == ["DDP PowerSGD", "", "", "", "", "", "", "", "crashed in 3 of 3 starts"]
 
 
 def test_results_are_read_as_they_were_written(results: dict[str, object], tmp_path: Path) -> None:
@@ -198,8 +222,8 @@ def test_results_of_another_kind(text: str, tmp_path: Path) -> None:
         results_file.read_results(path)
 
 
-def test_pictures(results: dict[str, object], tmp_path: Path) -> None:
-    picture.draw(results, tmp_path / "compare.png")
+def test_plots(results: dict[str, object], tmp_path: Path) -> None:
+    plot.draw(results, tmp_path / "compare.png")
     curves.draw([run("none", 0, 2.0), run("topk", 0, 2.5)], tmp_path / "convergence.png")
     for file in tmp_path.iterdir():
         assert file.read_bytes().startswith(b"\x89PNG")
@@ -212,8 +236,8 @@ def run(variant: str, seed: int, last: float) -> runs.Run:
 def test_losses_are_compared_with_the_dense_ones_of_their_seed() -> None:
     study = [run("none", 0, 2.0), run("topk", 0, 2.02), run("none", 1, 4.0), run("topk", 1, 4.12)]
     losses = curves.final_losses(study)
-    assert curves.worse_than_dense(losses, "topk") == pytest.approx([1.0, 3.0])
-    assert curves.worse_than_dense({"topk": {0: 2.0}}, "topk") == []
+    assert curves.percent_over_dense(losses, "topk") == pytest.approx([1.0, 3.0])
+    assert curves.percent_over_dense({"topk": {0: 2.0}}, "topk") == []
     # deviations: of 2.02 and 4.12, of 1% and 3%
     assert curves.table(study).splitlines()[3] == "| topk | 2 | 3.0700 ± 1.4849 | +2.00 ± 1.41 | 2.000 | 2.5 |"
 
@@ -221,14 +245,14 @@ def test_losses_are_compared_with_the_dense_ones_of_their_seed() -> None:
 def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     config = load(None, ["--train.steps", "20", "--optimizer.warmup_steps", "5"], PRESETS)
     variant = runs.Variant("lib/my.py:Mine", error_feedback=False)
-    own = runs.config_of(config, variant, 3, tmp_path)
+    own = runs.run_config(config, variant, 3, tmp_path)
     directory = tmp_path / "lib-my-py-Mine-no-feedback-seed3"
     assert (own.train.seed, own.train.run_dir) == (3, str(directory))
     assert (own.compression.codec, own.compression.error_feedback) == ("lib/my.py:Mine", False)
     assert not runs.is_finished(own)
-    assert (own.compression.warmup_steps, own.optimizer.freeze_after) == (0, 0)
-    late = runs.config_of(config, runs.Variant("topk", error_feedback=True), 3, tmp_path)
-    assert (late.compression.warmup_steps, late.optimizer.freeze_after) == (4, 4)
+    assert (own.compression.warmup_steps, own.optimizer.freeze_variance_after) == (0, 0)
+    late = runs.run_config(config, runs.Variant("topk", error_feedback=True), 3, tmp_path)
+    assert (late.compression.warmup_steps, late.optimizer.freeze_variance_after) == (4, 4)
 
     directory.mkdir()
     (directory / "config.toml").write_text(own.to_toml())
@@ -261,49 +285,48 @@ def small_gpt(*overrides: str) -> Config:
     return load(None, [*shape, *overrides], PRESETS)
 
 
-def test_the_plain_gpt_begun_as_hvdlm_s_model_has_its_loss() -> None:
+def test_the_plain_gpt_with_the_weights_of_hvdlm_s_model_has_its_loss() -> None:
     config = small_gpt()
-    ours, plain_gpt = Transformer(config.model, 61), plain.PlainGPT(config, 61, approximate="tanh")
-    ours.initialise(3)
-    plain_gpt.begin_as(ours)
+    model, plain = Transformer(config.model, 61), plain_gpt.PlainGPT(config, 61, approximate="tanh")
+    model.initialise(3)
+    plain.copy_weights(model)
     tokens = torch.randint(61, (3, 25), generator=torch.Generator().manual_seed(1))
-    mine = token_loss(ours(tokens[:, :-1]), ours.output_weight, tokens[:, 1:]) / (3 * 24)
-    assert plain_gpt(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(mine.item(), rel=1e-6)
+    loss = token_loss(model(tokens[:, :-1]), model.output_weight, tokens[:, 1:]) / (3 * 24)
+    assert plain(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_the_plain_gpt_is_no_llama() -> None:
     with pytest.raises(HvdlmError, match="plain reference is a GPT-2"):
-        plain.PlainGPT(small_gpt("--model.position", "rope"), 61)
+        plain_gpt.PlainGPT(small_gpt("--model.position", "rope"), 61)
 
 
-def test_a_ratio_is_of_the_same_round_and_utilisation_of_the_rate_just_before() -> None:
-    def contestant(name: str, *seconds: float, peak: float | None) -> one_rank.Contestant:
-        options = argparse.Namespace(data="somewhere", threads=1)
-        own = one_rank.configure("gpt-10m", name, options, [])
-        turns = [one_rank.Turn(each, peak, 10**9) for each in seconds]
-        return one_rank.Contestant(own, None, None, 3.0, one_rank.Start(10**8, 1e6), turns)  # type: ignore[arg-type]
+def test_ratios_are_within_a_round_and_utilisation_is_of_the_rate_just_before() -> None:
+    def result(name: str, *seconds: float, peak: float | None) -> rows.SystemResult:
+        config = configure("gpt-10m", name, Path("somewhere"), 1, [])
+        step_times = [StepTime(each, peak, 10**9) for each in seconds]
+        return rows.SystemResult(config, 3.0, None, Start(10**8, 1e6), step_times)
 
-    everyone = {
-        one_rank.PLAIN: contestant(one_rank.PLAIN, 1.0, 2.0, 4.0, peak=None),
-        "hvdlm bf16": contestant("hvdlm bf16", 0.5, 0.5, 1.0, peak=1e12),
+    results = {
+        FP32_EAGER: result(FP32_EAGER, 1.0, 2.0, 4.0, peak=None),
+        "hvdlm bf16": result("hvdlm bf16", 0.5, 0.5, 1.0, peak=1e12),
     }
-    row = one_rank._row("hvdlm bf16", everyone["hvdlm bf16"], everyone, 65, cold=None)
+    row = rows.make_row("hvdlm bf16", results, 65)
     assert row["over_fp32_eager"] == 4.0  # of 2, 4 and 4
     assert row["over_autocast_eager"] is None
     assert row["tokens_per_second"] == 8 * 256 / 0.5
     # 6 x (6 x 12 x 384^2 + 65 x 384) + 6 x 6 x 384 x 256 a token, by the formula of size.py
     flops = (6 * (6 * 12 * 384**2 + 65 * 384) + 6 * 6 * 384 * 256) * 8 * 256
     assert row["utilisation"] == pytest.approx(flops / 0.5 / 1e12)
-    assert one_rank._row(one_rank.PLAIN, everyone[one_rank.PLAIN], everyone, 65, None)["utilisation"] is None
+    assert rows.make_row(FP32_EAGER, results, 65)["utilisation"] is None
 
 
 def test_differences_from_fp32_are_by_seed() -> None:
     curves = {
-        fast_path.EXACT: [[3.0] * 60, [2.0] * 60],
-        fast_path.CAST: [[3.5] * 60, [1.5] * 60],
-        fast_path.FAST: [[3.25] * 60, [2.25] * 60],
+        fast_path.FP32: [[3.0] * 60, [2.0] * 60],
+        fast_path.AUTOCAST: [[3.5] * 60, [1.5] * 60],
+        fast_path.HVDLM: [[3.25] * 60, [2.25] * 60],
     }
-    assert fast_path.differences(curves, fast_path.CAST) == [[0.5] * 60, [-0.5] * 60]
+    assert fast_path.differences(curves, fast_path.AUTOCAST) == [[0.5] * 60, [-0.5] * 60]
     lines = fast_path.table(curves).splitlines()
     assert lines[5] == "| PyTorch, bf16 autocast | 2.5000 | 0.50000 | +0.00000 |"
     assert lines[6] == "| hvdlm, bf16, compiled | 2.7500 | 0.25000 | +0.25000 |"

@@ -1,4 +1,4 @@
-"""Buckets: gradients lie in them, in reverse order, and none is copied or cut. And the moments beside them."""
+"""Buckets: gradients lie in them, in reverse order, and none is split; timestamps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hvdlm.gradients.bucket import Bucket, make_buckets
-from hvdlm.gradients.moment import Moment
+from hvdlm.timing import Timestamp
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -61,43 +61,43 @@ def test_gradients_are_views_that_fill_the_buffer_without_gaps() -> None:
     assert b.grad.tolist() == [6, 7, 8, 9]
     other = torch.arange(10.0, 20.0)
     assert bucket.names == ["a", "b"]
-    assert [piece.tolist() for piece in bucket.cut(other)] == [[[10, 11, 12], [13, 14, 15]], [16, 17, 18, 19]]
+    assert [piece.tolist() for piece in bucket.split(other)] == [[[10, 11, 12], [13, 14, 15]], [16, 17, 18, 19]]
 
 
 def test_the_backward_pass_writes_into_the_buffer() -> None:
     a, b = nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
     bucket = Bucket({"a": a, "b": b})
-    place = bucket.buffer.data_ptr()
+    address = bucket.buffer.data_ptr()
     for _ in range(2):  # a second micro-batch is added
         (a * b).sum().backward()
     assert bucket.buffer.tolist() == [6.0, 8.0, 2.0, 4.0]  # 2 b, then 2 a
-    assert bucket.buffer.data_ptr() == place
-    assert bucket.holds_its_gradients()
+    assert bucket.buffer.data_ptr() == address
+    assert bucket.owns_gradients()
 
 
-def test_a_step_begins_without_gradients_and_each_is_taken_once() -> None:
+def test_a_step_begins_without_gradients_and_each_is_stored_once() -> None:
     a, b, c = (nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0, 5.0))
     bucket = Bucket({"a": a, "b": b, "c": c})
     bucket.buffer.fill_(torch.nan)  # of the step before
-    bucket.clear()
+    bucket.zero_grad()
     assert [each.grad for each in (a, b, c)] == [None] * 3
     for _ in range(2):
         (a * b).sum().backward()
-        bucket.take(0)
-        bucket.take(1)
-    bucket.complete()  # nothing has made one of c
+        bucket.store(0)
+        bucket.store(1)
+    bucket.fill_missing()  # nothing has made one of c
     assert bucket.buffer.tolist() == [6.0, 4.0, 0.0]
-    assert bucket.holds_its_gradients()
-    bucket.clear()
+    assert bucket.owns_gradients()
+    bucket.zero_grad()
     a.grad = torch.tensor([7.0])  # by hand
-    bucket.complete()
+    bucket.fill_missing()
     assert bucket.buffer.tolist() == [7.0, 0.0, 0.0]
-    bucket.clear()
+    bucket.zero_grad()
     (a * b).sum().backward()
-    bucket.take(0)
+    bucket.store(0)
     a.grad = None  # after it was made
-    bucket.complete()
-    assert not bucket.holds_its_gradients()
+    bucket.fill_missing()
+    assert not bucket.owns_gradients()
 
 
 def test_an_optimizer_step_reads_the_buffer() -> None:
@@ -108,22 +108,22 @@ def test_an_optimizer_step_reads_the_buffer() -> None:
     assert a.tolist() == [0.0, 0.0]
 
 
-def test_it_notices_a_gradient_that_was_taken_out() -> None:
+def test_it_notices_a_gradient_that_is_not_in_its_slot() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     bucket = Bucket(dict(module.named_parameters()))
-    assert bucket.holds_its_gradients()
+    assert bucket.owns_gradients()
     module.zero_grad(set_to_none=False)
-    assert bucket.holds_its_gradients()
+    assert bucket.owns_gradients()
     module[0].bias.grad = torch.zeros(2)
-    assert not bucket.holds_its_gradients()
+    assert not bucket.owns_gradients()
 
     bucket = Bucket(dict(module.named_parameters()))
     module.zero_grad()  # sets them to None
-    assert not bucket.holds_its_gradients()
+    assert not bucket.owns_gradients()
 
 
-def test_the_difference_of_moments_is_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_difference_of_timestamps_is_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(times))
-    earlier, later = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
+    earlier, later = Timestamp(torch.device("cpu")), Timestamp(torch.device("cpu"))
     assert later - earlier == 2.5

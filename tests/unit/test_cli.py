@@ -76,7 +76,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(
         (["inspect", "none"], "none: no such data set"),
         (["generate", "none"], "none holds no checkpoint"),
         (["evaluate", "none", "--data", "none"], "none: no such data set"),
-        (["evaluate", "none", "--data", "none", "--batch-size", "0"], "--batch-size 0: give 1 or more"),
+        (["evaluate", "none", "--data", "none", "--micro-batch-size", "0"], "--micro-batch-size 0: give 1 or more"),
     ],
 )
 def test_a_wrong_argument_exits_with_1_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Lossy codecs on ranks that are threads: what is delivered, what is owed, what becomes of NaN."""
+"""Lossy codecs on ranks that are threads: what is delivered, what stays in the residual, what NaN does."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.choice import CODECS
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.low_rank import (
     Matrices,
-    deliver,
-    deliver_with_torch,
     multiply,
     multiply_transposed,
     multiply_transposed_with_torch,
     multiply_with_torch,
     orthonormalise,
     orthonormalise_with_torch,
+    reconstruct,
+    reconstruct_with_torch,
 )
+from hvdlm.gradients.codecs.registry import CODECS
 
 T = TypeVar("T")
 
-# Matrices with blocks that are cut off, of more columns than rows and the other way round; and what travels as it is.
+# Matrices whose last blocks are shorter, with more columns than rows and the reverse; tensors that are sent dense.
 SHAPES = {"a": (70, 83), "a bias": (70,), "b": (64, 129), "small": (20, 20), "c": (130, 66), "cube": (20, 20, 11)}
 LENGTH = sum(math.prod(shape) for shape in SHAPES.values())
 
@@ -82,7 +82,7 @@ LOSSY = pytest.mark.parametrize(
     [
         ("topk", {"density": 0.02}),
         ("topk", {"density": 0.3}),
-        ("powersgd", {"rank": 3}),
+        ("powersgd", {"matrix_rank": 3}),
         ("int8", {}),
         ("int4", {}),
     ],
@@ -91,7 +91,7 @@ LOSSY = pytest.mark.parametrize(
 
 @LOSSY
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_delivered_and_owed_are_all_there_was(name: str, settings: dict[str, object], size: int) -> None:
+def test_delivered_plus_residuals_are_all_gradients(name: str, settings: dict[str, object], size: int) -> None:
     def body(codec: Codec, exchange: ThreadExchange) -> tuple[list[Tensor], Tensor]:
         delivered = []
         for step in range(4):
@@ -103,13 +103,13 @@ def test_delivered_and_owed_are_all_there_was(name: str, settings: dict[str, obj
     results = on_ranks(size, name, body, **settings)
     first = results[0][0]
     assert all(torch.equal(a, b) for delivered, _ in results for a, b in zip(delivered, first, strict=True))
-    owed = sum(residual.double() for _, residual in results)
+    residual_sum = sum(residual.double() for _, residual in results)
     made = sum(drawn(rank, step).double() for rank in range(size) for step in range(4))
-    assert (sum(each.double() for each in first) + owed - made).abs().max() <= 1e-5
-    assert owed.abs().max() > 0.01  # it is lossy
+    assert (sum(each.double() for each in first) + residual_sum - made).abs().max() <= 1e-5
+    assert residual_sum.abs().max() > 0.01  # it is lossy
     bucket = make_bucket()
-    sums = bucket.cut(sum(drawn(rank, 0) for rank in range(size)))
-    for name_, expected, actual in zip(bucket.names, sums, bucket.cut(first[0]), strict=True):
+    sums = bucket.split(sum(drawn(rank, 0) for rank in range(size)))
+    for name_, expected, actual in zip(bucket.names, sums, bucket.split(first[0]), strict=True):
         if name_ in ("a bias", "small") or (name == "powersgd" and name_ == "cube"):
             assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6), name_
 
@@ -118,8 +118,8 @@ def test_delivered_and_owed_are_all_there_was(name: str, settings: dict[str, obj
 def test_one_rank_loses_no_bit_by_topk(magnitude: float) -> None:
     (codec,) = on_ranks(1, "topk", lambda codec, _: codec, density=0.05)
     gradients = drawn(0, 0) * torch.logspace(-6, 0, LENGTH) * magnitude
-    owed = codec.state()["residual"].copy_(drawn(0, 1, magnitude)).clone()
-    intended = gradients + owed
+    residual_sum = codec.state()["residual"].copy_(drawn(0, 1, magnitude)).clone()
+    intended = gradients + residual_sum
 
     def body(_: Codec, exchange: ThreadExchange) -> None:
         codec.reduce_(gradients, exchange, 0)
@@ -145,13 +145,13 @@ def test_density_one_is_the_dense_sum(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_owners_keep_what_the_second_choice_drops(size: int) -> None:
-    """Each rank's gradient is large in places of its own, so among more than three ranks most sums are dropped."""
+    """Each rank's gradient is large at indices of its own, so among more than three ranks most sums are dropped."""
 
     def body(codec: Codec, exchange: ThreadExchange) -> tuple[Tensor, Tensor]:
         gradients = torch.zeros(LENGTH)
         gradients[exchange.rank :: 50] = 1.0 + exchange.rank
         codec.reduce_(gradients, exchange, 0)
-        return codec.bucket.cut(gradients)[0].flatten(), codec.bucket.cut(codec.state()["residual"])[0].flatten()
+        return codec.bucket.split(gradients)[0].flatten(), codec.bucket.split(codec.state()["residual"])[0].flatten()
 
     results = on_ranks(size, "topk", body, density=0.02)  # 5 of 250: all that a rank has in a whole block
     for delivered, residual in results:
@@ -162,9 +162,9 @@ def test_owners_keep_what_the_second_choice_drops(size: int) -> None:
                 assert not delivered[rank:5750:50].any()
         if size == 2:
             assert not residual[:5750].any()
-    owed = sum(residual for _, residual in results)[:5750]
+    residual_sum = sum(residual for _, residual in results)[:5750]
     for rank in range(size):
-        assert (owed[rank::50] == (0.0 if size == 2 or rank == size - 1 else 1.0 + rank)).all()
+        assert (residual_sum[rank::50] == (0.0 if size == 2 or rank == size - 1 else 1.0 + rank)).all()
 
 
 @LOSSY
@@ -208,7 +208,7 @@ def test_nothing_makes_nothing(name: str, settings: dict[str, object]) -> None:
 
 
 @LOSSY
-def test_what_another_codec_owed_is_delivered_where_nothing_is_compressed(
+def test_the_residual_of_another_codec_is_delivered_where_nothing_is_compressed(
     name: str, settings: dict[str, object]
 ) -> None:
     """A run may go on by another codec: that one's residual is then not zero anywhere."""
@@ -218,7 +218,7 @@ def test_what_another_codec_owed_is_delivered_where_nothing_is_compressed(
         residual.fill_(3.0)
         gradients = torch.ones(LENGTH)
         codec.reduce_(gradients, exchange, 0)
-        return codec.bucket.cut(gradients)[1], codec.bucket.cut(residual)[1]
+        return codec.bucket.split(gradients)[1], codec.bucket.split(residual)[1]
 
     for delivered, residual in on_ranks(2, name, body, **settings):
         assert (delivered == 8).all() and (residual == 0).all()
@@ -230,7 +230,7 @@ def test_a_codec_goes_on_from_what_another_has_kept(name: str, settings: dict[st
         for step in range(3):
             codec.reduce_(drawn(exchange.rank, step), exchange, step)
         resumed = make_codec(name, **settings)
-        for old, new in ((codec.state(), resumed.state()), (codec.further_state(), resumed.further_state())):
+        for old, new in ((codec.state(), resumed.state()), (codec.extra_state(), resumed.extra_state())):
             assert old.keys() == new.keys()
             for key, tensor in old.items():
                 new[key].copy_(tensor)
@@ -294,13 +294,13 @@ def test_powersgd_is_its_formula() -> None:
     """Against the paper's algorithm in float64, with an orthonormal basis by another method."""
 
     def body(codec: Codec, exchange: ThreadExchange) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        start = [basis.clone() for basis in codec.further_state().values()]
+        start = [basis.clone() for basis in codec.extra_state().values()]
         gradients = drawn(exchange.rank, 0)
         codec.reduce_(gradients, exchange, 0)
-        return start, codec.bucket.cut(gradients), exchange.messages
+        return start, codec.bucket.split(gradients), exchange.messages
 
-    for start, delivered, messages in on_ranks(3, "powersgd", body, rank=4):
-        total = make_bucket().cut(sum(drawn(rank, 0).double() for rank in range(3)))
+    for start, delivered, messages in on_ranks(3, "powersgd", body, matrix_rank=4):
+        total = make_bucket().split(sum(drawn(rank, 0).double() for rank in range(3)))
         for basis, index in zip(start, (0, 2, 4), strict=True):
             p, _ = torch.linalg.qr(total[index] @ basis.double().t())
             assert torch.allclose(delivered[index].double(), p @ (p.t() @ total[index]), atol=1e-5)
@@ -316,9 +316,9 @@ def test_powersgd_finds_the_best_approximation() -> None:
             gradients = drawn(0, 0)
             gradients[:5810] += 3 * torch.outer(drawn(0, 1)[:70], drawn(0, 2)[:83]).flatten()
             codec.reduce_(gradients, exchange, step)
-        return codec.bucket.cut(gradients)[0]
+        return codec.bucket.split(gradients)[0]
 
-    (delivered,) = on_ranks(1, "powersgd", body, rank=1, error_feedback=False)
+    (delivered,) = on_ranks(1, "powersgd", body, matrix_rank=1, error_feedback=False)
     whole = drawn(0, 0)[:5810].view(70, 83) + 3 * torch.outer(drawn(0, 1)[:70], drawn(0, 2)[:83])
     u, s, v = torch.linalg.svd(whole.double())
     assert torch.allclose(delivered.double(), s[0] * torch.outer(u[:, 0], v[0]), atol=1e-4 * float(s[0]))
@@ -339,30 +339,30 @@ def test_powersgd_keeps_its_directions_through_matrices_of_low_rank() -> None:
             codec.reduce_(gradients, exchange, step)
         return delivered
 
-    (delivered,) = on_ranks(1, "powersgd", body, rank=3)
+    (delivered,) = on_ranks(1, "powersgd", body, matrix_rank=3)
     assert torch.allclose(delivered[0], low_rank(1), atol=1e-4)
     assert torch.allclose(delivered[1], low_rank(3), atol=1e-4)
 
 
 def test_loops_and_torch_operations_agree() -> None:
     shapes, rank = [(70, 83), (5, 129), (130, 1)], 3
-    places, start, left, right = [], 7, 0, 0  # numbers before the first matrix are no part of it
+    layout, start, left, right = [], 7, 0, 0  # numbers before the first matrix are no part of it
     for rows, columns in shapes:
-        places.append((start, rows, columns, left, right))
+        layout.append((start, rows, columns, left, right))
         start, left, right = start + rows * columns, left + rank * rows, right + rank * columns
-    matrices = Matrices(rank, torch.tensor(places))
+    matrices = Matrices(rank, torch.tensor(layout))
     gradients, residual = drawn(0, 0)[:start], drawn(0, 1)[:start]
     rights, lefts = drawn(0, 2)[:right], torch.empty(left)
     multiply(matrices, gradients, residual, rights, lefts)
     again = torch.empty_like(lefts)
     multiply_with_torch(matrices, gradients, residual, rights, again)
     assert torch.allclose(lefts, again, atol=1e-4)
-    matrices.cut_lefts(lefts)[0][2].copy_(matrices.cut_lefts(lefts)[0][0] * 2)  # one that depends on another
+    matrices.split_lefts(lefts)[0][2].copy_(matrices.split_lefts(lefts)[0][0] * 2)  # one that depends on another
     again.copy_(lefts)
     orthonormalise(matrices, lefts)
     orthonormalise_with_torch(matrices, again)
     assert torch.allclose(lefts, again, atol=1e-6)
-    for vectors, wanted in zip(matrices.cut_lefts(lefts), ([1, 1, 0], [1, 1, 1], [1, 0, 0]), strict=True):
+    for vectors, wanted in zip(matrices.split_lefts(lefts), ([1, 1, 0], [1, 1, 1], [1, 0, 0]), strict=True):
         assert torch.allclose(vectors @ vectors.t(), torch.diag(torch.tensor(wanted).float()), atol=1e-5)
     own, ours = torch.empty_like(rights), drawn(0, 3)[:right]
     multiply_transposed(matrices, gradients, residual, lefts, own)
@@ -370,8 +370,8 @@ def test_loops_and_torch_operations_agree() -> None:
     multiply_transposed_with_torch(matrices, gradients, residual, lefts, again)
     assert torch.allclose(own, again, atol=1e-4)
     by_loops, by_torch = [(gradients.clone(), residual.clone()) for _ in range(2)]
-    deliver(matrices, *by_loops, lefts, own, ours)
-    deliver_with_torch(matrices, *by_torch, lefts, own, ours)
+    reconstruct(matrices, *by_loops, lefts, own, ours)
+    reconstruct_with_torch(matrices, *by_torch, lefts, own, ours)
     for one, other in zip(by_loops, by_torch, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     assert torch.equal(by_loops[0][:7], gradients[:7]) and torch.equal(by_loops[1][:7], residual[:7])

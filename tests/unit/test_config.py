@@ -166,7 +166,7 @@ def test_the_last_possible_combinations_are_taken() -> None:
 def test_overrides_take_the_type_of_their_setting() -> None:
     config = configure(
         "--train.steps", "500",
-        "--train.batch_size=7",
+        "--train.global_batch_size=7",
         "--optimizer.lr", "2",
         "--optimizer.eps=1e-6",
         "--train.compile", "true",
@@ -177,7 +177,7 @@ def test_overrides_take_the_type_of_their_setting() -> None:
         "--train.seed", "1_000",
     )  # fmt: skip
     assert config.train.steps == 500
-    assert config.train.batch_size == 7
+    assert config.train.global_batch_size == 7
     assert (config.optimizer.lr, type(config.optimizer.lr)) == (2.0, float)
     assert config.optimizer.eps == 1e-6
     assert config.train.compile is True

@@ -159,7 +159,7 @@ def test_lower_precision_is_close_and_not_the_same(path: Path) -> None:
     data = DataSet(path)
     model = make_model(data)
     full = evaluate(model, data, SoloCommunicator(), 4)
-    model.compute_in(torch.bfloat16)
+    model.set_compute_dtype(torch.bfloat16)
     low = evaluate(model, data, SoloCommunicator(), 4)
     assert low.loss == pytest.approx(full.loss, rel=0.05)
     assert low.loss != full.loss

@@ -66,15 +66,15 @@ def fast_losses(seed: int) -> list[float]:
     optimizer = make_optimizer(model, config.optimizer)
     losses = []
     for tokens in batches(seed):
-        sync.begin()
-        sync.last_micro_batch()
+        sync.zero_grad()
+        sync.set_last_micro_batch()
         loss = (
             token_loss(model(tokens[:, :-1]), model.output_weight, tokens[:, 1:], model.dtype) / tokens[:, 1:].numel()
         )
         loss.backward()
         sync.wait()
         optimizer.step()
-        model.refresh()
+        model.update_low_precision_weights()
         losses.append(loss.item())
     return losses
 
@@ -112,8 +112,8 @@ def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does(seed: int) -
 def test_compiled_blocks_computed_again_give_the_same_gradients() -> None:
     config = settings(seed=0)
     gradients = []
-    for recompute in (False, True):
-        train = config.train.model_copy(update={"recompute": recompute})
+    for checkpointing in (False, True):
+        train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
         model = make_model(config.model_copy(update={"train": train}), VOCABULARY, torch.device("cpu"))
         tokens = batches(0)[0]
         token_loss(model(tokens[:, :-1]), model.output_weight, tokens[:, 1:], model.dtype).backward()

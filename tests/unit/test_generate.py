@@ -221,7 +221,7 @@ def trained(tmp_path_factory) -> Path:
         """
         model = { layers = 1, heads = 2, width = 16, context_length = 16 }
         data = { path = "data" }
-        train = { steps = 1, batch_size = 2, run_dir = "run" }
+        train = { steps = 1, global_batch_size = 2, run_dir = "run" }
         optimizer = { warmup_steps = 0 }
         comm = { engine = "solo" }
         """

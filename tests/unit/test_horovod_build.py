@@ -1,4 +1,4 @@
-"""`hvdlm install-horovod` up to the build: what it finds, what it plans, and what it says when something is missing."""
+"""`hvdlm install-horovod` up to the build: what it finds, its plan, and its errors when something is missing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `hvdlm install-horovod` with an empty cache and an MPI that no installed Horovod was built for."""
+    """Runs `hvdlm install-horovod` with an empty cache and a fake MPI for which no Horovod has been built."""
     bin_directory = tmp_path / "bin"
     script(bin_directory / "mpicxx", "exit 1")
     script(bin_directory / "mpirun", "echo 'mpirun (Open MPI) 9.8.7'")
@@ -53,7 +53,7 @@ def install(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def fake_torch(tmp_path: Path) -> Callable[..., str]:
-    """Writes a package `torch` that knows its version only, and returns the directory to put on PYTHONPATH."""
+    """Writes a package `torch` that contains only its version; returns the directory for PYTHONPATH."""
 
     def write(version: str, cuda: str | None = None, hip: str | None = None) -> str:
         package = tmp_path / "packages" / "torch"
@@ -66,7 +66,7 @@ def fake_torch(tmp_path: Path) -> Callable[..., str]:
 
 
 def sentence(run: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a failed command says."""
+    """The only line that a failed command prints on standard error."""
     assert run.returncode == 1, run.stdout + run.stderr
     lines = run.stderr.splitlines()
     assert len(lines) == 1, run.stderr
@@ -151,7 +151,7 @@ def test_cache_that_cannot_be_written(install: Callable[..., subprocess.Complete
     assert f"cannot write to the cache directory {tmp_path / 'cache'}" in said and "set HVDLM_CACHE" in said
 
 
-def test_small_disk_is_told_before_the_build(
+def test_small_disk_is_reported_before_the_build(
     install: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -178,7 +178,7 @@ def test_build_directory_needs_room_and_is_left_empty(tmp_path: Path, monkeypatc
         pytest.fail("the build began without room for it")
 
 
-def test_truncated_wheel_is_not_taken(tmp_path: Path) -> None:
+def test_truncated_wheel_is_not_used(tmp_path: Path) -> None:
     wheel = tmp_path / "horovod-0.28.1+hvdlm0123456789ab-cp311-cp311-linux_x86_64.whl"
     wheel.write_bytes(b"PK\x03\x04 and then the disk was full")
     assert cached_wheel(tmp_path, "0.28.1+hvdlm0123456789ab") is None
@@ -196,7 +196,7 @@ def test_cuda_and_nccl_are_found(
     (nccl / "lib").mkdir()
     (nccl / "lib" / "libnccl.so.2").touch()
     assert f"CUDA 13.0, {cuda}; NCCL 2.27.3" in install("--dry-run", **variables).stdout
-    # a script on the PATH that stands for an nvcc elsewhere, as environment modules make them
+    # A script on the PATH that calls an nvcc elsewhere, as environment modules install them.
     wrapper = "echo '#$ TOP=/opt/cuda-13/bin/..'; echo 'Cuda compilation tools, release 13.0, V13.0.88'"
     script(cuda / "bin" / "nvcc", wrapper)
     assert "CUDA 13.0, /opt/cuda-13; NCCL 2.27.3" in install("--dry-run", **variables).stdout
@@ -231,7 +231,7 @@ def test_missing_pytorch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "message"),
     [
         ("cc1plus: fatal error: x.s: No space left on device", "the disk is full"),
         ("error: externally-managed-environment", "make a virtual environment"),
@@ -239,16 +239,16 @@ def test_missing_pytorch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ("c++: fatal error: Killed signal terminated program cc1plus", "CMAKE_BUILD_PARALLEL_LEVEL=1"),
         ("working\nsomething.cc:3: error: it is Tuesday\nmake: stop", "something.cc:3: error: it is Tuesday"),
         ("working\nstopped halfway", "exit status 3, stopped halfway"),
-        ("", "exit status 3 without a word"),
+        ("", "exit status 3 without output"),
     ],
 )
-def test_failed_commands_become_sentences(output: str, told: str, tmp_path: Path) -> None:
+def test_failed_commands_become_sentences(output: str, message: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import sys; print({output!r}); sys.exit(3)"]
     with pytest.raises(HvdlmError) as failure:
         run_logged("compiling", command, log, os.environ)
     said = str(failure.value)
-    assert said.startswith("compiling failed: ") and told in said and said.endswith(f"(log: {log})")
+    assert said.startswith("compiling failed: ") and message in said and said.endswith(f"(log: {log})")
     assert output in log.read_text()
 
 

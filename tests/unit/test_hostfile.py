@@ -1,4 +1,4 @@
-"""Host lists: what is read, and what is refused with which words."""
+"""Host lists: what is accepted, and the errors for what is not."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_a_host_without_slots_has_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "error"),
     [
         ("h2 slots=four", "slots must be a number, not 'four'"),
         ("h2 slots=-1", "slots must be a number, not '-1'"),
         ("h2 slots=2.5", "slots must be a number, not '2.5'"),
         ("h2 slots=²", "slots must be a number, not '²'"),
         ("h2 slots=", "slots must be a number, not ''"),
-        ("h2 slots=0", "a host of no slots"),
+        ("h2 slots=0", "a host with 0 slots"),
         ("h2 slots=2 max_slots=1", "max_slots is less than slots"),
-        ("h2 slots=2 slots=3", "slots stands twice"),
+        ("h2 slots=2 slots=3", "slots is given twice"),
         ("h2 slots=2 gpus=1", "unknown word 'gpus=1'"),
         ("h2 4", "unknown word '4' after the host's name: write `h2 slots=4`"),
         ("h2, slots=4", "'h2,' is not a host's name"),
@@ -53,18 +53,18 @@ def test_a_host_without_slots_has_one(tmp_path: Path) -> None:
         ("\ufeffh2 slots=4", "is not a host's name"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: str, error: str) -> None:
     path = write(tmp_path, f"h1 slots=4\n\n{line}\n")
     with pytest.raises(HvdlmError) as caught:
         read_hostfile(path)
     assert str(caught.value).startswith(f"{path}, line 3: ")
-    assert complaint in str(caught.value)
+    assert error in str(caught.value)
     assert str(caught.value).endswith(f"in {line!r}")
 
 
-def test_a_host_stands_once(tmp_path: Path) -> None:
+def test_a_host_is_listed_once(tmp_path: Path) -> None:
     path = write(tmp_path, "h1 slots=4\nh2 slots=1\nH1 slots=2\n")
-    with pytest.raises(HvdlmError, match=r"line 3: H1 stands in line 1 already: .*slots=6"):
+    with pytest.raises(HvdlmError, match=r"line 3: H1 is also in line 1: .*slots=6"):
         read_hostfile(path)
 
 
@@ -79,7 +79,7 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
         read_hostfile(tmp_path / "absent")
     with pytest.raises(HvdlmError, match=r"cannot read host list .*: Is a directory"):
         read_hostfile(tmp_path)
-    with pytest.raises(HvdlmError, match="Windows line ends"):
+    with pytest.raises(HvdlmError, match="Windows line endings"):
         read_hostfile(write(tmp_path, "h1 slots=4\r\n"))
     (tmp_path / "binary").write_bytes(b"\x80\xff")
     with pytest.raises(HvdlmError, match="is not text"):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hvdlm.comm import launch
-from hvdlm.comm.launch import Launch, check_alike, choose_engine, connect, detect
-from hvdlm.comm.rendezvous import through_slurm
+from hvdlm.comm.launch import Launch, check_ranks_match, choose_engine, connect, detect
+from hvdlm.comm.rendezvous import slurm_endpoint
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.errors import HvdlmError, JobError
 
@@ -113,14 +113,14 @@ def test_a_requested_engine_is_taken(engine: str) -> None:
     ],
 )
 def test_rank_0_of_a_slurm_step_is_on_its_first_node(nodes: str, first: str) -> None:
-    address, port = through_slurm({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"})
+    address, port = slurm_endpoint({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"})
     assert address == first
     assert 1024 <= port < 32768  # below what Linux gives to outgoing connections
 
 
-def test_steps_that_run_at_once_meet_at_ports_of_their_own() -> None:
+def test_concurrent_steps_have_different_ports() -> None:
     ports = {
-        through_slurm({"SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[1]
+        slurm_endpoint({"SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[1]
         for job in range(1000, 1020)
         for step in range(8)
     }
@@ -180,8 +180,8 @@ def differing(**values: str) -> Callable[[dict[str, str]], dict[str, str]]:
 
 def test_ranks_that_are_alike_may_go_on() -> None:
     same = differing()
-    check_alike(SoloCommunicator(), "d" * 64)
-    check_alike(RankOf(same, same), "d" * 64)
+    check_ranks_match(SoloCommunicator(), "d" * 64)
+    check_ranks_match(RankOf(same, same), "d" * 64)
 
 
 @pytest.mark.parametrize(
@@ -205,5 +205,5 @@ def test_ranks_that_are_alike_may_go_on() -> None:
 )
 def test_ranks_that_differ_are_named(others: list[Callable[[Any], Any]], sentence: str) -> None:
     with pytest.raises(JobError) as caught:
-        check_alike(RankOf(*others), "d" * 64)
+        check_ranks_match(RankOf(*others), "d" * 64)
     assert re.search(sentence, str(caught.value))

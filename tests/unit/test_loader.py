@@ -1,4 +1,4 @@
-"""The loader: the right tokens, the same on any number of ranks, from any place, and no thread left behind."""
+"""The loader: the right tokens, the same on any number of ranks and from any start, and no thread left running."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlm.data.loader import IGNORE, Batch, Loader, validation_batches
+from hvdlm.data.loader import Batch, Loader, validation_batches
 from hvdlm.data.prepare import prepare
-from hvdlm.data.sampler import Sampler, part
+from hvdlm.data.sampler import Sampler, rank_part
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
+from hvdlm.targets import IGNORE
 
 LENGTH = 16
 BATCH = 8
@@ -43,7 +44,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def take(path: Path, count: int, rank: int = 0, size: int = 1, start: int = 0, seed: int = 5) -> list[Batch]:
+def read(path: Path, count: int, rank: int = 0, size: int = 1, start: int = 0, seed: int = 5) -> list[Batch]:
     with Loader(DataSet(path), LENGTH, BATCH, seed, rank, size, read_ahead=2, start=start) as loader:
         return [loader.next() for _ in range(count)]
 
@@ -65,7 +66,7 @@ def test_batches_are_the_sampler_s_windows(path: Path) -> None:
     data = DataSet(path)
     shards = [stored_tokens(path / f"shard_{i:05}.h5") for i in range(4)]
     sampler = Sampler([(len(tokens) - 1) // LENGTH for tokens in shards], BATCH, 5, data.fingerprint)
-    for k, batch in enumerate(take(path, 30)):
+    for k, batch in enumerate(read(path, 30)):
         assert batch.index == k
         assert batch.inputs.dtype == batch.targets.dtype == torch.int64
         assert batch.inputs.shape == batch.targets.shape == (BATCH, LENGTH)
@@ -78,26 +79,26 @@ def test_batches_are_the_sampler_s_windows(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 11])
-def test_ranks_together_see_what_one_sees(path: Path, size: int) -> None:
-    ranks = [take(path, 5, rank, size) for rank in range(size)]
-    for k, whole in enumerate(take(path, 5)):
+def test_all_ranks_together_read_the_global_batch(path: Path, size: int) -> None:
+    ranks = [read(path, 5, rank, size) for rank in range(size)]
+    for k, whole in enumerate(read(path, 5)):
         assert torch.cat([own[k].inputs for own in ranks]).equal(whole.inputs)
         assert torch.cat([own[k].targets for own in ranks]).equal(whole.targets)
-    assert [len(own[0].inputs) for own in ranks] == [len(part(BATCH, rank, size)) for rank in range(size)]
+    assert [len(own[0].inputs) for own in ranks] == [len(rank_part(BATCH, rank, size)) for rank in range(size)]
 
 
-def test_going_on_from_a_state(path: Path) -> None:
-    expected = take(path, 12)
+def test_resuming_from_a_state(path: Path) -> None:
+    expected = read(path, 12)
     with Loader(DataSet(path), LENGTH, BATCH, 5, 0, 1, read_ahead=4) as loader:
         for _ in range(7):
             loader.next()
         state = loader.state_dict()
     assert state == {"seed": 5, "batch": 7}
-    assert all(map(same, take(path, 5, start=state["batch"], seed=state["seed"]), expected[7:]))
+    assert all(map(same, read(path, 5, start=state["batch"], seed=state["seed"]), expected[7:]))
 
 
 def test_seed_changes_the_order(path: Path) -> None:
-    assert not take(path, 1, seed=5)[0].inputs.equal(take(path, 1, seed=6)[0].inputs)
+    assert not read(path, 1, seed=5)[0].inputs.equal(read(path, 1, seed=6)[0].inputs)
 
 
 def test_state_is_what_was_delivered_not_what_was_read(path: Path) -> None:
@@ -118,8 +119,8 @@ def test_reading_ahead_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Sampler, "batch", counted)
     with Loader(DataSet(path), LENGTH, BATCH, 5, 0, 1, read_ahead=3) as loader:
         loader.next()
-        time.sleep(0.3)  # long enough to read hundreds, were it not bounded
-        # One delivered, three in the queue, one waiting to get in.
+        time.sleep(0.3)  # enough time to read hundreds of batches
+        # One delivered, three in the queue, one read and waiting for room in the queue.
         assert asked == [0, 1, 2, 3, 4]
 
 

@@ -16,9 +16,9 @@ import torch
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.gradients.sync import Traffic
+from hvdlm.timing import StepTimer
 from hvdlm.training.console import Lines, ProgressLine, open_view
 from hvdlm.training.hardware import peak_memory_bytes
-from hvdlm.training.laps import Laps
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog, read_metrics
 from hvdlm.training.peak import measured_peak, published_peak
@@ -170,8 +170,8 @@ class FirstOfTwo(SoloCommunicator):
         return [value, self.other] if self.size == 2 else [value]  # it is asked for hosts before it knows its size
 
 
-class Told(Laps):
-    """Laps of which it is known how long they took."""
+class FixedTimer(StepTimer):
+    """A timer whose phases took given seconds."""
 
     def __init__(self, **seconds: float) -> None:
         super().__init__(torch.device("cpu"))
@@ -186,8 +186,8 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.M
     whole, data, compute, exposed, codec, memory = 6.0, 0.5, 5.25, 0.25, 0.5, 7
     other = FirstOfTwo((30.0, 300.0, (whole, data, compute, exposed, codec, memory)))
     metrics = StepMetrics(other, torch.device("cpu"), "fp32", flops_per_token=6.0)
-    metrics.add(1.0, Told(data=0.25, wait=0.5), codec=0.25)
-    metrics.add(3.0, Told(data=0.75, wait=0.5), codec=0.75)
+    metrics.add(1.0, FixedTimer(data=0.25, wait=0.5), codec_seconds=0.25)
+    metrics.add(3.0, FixedTimer(data=0.75, wait=0.5), codec_seconds=0.75)
     record = metrics.collect(20.0, 100, Traffic(dense_bytes=240, wire_bytes=60, codec_seconds=9, first_sent=0))
     memory_bytes = record.pop("memory_bytes")
     assert memory_bytes >= 2**20
@@ -208,9 +208,9 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.M
 
 def test_each_line_counts_from_the_one_before() -> None:
     metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"), "fp32", 1.0)
-    metrics.add(100.0, Told(data=1.0, wait=1.0), codec=1.0)
+    metrics.add(100.0, FixedTimer(data=1.0, wait=1.0), codec_seconds=1.0)
     metrics.collect(1.0, 1, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
-    metrics.add(2.0, Told(data=0.5, wait=0.0), codec=0.0)
+    metrics.add(2.0, FixedTimer(data=0.5, wait=0.0), codec_seconds=0.0)
     record = metrics.collect(8.0, 4, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=math.nan))
     assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
     assert record["tokens_per_second"] == 2.0
@@ -218,7 +218,7 @@ def test_each_line_counts_from_the_one_before() -> None:
 
 def test_utilisation_is_not_known_where_a_rank_s_peak_is_not() -> None:
     metrics = StepMetrics(FirstOfTwo((30.0, None, (1.0,) * 6)), torch.device("cpu"), "fp32", flops_per_token=6.0)
-    metrics.add(1.0, Told(data=0.0, wait=0.0), codec=0.0)
+    metrics.add(1.0, FixedTimer(data=0.0, wait=0.0), codec_seconds=0.0)
     traffic = Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0, first_sent=0)
     assert metrics.collect(20.0, 100, traffic)["utilisation"] is None
 

@@ -343,7 +343,7 @@ def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype, monkeypatch
     """Hidden states, loss and gradients against fp32, where PyTorch's own autocast, attention and loss measure."""
     tokens = draw_tokens(2, 24)
     exact, low, cast = make(config), make(config), make(config)
-    low.compute_in(dtype)
+    low.set_compute_dtype(dtype)
     outcomes = []
     for model in (low, exact, cast):
         if model is not low:
@@ -368,10 +368,10 @@ def test_products_in_16_bits_are_as_near_as_autocasts(config, dtype, monkeypatch
 @pytest.mark.parametrize("config", [GPT2.model_copy(update={"dropout": 0.1}), LLAMA], ids=["gpt2", "llama"])
 def test_computing_blocks_again_changes_no_bit_and_keeps_less(config, dtype):
     model, tokens = make(config).train(), draw_tokens(2, 24)
-    model.compute_in(dtype)
+    model.set_compute_dtype(dtype)
     gradients, kept = [], []
-    for recompute in (False, True):
-        model.recompute = recompute
+    for checkpointing in (False, True):
+        model.activation_checkpointing = checkpointing
         model.zero_grad()
         torch.manual_seed(0)
         storages = {}  # tensors are held, so that no address is used twice
@@ -391,15 +391,15 @@ def test_computing_blocks_again_changes_no_bit_and_keeps_less(config, dtype):
 
 def test_changed_parameters_count_once_they_are_told():
     model, tokens = make(GPT2), draw_tokens(2, 24)
-    model.compute_in(torch.bfloat16)
+    model.set_compute_dtype(torch.bfloat16)
     before = model(tokens)
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             parameter.mul_(1.5)
-    model.refresh()
+    model.update_low_precision_weights()
     fresh = Transformer(model.config, model.vocab_size)
     fresh.load_state_dict(model.state_dict())
-    fresh.compute_in(torch.bfloat16)
+    fresh.set_compute_dtype(torch.bfloat16)
     assert torch.equal(model(tokens), fresh(tokens))
     assert not torch.equal(model(tokens), before)
 

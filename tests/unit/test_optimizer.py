@@ -148,7 +148,7 @@ def test_frozen_second_moments() -> None:
     """Three steps of AdamW, then two by the formula, in float64, with the second moment of the third."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    settings = OptimizerSection(lr=0.1, freeze_after=3)
+    settings = OptimizerSection(lr=0.1, freeze_variance_after=3)
     optimizer = make_optimizer(model, settings)
     gradients = [torch.randn(2, 3) for _ in range(5)]
     weight = model.weight.detach().double().clone()

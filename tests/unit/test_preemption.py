@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hvdlm.training.preemption import STOPPED_EARLY, Preemption
+from hvdlm.exit_status import STOPPED_EARLY
+from hvdlm.training.preemption import Preemption
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 

@@ -1,4 +1,4 @@
-"""`hvdlm prepare`: what it writes, that it writes it whole or not at all, and what it says of bad input."""
+"""`hvdlm prepare`: the data set it writes, complete or not at all, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 
 def stored_documents(directory: Path) -> dict[str, list[str]]:
-    """The documents of each shard, by its file, decoded between the bounds that the shard gives."""
+    """The decoded documents of each shard, by its file, cut at the shard's document offsets."""
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     documents: dict[str, list[str]] = {}
     for path in sorted(directory.rglob("*.h5")):
@@ -96,7 +96,7 @@ def test_every_document_is_stored_once_in_input_order(tmp_path: Path) -> None:
     assert sum(shard.n_tokens for shard in stored) == sum(len(text.encode()) + 1 for text in texts)
 
 
-def test_equal_documents_land_together(tmp_path: Path) -> None:
+def test_equal_documents_share_a_shard(tmp_path: Path) -> None:
     texts = make_texts(100)
     write_lines(tmp_path / "a.jsonl", texts + texts[::-1])
     done = hvdlm("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.3", cwd=tmp_path)
@@ -134,7 +134,7 @@ def test_without_validation(tmp_path: Path) -> None:
     assert len(DataSet(tmp_path / "out").validation.shards) == 0
 
 
-def test_again_is_quick_and_other_arguments_are_refused(tmp_path: Path) -> None:
+def test_preparing_again_changes_nothing_and_other_arguments_are_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(100))
     command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1")
     assert hvdlm(*command, cwd=tmp_path).returncode == 0
@@ -205,7 +205,7 @@ def test_a_bad_document_is_named_or_skipped(name: str, content: bytes, message: 
     assert sorted(text for text in stored if text != "good") == sorted(texts)
 
 
-def test_a_document_that_is_too_long_is_left_out_without_being_held(tmp_path: Path) -> None:
+def test_a_document_that_is_too_long_is_left_out(tmp_path: Path) -> None:
     with (tmp_path / "long.jsonl").open("wb") as file:
         file.write(GOOD)
         file.write(b'{"text": "')
@@ -260,7 +260,7 @@ def long_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_prepare(source: Path, cwd: Path) -> subprocess.Popen[str]:
-    """A preparation with two workers that has begun to write shards."""
+    """Starts `hvdlm prepare` with two workers and waits until it writes shards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hvdlm", "prepare", "--input", source, "--output", "out", "--workers", "2"],
         cwd=cwd,
@@ -307,7 +307,7 @@ def test_two_at_once_do_not_mix(long_input: Path, tmp_path: Path) -> None:
     process = start_prepare(long_input, tmp_path)
     second = hvdlm("prepare", "--input", long_input, "--output", "out", cwd=tmp_path)
     assert second.returncode == 1
-    assert "another `hvdlm prepare` is writing out; wait for it to end" in second.stderr
+    assert "another process is writing out; wait for it to end" in second.stderr
     process.communicate()
     assert process.returncode == 0
     assert sum(shard.n_docs for shard in DataSet(tmp_path / "out").train.shards) > 19_000

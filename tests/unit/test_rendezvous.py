@@ -1,4 +1,4 @@
-"""Where ranks of engine torch meet: which of rank 0's addresses a rank takes, and which interface Gloo is told."""
+"""The rendezvous of engine torch: which address of rank 0 a rank takes, and which interface Gloo uses."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import pytest
 from torch.distributed import TCPStore
 
 from hvdlm.comm import rendezvous
-from hvdlm.comm.doorbell import Doorbell
-from hvdlm.comm.rendezvous import LOOPBACK, meet
+from hvdlm.comm.liveness import LivenessServer
+from hvdlm.comm.rendezvous import LOOPBACK
+from hvdlm.comm.rendezvous import rendezvous as join
 from hvdlm.errors import HvdlmError
 
-WORD = "a-word-of-this-job"
+TOKEN = "a-token-of-this-job"
 
 
-def place(addresses: list[str], bell_port: int) -> rendezvous._Place:
-    return rendezvous._Place(addresses, 1, bell_port, WORD)
+def endpoint(addresses: list[str], liveness_port: int) -> rendezvous._Endpoint:
+    return rendezvous._Endpoint(addresses, 1, liveness_port, TOKEN)
 
 
 def test_the_first_address_that_answers_is_taken() -> None:
@@ -32,24 +33,26 @@ def test_the_first_address_that_answers_is_taken() -> None:
         only.listen()
         port = only.getsockname()[1]
         closed.bind(("127.0.0.2", port))  # bound, not listening: refuses
-        answerer = threading.Thread(target=lambda: only.accept()[0].sendall(WORD.encode()), daemon=True)
+        answerer = threading.Thread(target=lambda: only.accept()[0].sendall(TOKEN.encode()), daemon=True)
         answerer.start()
-        assert rendezvous._answering(place(["127.0.0.2", "127.0.0.3"], port), rank=1) == "127.0.0.3"
+        assert rendezvous._reachable_address(endpoint(["127.0.0.2", "127.0.0.3"], port), rank=1) == "127.0.0.3"
         answerer.join(5)
 
 
 def test_another_job_that_answers_is_not_taken() -> None:
     """docker0 has one address on all hosts: what listens there may be another job's."""
     with (
-        closing(Doorbell("another-word-as-long", closes_within=0.05)) as bell,
+        closing(LivenessServer("another-token-as-long", poll_interval=0.05)) as server,
         pytest.raises(HvdlmError, match=r"rank 3 on .* reaches rank 0 at none of its addresses 127.0.0.2: let one"),
     ):
-        rendezvous._answering(place([LOOPBACK, "127.0.0.2"], bell.port), rank=3)
+        rendezvous._reachable_address(endpoint([LOOPBACK, "127.0.0.2"], server.port), rank=3)
 
 
-def test_a_doorbell_answers_many() -> None:
-    with closing(Doorbell(WORD, closes_within=0.05)) as bell:
-        assert {rendezvous._answering(place([LOOPBACK], bell.port), rank) for rank in range(1, 9)} == {LOOPBACK}
+def test_a_liveness_server_answers_many() -> None:
+    with closing(LivenessServer(TOKEN, poll_interval=0.05)) as server:
+        assert {rendezvous._reachable_address(endpoint([LOOPBACK], server.port), rank) for rank in range(1, 9)} == {
+            LOOPBACK
+        }
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_a_doorbell_answers_many() -> None:
     ],
 )
 def test_what_all_know_beforehand(launcher: str, environment: dict[str, str], expected: tuple[str, int] | None) -> None:
-    assert rendezvous._known_place(launcher, environment) == expected
+    assert rendezvous._known_endpoint(launcher, environment) == expected
 
 
 class KeyValues(BaseHTTPRequestHandler):
@@ -103,11 +106,11 @@ def horovodrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
         server.shutdown()
 
 
-def meet_both() -> list[TCPStore]:
+def join_both() -> list[TCPStore]:
     """Ranks 0 and 1 as threads."""
     stores: dict[int, TCPStore] = {}
     threads = [
-        threading.Thread(target=lambda rank=rank: stores.update({rank: meet("horovodrun", rank, 2, 10)}))  # type: ignore[misc]
+        threading.Thread(target=lambda rank=rank: stores.update({rank: join("horovodrun", rank, 2, 10)}))  # type: ignore[misc]
         for rank in range(2)
     ]
     for thread in threads:
@@ -117,8 +120,8 @@ def meet_both() -> list[TCPStore]:
     return [stores[0], stores[1]]
 
 
-def test_two_ranks_of_a_host_meet_on_its_loopback(horovodrun: dict[str, bytes]) -> None:
-    first, second = meet_both()
+def test_two_ranks_of_a_host_connect_on_its_loopback(horovodrun: dict[str, bytes]) -> None:
+    first, second = join_both()
     first.set("said", "by rank 0")
     assert second.get("said") == b"by rank 0"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
@@ -128,11 +131,11 @@ def test_two_ranks_of_a_host_meet_on_its_loopback(horovodrun: dict[str, bytes]) 
 
 def test_the_users_interface_is_kept(horovodrun: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    meet_both()
+    join_both()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 @pytest.mark.usefixtures("horovodrun")
 def test_a_rank_that_hears_nothing_of_rank_0() -> None:
-    with pytest.raises(HvdlmError, match=r"rank 1 heard nothing from rank 0 at 127.0.0.1:\d+ within 0.2 s"):
-        meet("horovodrun", 1, 2, timeout=0.2)
+    with pytest.raises(HvdlmError, match=r"rank 1 received nothing from rank 0 at 127.0.0.1:\d+ within 0.2 s"):
+        join("horovodrun", 1, 2, timeout=0.2)

@@ -1,4 +1,4 @@
-"""The sample order: a pure function of fingerprint, seed and batch number, whoever computes it."""
+"""The sample order: a function of fingerprint, seed and batch number only, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hvdlm.data.sampler import ROUNDS, Sampler, part, permute
+from hvdlm.data.sampler import ROUNDS, Sampler, permute, rank_part
 from hvdlm.errors import HvdlmError
 
 WINDOWS = [5, 1, 7, 3, 4, 9]
@@ -22,15 +22,15 @@ def pairs(sampler: Sampler, k: int) -> list[tuple[int, int]]:
 
 
 def reference(windows: list[int], batch_size: int, seed: int, fingerprint: str, k: int) -> list[tuple[int, int]]:
-    """The order once more, a sequence at a time in Python integers, with the swaps of the published network."""
-    lanes = math.gcd(batch_size, len(windows))
-    shards, places = len(windows) // lanes, batch_size // lanes
+    """An independent implementation: one sequence at a time, with Python integers and a swapping Feistel network."""
+    groups = math.gcd(batch_size, len(windows))
+    shards, sequences = len(windows) // groups, batch_size // groups
     batch = []
-    for lane in range(lanes):
-        own = [(s, w) for s in range(lane * shards, (lane + 1) * shards) for w in range(windows[s])]
-        for place in range(places):
-            epoch, value = divmod(k * places + place, len(own))
-            digest = hashlib.shake_256(f"{fingerprint} {seed} {lane} {epoch}".encode()).digest(8 * ROUNDS)
+    for group in range(groups):
+        own = [(s, w) for s in range(group * shards, (group + 1) * shards) for w in range(windows[s])]
+        for sequence in range(sequences):
+            epoch, value = divmod(k * sequences + sequence, len(own))
+            digest = hashlib.shake_256(f"{fingerprint} {seed} {group} {epoch}".encode()).digest(8 * ROUNDS)
             keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
             a = math.isqrt(len(own) - 1) + 1
             b = -(-len(own) // a)
@@ -64,31 +64,31 @@ def test_agrees_with_an_independent_implementation(batch_size: int, k: int) -> N
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 7, 16])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_parts_make_up_the_batch(batch_size: int, size: int) -> None:
-    parts = [part(batch_size, rank, size) for rank in range(size)]
-    assert [place for own in parts for place in own] == list(range(batch_size))
+    parts = [rank_part(batch_size, rank, size) for rank in range(size)]
+    assert [index for own in parts for index in own] == list(range(batch_size))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_more_ranks_than_sequences_leaves_empty_parts() -> None:
-    assert [len(part(2, rank, 5)) for rank in range(5)] == [0, 0, 1, 0, 1]
+    assert [len(rank_part(2, rank, 5)) for rank in range(5)] == [0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_a_rank_reads_only_its_own_shards(size: int) -> None:
     sampler = Sampler(WINDOWS, 12, 0, "f")
     for rank in range(size):
-        own = {shard for k in range(40) for shard, _ in np.array(pairs(sampler, k))[list(part(12, rank, size))]}
+        own = {shard for k in range(40) for shard, _ in np.array(pairs(sampler, k))[list(rank_part(12, rank, size))]}
         assert own == set(range(rank * 6 // size, (rank + 1) * 6 // size))
 
 
-def test_each_epoch_of_a_lane_visits_each_window_once() -> None:
-    # Batches of 4 over 6 shards make 2 lanes of 3 shards: 13 and 16 windows, 2 places each.
+def test_each_epoch_of_a_group_contains_each_window_once() -> None:
+    # Batches of 4 over 6 shards make 2 groups of 3 shards, with 13 and 16 windows; each gives 2 sequences to a batch.
     sampler = Sampler(WINDOWS, 4, 0, "f")
     batches = [pairs(sampler, k) for k in range(13 * 16)]
-    for lane, shards in ((0, (0, 1, 2)), (1, (3, 4, 5))):
+    for group, shards in ((0, (0, 1, 2)), (1, (3, 4, 5))):
         windows = {(shard, window) for shard in shards for window in range(WINDOWS[shard])}
-        walk = [pair for batch in batches for pair in batch[2 * lane : 2 * lane + 2]]
-        epochs = [walk[i : i + len(windows)] for i in range(0, len(walk), len(windows))]
+        order = [pair for batch in batches for pair in batch[2 * group : 2 * group + 2]]
+        epochs = [order[i : i + len(windows)] for i in range(0, len(order), len(windows))]
         assert all(Counter(epoch) == Counter(windows) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
@@ -114,17 +114,17 @@ def test_permutation_of_a_huge_range_stays_in_it() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 10, 17])
-def test_every_window_is_as_likely_in_every_place(size: int) -> None:
+def test_every_window_is_equally_likely_at_every_position(size: int) -> None:
     trials = 20_000
     keys = np.random.default_rng(0).integers(0, 2**64, (trials, ROUNDS), dtype=np.uint64)
-    for place in (0, 1, size - 1):
-        counts = np.bincount(permute(np.full(trials, place), np.full(trials, size), keys), minlength=size)
+    for position in (0, 1, size - 1):
+        counts = np.bincount(permute(np.full(trials, position), np.full(trials, size), keys), minlength=size)
         chi_squared = float(((counts - trials / size) ** 2).sum() * size / trials)
         # Mean size - 1, variance 2 (size - 1); 5 standard deviations.
         assert chi_squared < size - 1 + 5 * math.sqrt(2 * (size - 1))
 
 
-def test_neighbours_are_torn_apart() -> None:
+def test_neighbouring_windows_are_separated() -> None:
     order = np.array([window for k in range(20) for _, window in pairs(Sampler([1000], 50, 0, "f"), k)])
     # The mean distance of two random numbers below n is n / 3, with a standard error here of about 8.
     assert abs(np.abs(np.diff(order)).mean() - 1000 / 3) < 40

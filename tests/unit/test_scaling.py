@@ -1,4 +1,4 @@
-"""Performance models: schedules played by hand, statistics, what codecs would send, fits that find what was planted."""
+"""Performance models: exchanges simulated by hand, statistics, messages of codecs, fits that find planted values."""
 
 from __future__ import annotations
 
@@ -11,67 +11,68 @@ from planted import EFFICIENCY, LATENCY, make_point
 
 from hvdlm.config import CommSection, CompressionSection, from_dict
 from hvdlm.errors import HvdlmError
-from hvdlm.gradients.forecast import BackwardPass
+from hvdlm.gradients.auto.forecast import BackwardPass
 from hvdlm.model.presets import PRESETS
+from hvdlm.scaling.codec_messages import Message, messages
+from hvdlm.scaling.commands import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
 from hvdlm.scaling.fit import fit
-from hvdlm.scaling.performance import Network, forecast
+from hvdlm.scaling.forecast import forecast
+from hvdlm.scaling.holdout import hold_out
+from hvdlm.scaling.performance_model import Network
 from hvdlm.scaling.point import read_point, read_points, schema, write_record
-from hvdlm.scaling.prediction import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
-from hvdlm.scaling.rehearsal import Message, messages
 from hvdlm.scaling.scenario import of_config, of_point
-from hvdlm.scaling.schedule import Cores, Journey, Stage, play
+from hvdlm.scaling.simulation import BucketTimes, Cores, Stage, simulate
 from hvdlm.scaling.statistics import expected_maximum, trimmed_mean
-from hvdlm.scaling.validation import hold_out
 
 PLENTY = Cores(8, 0)
 
 
 def test_one_bucket_is_exposed_by_what_the_backward_pass_does_not_hide() -> None:
-    schedule = play(BackwardPass([1.0], 2.0), [[Stage("link", 3.0)]], 1, PLENTY)
-    assert schedule.journeys == [Journey(full=1.0, begin=1.0, end=4.0)]
+    schedule = simulate(BackwardPass([1.0], 2.0), [[Stage("link", 3.0)]], 1, PLENTY)
+    assert schedule.buckets == [BucketTimes(ready=1.0, start=1.0, end=4.0)]
     assert (schedule.backward_end, schedule.exposed, schedule.link_seconds) == (2.0, 2.0, 3.0)
 
 
-def test_two_lanes_share_the_link() -> None:
+def test_two_channels_share_the_link() -> None:
     stages = [[Stage("codec", 1.0), Stage("link", 3.0)]] * 2
-    schedule = play(BackwardPass([1.0, 2.0], 2.0), stages, 2, PLENTY)
-    # the first is alone on the link from 2 to 3, then each has half of it: 4 s for its last 2; then the second's last 1
-    assert [journey.end for journey in schedule.journeys] == [7.0, 8.0]
+    schedule = simulate(BackwardPass([1.0, 2.0], 2.0), stages, 2, PLENTY)
+    # the first has the link alone from 2 to 3, then both share it: the last 2 s of the first take 4, then 1 is left
+    assert [bucket.end for bucket in schedule.buckets] == [7.0, 8.0]
     assert (schedule.link_seconds, schedule.codec_seconds) == (6.0, 1.0)
 
 
-def test_on_one_lane_the_next_bucket_waits() -> None:
+def test_on_one_channel_the_next_bucket_waits() -> None:
     stages = [[Stage("latency", 0.5), Stage("link", 1.0)]] * 2
-    schedule = play(BackwardPass([1.0, 1.0], 1.0), stages, 1, PLENTY)
-    assert schedule.journeys == [Journey(1.0, 1.0, 2.5), Journey(1.0, 2.5, 4.0)]
+    schedule = simulate(BackwardPass([1.0, 1.0], 1.0), stages, 1, PLENTY)
+    assert schedule.buckets == [BucketTimes(1.0, 1.0, 2.5), BucketTimes(1.0, 2.5, 4.0)]
     assert schedule.latency_seconds == 1.0
 
 
 def test_a_codec_holds_up_a_backward_pass_on_the_same_core() -> None:
-    schedule = play(BackwardPass([1.0, 2.0], 2.0), [[Stage("codec", 1.0)], []], 1, Cores(1, 1))
-    assert schedule.journeys == [Journey(1.0, 1.0, 3.0), Journey(3.0, 3.0, 3.0)]
+    schedule = simulate(BackwardPass([1.0, 2.0], 2.0), [[Stage("codec", 1.0)], []], 1, Cores(1, 1))
+    assert schedule.buckets == [BucketTimes(1.0, 1.0, 3.0), BucketTimes(3.0, 3.0, 3.0)]
     assert schedule.backward_end == 3.0
 
 
-def test_what_drives_the_link_comes_first_on_a_core() -> None:
-    schedule = play(BackwardPass([0.0], 1.0), [[Stage("link", 1.0, load=0.5)]], 1, Cores(1, 1))
-    assert schedule.journeys[0].end == 1.0
+def test_threads_that_drive_the_link_get_cores_first() -> None:
+    schedule = simulate(BackwardPass([0.0], 1.0), [[Stage("link", 1.0, load=0.5)]], 1, Cores(1, 1))
+    assert schedule.buckets[0].end == 1.0
     assert schedule.backward_end == pytest.approx(1.5)  # half a core for the first second
 
 
 def test_a_link_is_slow_where_cores_cannot_drive_it() -> None:
-    schedule = play(BackwardPass([0.0], 0.0), [[Stage("link", 1.0, load=0.9)]], 1, Cores(0.5, 0))
+    schedule = simulate(BackwardPass([0.0], 0.0), [[Stage("link", 1.0, load=0.9)]], 1, Cores(0.5, 0))
     assert schedule.end == pytest.approx(2.0)  # 0.9 cores wanted, 90% of a half there
 
 
 def test_a_link_that_was_idle_bursts() -> None:
     stages = [[Stage("link", 1.0)], [Stage("link", 1.0)]]
-    schedule = play(BackwardPass([0.0, 10.0], 10.0), stages, 1, PLENTY, burst=0.5)
+    schedule = simulate(BackwardPass([0.0, 10.0], 10.0), stages, 1, PLENTY, burst=0.5)
     # at 50 times its speed until it has carried 0.5 s more than came meanwhile, then at its own
     bursting = 0.5 / 49
-    assert schedule.journeys[0].end == pytest.approx(bursting + 1.0 - 50 * bursting)
-    assert schedule.journeys[1].end - 10 == pytest.approx(schedule.journeys[0].end)  # it had time to recover
-    schedule = play(BackwardPass([0.0, 0.0], 0.0), stages, 1, PLENTY, burst=0.5)
+    assert schedule.buckets[0].end == pytest.approx(bursting + 1.0 - 50 * bursting)
+    assert schedule.buckets[1].end - 10 == pytest.approx(schedule.buckets[0].end)  # it was idle long enough
+    schedule = simulate(BackwardPass([0.0, 0.0], 0.0), stages, 1, PLENTY, burst=0.5)
     assert schedule.end == pytest.approx(bursting + 2.0 - 50 * bursting)
 
 
@@ -97,7 +98,7 @@ def test_a_ring_sends_all_but_its_part_twice(ranks: int) -> None:
     settings = CompressionSection()
     (whole,) = messages("none", shapes, ranks, settings)
     assert whole == Message("all-reduce", pytest.approx(share * 4 * 30_100), 2 * (ranks - 1), 4 * 64 * 1024)
-    assert whole.segment == pytest.approx(4 * 30_100 / ranks)  # less than 64 Ki numbers: travels as one
+    assert whole.segment == pytest.approx(4 * 30_100 / ranks)  # less than 64 Ki numbers: one segment
     (halves,) = messages("fp16", shapes, ranks, settings)
     assert halves.nbytes == pytest.approx(share * (2 * 30_100 + 4))
 
@@ -110,20 +111,22 @@ def test_long_chunks_travel_in_segments() -> None:
 
 
 def test_powersgd_sends_its_vectors_and_what_is_small() -> None:
-    first, second = messages("powersgd", [[300, 100], [100]], 2, CompressionSection(rank=3))
+    first, second = messages("powersgd", [[300, 100], [100]], 2, CompressionSection(matrix_rank=3))
     assert (first.nbytes, second.nbytes) == (4 * (3 * 300 + 100), 4 * 3 * 100)
 
 
 @pytest.mark.parametrize("codec", ["none", "topk", "powersgd", "int4"])
 @pytest.mark.parametrize("ranks", [2, 8])
-def test_tall_matrices_are_continued_from_shorter_ones(codec: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_tall_matrices_are_extrapolated_from_shorter_ones(
+    codec: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = [[4096, 256], [256], [2048, 1024]]
     settings = CompressionSection()
-    continued = messages(codec, shapes, ranks, settings)
-    monkeypatch.setattr("hvdlm.scaling.rehearsal._MOST_ROWS", 10**6)
+    extrapolated = messages(codec, shapes, ranks, settings)
+    monkeypatch.setattr("hvdlm.scaling.codec_messages._MAX_ROWS", 10**6)
     whole = messages(codec, shapes, ranks, settings)
-    assert [each.kind for each in continued] == [each.kind for each in whole]
-    assert [each.nbytes for each in continued] == pytest.approx([each.nbytes for each in whole], rel=1e-3)
+    assert [each.kind for each in extrapolated] == [each.kind for each in whole]
+    assert [each.nbytes for each in extrapolated] == pytest.approx([each.nbytes for each in whole], rel=1e-3)
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -164,13 +167,14 @@ def test_a_fit_needs_points_that_fit() -> None:
         fit([PLANTED[1].model_copy(update={"repetitions": [wrong]})])
 
 
-def test_points_survive_their_files(tmp_path: Path) -> None:
+def test_points_are_read_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "a.point.json"
     write_record(file, PLANTED[1])
     assert read_point(file) == PLANTED[1]
     assert read_points(tmp_path) == [PLANTED[1]]
     content = json.loads(file.read_text())
     assert set(json.loads(schema())["required"]) <= content.keys()
+    assert "lanes" in content and "laps" in content["repetitions"][0]  # the names of the file format, not of the code
     file.write_text(json.dumps({**content, "colour": "red"}))
     with pytest.raises(HvdlmError, match="not a point of version 1: colour"):
         read_point(file)
@@ -183,7 +187,7 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         write_record(tmp_path / f"{index}.point.json", point)
     write_fit(tmp_path, tmp_path / "fit.json")
     assert "MAPE 0.0%" in capsys.readouterr().out
-    options = {"preset": "tiny", "batch_size": 4, "rank_flops": None, "overrides": []}
+    options = {"preset": "tiny", "batch_size_per_rank": 4, "rank_flops": None, "overrides": []}
     predict(tmp_path / "fit.json", ranks="8..64", ranks_per_host=1, link="10gbit", codecs=["none"], **options)
     said = capsys.readouterr().out
     assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
@@ -199,8 +203,8 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **options)
 
 
-def test_links_within_a_host_are_a_class_of_their_own() -> None:
-    """Two ranks on one host, whose messages pass no link of a known rate, carry what they carry."""
+def test_messages_within_a_host_have_a_network_of_their_own() -> None:
+    """The rate between two ranks on one host is fitted on its own, as they use no link with a known rate."""
     place = PLANTED[1].place.model_copy(
         update={"hosts": ["a", "a"], "ranks_per_host": 2, "link_bits_per_second": None, "kind": "local"}
     )
@@ -211,15 +215,15 @@ def test_links_within_a_host_are_a_class_of_their_own() -> None:
     assert forecast(model, of_point(near)).seconds == pytest.approx(near.repetitions[0].seconds, rel=1e-3)
 
 
-def test_by_node_passes_the_link_once_a_node() -> None:
+def test_hierarchical_exchange_uses_the_link_once_per_host() -> None:
     fast = Network(efficiency=1.0, latency=0.0, bits_per_second=1e15)
     model = fit(PLANTED).model_copy(update={"inside": fast})
-    config = from_dict({"compression": {"by_node": True}}, "test", PRESETS)
+    config = from_dict({"compression": {"hierarchical": True}}, "test", PRESETS)
     flat = config.model_copy(update={"compression": CompressionSection()})
-    apart, together = (forecast(model, of_config(each, 257, 16, 8, 1e8)) for each in (flat, config))
-    # of each bucket's bytes 2 * 15/16 pass the link, or 2 * 1/2
-    assert together.schedule.link_seconds == pytest.approx(apart.schedule.link_seconds * 8 / 15, rel=1e-3)
-    assert together.exposed < 0.6 * apart.exposed
+    flat_step, hierarchical_step = (forecast(model, of_config(each, 257, 16, 8, 1e8)) for each in (flat, config))
+    # of each bucket's bytes 2 * 15/16 are sent over the link, or 2 * 1/2
+    assert hierarchical_step.schedule.link_seconds == pytest.approx(flat_step.schedule.link_seconds * 8 / 15, rel=1e-3)
+    assert hierarchical_step.exposed < 0.6 * flat_step.exposed
     with pytest.raises(HvdlmError, match="the fit has no messages within a host"):
         forecast(fit(PLANTED), of_config(config, 257, 16, 8, 1e8))
 
@@ -262,7 +266,7 @@ def test_ranges() -> None:
     assert interval(model, 32) == pytest.approx(math.exp(0.06))
 
 
-def test_buckets_of_a_model_that_has_no_memory() -> None:
+def test_buckets_of_a_model_without_memory() -> None:
     config = from_dict({"model": {"preset": "llama-8b"}, "comm": CommSection().model_dump()}, "test", PRESETS)
     scenario = of_config(config, 128256, 8, 8, None)
     assert sum(scenario.elements) == 8_030_261_248  # the model card's 8.03B

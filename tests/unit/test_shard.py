@@ -1,4 +1,4 @@
-"""Shards and manifest: what is stored, and that no damage goes unseen."""
+"""Shards and manifest: what is stored, and that damage is detected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hvdlm.data.shard_writer import CHUNK_TOKENS, ShardWriter
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
 
-# Lengths around the bounds of chunks: one token, a chunk exactly, a chunk and more.
+# Lengths in tokens at and around the size of a chunk.
 LENGTHS = {"shard_00000.h5": [1, 3, CHUNK_TOKENS - 4], "shard_00001.h5": [2 * CHUNK_TOKENS + 7, 5, CHUNK_TOKENS]}
 VALIDATION_LENGTHS = {"val/shard_00000.h5": [40, 2]}
 
@@ -122,7 +122,7 @@ def test_fingerprint_names_the_tokens(pristine: Path, tmp_path: Path) -> None:
     assert DataSet(other).fingerprint != DataSet(pristine).fingerprint
 
 
-def test_reading_beyond_the_end_is_a_bug(pristine: Path) -> None:
+def test_reading_beyond_the_end_raises_index_error(pristine: Path) -> None:
     split = DataSet(pristine).validation
     with pytest.raises(IndexError):
         split.read(0, 40, 3)
@@ -136,11 +136,11 @@ def test_a_forked_process_opens_files_of_its_own(pristine: Path) -> None:
     split = DataSet(pristine).train
     expected = split.read(0, 0, 10).tolist()
     fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    child = fork.Process(target=_read_in_child, args=(split, theirs))
+    receiver, sender = fork.Pipe()
+    child = fork.Process(target=_read_in_child, args=(split, sender))
     child.start()
     child.join()
-    assert ours.recv() == expected
+    assert receiver.recv() == expected
     assert split.read(0, 0, 10).tolist() == expected
 
 
@@ -170,7 +170,7 @@ def swap(data: Path) -> None:
 
 
 def swap_equal_sizes(data: Path) -> None:
-    """As `swap`, with a manifest that has the sizes the wrong way round too."""
+    """As `swap`, with a manifest whose sizes are swapped too."""
     swap(data)
     manifest = Manifest.load(data)
     sizes = [shard.size for shard in manifest.train]
@@ -190,7 +190,7 @@ def unmark(data: Path) -> None:
 
 
 def resize(data: Path) -> None:
-    """Makes the manifest agree with the size of shard 1, so that the size is not what gives the damage away."""
+    """Puts the new size of shard 1 into the manifest, so that the damage is not detected by the size."""
     manifest = Manifest.load(data)
     size = (data / "shard_00001.h5").stat().st_size
     train = [manifest.train[0], manifest.train[1].model_copy(update={"size": size})]
@@ -305,7 +305,7 @@ def test_verify_lists_every_damaged_file(data: Path) -> None:
     assert "4 of its files are bad (listed above)" in shown.stderr
 
 
-def test_no_flipped_bit_anywhere_changes_a_token_unseen(pristine: Path, data: Path) -> None:
+def test_no_flipped_bit_changes_a_token_undetected(pristine: Path, data: Path) -> None:
     expected = read_all(DataSet(pristine).train)
     path = data / "shard_00000.h5"
     content = path.read_bytes()
@@ -324,7 +324,7 @@ def test_no_flipped_bit_anywhere_changes_a_token_unseen(pristine: Path, data: Pa
             assert "shard_00000.h5" in str(error)
             caught += 1
         else:
-            # Space that HDF5 reserved and does not use, or the bounds of documents, which were not read.
+            # The bit was in space that HDF5 does not use, or in the document offsets, which were not read.
             assert position not in chunks[0]
             assert all(map(np.array_equal, found, expected))
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""`hvdlm slurm` and what its job does, with commands of Slurm and a launcher that are small scripts of this test."""
+"""`hvdlm slurm` and the supervisor of its job, with fake commands of Slurm and a fake launcher."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import torch
 from launcher import BIN, Result, run, start
 from launcher import Job as LaunchedJob
 
-from hvdlm.cluster.slurm import supervise
-from hvdlm.cluster.slurm.limit import default_lead, limit_seconds
-from hvdlm.cluster.slurm.progress import Record, newest_step
+from hvdlm.cluster.slurm.start_log import StartLog, newest_checkpoint_step
+from hvdlm.cluster.slurm.time_limit import default_lead, limit_seconds
 from hvdlm.errors import HvdlmError
-from hvdlm.training import checkpoint, preemption
+from hvdlm.training import checkpoint
 
 STEPS = 100
 CONFIG = "[train]\nsteps = 100\nrun_dir = 'runs/mine'\n"
@@ -29,7 +28,7 @@ CONFIG = "[train]\nsteps = 100\nrun_dir = 'runs/mine'\n"
     [
         ("1", 60),
         ("90", 5400),
-        ("2:30", 180),  # Slurm counts begun minutes as whole ones
+        ("2:30", 180),  # Slurm rounds up to minutes
         ("4:00:00", 14400),
         ("0:0:1", 60),
         ("2-12", 216000),
@@ -42,7 +41,7 @@ def test_time_limits(text: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "four", "4h", "-5", "1:2:3:4", "1-2:3:4:5", "UNLIMITED", "00:00"])
-def test_no_time_limits(text: str) -> None:
+def test_invalid_time_limits(text: str) -> None:
     with pytest.raises(HvdlmError, match="is no time limit"):
         limit_seconds(text)
 
@@ -58,7 +57,7 @@ def hvdlm_slurm(folder: Path, *options: str) -> Result:
 
 @pytest.fixture
 def folder(small_data: Path, tmp_path: Path) -> Path:
-    """Where a user keeps a configuration; its name has a blank."""
+    """A directory with a configuration; its name has a blank."""
     folder = tmp_path / "my project"
     folder.mkdir()
     (folder / "config.toml").write_text(f"{CONFIG}[data]\npath = '{small_data}'\n")
@@ -95,7 +94,7 @@ def test_what_is_written(launcher: str, folder: Path) -> None:
     assert run(["bash", "-n", str(job / "job.sh")]) == Result(0, "")
 
 
-def test_gpus_and_a_lead_of_ones_own(folder: Path) -> None:
+def test_gpus_and_a_chosen_lead(folder: Path) -> None:
     result = hvdlm_slurm(folder, "--gpus-per-rank", "1", "--sbatch=--signal=B:USR1@900", "--output", "here")
     assert result.status == 0, result.output
     script = (folder / "here" / "job.sh").read_text()
@@ -120,7 +119,7 @@ def test_gpus_and_a_lead_of_ones_own(folder: Path) -> None:
         (["--output", "."], "exists: submit the job in it by `sbatch"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(options: list[str], sentence: str, folder: Path) -> None:
+def test_an_error_is_reported_and_nothing_is_written(options: list[str], sentence: str, folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     result = hvdlm_slurm(folder, *options)
     assert result.status == 1
@@ -150,18 +149,17 @@ def test_another_version_does_not_start(folder: Path) -> None:
     assert "has hvdlm 9.9.9 now: install 0." in result.output.replace("install hvdlm", "install")
 
 
-def test_what_two_rooms_must_know_alike(tmp_path: Path) -> None:
-    assert supervise.STOPPED_EARLY == preemption.STOPPED_EARLY
-    assert newest_step(tmp_path) == 0
+def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
+    assert newest_checkpoint_step(tmp_path) == 0
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.touch()
     tensors = {"a": torch.zeros(1)}
     for step in (7, 12):
         checkpoint.save(checkpoint.directory(tmp_path), step, tensors, tensors, {}, tokenizer, keep=2)
-    assert newest_step(tmp_path) == 12
+    assert newest_checkpoint_step(tmp_path) == 12
 
 
-# Runs a "training" in bash. `until_asked` is a rank: a child that takes SIGUSR1, as the launcher itself does not.
+# Runs a fake training, a line of bash. `until_asked` is a rank: a child that exits at SIGUSR1, which this ignores.
 LAUNCHER = """#!/bin/bash
 run=$1
 save() { mkdir -p "$run/checkpoints"; printf 'step_%08d\\n' "$1" > "$run/checkpoints/latest"; }
@@ -191,7 +189,7 @@ echo "$@" >> "$HERE/requeued"
 
 
 class Job:
-    """A job directory, and a Slurm that consists of files."""
+    """A job directory, and a fake Slurm whose state is in files."""
 
     def __init__(self, here: Path) -> None:
         self.here, self.run_dir = here, here / "run"
@@ -241,7 +239,7 @@ def test_a_training_that_ends_in_time(job: Job) -> None:
     assert job.requeued == []
 
 
-def test_a_launcher_that_says_all_is_well_when_it_is_not(job: Job) -> None:
+def test_a_launcher_that_ends_with_status_0_too_early(job: Job) -> None:
     """As mpirun does when the daemon of another node dies."""
     result = job.run("true")
     assert result.status == 1
@@ -259,7 +257,7 @@ def test_asked_before_the_limit(job: Job) -> None:
     assert job.requeued == ["requeue 17"]
 
 
-def test_a_signal_that_comes_early_is_answered_by_a_look_at_the_clock(job: Job) -> None:
+def test_after_an_early_signal_slurm_is_asked_for_the_limit(job: Job) -> None:
     with job.start("until_asked; status=$?; save 40; exit $status") as started:
         wait_for((job.run_dir / "training").exists)
         started.process.send_signal(signal.SIGUSR1)
@@ -271,18 +269,18 @@ def test_a_signal_that_comes_early_is_answered_by_a_look_at_the_clock(job: Job) 
     assert "stopped before the limit, from step 0 to 40" in result.output
 
 
-def test_two_starts_in_vain_are_the_end(job: Job) -> None:
+def test_a_job_ends_after_two_starts_without_progress(job: Job) -> None:
     first, second = job.run("exit 75"), job.run("exit 75")
     assert first.status == second.status == 75
     assert job.requeued == ["requeue 17"]
     assert (
         "2 starts in a row have not got beyond step 0, so this job ends: its time limit is too short" in second.output
     )
-    assert job.run("exit 75", job="18").status == 75  # whoever submits it again knows why
+    assert job.run("exit 75", job="18").status == 75  # a user may submit it again
     assert job.requeued == ["requeue 17", "requeue 18"]
 
 
-def test_progress_between_two_starts_in_vain(job: Job) -> None:
+def test_progress_between_two_starts_without_progress(job: Job) -> None:
     for training in ("exit 75", "save 10; exit 75", "exit 75"):
         assert "back into the queue" in job.run(training).output
     assert "have not got beyond step 10" in job.run("exit 75").output
@@ -311,7 +309,7 @@ def test_cancelled(job: Job) -> None:
     assert job.requeued == []
 
 
-def test_saving_takes_longer_than_there_is_time(job: Job) -> None:
+def test_saving_takes_longer_than_the_lead(job: Job) -> None:
     job.set_end(in_seconds=5)
     saving = 'until_asked; while [[ ! -e "$run/go" ]]; do sleep 0.05; done; save 40; exit 75'
     with job.start(saving, lead=3) as started:
@@ -326,12 +324,12 @@ def test_saving_takes_longer_than_there_is_time(job: Job) -> None:
     )
     job.set_end(in_seconds=3600)
     assert "start 2 of job 17, from step 40" in job.run("exit 75").output
-    assert len(job.requeued) == 2  # the start before it was not in vain
+    assert len(job.requeued) == 2  # the start before it made progress
 
 
-def test_nodes_that_fail_are_not_the_job_s_fault_but_not_for_ever(job: Job) -> None:
+def test_node_failures_end_a_job_after_five_starts(job: Job) -> None:
     for _ in range(5):
-        Record(job.here / "starts.jsonl").begin("17", 0)
+        StartLog(job.here / "starts.jsonl").begin("17", 0)
     with (job.here / "starts.jsonl").open("a") as file:
         file.write('\n{"job": "17", "st')
     result = job.run(f"save {STEPS}")
@@ -340,15 +338,15 @@ def test_nodes_that_fail_are_not_the_job_s_fault_but_not_for_ever(job: Job) -> N
     assert not job.run_dir.exists()
 
 
-def test_after_a_node_s_failure(job: Job) -> None:
-    Record(job.here / "starts.jsonl").begin("17", 0)
+def test_after_a_node_failure(job: Job) -> None:
+    StartLog(job.here / "starts.jsonl").begin("17", 0)
     result = job.run("exit 75")
     assert "the start before this one was cut short: its node failed, or Slurm preempted the job" in result.output
     assert job.requeued == ["requeue 17"]
 
 
 def test_two_jobs_do_not_train_the_same_run(job: Job) -> None:
-    Record(job.here / "starts.jsonl").begin("16", 0)
+    StartLog(job.here / "starts.jsonl").begin("16", 0)
     (job.here / "running").write_text("16\n")
     result = job.run(f"save {STEPS}")
     assert result.status == 1
@@ -357,7 +355,7 @@ def test_two_jobs_do_not_train_the_same_run(job: Job) -> None:
     assert job.run(f"save {STEPS}").status == 0
 
 
-def test_what_slurm_refuses(job: Job) -> None:
+def test_a_requeue_that_slurm_refuses(job: Job) -> None:
     (job.here / "deny").touch()
     result = job.run("save 10; exit 75")
     assert result.status == 75

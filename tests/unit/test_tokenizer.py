@@ -1,4 +1,4 @@
-"""Tokenizers: there and back, through a file, and what they refuse."""
+"""Tokenizers: round trips through ids and through a file, and their errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What doctor runs on each host of a list, by ssh; speaks JSON on standard input and output.
+"""The program that doctor runs on each host of a list, over ssh. Its standard input and output are lines of JSON.
 
-`python -m hvdlm.cluster.doctor.host_probe report` tells of the host it runs on. `... meet SECONDS` listens, tells its
-port, reads the addresses at which others listen, and tells which of them it could connect to in SECONDS each.
+`python -m hvdlm.cluster.doctor.host_probe report` writes a report of the host. `... connect SECONDS` listens on a TCP
+port, writes the port's number, reads a list of addresses and ports, and writes for each whether it could connect to it
+within SECONDS.
 """
 
 from __future__ import annotations
@@ -19,34 +20,34 @@ from pathlib import Path
 import psutil
 
 from hvdlm.cluster.doctor.software import installed_software
-from hvdlm.cluster.horovod_build.target import output_of
+from hvdlm.cluster.versions import output_of
 from hvdlm.comm.interfaces import Interface, own_interfaces
 
-# The PATH of the session that ssh opened, before doctor gave the probe that of the one who starts the job.
+# The variable with the PATH of the ssh session, before doctor replaced it by the PATH of the launching machine.
 SESSION_PATH = "HVDLM_SESSION_PATH"
-# Programs that a launcher starts on a host by name.
-STARTED_BY_NAME = ("hvdlm", "prted")
+# Programs that launchers find on a host's PATH.
+PROGRAMS = ("hvdlm", "prted")
 
-# Begins each line of the probe: shells may have more to say (an `echo` in ~/.bashrc).
-MARK = "hvdlm-probe: "
+# Starts each line of the probe. Other lines come from the shell, such as an `echo` in ~/.bashrc.
+LINE_PREFIX = "hvdlm-probe: "
 
 
 @dataclass(frozen=True)
 class HostReport:
-    """A host as it sees itself."""
+    """What one host reports."""
 
     hostname: str
-    own_address: str  # to which it resolves its own name; empty if to none
+    own_address: str  # to which it resolves its own name; "" if that fails
     software: dict[str, str]
     interfaces: list[Interface]
-    cores: int  # that a process may use
+    cores: int  # in the CPU affinity of the probe
     gpus: int
-    shared_memory: int  # bytes that are free in /dev/shm
-    programs: dict[str, str]  # where the PATH of a session by ssh finds STARTED_BY_NAME; empty where it does not
+    shared_memory: int  # bytes free in /dev/shm
+    programs: dict[str, str]  # paths of PROGRAMS on the PATH of an ssh session; "" if not found
 
 
 def report() -> HostReport:
-    """Looks at this host."""
+    """Makes the report of this host."""
     hostname = socket.gethostname()
     session = os.environ.get(SESSION_PATH, os.defpath)
     return HostReport(
@@ -57,13 +58,13 @@ def report() -> HostReport:
         cores=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
         shared_memory=psutil.disk_usage("/dev/shm").free,
-        programs={name: shutil.which(name, path=session) or "" for name in STARTED_BY_NAME},
+        programs={name: shutil.which(name, path=session) or "" for name in PROGRAMS},
     )
 
 
 def read_report(line: str) -> HostReport:
-    """A report from its line; raises ValueError, KeyError or TypeError for that of another version of hvdlm."""
-    fields = json.loads(line.removeprefix(MARK))
+    """Parses the line of a report. Raises ValueError, KeyError or TypeError if another version of hvdlm wrote it."""
+    fields = json.loads(line.removeprefix(LINE_PREFIX))
     interfaces = [
         Interface(each["name"], IPv4Interface(each["address"]), each["megabits"]) for each in fields["interfaces"]
     ]
@@ -82,30 +83,33 @@ def _gpus() -> int:
     return len(devices) or output_of("nvidia-smi", "-L").count("GPU ")
 
 
-def _tell(value: object) -> None:
-    print(MARK + json.dumps(value, default=str), flush=True)
+def _write_line(value: object) -> None:
+    print(LINE_PREFIX + json.dumps(value, default=str), flush=True)
 
 
-def _meet(seconds: float) -> None:
-    """Connections wait in the listener's queue, which takes them without our help, until standard input ends."""
+def _connect(seconds: float) -> None:
+    """Listens and connects as described at the top of this file, until standard input ends.
 
-    def can_connect(place: tuple[str, int]) -> bool:
+    Nothing accepts the incoming connections: the kernel completes them and keeps them in the backlog.
+    """
+
+    def can_connect(target: tuple[str, int]) -> bool:
         try:
-            with socket.create_connection((place[0], place[1]), timeout=seconds):
+            with socket.create_connection((target[0], target[1]), timeout=seconds):
                 return True
         except OSError:
             return False
 
     with socket.create_server(("", 0), backlog=4096) as listener:
-        _tell(listener.getsockname()[1])
+        _write_line(listener.getsockname()[1])
         others = json.loads(sys.stdin.readline() or "[]")
         with ThreadPoolExecutor(max_workers=1024) as pool:
-            _tell(list(pool.map(can_connect, others)))
+            _write_line(list(pool.map(can_connect, others)))
         sys.stdin.read()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "report":
-        _tell(asdict(report()))
+        _write_line(asdict(report()))
     else:
-        _meet(float(sys.argv[2]))
+        _connect(float(sys.argv[2]))

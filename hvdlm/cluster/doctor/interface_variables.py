@@ -1,4 +1,4 @@
-"""Environment variables that name network interfaces: what each means, and whether this host has what they name."""
+"""Environment variables that select network interfaces, and whether a host has the interfaces they name."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from ipaddress import IPv4Network
 from hvdlm.cluster.doctor.findings import Finding
 from hvdlm.comm.interfaces import Interface
 
-# Gloo of PyTorch and of Horovod, NCCL, Open MPI. What excludes interfaces (NCCL's ^ and Open MPI's if_exclude) names
-# none.
+# Of Gloo in PyTorch, Gloo in Horovod, NCCL and Open MPI. Values that exclude interfaces (NCCL's ^eth0) are not checked.
 VARIABLES = ("GLOO_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE", "NCCL_SOCKET_IFNAME", "OMPI_MCA_btl_tcp_if_include")
 
 _LOOPBACK = "lo"
 
 
 def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of `VARIABLES` that are set and name interfaces."""
-    return {name: environment[name] for name in VARIABLES if environment.get(name, "^")[0] != "^"}
+    """Those of `VARIABLES` that are set, not empty, and do not start with ^, which excludes interfaces."""
+    values = {name: environment.get(name, "") for name in VARIABLES}
+    return {name: value for name, value in values.items() if value and not value.startswith("^")}
 
 
 def named_interfaces(value: str, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Which of `interfaces` a variable's value names: by name, for NCCL by its beginning, for Open MPI by network."""
+    """Those of `interfaces` that a variable's value names, by interface name or by network (10.0.0.0/24)."""
     return [each for entry in value.lstrip("=").split(",") if entry for each in interfaces if _is_named(entry, each)]
 
 
 def misnamed_interfaces(host: str, variables: Mapping[str, str], interfaces: Sequence[Interface]) -> list[Finding]:
-    """Variables that name nothing that `host` has."""
+    """Finds variables that name no interface of `host`."""
     has = ", ".join(f"{each.name} ({each.address})" for each in interfaces) or "only its loopback"
     return [
         Finding(

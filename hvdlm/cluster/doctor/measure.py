@@ -1,4 +1,4 @@
-"""Are sums exact, how long does a message take, and how much goes through: within a node, between nodes, over all."""
+"""Tests that all-reduces are exact, and measures latency and bandwidth between two ranks and over all ranks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import DTYPES, Communicator
 
-# Elements: one, some, and numbers that no chunk size divides; the largest is 2 MiB of int64, two seconds at 10 Mbit/s.
+# Elements of the tested sums, some of them not divisible by any chunk size. The largest takes 2 MiB as int64, which
+# travel in two seconds at 10 Mbit/s.
 _SUM_LENGTHS = (1, 7, 1000, 65_537, 262_147)
 
 _ROUND_TRIPS = 30
-_WARM_UP = 5  # of these, which make connections
+_WARM_UP = 5  # of these; the first messages open connections
 
-# A message grows from the first size to the last until it takes that many seconds; then so many seconds of them count.
-_SMALLEST, _LARGEST = 256 * 1024, 4 * 2**20  # bytes
-_LONG_ENOUGH = 0.05
-_SECONDS = 1.0
-_FEWEST, _MOST = 4, 20  # messages
+# The size of messages grows until one takes at least this long; then messages of that size are measured for a second.
+_MIN_BYTES, _MAX_BYTES = 256 * 1024, 4 * 2**20
+_MIN_MESSAGE_SECONDS = 0.05
+_MEASURED_SECONDS = 1.0
+_MIN_MESSAGES, _MAX_MESSAGES = 4, 20
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Messages between two ranks: `latency` of one in seconds, `bandwidth` in bytes a second; medians."""
+class PointToPoint:
+    """Messages between two ranks: median `latency` in seconds and median `bandwidth` in bytes per second."""
 
     ranks: tuple[int, int]
     operation: str
@@ -37,7 +38,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """The median all-reduce of `nbytes` bytes by `size` ranks, of which the slowest took `seconds`."""
+    """All-reduces of `nbytes` bytes over `size` ranks: `seconds` is the median time on the slowest rank."""
 
     size: int
     nbytes: int
@@ -45,19 +46,19 @@ class AllReduce:
 
     @property
     def bus_bandwidth(self) -> float:
-        """Bytes a second through the slowest link, whatever the number of ranks (nccl-tests, doc/PERFORMANCE.md)."""
+        """Bytes per second on the slowest link, comparable across numbers of ranks (nccl-tests, doc/PERFORMANCE.md)."""
         return 2 * (self.size - 1) / self.size * self.nbytes / self.seconds
 
 
 def wrong_sums(communicator: Communicator) -> list[list[str]]:
-    """By rank, the all-reduces that gave it anything but the sum of integers: "float16 of 7 elements". Collective.
+    """For each rank, the all-reduces whose result was wrong, such as "float16 of 7 elements". Collective.
 
-    Element i of rank r is 1 + (i + r) % 3, or 0 where more than 64 ranks would add up to what uint8 cannot hold or
-    bfloat16 would round: then only each `stride`-th rank gives to an element, others to the next.
+    Element i of rank r is 1 + (i + r) % 3. With more than 64 ranks the sum would overflow uint8 and be rounded in
+    bfloat16, so there only every `stride`-th rank has such a value at an element, and the others have 0.
     """
     size = communicator.size
     stride = -(-size // 64)
-    index = torch.arange(3 * stride)  # after which the elements begin anew
+    index = torch.arange(3 * stride)  # the elements repeat after these
     rows = torch.stack([(1 + (index + rank) % 3) * ((index + rank) % stride == 0) for rank in range(size)])
     wrong = []
     for dtype in sorted(DTYPES, key=str):
@@ -70,28 +71,28 @@ def wrong_sums(communicator: Communicator) -> list[list[str]]:
     return communicator.all_gather_object(wrong)
 
 
-def measure_exchange(communicator: Communicator, first: int, second: int) -> Exchange:
-    """Messages between two ranks, by broadcasts to all where the engine has no send. Collective."""
+def measure_point_to_point(communicator: Communicator, first: int, second: int) -> PointToPoint:
+    """Measures messages between two ranks, or broadcasts to all if the engine has no send. Collective."""
     by_send = communicator.supports("send")
     result = None
     if not by_send or communicator.rank in (first, second):
         latency = _latency(communicator, first, second)
-        nbytes, count = _SMALLEST, _FEWEST
+        nbytes, count = _MIN_BYTES, _MIN_MESSAGES
         while True:
-            gap = _gap(communicator, first, second, nbytes, count)
-            # The one who receives decides; the other hears of it.
-            decision = torch.tensor(_next(nbytes, count, gap))
-            nbytes, count = _move(communicator, decision, second, first).tolist()
+            seconds = _time_per_message(communicator, first, second, nbytes, count)
+            # The receiver decides and sends its decision to the sender.
+            decision = torch.tensor(_next_size(nbytes, count, seconds))
+            nbytes, count = _transfer(communicator, decision, second, first).tolist()
             if not count:
                 break
         operation = "send and receive" if by_send else "broadcast to all ranks"
-        result = Exchange((first, second), operation, latency, nbytes / gap)
+        result = PointToPoint((first, second), operation, latency, nbytes / seconds)
     return communicator.broadcast_object(result, root=second)  # type: ignore[return-value]
 
 
 def measure_all_reduce(communicator: Communicator) -> AllReduce:
-    """float32 sums over all ranks. Collective."""
-    nbytes, count = _SMALLEST, _FEWEST
+    """Measures float32 sums over all ranks. Collective."""
+    nbytes, count = _MIN_BYTES, _MIN_MESSAGES
     while True:
         seconds = []
         tensor = torch.zeros(nbytes // 4)
@@ -100,48 +101,49 @@ def measure_all_reduce(communicator: Communicator) -> AllReduce:
             communicator.all_reduce_(tensor)
             seconds.append(time.perf_counter() - start)
         slowest = max(communicator.all_gather_object(statistics.median(seconds)))
-        following, count = _next(nbytes, count, slowest)
+        following, count = _next_size(nbytes, count, slowest)
         if not count:
             return AllReduce(communicator.size, nbytes, slowest)
         nbytes = following
 
 
-def _next(nbytes: int, count: int, seconds: float) -> tuple[int, int]:
-    """Bytes and number of the next messages, after `count` of `nbytes` that took `seconds` each; none at the end."""
-    if count > _FEWEST:
+def _next_size(nbytes: int, count: int, seconds: float) -> tuple[int, int]:
+    """Size and number of the next messages, after `count` of `nbytes` that took `seconds` each; number 0: the end."""
+    if count > _MIN_MESSAGES:
         return nbytes, 0
-    if seconds < _LONG_ENOUGH and nbytes < _LARGEST:
-        return nbytes * 4, _FEWEST
-    return nbytes, max(_FEWEST + 1, min(_MOST, round(_SECONDS / seconds)))
+    if seconds < _MIN_MESSAGE_SECONDS and nbytes < _MAX_BYTES:
+        return nbytes * 4, _MIN_MESSAGES
+    return nbytes, max(_MIN_MESSAGES + 1, min(_MAX_MESSAGES, round(_MEASURED_SECONDS / seconds)))
 
 
 def _latency(communicator: Communicator, first: int, second: int) -> float:
-    """Seconds from rank to rank: half of a round trip of 8 bytes."""
+    """Half of the median round trip of 8 bytes, in seconds."""
     message = torch.zeros(8, dtype=torch.uint8)
     trips = []
     for _ in range(_ROUND_TRIPS):
         start = time.perf_counter()
-        _move(communicator, message, first, second)
-        _move(communicator, message, second, first)
+        _transfer(communicator, message, first, second)
+        _transfer(communicator, message, second, first)
         trips.append((time.perf_counter() - start) / 2)
     return statistics.median(trips[_WARM_UP:])
 
 
-def _gap(communicator: Communicator, first: int, second: int, nbytes: int, count: int) -> float:
-    """Seconds between the ends of messages from `first` that follow one another; what counts is how `second` sees it.
+def _time_per_message(communicator: Communicator, first: int, second: int, nbytes: int, count: int) -> float:
+    """Median seconds between the arrivals of consecutive messages; only valid on `second`, the receiver.
 
-    A shaped or buffered link lets the first bytes pass for nothing: they are in the first message, before any gap.
+    A rate-limited or buffered link delivers the first bytes faster. They belong to the first message, whose time is not
+    counted.
     """
     message = torch.zeros(nbytes, dtype=torch.uint8)
     ends = []
     for _ in range(count):
-        _move(communicator, message, first, second)
+        _transfer(communicator, message, first, second)
         ends.append(time.perf_counter())
     return statistics.median(end - start for start, end in pairwise(ends))
 
 
-def _move(communicator: Communicator, message: Tensor, source: int, destination: int) -> Tensor:
-    """Copies `message` of one rank into that of another."""
+def _transfer(communicator: Communicator, message: Tensor, source: int, destination: int) -> Tensor:
+    """Copies the tensor `message` of rank `source` to that of rank `destination`."""
     if not communicator.supports("send"):
         return communicator.broadcast_(message, source)
     if communicator.rank == source:

@@ -1,4 +1,4 @@
-"""What this Python has installed of all that the ranks of a job must have alike."""
+"""Versions of the software that must be the same on all ranks of a job, as installed for this Python."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import hvdlm
-from hvdlm.cluster.horovod_build.target import mpi_family, output_of, version_in
+from hvdlm.cluster.versions import mpi_family, output_of, version_in
 
-# C++ classes that are compiled into Horovod's library only with the feature that they serve.
+# Names of C++ classes that Horovod's library contains only if it is built with the feature.
 _HOROVOD_FEATURES = {"Gloo": b"GlooController", "MPI": b"MPIController", "NCCL": b"NCCLAllreduce"}
 
 
 def installed_software() -> dict[str, str]:
-    """Versions by name, "none" for what is missing; Horovod's with what it is built with: "0.28.1 (Gloo, MPI)".
+    """Versions by name, "none" for what is missing. Horovod's includes its features, as in "0.28.1 (Gloo, MPI)".
 
-    Neither PyTorch nor MPI is loaded: this takes milliseconds.
+    Neither PyTorch nor MPI is loaded, so this takes milliseconds.
     """
     return {
         "Python": platform.python_version(),
@@ -55,7 +55,7 @@ def _horovod() -> str:
     folder = _folder("horovod")
     if folder is None:
         return "none"
-    version = _version("horovod").partition("+")[0]  # what follows the + names one build of the wheel
+    version = _version("horovod").partition("+")[0]  # after the + comes the build of the wheel
     library = folder / "torch" / f"mpi_lib_v2{EXTENSION_SUFFIXES[0]}"
     if not library.exists():
         return f"{version} (not built for PyTorch)"
@@ -65,9 +65,9 @@ def _horovod() -> str:
 
 
 def _mpi() -> str:
-    """That of the mpirun on the PATH, else of the one beside this Python: the order in which launchers find it."""
+    """The version of the mpirun on the PATH, or else of the one beside this Python: the order of the launchers."""
     launcher = shutil.which("mpirun") or shutil.which("mpirun", path=sysconfig.get_path("scripts"))
     if launcher is None:
         return "none"
-    greeting = output_of(launcher, "--version")
-    return f"{mpi_family(greeting)} {version_in(greeting) or '(mpirun does not run)'}"
+    text = output_of(launcher, "--version")
+    return f"{mpi_family(text)} {version_in(text) or '(mpirun does not run)'}"

@@ -1,8 +1,9 @@
-"""A cluster in a box: hosts h1, h2, ... on this machine, each with its own network, name, processes and sshd.
+"""An emulated cluster on one machine: hosts h1, h2, ..., each with a network, name, processes and sshd of its own.
 
-A host is process 1 of its own namespaces (host.py); the switch between them is a process too (switch.py). These
-processes are the whole of a fabric: the kernel takes everything else of a host with its process 1. They are
-found by their command lines, which hold the path of the state directory, so no crash can lose one.
+Each host has a process that is process 1 of the host's namespaces (host.py). One more process holds the namespace of
+the switch that connects the hosts (network.py). When such a process ends, the kernel ends everything else in its
+namespaces, so ending these processes ends the fabric. They are found by their command lines, which contain the path of
+the state directory; so they can be found even after a crash of `hvdlm fabric`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.cluster.fabric import network
-from hvdlm.cluster.fabric.files import TEMPORARY, host_names, write_files
-from hvdlm.cluster.fabric.programs import enter, path_of, require, run
+from hvdlm.cluster.fabric.config_files import TMPDIR, host_names, write_config_files
+from hvdlm.cluster.fabric.programs import nsenter, path_of, require, run
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
 
-MOST_HOSTS = 64
+MAX_HOSTS = 64
 
 _NAMESPACES = ("net", "uts", "mount", "pid")
 _READY_SECONDS = 30.0
@@ -37,32 +38,32 @@ _DAEMONS = ("sshd", "munged", "slurmctld", "slurmd")
 
 
 class Fabric:
-    """The fabric whose state lies in one directory; several can be up at once, each in a directory of its own."""
+    """A fabric and its state directory. Several can be up at once, each with a state directory of its own."""
 
     def __init__(self, state: Path | None = None) -> None:
-        """`state`: its directory; None: HVDLM_FABRIC, or /var/lib/hvdlm/fabric."""
+        """`state`: the state directory; None: the value of HVDLM_FABRIC, or /var/lib/hvdlm/fabric."""
         self.state = (state or Path(os.environ.get("HVDLM_FABRIC", "/var/lib/hvdlm/fabric"))).absolute()
 
     def up(self, hosts: int, slots: int, rate: str | None, slurm: bool) -> None:
-        """Starts `hosts` hosts of `slots` slots, links of `rate` ("1gbit"; None: unlimited), with Slurm if wanted.
+        """Starts `hosts` hosts of `slots` slots with links of `rate` ("1gbit"; None: unlimited), and Slurm if `slurm`.
 
-        Raises HvdlmError, and leaves nothing behind, where that cannot be.
+        On an error everything that was started is ended. Raises HvdlmError if the fabric cannot start.
         """
         require(slurm)
-        if not 1 <= hosts <= MOST_HOSTS or slots < 1:
-            raise HvdlmError(f"a fabric has 1 to {MOST_HOSTS} hosts of 1 or more slots, not {hosts} of {slots}")
+        if not 1 <= hosts <= MAX_HOSTS or slots < 1:
+            raise HvdlmError(f"a fabric has 1 to {MAX_HOSTS} hosts of 1 or more slots, not {hosts} of {slots}")
         bits = parse_rate(rate) if rate else None
         self._make_state()
         try:
             names = host_names(hosts)
-            write_files(self.state, names, slots, slurm)
-            switch = self._start(_module_of("switch", self.state), self.state / "switch.log", ["net"])
+            write_config_files(self.state, names, slots, slurm)
+            switch = self._start(_module_of("network", self.state), self.state / "switch.log", ["net"])
             started = [self._start_host(name) for name in names]
             _await_ready(switch, "the switch", self.state / "switch.log")
             for index, host in enumerate(started, start=1):
-                network.connect(_inside(switch), _inside(host), names[index - 1], index)
+                network.connect(_child(switch), _child(host), names[index - 1], index)
                 if bits:
-                    network.shape(_inside(switch), _inside(host), names[index - 1], bits)
+                    network.limit_rate(_child(switch), _child(host), names[index - 1], bits)
             for name, host in zip(names, started, strict=True):
                 _await_ready(host, name, self.state / name / "log")
             if slurm:
@@ -73,12 +74,12 @@ class Fabric:
         print(f"{hosts} hosts are up: {', '.join(names)}; their host list: {self.state / 'hostfile'}")
 
     def run(self, host: str, program: Sequence[str]) -> int:
-        """Runs a program inside a host, in this directory and, but for TMPDIR, environment; returns its exit status.
+        """Runs a program in a host, with this working directory and environment except TMPDIR; returns its exit status.
 
-        SIGTERM, SIGHUP and SIGUSR1 are passed on to it; Ctrl-C in a terminal reaches it by itself.
+        SIGTERM, SIGHUP and SIGUSR1 are passed on to it; Ctrl-C in a terminal reaches it directly.
         """
-        inside = enter(self._host(host), _NAMESPACES)
-        process = subprocess.Popen([*inside, "env", f"--chdir={Path.cwd()}", f"TMPDIR={TEMPORARY}", *program])
+        in_host = nsenter(self._host(host), _NAMESPACES)
+        process = subprocess.Popen([*in_host, "env", f"--chdir={Path.cwd()}", f"TMPDIR={TMPDIR}", *program])
 
         def pass_on(number: int, _: FrameType | None) -> None:
             with suppress(psutil.NoSuchProcess):
@@ -92,29 +93,29 @@ class Fabric:
         return 128 - status if status < 0 else status
 
     def link(self, host: str, change: str) -> None:
-        """Cuts a host's link ("down"), heals it ("up"), or gives it a rate ("100mbit"), whatever runs on it."""
-        inside, switch = self._host(host), self._switch()
+        """Takes a host's link down ("down") or up ("up"), or limits its rate ("100mbit"), also while it is in use."""
+        process, switch = self._host(host), self._switch()
         if change in ("up", "down"):
-            network.plug(switch, host, change == "up")
+            network.set_link(switch, host, change == "up")
         else:
-            network.shape(switch, inside, host, parse_rate(change))
+            network.limit_rate(switch, process, host, parse_rate(change))
 
     def jobs(self, host: str) -> list[psutil.Process]:
-        """The processes of a host other than its daemons: what was run there, and what ssh and Slurm started."""
-        first = self._host(host)
-        namespace = _process_namespace(first)
+        """The processes of a host other than its daemons: those started by `run`, ssh or Slurm."""
+        init = self._host(host)
+        namespace = _process_namespace(init)
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if _process_namespace(process.pid) != namespace or process.pid == first:
+                if _process_namespace(process.pid) != namespace or process.pid == init:
                     continue
-                is_daemon = process.name() in _DAEMONS and process.ppid() == first
+                is_daemon = process.name() in _DAEMONS and process.ppid() == init
                 if not is_daemon and process.name() != "slurmscriptd":  # a part of slurmctld
                     found.append(process)
         return found
 
     def print_status(self) -> None:
-        """Prints each host with its address, its link and what runs on it."""
+        """Prints each host with its address, its link and the processes on it."""
         hosts = self._hosts()
         if not hosts:
             print(f"no fabric is up in {self.state}")
@@ -136,36 +137,42 @@ class Fabric:
         print(f"host list: {self.state / 'hostfile'}")
 
     def down(self) -> None:
-        """Ends every process of the hosts and removes the state directory; does nothing where no fabric is."""
+        """Ends every process of the hosts and removes the state directory; does nothing if there is no fabric."""
         deadline = time.monotonic() + _READY_SECONDS
         while processes := self._processes():
             if time.monotonic() > deadline:
                 raise HvdlmError(f"processes {', '.join(str(each.pid) for each in processes)} of the fabric do not end")
-            # An `unshare` ends with its child, once it has buried it: it is killed only if it has none yet
+            # `unshare` ends by itself after its child has ended; it is only killed if it has no child yet.
             for process in [each for each in processes if each.info["name"] != "unshare"] or processes:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(processes, timeout=1)
-        if self._is_ours():
+        if self._is_fabric():
             shutil.rmtree(self.state)
 
     def _make_state(self) -> None:
+        """Makes the empty state directory. Raises HvdlmError if that is not possible."""
         if self._processes():
             raise HvdlmError(
                 f"a fabric is up in {self.state}: end it with `hvdlm fabric down`, or give another --state directory"
             )
-        if self._is_ours():  # the machine was switched off under it
+        if self._is_fabric():  # left by a crash of the machine
             shutil.rmtree(self.state)
         try:
             self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(self.state.iterdir()):
-                raise HvdlmError(f"{self.state} holds other things than a fabric: give --state a directory of its own")
+                raise HvdlmError(
+                    f"{self.state} contains other files than a fabric's: give --state an empty or new directory"
+                )
         except OSError as error:
             raise HvdlmError(f"cannot keep a fabric's state in {self.state}: {error.strerror}") from None
         if self.state.is_relative_to("/run") or self.state.is_relative_to("/dev"):
-            raise HvdlmError(f"{self.state}: hosts have a /run and a /dev/shm of their own; give --state another place")
+            raise HvdlmError(
+                f"{self.state}: hosts have a /run and a /dev/shm of their own; give --state another directory"
+            )
 
-    def _is_ours(self) -> bool:
+    def _is_fabric(self) -> bool:
+        """Whether the state directory is a fabric's."""
         return (self.state / "hostfile").exists()
 
     def _start_host(self, name: str) -> subprocess.Popen[bytes]:
@@ -173,11 +180,11 @@ class Fabric:
         return self._start([*_module_of("host", self.state), name], self.state / name / "log", namespaces)
 
     def _start(self, module: Sequence[str], log: Path, namespaces: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Starts a module in new namespaces; its environment is a daemon's, with nothing of the caller's."""
-        apart = ["unshare", "--fork", "--kill-child", *(f"--{namespace}" for namespace in namespaces)]
+        """Starts a module in new namespaces, as a daemon: without the caller's environment, session and terminal."""
+        unshare = ["unshare", "--fork", "--kill-child", *(f"--{namespace}" for namespace in namespaces)]
         with log.open("ab") as file:
             return subprocess.Popen(
-                [*apart, sys.executable, *module],
+                [*unshare, sys.executable, *module],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -187,7 +194,8 @@ class Fabric:
             )
 
     def _await_slurm(self) -> None:
-        command = [*enter(self._host("h1"), _NAMESPACES), path_of("sinfo"), "--noheader", "--format", "%T"]
+        """Waits until Slurm reports all nodes as idle."""
+        command = [*nsenter(self._host("h1"), _NAMESPACES), path_of("sinfo"), "--noheader", "--format", "%T"]
         deadline = time.monotonic() + _READY_SECONDS
         states = ""
         while time.monotonic() < deadline:
@@ -198,11 +206,12 @@ class Fabric:
             time.sleep(0.1)
         raise HvdlmError(
             f"Slurm's nodes are {states or 'silent'} after {_READY_SECONDS:g} s: "
-            f"slurmctld says {_last_line(self.state / 'slurmctld.log')!r}, "
-            f"slurmd on h1 {_last_line(self.state / 'h1' / 'slurmd.log')!r}"
+            f"the log of slurmctld ends with {_last_line(self.state / 'slurmctld.log')!r}, "
+            f"that of slurmd on h1 with {_last_line(self.state / 'h1' / 'slurmd.log')!r}"
         )
 
     def _host(self, name: str) -> int:
+        """The pid of a host's process 1. Raises HvdlmError if there is no such host."""
         hosts = self._hosts()
         if not hosts:
             raise HvdlmError(f"no fabric is up in {self.state}: start one with `hvdlm fabric up --hosts 2`")
@@ -211,41 +220,47 @@ class Fabric:
         return hosts[name]
 
     def _hosts(self) -> dict[str, int]:
-        """The processes 1 of all hosts, by name, in order."""
+        """The pids of the hosts' processes 1, by host name, in order."""
         found = self._find("host")
-        return {name: found[name] for name in host_names(MOST_HOSTS) if name in found}
+        return {name: found[name] for name in host_names(MAX_HOSTS) if name in found}
 
     def _switch(self) -> int:
-        return self._find("switch")[""]
+        """The pid of the process that holds the switch."""
+        return self._find("network")[""]
 
     def _find(self, module: str) -> dict[str, int]:
-        """Processes 1 by the name of their host ("" for the switch)."""
+        """The pids of a module's processes, by host name ("" for the switch)."""
         commands = [(process.pid, process.info["cmdline"]) for process in self._processes()]
-        return {"".join(words[4:]): pid for pid, words in commands if words[1:4] == _module_of(module, self.state)}
+        return {
+            "".join(command[4:]): pid for pid, command in commands if command[1:4] == _module_of(module, self.state)
+        }
 
     def _processes(self) -> list[psutil.Process]:
-        """What `_start` has started for this fabric: each `unshare`, and its child, the process 1 of a host."""
-        modules = [_module_of(module, self.state) for module in ("host", "switch")]
+        """The processes that `_start` has started for this fabric: each `unshare` and its child."""
+        modules = [_module_of(module, self.state) for module in ("host", "network")]
 
-        def is_ours(words: list[str]) -> bool:
-            return any(words[at : at + 3] == module for at in range(len(words) - 2) for module in modules)
+        def is_of_fabric(command: list[str]) -> bool:
+            return any(command[i : i + 3] == module for i in range(len(command) - 2) for module in modules)
 
         return [
-            process for process in psutil.process_iter(["name", "cmdline"]) if is_ours(process.info["cmdline"] or [])
+            process
+            for process in psutil.process_iter(["name", "cmdline"])
+            if is_of_fabric(process.info["cmdline"] or [])
         ]
 
 
 def _module_of(module: str, state: Path) -> list[str]:
-    """The words by which a process of a fabric is started, and found again."""
+    """The arguments with which a process of a fabric is started, and by which it is found."""
     return ["-m", f"hvdlm.cluster.fabric.{module}", str(state)]
 
 
 def _process_namespace(process: int) -> int:
+    """Identifies the PID namespace of a process."""
     return Path(f"/proc/{process}/ns/pid").stat().st_ino
 
 
-def _inside(unshare: subprocess.Popen[bytes]) -> int:
-    """The process that unshare has started in new namespaces."""
+def _child(unshare: subprocess.Popen[bytes]) -> int:
+    """The pid of the process that `unshare` has started in new namespaces."""
     while not (children := psutil.Process(unshare.pid).children()):
         time.sleep(0.005)
     return int(children[0].pid)

@@ -1,19 +1,24 @@
-"""The network of a fabric: a bridge in a namespace of its own, and one shaped link to each host."""
+"""The network of a fabric: a bridge (the switch) in a namespace of its own, and a link to each host.
+
+`Fabric.up` starts this module as `python -m hvdlm.cluster.fabric.network STATE` in a new network namespace: the process
+makes the switch and holds its namespace until it is killed.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import signal
 from dataclasses import dataclass
 
-from hvdlm.cluster.fabric.programs import enter, run
+from hvdlm.cluster.fabric.programs import nsenter, run
 
 NETWORK = ipaddress.IPv4Network("10.77.0.0/24")
-INTERFACE = "eth0"  # of each host; at the bridge, a link has its host's name
+INTERFACE = "eth0"  # the host's end of a link; the bridge's end has the name of the host
 
-# Token buckets: at least one full-sized segment as the kernel hands it over (64 KiB), and what flows in two
-# milliseconds, so that timers of that grain still keep the rate.
-_LEAST_BURST = 256 * 1024  # bytes
+# Size of the token bucket that limits a rate: room for several full segments of the kernel (64 KiB each), and for what
+# flows in two milliseconds, so that the kernel's timers are fine enough to keep the rate.
+_MIN_BURST = 256 * 1024  # bytes
 _BURST_SECONDS = 0.002
 
 
@@ -26,20 +31,20 @@ class Link:
 
 
 def address(index: int) -> ipaddress.IPv4Address:
-    """Of host h1, h2, ..., by its number."""
+    """The address of host h1, h2, ..., by its number."""
     return NETWORK[index]
 
 
 def make_switch() -> None:
-    """Turns this process's network namespace, a new one, into the switch between the hosts."""
+    """Makes the bridge between the hosts in this process's network namespace, which must be new."""
     run("ip", "link", "set", "lo", "up")
     run("ip", "link", "add", "switch", "type", "bridge")
     run("ip", "link", "set", "switch", "up")
 
 
 def connect(switch: int, host: int, name: str, index: int) -> None:
-    """Joins host `name`, whose namespaces process `host` holds, to the bridge that process `switch` holds."""
-    at_switch, at_host = enter(switch, ["net"]), enter(host, ["net"])
+    """Connects host `name` to the bridge. `host` and `switch`: pids of the processes that hold their namespaces."""
+    at_switch, at_host = nsenter(switch, ["net"]), nsenter(host, ["net"])
     peer = ["peer", "name", INTERFACE, "netns", str(host)]
     run(*at_switch, "ip", "link", "add", name, "type", "veth", *peer)
     run(*at_switch, "ip", "link", "set", name, "master", "switch", "up")
@@ -49,26 +54,33 @@ def connect(switch: int, host: int, name: str, index: int) -> None:
 
 
 def burst_bytes(rate: int) -> int:
-    """What a link of `rate` bit/s that was idle carries at once, before it keeps to its rate."""
-    return max(_LEAST_BURST, int(rate / 8 * _BURST_SECONDS))
+    """Bytes that an idle link of `rate` bit/s transmits at once, before the limit takes effect."""
+    return max(_MIN_BURST, int(rate / 8 * _BURST_SECONDS))
 
 
-def shape(switch: int, host: int, name: str, rate: int) -> None:
+def limit_rate(switch: int, host: int, name: str, rate: int) -> None:
     """Limits a host's link to `rate` bit/s each way."""
     bucket = ["root", "tbf", "rate", f"{rate}bit", "burst", f"{burst_bytes(rate)}b", "latency", "100ms"]
-    run(*enter(host, ["net"]), "tc", "qdisc", "replace", "dev", INTERFACE, *bucket)
-    run(*enter(switch, ["net"]), "tc", "qdisc", "replace", "dev", name, *bucket)
+    run(*nsenter(host, ["net"]), "tc", "qdisc", "replace", "dev", INTERFACE, *bucket)
+    run(*nsenter(switch, ["net"]), "tc", "qdisc", "replace", "dev", name, *bucket)
 
 
-def plug(switch: int, name: str, is_up: bool) -> None:
-    """Pulls a host's cable out of the switch, or puts it back."""
-    run(*enter(switch, ["net"]), "ip", "link", "set", name, "up" if is_up else "down")
+def set_link(switch: int, name: str, is_up: bool) -> None:
+    """Sets a host's link up or down."""
+    run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "up" if is_up else "down")
 
 
 def link_of(switch: int, name: str) -> Link:
-    """How the link of a host is now."""
-    at_switch = enter(switch, ["net"])
+    """The present state of a host's link."""
+    at_switch = nsenter(switch, ["net"])
     (port,) = json.loads(run(*at_switch, "ip", "-json", "link", "show", "dev", name))
     disciplines = json.loads(run(*at_switch, "tc", "-json", "qdisc", "show", "dev", name))
-    rates = [each["options"]["rate"] * 8 for each in disciplines if each["kind"] == "tbf"]  # tc tells bytes/s
+    rates = [each["options"]["rate"] * 8 for each in disciplines if each["kind"] == "tbf"]  # tc reports bytes/s
     return Link("UP" in port["flags"], rates[0] if rates else None)
+
+
+if __name__ == "__main__":
+    make_switch()
+    print("ready", flush=True)
+    while True:
+        signal.pause()

@@ -1,4 +1,4 @@
-"""The system programs that a fabric is made of: found, or named with the package that brings them."""
+"""The system programs that a fabric needs: finds and runs them, and names the packages of missing ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _PACKAGES = {
 }
 _SLURM_PACKAGES = dict.fromkeys(("munged", "slurmctld", "slurmd", "srun", "sbatch"), "slurm-wlm")
 
-# Daemons lie where an ordinary user's PATH does not lead.
+# Daemons are in directories that are not on an ordinary user's PATH.
 _DIRECTORIES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 def require(slurm: bool) -> None:
-    """Raises HvdlmError, with what to install, unless a fabric can be had here; `slurm`: with Slurm."""
+    """Raises HvdlmError, with what to install, if a fabric cannot run on this machine; `slurm`: a fabric with Slurm."""
     if os.geteuid() != 0:
         raise HvdlmError(
             "hvdlm fabric makes network namespaces, which only root may do: run it as root, or in a virtual machine"
@@ -44,7 +44,7 @@ def require(slurm: bool) -> None:
 
 
 def path_of(name: str) -> str:
-    """The absolute path of a program: sshd does not start by any other."""
+    """The absolute path of a program; sshd requires to be started by it."""
     path = shutil.which(name, path=_DIRECTORIES)
     if path is None:
         raise HvdlmError(f"{name} is not on the PATH")
@@ -52,16 +52,16 @@ def path_of(name: str) -> str:
 
 
 def run(*command: str) -> str:
-    """Runs a command to its end and returns what it printed; raises HvdlmError with what it said if it fails."""
+    """Runs a command and returns its output; raises HvdlmError with the output if it fails."""
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode != 0:
-        said = " ".join(result.stdout.split()) or f"exit status {result.returncode}"
-        raise HvdlmError(f"{' '.join(command)}: {said}")
+        reason = " ".join(result.stdout.split()) or f"exit status {result.returncode}"
+        raise HvdlmError(f"{' '.join(command)}: {reason}")
     return result.stdout
 
 
-def enter(process: int, namespaces: Sequence[str]) -> list[str]:
-    """The words that, before a command, run it in some namespaces ("net", "uts", ...) of a process."""
+def nsenter(process: int, namespaces: Sequence[str]) -> list[str]:
+    """The prefix of a command that runs it in namespaces ("net", "uts", ...) of a process."""
     return ["nsenter", "--target", str(process), *(f"--{namespace}" for namespace in namespaces), "--"]

@@ -1,4 +1,4 @@
-"""`hvdlm install-horovod`: Horovod for this PyTorch and this MPI, built once, kept, installed and proven."""
+"""`hvdlm install-horovod`: builds Horovod for this PyTorch and MPI, caches the wheel, installs it and tests it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from importlib import metadata
 from pathlib import Path
 
 from hvdlm.cluster.horovod_build.command import run_logged
-from hvdlm.cluster.horovod_build.proof import prove
+from hvdlm.cluster.horovod_build.smoke_test import run_smoke_test
 from hvdlm.cluster.horovod_build.source import VERSION, fetch, patches_sha256, unpack_and_patch
 from hvdlm.cluster.horovod_build.target import Target, find_target
 from hvdlm.cluster.horovod_build.toolchain import Toolchain, find_toolchain
 from hvdlm.cluster.horovod_build.wheel_cache import build_directory, cached_wheel, open_cache
 from hvdlm.errors import HvdlmError
 
-# Horovod's setup.py imports these; kept out of the environment that it is built for.
+# Imported by Horovod's setup.py. They are installed in the build directory, not in the user's environment.
 BUILD_REQUIREMENTS = ("setuptools<81", "wheel", "packaging", "cffi", "cloudpickle", "psutil", "pyyaml")
 
 
 def install(dry_run: bool) -> None:
-    """Makes a working Horovod part of the running Python environment; prints each step.
+    """Installs a working Horovod in the running Python environment and prints each step.
 
-    Its version carries the key of what it was built for, so that an installed one that fits is known
-    by name and the wheel of another PyTorch or MPI is never taken for it. `dry_run` prints the plan only.
+    The version of the wheel contains a hash of what it was built for. So a Horovod that fits is recognised by its
+    version, and the wheel of another PyTorch or MPI is not used. `dry_run`: only print the plan.
 
-    Raises HvdlmError for anything missing, a full or read-only disk, a failed build and a failed proof.
+    Raises HvdlmError if something is missing, the disk is full or read-only, or the build or the smoke test fails.
     """
     target = find_target()
     version = f"{VERSION}+hvdlm{target.key(VERSION, patches_sha256())}"
@@ -57,10 +57,10 @@ def install(dry_run: bool) -> None:
         if wheel and not present:
             _install(wheel, version, log)
         proof = []
-        for line in prove(target, log):
+        for line in run_smoke_test(target, log):
             print(f"Proven: {line}", flush=True)
             proof.append(line)
-        _keep_proof(version, proof)
+        _save_proof(version, proof)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -69,6 +69,7 @@ def install(dry_run: bool) -> None:
 
 
 def _description(target: Target, version: str) -> str:
+    """What is built for what, as printed at the start."""
     mpi, cuda = target.mpi, target.cuda
     lines = {
         "Horovod": version,
@@ -81,10 +82,10 @@ def _description(target: Target, version: str) -> str:
 
 
 def _build(target: Target, toolchain: Toolchain, version: str, cache: Path, log: Path) -> Path:
-    """Compiles the wheel in a directory of its own and moves it into the cache when it is whole."""
+    """Compiles the wheel in a temporary directory and moves it into the cache when it is complete."""
     with build_directory(cache) as work:
         wheel = cached_wheel(cache, version)
-        if wheel:  # made by another process while this one waited
+        if wheel:  # built by another process while this one waited
             return wheel
         log.unlink(missing_ok=True)
         tools, temporary = work / "tools", work / "tmp"
@@ -114,16 +115,16 @@ def _build(target: Target, toolchain: Toolchain, version: str, cache: Path, log:
 
 
 def _build_environment(tools: Path, temporary: Path) -> dict[str, str]:
-    """The environment without what `make` or an earlier Horovod build left in it, and with the build tools."""
-    strange = ("HOROVOD_", "MAKE", "MFLAGS")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
+    """The environment variables of the build: with the build tools, without settings of `make` or of Horovod."""
+    removed = ("HOROVOD_", "MAKE", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(removed)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tools), environment.get("PYTHONPATH")]))
     environment["TMPDIR"] = str(temporary)
     return environment
 
 
 def _horovod_settings(target: Target, toolchain: Toolchain, version: str, work: Path) -> dict[str, str]:
-    """Environment variables that tell Horovod's build what to build, and with what."""
+    """The environment variables that configure Horovod's build."""
     settings = {
         "CXX": toolchain.compiler,
         "HOROVOD_CMAKE": str(toolchain.cmake or work / "tools" / "bin" / "cmake"),
@@ -141,7 +142,7 @@ def _horovod_settings(target: Target, toolchain: Toolchain, version: str, work: 
             package = Path(sysconfig.get_path("platlib"), "horovod", "torch")
             settings["HOROVOD_BUILD_RPATH"] = f"$ORIGIN/{os.path.relpath(Path(sys.prefix, 'lib'), package)}"
     if target.cuda:
-        # pip's NCCL has only libnccl.so.2, which linkers do not find by the name `nccl`
+        # The NCCL wheel has only libnccl.so.2, but linkers look for libnccl.so.
         link = work / "nccl" / "libnccl.so"
         link.parent.mkdir()
         link.symlink_to(target.cuda.nccl_library)
@@ -158,7 +159,7 @@ def _horovod_settings(target: Target, toolchain: Toolchain, version: str, work: 
 
 def _install(wheel: Path, version: str, log: Path) -> None:
     print(f"Installing {wheel} ...", flush=True)
-    # the same version that does not import is damaged: pip would leave it alone
+    # If this version is installed but cannot be imported, it is damaged; pip would not replace it by itself.
     repair = ["--force-reinstall", "--no-deps"] if _installed_version() == version else []
     command = [sys.executable, "-m", "pip", "install", "--quiet", *repair, str(wheel)]
     run_logged("installing Horovod", command, log, os.environ)
@@ -173,19 +174,19 @@ def _installed_version() -> str | None:
 
 
 def _imports() -> bool:
-    """In a process of its own: a library that does not fit may end it."""
+    """Whether Horovod can be imported; tried in a child process, which an incompatible library may crash."""
     return subprocess.run([sys.executable, "-c", "import horovod.torch"], capture_output=True).returncode == 0
 
 
 def _proof_file(version: str) -> Path:
-    """Beside the installed package's metadata, so that it goes with the environment."""
+    """The file with the results of the smoke test. It is in Horovod's metadata, so it belongs to the environment."""
     return Path(str(metadata.distribution("horovod").locate_file(f"horovod-{version}.dist-info"))) / "hvdlm-proof.txt"
 
 
-def _keep_proof(version: str, proof: list[str]) -> None:
-    """Writes the proof and lists it as a file of Horovod's, so that pip removes it with the rest.
+def _save_proof(version: str, proof: list[str]) -> None:
+    """Writes the file and lists it in Horovod's RECORD, so that pip uninstalls it too.
 
-    Left behind it would keep the directory of metadata alive, and with it a Horovod that is not there.
+    If the file stayed, so would the directory of metadata, and Horovod would seem to be installed.
     """
     file = _proof_file(version)
     file.write_text("\n".join(proof) + "\n")

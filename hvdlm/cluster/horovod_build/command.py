@@ -1,4 +1,4 @@
-"""Programs that install-horovod runs: their output goes to a log, their failure becomes one sentence."""
+"""Runs the commands of install-horovod: writes their output to a log and turns a failure into one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hvdlm.errors import HvdlmError
 
-# What logs say, and what the user can do about it; the first that matches is told.
+# Patterns in the output of a failed command, each with a remedy; the first that matches is reported.
 _REMEDIES = [
     (
         r"No space left on device",
@@ -53,10 +53,10 @@ def run_logged(
 ) -> str:
     """Runs a command, appends it and its output to `log`, and returns that output.
 
-    `task` says in an error what failed ("compiling Horovod"); `timeout` is in seconds.
+    `task` names the command in an error ("compiling Horovod"); `timeout` is in seconds.
 
-    Raises HvdlmError, with the reason and the remedy where they are known, the last line of output otherwise,
-    when the command cannot start, exits non-zero, or outlasts `timeout` (all its children are ended).
+    Raises HvdlmError if the command cannot start, exits non-zero, or takes longer than `timeout`, after which it and
+    its children are ended. The error has a remedy if one is known, otherwise a line of the output.
     """
     with log.open("a+", encoding="utf-8", errors="replace") as file:
         file.write(f"\n$ {shlex.join(command)}\n")
@@ -73,7 +73,7 @@ def run_logged(
 def _status(
     command: Sequence[str], output: int, environment: Mapping[str, str], directory: Path | None, timeout: float | None
 ) -> int | str:
-    """The exit status, or in words why there is none."""
+    """The exit status, or why there is none, as a phrase."""
     try:
         process = subprocess.Popen(
             command,
@@ -82,7 +82,7 @@ def _status(
             stderr=subprocess.STDOUT,
             env=dict(environment),
             cwd=directory,
-            start_new_session=True,  # compilers and ranks can then be ended together
+            start_new_session=True,  # so that its children can be ended with it
         )
     except OSError as error:
         return f"{command[0]}: {error.strerror}"
@@ -96,7 +96,7 @@ def _status(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks first, so that a launcher can end its ranks."""
+    """Ends the process group, with SIGTERM first so that a launcher can end its ranks."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(timeout=5)
@@ -106,6 +106,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(status: int | str, output: str) -> str:
+    """Why a command failed, with a remedy if one is known."""
     for symptom, remedy in _REMEDIES:
         if re.search(symptom, output):
             return remedy
@@ -113,8 +114,8 @@ def _reason(status: int | str, output: str) -> str:
         return status
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
-        return f"exit status {status} without a word"
-    # compilers name the cause first; what follows is its consequence. Others end with the cause.
+        return f"exit status {status} without output"
+    # Compilers print the cause first and its consequences later. Other programs print the cause last.
     errors = [number for number, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)]
-    told = " ".join(lines[errors[0] : errors[0] + 2]) if errors else lines[-1]
-    return f"exit status {status}, {told[:200]}"
+    cause = " ".join(lines[errors[0] : errors[0] + 2]) if errors else lines[-1]
+    return f"exit status {status}, {cause[:200]}"

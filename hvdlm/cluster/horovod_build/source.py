@@ -1,4 +1,4 @@
-"""Horovod's source: the release fetched through pip, checked, unpacked, and patched for today's PyTorch and MPI."""
+"""Horovod's source: downloads the release with pip, verifies it, unpacks it, and applies the patches."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def patches_sha256() -> str:
 
 
 def fetch(cache: Path, work: Path, log: Path, environment: Mapping[str, str]) -> Path:
-    """The release's archive in `cache`, downloaded into `work` first where it is missing or damaged.
+    """The path of the release's archive in `cache`; downloads it through `work` if it is missing or damaged.
 
-    Raises HvdlmError where pip cannot download it or what it brings has the wrong hash.
+    Raises HvdlmError if pip cannot download it or the download has another hash.
     """
     archive = cache / ARCHIVE
     if archive.exists() and _sha256(archive) == ARCHIVE_SHA256:
@@ -47,10 +47,11 @@ def fetch(cache: Path, work: Path, log: Path, environment: Mapping[str, str]) ->
 
 
 def unpack_and_patch(archive: Path, work: Path, log: Path) -> Path:
-    """The patched source tree, in `work`. Raises HvdlmError for a patch that does not apply."""
+    """Unpacks the archive in `work` and patches it; returns the source tree. Raises HvdlmError if a patch fails."""
     shutil.unpack_archive(archive, work)
     source = work / ARCHIVE.removesuffix(".tar.gz")
-    # git must not take the tree for part of a repository around the cache: it would skip the files and succeed
+    # If the cache is inside a git repository, `git apply` would skip the files and still succeed. These variables hide
+    # that repository from git.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment["GIT_CEILING_DIRECTORIES"] = str(work.resolve())
     for patch in PATCHES:

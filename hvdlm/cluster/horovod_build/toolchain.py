@@ -1,4 +1,4 @@
-"""What compiles Horovod: a C++ compiler, CMake, make, git and Python's headers."""
+"""The tools that compile Horovod: a C++ compiler, CMake, make, git and Python's headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlm.cluster.horovod_build.target import output_of, version_in
+from hvdlm.cluster.versions import output_of, version_in
 from hvdlm.errors import HvdlmError
 
 OLDEST_CMAKE = (3, 13)
@@ -17,7 +17,7 @@ OLDEST_CMAKE = (3, 13)
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Programs found; `cmake` is None where pip is to bring one for the build."""
+    """The tools found; `cmake` is None if pip must install one for the build. `jobs`: parallel compilations."""
 
     compiler: str
     cmake: Path | None
@@ -25,7 +25,7 @@ class Toolchain:
 
 
 def find_toolchain() -> Toolchain:
-    """Finds what the build needs. Raises HvdlmError that names the first thing missing and the package that has it."""
+    """Finds the tools. Raises HvdlmError that names the first missing one and its package."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None or shutil.which(shlex.split(compiler)[0]) is None:
         raise HvdlmError(
@@ -48,6 +48,7 @@ def find_toolchain() -> Toolchain:
 
 
 def _cmake() -> Path | None:
+    """The installed CMake, if it is not too old."""
     program = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
     if program is None:
         return None
@@ -56,6 +57,6 @@ def _cmake() -> Path | None:
 
 
 def _jobs() -> int:
-    """Compilers at once: at most 8, since each takes up to 1.5 GB; CMake's own variable overrides."""
+    """Parallel compilations: at most 8, since each takes up to 1.5 GB; CMake's own variable overrides this."""
     wanted = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "")
     return int(wanted) if wanted.isdigit() and int(wanted) else min(len(os.sched_getaffinity(0)), 8)

@@ -1,4 +1,4 @@
-"""Where built wheels, Horovod's source and build logs are kept between environments."""
+"""The cache of built wheels, Horovod's source and build logs, shared by all environments of a user."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from hvdlm.errors import HvdlmError
 
-BUILD_BYTES = 2**30  # a build was seen to take 500 MiB: source 33, objects 283, tools 150
+BUILD_BYTES = 2**30  # required free space; a build takes about 500 MiB: source 33, objects 283, tools 150
 
 
 def open_cache() -> Path:
-    """The cache directory, made if need be: `$HVDLM_CACHE`, else `$XDG_CACHE_HOME/hvdlm`, else `~/.cache/hvdlm`.
+    """The cache directory, created if missing: `$HVDLM_CACHE`, else `$XDG_CACHE_HOME/hvdlm`, else `~/.cache/hvdlm`.
 
-    Raises HvdlmError if it cannot be made or written.
+    Raises HvdlmError if it cannot be created or written.
     """
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     cache = Path(os.environ.get("HVDLM_CACHE") or user_cache / "hvdlm").expanduser().absolute()
@@ -35,20 +35,20 @@ def open_cache() -> Path:
 
 
 def cached_wheel(cache: Path, version: str) -> Path | None:
-    """The wheel of this Horovod version, if one is there and whole."""
+    """The wheel of this Horovod version, if the cache has a complete one."""
     return next((wheel for wheel in cache.glob(f"horovod-{version}-*.whl") if zipfile.is_zipfile(wheel)), None)
 
 
 @contextmanager
 def build_directory(cache: Path) -> Iterator[Path]:
-    """An empty directory on the cache's disk, removed afterwards; one process at a time has it, others wait.
+    """An empty directory in the cache, removed afterwards. Only one process at a time uses it; others wait.
 
-    Raises HvdlmError if the disk has no room for a build.
+    Raises HvdlmError if the disk has too little space for a build.
     """
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         directory = cache / "build"
-        shutil.rmtree(directory, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(directory, ignore_errors=True)  # left by a killed process
         free = shutil.disk_usage(cache).free
         if free < BUILD_BYTES:
             raise HvdlmError(

@@ -1,4 +1,4 @@
-"""`hvdlm slurm`: a batch script and a snapshot of the settings, checked before they cost a place in the queue."""
+"""`hvdlm slurm`: checks the settings of a job, and writes its batch script and a snapshot of its settings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hvdlm
-from hvdlm.cluster.slurm import controller
-from hvdlm.cluster.slurm.limit import default_lead, limit_seconds
-from hvdlm.cluster.slurm.progress import newest_step
+from hvdlm.cluster.slurm import commands
 from hvdlm.cluster.slurm.script import Script
+from hvdlm.cluster.slurm.start_log import newest_checkpoint_step
+from hvdlm.cluster.slurm.time_limit import default_lead, limit_seconds
 from hvdlm.config import Config, from_dict, load
 from hvdlm.data.shard import DataSet
 from hvdlm.data.staging import staged
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 
-# Options that the script depends on, and how they are chosen.
-_OURS = {
+# Options of sbatch that the script sets itself, and what determines them.
+_RESERVED_OPTIONS = {
     "--nodes": "--nodes",
     "-N": "--nodes",
     "--ntasks": "--nodes and --ranks-per-node",
@@ -34,8 +34,8 @@ _OURS = {
     "--requeue": "hvdlm itself",
     "--no-requeue": "hvdlm itself",
     "--open-mode": "hvdlm itself",
-    "--array": "hvdlm itself: one run a job",
-    "-a": "hvdlm itself: one run a job",
+    "--array": "hvdlm itself: a job trains one run",
+    "-a": "hvdlm itself: a job trains one run",
     "--chdir": "hvdlm itself",
     "-D": "hvdlm itself",
 }
@@ -54,19 +54,19 @@ def write_job(
     output: Path | None,
     submit: bool,
 ) -> None:
-    """Writes the directory `output` (None: the run directory's name with ".slurm" added) and says how to submit it.
+    """Writes the directory `output` (None: the run directory's name with ".slurm" added) and prints how to submit it.
 
-    Holds `job.sh`, and `config.toml` with every setting as it is now and absolute paths. With `submit`, submits it.
+    It contains `job.sh`, and `config.toml` with all settings and absolute paths. `submit`: also submit the job.
 
     Args:
         config, overrides: as for `hvdlm.config.load`.
         gpus_per_rank: 0 or 1.
-        time: the limit of one start, as sbatch takes it.
+        time: limit of one start, in sbatch's notation.
         launcher: "mpirun", "srun" or "horovodrun".
         sbatch: further options for sbatch, such as "--partition=gpu".
 
-    Raises HvdlmError if something is wrong with the settings, the data set, the options or this machine, or if
-    `output` exists; nothing is written then. If only sbatch refuses, the directory stays.
+    Raises HvdlmError for an error in the settings, the data set or the options, if a program is missing, or if `output`
+    exists; then nothing is written. If only sbatch fails, the directory stays.
     """
     settings = _with_absolute_paths(load(config, overrides, PRESETS))
     DataSet(Path(settings.data.path))
@@ -75,7 +75,7 @@ def write_job(
     _check_device(settings, gpus_per_rank)
     lead = _lead(sbatch, limit_seconds(time))
     if submit:
-        controller.require("sbatch")
+        commands.require("sbatch")
     run_dir = Path(settings.train.run_dir)
     directory = (output or run_dir.with_name(run_dir.name + ".slurm")).absolute()
     if directory.exists():
@@ -102,19 +102,19 @@ def write_job(
         (staging / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
         (staging / "job.sh").write_text(script.text, encoding="utf-8")
         (staging / "job.sh").chmod(0o755)
-    step = newest_step(run_dir)
-    begin = f"goes on with {run_dir} from step {step}" if step else f"trains {run_dir} from the beginning"
+    step = newest_checkpoint_step(run_dir)
+    begin = f"continues {run_dir} from step {step}" if step else f"trains {run_dir} from the beginning"
     print(
         f"wrote {directory}: {nodes} x {ranks_per_node} ranks by {launcher}; {begin}, saves {lead} s before each limit"
     )
     if submit:
-        print(f"submitted as job {controller.submit(directory / 'job.sh')}; its log is {directory}/slurm-JOB.out")
+        print(f"submitted as job {commands.submit(directory / 'job.sh')}; its log is {directory}/slurm-JOB.out")
     else:
         print(f"submit it: sbatch {shlex.quote(str(directory / 'job.sh'))}")
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """The job starts elsewhere than where the paths were written."""
+    """The settings with absolute paths, since the job starts in another directory."""
     settings = config.model_dump()
     for section, name in (("data", "path"), ("train", "run_dir")):
         settings[section][name] = str(Path(settings[section][name]).absolute())
@@ -131,14 +131,14 @@ def _check_device(settings: Config, gpus_per_rank: int) -> None:
 
 
 def _lead(sbatch: Sequence[str], limit: int) -> int:
-    """Seconds before the limit at which to save: the user's own `--signal`, or what fits the limit."""
+    """Seconds before the limit at which training stops to save: from the user's `--signal`, or the default."""
     lead = default_lead(limit)
     for option in sbatch:
         name = re.split(r"[= ]", option, maxsplit=1)[0]
         if not name.startswith("-") or "\n" in option:
             raise HvdlmError(f"--sbatch {option!r} is no option of sbatch: write it as in --sbatch=--partition=gpu")
-        if name in _OURS:
-            raise HvdlmError(f"--sbatch {option!r}: {name} is set by {_OURS[name]}")
+        if name in _RESERVED_OPTIONS:
+            raise HvdlmError(f"--sbatch {option!r}: {name} is set by {_RESERVED_OPTIONS[name]}")
         if name == "--signal":
             match = re.fullmatch(r"--signal[= ]B:USR1@(\d+)", option)
             if match is None:
@@ -150,7 +150,7 @@ def _lead(sbatch: Sequence[str], limit: int) -> int:
 
 
 def _executable(launcher: str) -> str:
-    """The launcher that belongs to this Python, or the one on the PATH; srun is looked for on the node."""
+    """The path of the launcher beside this Python, or else of the one on the PATH; srun is found when the job runs."""
     if launcher == "srun":
         return "srun"
     beside = Path(sys.executable).with_name(launcher)
@@ -165,11 +165,11 @@ def _executable(launcher: str) -> str:
 
 
 def _git_revision() -> str:
-    """The commit of the checkout that hvdlm runs from, with "-dirty" if it was changed since; "" if it is installed."""
+    """The commit of the checkout that hvdlm runs from, with "-dirty" if it has changes; "" for an installed hvdlm."""
     package = Path(hvdlm.__file__)
     git = ["git", "-C", str(package.parent)]
     try:
-        # An installed hvdlm may lie in somebody else's checkout, which does not track it.
+        # An installed hvdlm may lie inside another project's checkout, which does not track its files.
         subprocess.run([*git, "ls-files", "--error-unmatch", package.name], capture_output=True, check=True)
         describe = [*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The text of job.sh."""
+"""The batch script of a job, job.sh."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import hvdlm
 
 
 class _BashTemplate(Template):
-    """`%{name}` stands for a value and `%%` for a percent sign, so that `$` can be bash's."""
+    """Replaces `%{name}` by a value and `%%` by a percent sign, so that `$` keeps its meaning in bash."""
 
     delimiter = "%"
 
 
 _SCRIPT = _BashTemplate("""\
 #!/bin/bash
-# Trains on %{nodes} nodes with %{ranks_per_node} ranks each, and goes on by itself after its time limit.
+# Trains on %{nodes} nodes with %{ranks_per_node} ranks each, and continues by itself after its time limit.
 # Written on %{date} by hvdlm %{version}%{revision}, %{python}.
 #
-#   submit, or go on after a stop:      sbatch %{script}
+#   submit, or continue after a stop:   sbatch %{script}
 #   save and stop, however long:        scancel --batch --signal=TERM JOB
 #   save and stop, or be killed (30 s): scancel JOB
 
@@ -30,15 +30,15 @@ _SCRIPT = _BashTemplate("""\
 #SBATCH --nodes=%{nodes}
 #SBATCH --ntasks-per-node=%{ranks_per_node}
 %{gpus}#SBATCH --time=%{time}
-# A job that is put back into the queue keeps its number and adds to its log.
+# A requeued job keeps its number and appends to its log.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%{log}
-# This many seconds before the limit, or up to a minute earlier.
+# Sent this many seconds before the limit, or up to a minute earlier.
 #SBATCH --signal=B:USR1@%{lead}
 %{sbatch}
 set -euo pipefail
-trap '' USR1  # it may come at once, and the supervisor will look at the clock before it listens
+trap '' USR1  # it may arrive at once; the supervisor asks Slurm for the time limit when it starts
 
 job=%{directory}
 python=%{python}
@@ -53,15 +53,15 @@ cd "$job" || fail "$(hostname) does not see $job: write the job into a directory
 installed=$("$python" -c 'import hvdlm; print(hvdlm.__version__)') ||
     fail "on $(hostname) there is no hvdlm at $python any more: install hvdlm $version there again"
 [[ $installed == "$version" ]] ||
-    fail "hvdlm $version wrote $job, but $python has hvdlm $installed now: install $version, or write the job anew"
+    fail "hvdlm $version wrote $job, but $python has hvdlm $installed now: install $version, or write the job again"
 
 %{launch}
 
-# A rank ignores SIGUSR1 until hvdlm is loaded; from then on it saves and stops.
+# A rank ignores SIGUSR1 until hvdlm is loaded; after that it saves and stops at the signal.
 rank=(bash -c 'trap "" USR1; exec "$@"' rank)
 train=("$python" -m hvdlm train "$job/config.toml" --resume latest)
 
-# The supervisor keeps count of starts, passes signals on, requeues this job, and says in the end how it ended.
+# The supervisor counts starts, passes signals on to the ranks, requeues this job, and reports how training ended.
 exec "$python" -m hvdlm.cluster.slurm.supervise --job-directory "$job" --lead %{lead} -- \\
     "${launch[@]}" "${rank[@]}" "${train[@]}"
 """)
@@ -69,39 +69,39 @@ exec "$python" -m hvdlm.cluster.slurm.supervise --job-directory "$job" --lead %{
 _LAUNCH = {
     "mpirun": """\
 export PATH=%{path}:"$PATH"
-%{shield}
+%{launch_agent}
 launch=(%{launcher} -np %{ranks} --bind-to none)""",
     "srun": """\
-# sbatch's --cpus-per-task is not taken over by srun since Slurm 22.05.
+# Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task.
 cores=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
 launch=(%{launcher} --mpi=pmix --kill-on-bad-exit=1 "${cores[@]}")""",
     "horovodrun": """\
 export PATH=%{path}:"$PATH"
-%{shield}
-# horovodrun reaches the other nodes by ssh: each must let this one in without a password.
+%{launch_agent}
+# horovodrun starts ranks on the other nodes by ssh, which must work without a password.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 launch=(%{launcher} -np %{ranks} -H "$(IFS=,; echo "${hosts[*]/%%/:%{ranks_per_node}}")")""",
 }
 
-_SHIELD = """\
-# Slurm starts mpirun's daemons on the other nodes; behind a shield its SIGTERM does not make them kill their ranks.
-export PRTE_MCA_prte_launch_agent="$python -m hvdlm.cluster.slurm.shield prted\""""
+_LAUNCH_AGENT = """\
+# Slurm runs mpirun's daemons on the other nodes as tasks, and sends them SIGTERM, at which they would kill their ranks.
+export PRTE_MCA_prte_launch_agent="$python -m hvdlm.cluster.slurm.ignore_sigterm prted\""""
 
 
 @dataclass(frozen=True)
 class Script:
-    """What a batch script depends on."""
+    """The values in a batch script."""
 
-    name: str  # of the job
+    name: str  # of the job in the queue
     directory: Path  # of the job, absolute
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
-    time: str  # as sbatch takes it
+    time: str  # limit of one start, in sbatch's notation
     lead: int  # seconds before the limit at which training saves and stops
     launcher: str  # "mpirun", "srun" or "horovodrun"
     executable: str  # the launcher's path
-    sbatch: Sequence[str]  # further options; sbatch lets the last one win
+    sbatch: Sequence[str]  # further options of sbatch, which uses the last of several values
     python: str
     revision: str  # of the git checkout that hvdlm runs from, or ""
     date: str
@@ -110,10 +110,10 @@ class Script:
     def text(self) -> str:
         """The whole script."""
         values = {
-            "name": _in_option(self.name),
+            "name": _quoted(self.name),
             "directory": shlex.quote(str(self.directory)),
             "script": shlex.quote(str(self.directory / "job.sh")),
-            "log": _in_option(str(self.directory).replace("%", "%%") + "/slurm-%j.out"),
+            "log": _quoted(str(self.directory).replace("%", "%%") + "/slurm-%j.out"),
             "nodes": self.nodes,
             "ranks_per_node": self.ranks_per_node,
             "ranks": self.nodes * self.ranks_per_node,
@@ -124,7 +124,7 @@ class Script:
             "python": shlex.quote(self.python),
             "path": shlex.quote(str(Path(self.executable).parent)),
             "launcher": shlex.quote(self.executable),
-            "shield": _SHIELD,
+            "launch_agent": _LAUNCH_AGENT,
             "version": shlex.quote(hvdlm.__version__),
             "revision": f" (git revision {self.revision})" if self.revision else "",
             "date": self.date,
@@ -132,6 +132,6 @@ class Script:
         return _SCRIPT.substitute(values, launch=_BashTemplate(_LAUNCH[self.launcher]).substitute(values))
 
 
-def _in_option(value: str) -> str:
-    """A value with blanks, as sbatch reads it in its own lines."""
+def _quoted(value: str) -> str:
+    """A value quoted for an #SBATCH line, since it may have blanks."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,11 +1,11 @@
-"""What codecs have in common that turn a block of a matrix into a few bytes: who sends what to whom, and what is owed.
+"""What block codecs share: how a bucket is split into blocks, which rank sends which blocks where, and residuals.
 
-Among few ranks each sends its blocks to all. Among more, each rank owns a part of them: the others send it theirs of
-that part, it adds them to all of its own gradients there, encodes the sum in its turn and sends that to all. So a rank
-sends 2 n (P-1)/P bytes, not n (P-1), and a sum is encoded twice however many ranks there are. What the second encoding
-drops waits in the residual of the owner. Biases and other small tensors travel as they are, with the blocks.
+Among few ranks each sends its blocks to all. Among more, each rank owns a part of the blocks: the others send it theirs
+of that part, it adds them to its own gradients there, encodes the sum and sends that to all. So of P ranks, whose
+encoded buckets have n bytes, each sends 2 n (P-1)/P bytes, not n (P-1), and a sum is encoded twice. What the second
+encoding drops stays in the residual of the owner. Biases and other small tensors are sent as float32, with the blocks.
 
-Over all ranks, delivered + residuals = gradients + old residuals, but for the rounding of float32 additions of several
+Over all ranks, delivered + residuals = gradients + old residuals, up to the rounding of float32 additions of several
 ranks' numbers.
 """
 
@@ -13,49 +13,114 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hvdlm.comm.communicator import part_lengths
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.blocks import Part, cut_into_parts
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.exchange import Exchange
 
+# An index within a block is sent as one byte.
+LONGEST_BLOCK = 256
 
-class BlockCoding(ABC):
-    """How the blocks of a part of a bucket travel. `message` is uint8, of `nbytes(part)` bytes or more."""
+# Tensors of at most so many elements are sent dense: compressing them would save next to nothing.
+_SMALL = 4096
+
+
+def is_large_matrix(parameter: nn.Parameter) -> bool:
+    """Whether the gradient of `parameter` is compressed: those of biases, norms and small tensors are not."""
+    return parameter.dim() >= 2 and parameter.numel() > _SMALL
+
+
+class Part(NamedTuple):
+    """Consecutive blocks of a bucket, and some of its elements outside blocks."""
+
+    block: int  # elements of a block; the last block of a span may have fewer
+    spans: Tensor  # (n, 2) int64, on the CPU: start and stop in the buffer of consecutive blocks
+    dense: Tensor  # (m,) int64: indices in the buffer of elements that are sent as float32
+
+    def chosen_count(self, kept: int) -> int:
+        """Elements chosen where each block gives its `kept` largest, or all it has."""
+        lengths = self.spans[:, 1] - self.spans[:, 0]
+        return int((lengths // self.block * min(kept, self.block) + (lengths % self.block).clamp(max=kept)).sum())
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Start and stop in the buffer, and block length, of each run of blocks of one length, in order."""
+        for start, stop in self.spans.tolist():
+            whole = stop - (stop - start) % self.block
+            for first, end, length in ((start, whole, self.block), (whole, stop, stop - whole)):
+                if first < end:
+                    yield first, end, length
+
+
+def split_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
+    """Splits `bucket` into `count` parts of equally many blocks; the last parts may have fewer, or none."""
+    compressed: list[tuple[int, int]] = []
+    dense: list[tuple[int, int]] = []
+    start = 0
+    for parameter in bucket.parameters:
+        stop = start + parameter.numel()
+        (compressed if is_large_matrix(parameter) else dense).append((start, stop))
+        start = stop
+
+    blocks_a_part = -(-sum(-(-(stop - start) // block) for start, stop in compressed) // count)
+    spans: list[list[tuple[int, int]]] = [[]]
+    room = blocks_a_part
+    for start, stop in compressed:
+        while start < stop:
+            if room == 0:
+                spans.append([])
+                room = blocks_a_part
+            end = min(stop, start + room * block)
+            spans[-1].append((start, end))
+            room -= -(-(end - start) // block)
+            start = end
+    spans += [[] for _ in range(count - len(spans))]
+
+    indices = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(*span) for span in dense)])
+    pieces = indices.to(bucket.buffer.device).split(part_lengths(len(indices), count))
+    return [
+        Part(block, torch.tensor(own, dtype=torch.int64).reshape(-1, 2), piece)
+        for own, piece in zip(spans, pieces, strict=True)
+    ]
+
+
+class BlockEncoding(ABC):
+    """How the blocks of a part are encoded. `message` is uint8, of `nbytes(part)` bytes or more."""
 
     @abstractmethod
     def nbytes(self, part: Part) -> int:
-        """Bytes of a message about the blocks of a part."""
+        """Bytes of the encoded blocks of a part."""
 
     @abstractmethod
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
-        """Writes what stands for blocks of `gradients` + `residual` into `message`, and leaves the rest in `residual`.
+        """Encodes the blocks of `gradients` + `residual` into `message`, and leaves their error in `residual`.
 
-        `gradients` gets the old residual, so that all can be undone.
+        `gradients` then holds a copy of the old residual, by which `_decode` restores it if the step is not applied.
         """
 
     @abstractmethod
     def is_finite(self, part: Part, message: Tensor) -> bool:
-        """Whether all numbers were that the message stands for."""
+        """Whether all encoded numbers were finite."""
 
     @abstractmethod
     def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
-        """Adds what a message stands for to `gradients`."""
+        """Decodes `message` and adds it to `gradients`."""
 
 
 class BlockwiseCodec(Codec):
-    """Keeps a residual, and reduces by what a subclass says stands for blocks."""
+    """Keeps a residual, and sums blocks by the `BlockEncoding` of a subclass."""
 
-    # Up to so many ranks send their blocks to one another.
+    # Up to this number of ranks, all-gather; beyond, owners of parts.
     most_ranks_of_all_gather: int
 
     def __init__(self, bucket: Bucket, settings: CompressionSection, block: int) -> None:
-        """`block`: numbers in a block, at most `LONGEST_BLOCK`."""
+        """`block`: elements of a block, at most `LONGEST_BLOCK`."""
         super().__init__(bucket, settings)
         self._block = block
         self._residual = torch.zeros_like(bucket.buffer)
@@ -64,82 +129,81 @@ class BlockwiseCodec(Codec):
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}
 
-    def reduce_by_(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
-        """Replaces `gradients` by the sum of what stands for all ranks'."""
+    def reduce_by_(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
+        """Replaces `gradients` by the sum of all ranks' decoded gradients."""
         if not self.settings.error_feedback:
             self._residual.zero_()
         if exchange.size <= self.most_ranks_of_all_gather:
-            self._reduce_by_all_gather(coding, gradients, exchange)
+            self._reduce_by_all_gather(encoding, gradients, exchange)
         else:
-            self._reduce_by_owners(coding, gradients, exchange)
+            self._reduce_by_owners(encoding, gradients, exchange)
 
-    def _reduce_by_all_gather(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
-        (bucket,) = self._cut(1)
-        message = self._message(coding, bucket, _nbytes(coding, bucket), gradients)
-        arrived = exchange.all_gather(message)
-        self._deliver(coding, [bucket] * exchange.size, arrived, gradients)
+    def _reduce_by_all_gather(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
+        (bucket,) = self._split(1)
+        message = self._encode(encoding, bucket, _nbytes(encoding, bucket), gradients)
+        self._decode(encoding, [bucket] * exchange.size, exchange.all_gather(message), gradients)
 
-    def _reduce_by_owners(self, coding: BlockCoding, gradients: Tensor, exchange: Exchange) -> None:
-        parts = self._cut(exchange.size)
+    def _reduce_by_owners(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
+        parts = self._split(exchange.size)
         own = parts[exchange.rank]
-        nbytes = max(_nbytes(coding, part) for part in parts)
-        to_myself = gradients.new_zeros(nbytes, dtype=torch.uint8)
-        messages = [to_myself if part is own else self._message(coding, part, nbytes, gradients) for part in parts]
-        for rank, arrived in enumerate(exchange.all_to_all(messages)):
+        nbytes = max(_nbytes(encoding, part) for part in parts)
+        unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
+        messages = [unused if part is own else self._encode(encoding, part, nbytes, gradients) for part in parts]
+        for rank, message in enumerate(exchange.all_to_all(messages)):
             if rank != exchange.rank:
-                _add(coding, own, arrived, gradients)
-        summary = self._message(coding, own, nbytes, gradients)
-        self._deliver(coding, parts, exchange.all_gather(summary), gradients)
+                _add(encoding, own, message, gradients)
+        own_sum = self._encode(encoding, own, nbytes, gradients)
+        self._decode(encoding, parts, exchange.all_gather(own_sum), gradients)
 
-    def _cut(self, count: int) -> list[Part]:
+    def _split(self, count: int) -> list[Part]:
         if len(self._parts) != count:
-            self._parts = cut_into_parts(self.bucket, self._block, count)
+            self._parts = split_into_parts(self.bucket, self._block, count)
         return self._parts
 
-    def _message(self, coding: BlockCoding, part: Part, nbytes: int, gradients: Tensor) -> Tensor:
-        """What this rank tells of a part, whose old residual lies in `gradients` from here to `_deliver`."""
+    def _encode(self, encoding: BlockEncoding, part: Part, nbytes: int, gradients: Tensor) -> Tensor:
+        """This rank's message about a part, whose old residual lies in `gradients` from here to `_decode`."""
         message = gradients.new_zeros(nbytes, dtype=torch.uint8)
         dense, blocks = _sections(part, message)
-        owed = self._residual[part.dense]
-        torch.add(gradients[part.dense], owed, out=dense)
-        gradients[part.dense] = owed
+        residual = self._residual[part.dense]
+        torch.add(gradients[part.dense], residual, out=dense)
+        gradients[part.dense] = residual
         self._residual[part.dense] = 0
-        coding.encode(part, gradients, self._residual, blocks)
+        encoding.encode(part, gradients, self._residual, blocks)
         return message
 
-    def _deliver(
-        self, coding: BlockCoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor
+    def _decode(
+        self, encoding: BlockEncoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor
     ) -> None:
-        """Replaces `gradients` by the sum of messages in their order, or, if one is not finite, by NaN.
+        """Replaces `gradients` by the sum of the messages in order, or, if one of them is not finite, by NaN.
 
-        A gradient that is not finite is one that is not used: nothing of this step is then owed, on any rank.
+        A step with NaN is not applied, so all ranks then restore the residuals that they had before it.
         """
-        if all(_is_finite(coding, part, message) for part, message in zip(parts, messages, strict=True)):
+        if all(_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)):
             gradients.zero_()
             for part, message in zip(parts, messages, strict=True):
-                _add(coding, part, message, gradients)
+                _add(encoding, part, message, gradients)
             return
         self._residual.copy_(gradients)
         gradients.fill_(math.nan)
 
 
-def _nbytes(coding: BlockCoding, part: Part) -> int:
-    """Bytes of a message about a part, a multiple of 4: of several in one tensor each begins where a float32 may."""
-    return -(-(4 * len(part.dense) + coding.nbytes(part)) // 4) * 4
+def _nbytes(encoding: BlockEncoding, part: Part) -> int:
+    """Bytes of a message about a part, a multiple of 4: several in one tensor all start aligned for float32."""
+    return -(-(4 * len(part.dense) + encoding.nbytes(part)) // 4) * 4
 
 
 def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense elements as float32, and what stands for the blocks."""
+    """The dense elements as float32, and the encoded blocks."""
     length = 4 * len(part.dense)
     return message[:length].view(torch.float32), message[length:]
 
 
-def _is_finite(coding: BlockCoding, part: Part, message: Tensor) -> bool:
+def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> bool:
     dense, blocks = _sections(part, message)
-    return bool(dense.isfinite().all()) and coding.is_finite(part, blocks)
+    return bool(dense.isfinite().all()) and encoding.is_finite(part, blocks)
 
 
-def _add(coding: BlockCoding, part: Part, message: Tensor, gradients: Tensor) -> None:
+def _add(encoding: BlockEncoding, part: Part, message: Tensor, gradients: Tensor) -> None:
     dense, blocks = _sections(part, message)
     gradients.index_add_(0, part.dense, dense)
-    coding.add(part, blocks, gradients)
+    encoding.add(part, blocks, gradients)

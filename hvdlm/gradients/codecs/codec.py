@@ -1,10 +1,17 @@
-"""What a codec is: how the gradients of one bucket travel."""
+"""What a codec is: how the gradients of one bucket are sent; and its residual, for error feedback.
+
+Error feedback: what was not delivered at one step, the residual, is added to the gradients of the next (Seide et al.,
+"1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019,
+algorithm 2). Without it whatever a codec drops is lost, and a biased codec trains another model.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -33,13 +40,48 @@ class Codec(ABC):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """What is to be kept for the next step, flat and as long as the bucket's buffer, by name.
+        """What is kept for the next step, by name: tensors that are flat and as long as the bucket's buffer.
 
-        Checkpoints keep it for each rank. When a run goes on with another number of ranks, each gets an equal part
-        of the sum over the old ones: so nothing that was owed is lost.
+        Checkpoints save it for each rank. When a run is resumed on another number of ranks, each gets an equal part of
+        the sum over the old ones, so that no residual is lost.
         """
         return {}
 
-    def further_state(self) -> dict[str, Tensor]:
-        """More of the kind of `state`, in tensors of any shape, by names that no other bucket has."""
+    def extra_state(self) -> dict[str, Tensor]:
+        """Further state in tensors of any shape, by names that no other bucket has."""
         return {}
+
+
+class Residual:
+    """What this rank has not delivered of the gradients of a bucket: intended minus delivered."""
+
+    def __init__(self, bucket: Bucket, is_kept: bool) -> None:
+        """`is_kept`: False turns error feedback off."""
+        self.values = torch.zeros_like(bucket.buffer) if is_kept else None
+
+    def add_to_(self, gradients: Tensor) -> None:
+        """Adds the residual to `gradients`, which are then all that should be delivered."""
+        if self.values is not None:
+            gradients.add_(self.values)
+
+    def update(self, intended: Tensor, delivered: Callable[[], Tensor]) -> None:
+        """Sets the residual to the difference; `delivered` is called only if a residual is kept."""
+        if self.values is not None:
+            torch.sub(intended, delivered(), out=self.values)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.values is None else {"residual": self.values}
+
+
+def reduce_dense_(gradients: Tensor, residual: Tensor, exchange: Exchange) -> None:
+    """Replaces `gradients` by their dense sum, to which this rank adds its whole `residual`.
+
+    Where the residual is zero, the result is bit for bit the dense sum. Afterwards it is zero, unless the sum is not
+    finite.
+    """
+    has_residual = bool(residual.any())
+    if has_residual:
+        gradients.add_(residual)
+    exchange.all_reduce_(gradients)
+    if has_residual and gradients.isfinite().all():
+        residual.zero_()

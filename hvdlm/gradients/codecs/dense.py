@@ -1,4 +1,4 @@
-"""Codec `none`: gradients travel as they are."""
+"""Codec `none`: gradients are summed in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hvdlm.gradients.exchange import Exchange
 
 
 class Dense(Codec):
-    """The plain sum in float32; where the engine makes it, GradientSync leaves it to the engine."""
+    """The dense sum. Where the engine sums faster than the ring, GradientSync calls the engine directly."""
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         exchange.all_reduce_(gradients)

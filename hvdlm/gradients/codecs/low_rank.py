@@ -1,8 +1,9 @@
-"""Many matrices, and a few vectors to the left and to the right of each: the arithmetic of PowerSGD.
+"""Low-rank approximations of all matrices of a bucket, by left and right vectors of each: the arithmetic of PowerSGD.
 
-What is approximated is M = gradient + residual, read where both lie, so that neither changes before all is known. Loops
-that Numba compiles for the CPU read memory once each, all matrices of a bucket in one call; PyTorch operations do the
-same elsewhere. What every rank computes for itself and must be equal on all, sums in one order on every CPU.
+The matrix that is approximated is M = gradient + residual. It is read from both, so that neither changes before the
+step is known to be finite. Loops compiled by Numba for the CPU read memory once each, for all matrices of a bucket in
+one call; PyTorch operations do the same on other devices. What every rank computes for itself and must be equal on all
+ranks is summed in the same order on every CPU.
 """
 
 from __future__ import annotations
@@ -15,42 +16,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of a vector less than this part (of its square) is left without its predecessors: it is their sum, but for rounding.
+# A vector that keeps at most this share of its squared length is linearly dependent on those before it.
 _NEGLIGIBLE = 2.0**-32
 
-# Rows that are added to the right vectors together: these are then read and written once for so many.
+# Rows that are added to the right vectors in one pass over these.
 _STRIP = 4
 
-# For sums whose order is free, because what they make is only then summed over ranks: all lanes of a core work.
+# For sums whose order is free, because the results are only then summed over ranks: these loops are vectorised.
 _FREE_ORDER = {"reassoc", "contract", "nsz"}
 
 
 class Matrices(NamedTuple):
-    """Where matrices lie in a buffer, and `rank` vectors for each in buffers of their own: vector by vector."""
+    """Where matrices lie in a buffer, and their vectors in buffers of their own, `matrix_rank` for each, one by one."""
 
-    rank: int
-    places: Tensor  # (n, 5) int64, on the CPU: start, rows, columns, start of left and of right vectors
+    matrix_rank: int  # vectors on either side of a matrix
+    layout: Tensor  # (n, 5) int64, on the CPU: start, rows, columns, start of left and of right vectors
 
     def lefts(self) -> int:
-        """Numbers in all left vectors: (rank, rows) for each matrix."""
-        return self.rank * int(self.places[:, 1].sum())
+        """Numbers in all left vectors: (matrix_rank, rows) for each matrix."""
+        return self.matrix_rank * int(self.layout[:, 1].sum())
 
     def rights(self) -> int:
-        """Numbers in all right vectors: (rank, columns) for each matrix."""
-        return self.rank * int(self.places[:, 2].sum())
+        """Numbers in all right vectors: (matrix_rank, columns) for each matrix."""
+        return self.matrix_rank * int(self.layout[:, 2].sum())
 
-    def cut(self, *buffers: Tensor) -> Iterator[list[Tensor]]:
+    def split(self, *buffers: Tensor) -> Iterator[list[Tensor]]:
         """For each matrix its part (rows, columns) of each buffer."""
-        for start, rows, columns, _, _ in self.places.tolist():
+        for start, rows, columns, _, _ in self.layout.tolist():
             yield [buffer[start : start + rows * columns].view(rows, columns) for buffer in buffers]
 
-    def cut_lefts(self, lefts: Tensor) -> list[Tensor]:
-        """The left vectors (rank, rows) of each matrix."""
-        return [part.view(self.rank, -1) for part in lefts.split((self.rank * self.places[:, 1]).tolist())]
+    def split_lefts(self, lefts: Tensor) -> list[Tensor]:
+        """The left vectors (matrix_rank, rows) of each matrix."""
+        return [
+            part.view(self.matrix_rank, -1) for part in lefts.split((self.matrix_rank * self.layout[:, 1]).tolist())
+        ]
 
-    def cut_rights(self, rights: Tensor) -> list[Tensor]:
-        """The right vectors (rank, columns) of each matrix."""
-        return [part.view(self.rank, -1) for part in rights.split((self.rank * self.places[:, 2]).tolist())]
+    def split_rights(self, rights: Tensor) -> list[Tensor]:
+        """The right vectors (matrix_rank, columns) of each matrix."""
+        return [
+            part.view(self.matrix_rank, -1) for part in rights.split((self.matrix_rank * self.layout[:, 2]).tolist())
+        ]
 
 
 def multiply(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Tensor, lefts: Tensor) -> None:
@@ -69,19 +74,21 @@ def multiply_transposed(matrices: Matrices, gradients: Tensor, residual: Tensor,
         multiply_transposed_with_torch(matrices, gradients, residual, lefts, rights)
 
 
-def deliver(matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, own: Tensor, all_: Tensor) -> None:
-    """Leaves M less the products of left and `own` right vectors in `residual`; with `all_` right ones in `gradients`.
+def reconstruct(
+    matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, own_rights: Tensor, rights: Tensor
+) -> None:
+    """Writes left x `rights` into `gradients`, and M - left x `own_rights` into `residual`.
 
-    Equal `lefts` and `all_` make equal `gradients`, bit for bit, on every CPU.
+    Equal `lefts` and `rights` give equal `gradients`, bit for bit, on every CPU.
     """
     if gradients.is_cpu:
-        _deliver(*_arrays(matrices, gradients, residual, lefts, own, all_))
+        _reconstruct(*_arrays(matrices, gradients, residual, lefts, own_rights, rights))
     else:
-        deliver_with_torch(matrices, gradients, residual, lefts, own, all_)
+        reconstruct_with_torch(matrices, gradients, residual, lefts, own_rights, rights)
 
 
 def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
-    """Makes the left vectors of each matrix orthonormal; one that is a sum of those before it becomes zero.
+    """Makes the left vectors of each matrix orthonormal; one that depends linearly on those before it becomes zero.
 
     Gram-Schmidt, each vector twice, which is enough (Giraud et al., Numerische Mathematik 2005), in float64.
     """
@@ -91,69 +98,79 @@ def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
         orthonormalise_with_torch(matrices, lefts)
 
 
-def point_along(basis: Tensor, rights: Tensor) -> None:
-    """Turns each vector of `basis` (n, columns) into the direction of that of `rights`; if that is zero, it stays."""
+def set_directions(basis: Tensor, rights: Tensor) -> None:
+    """Sets each vector of `basis` (n, columns) to the direction of that of `rights`, unless that is zero."""
     lengths = torch.linalg.vector_norm(rights.double(), dim=1, keepdim=True)
     basis.copy_(torch.where(lengths > 0, rights / lengths, basis))
 
 
 def compile_for_cpu() -> None:
-    """Compiles all loops, or loads what an earlier process has compiled, so that no training step has to."""
+    """Compiles the loops, or loads them from the cache, before the first training step."""
     matrices = Matrices(1, torch.tensor([[0, 1, 1, 0, 0]]))
     one = torch.ones(1)
     multiply(matrices, one, one, one, one.clone())
     multiply_transposed(matrices, one, one, one, one.clone())
     orthonormalise(matrices, one.clone())
-    deliver(matrices, one.clone(), one.clone(), one, one, one)
+    reconstruct(matrices, one.clone(), one.clone(), one, one, one)
 
 
 def _arrays(matrices: Matrices, *tensors: Tensor) -> tuple[Any, ...]:
-    return (matrices.rank, matrices.places.numpy(), *(tensor.numpy() for tensor in tensors))
+    return (matrices.matrix_rank, matrices.layout.numpy(), *(tensor.numpy() for tensor in tensors))
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
 def _multiply(
-    rank: int, places: np.ndarray, gradients: np.ndarray, residual: np.ndarray, rights: np.ndarray, lefts: np.ndarray
+    matrix_rank: int,
+    layout: np.ndarray,
+    gradients: np.ndarray,
+    residual: np.ndarray,
+    rights: np.ndarray,
+    lefts: np.ndarray,
 ) -> None:
-    for matrix in range(len(places)):
-        start, rows, columns, left, right = places[matrix]
-        line = np.empty(columns, np.float32)
+    for matrix in range(len(layout)):
+        start, rows, columns, left, right = layout[matrix]
+        sum_row = np.empty(columns, np.float32)
         for row in range(rows):
-            fresh = gradients[start + row * columns : start + (row + 1) * columns]
-            owed = residual[start + row * columns : start + (row + 1) * columns]
+            gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+            residual_row = residual[start + row * columns : start + (row + 1) * columns]
             for column in range(columns):
-                line[column] = fresh[column] + owed[column]
-            for which in range(rank):
+                sum_row[column] = gradient_row[column] + residual_row[column]
+            for which in range(matrix_rank):
                 vector = rights[right + which * columns : right + (which + 1) * columns]
                 total = np.float32(0)
                 for column in range(columns):
-                    total += line[column] * vector[column]
+                    total += sum_row[column] * vector[column]
                 lefts[left + which * rows + row] = total
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
 def _multiply_transposed(
-    rank: int, places: np.ndarray, gradients: np.ndarray, residual: np.ndarray, lefts: np.ndarray, rights: np.ndarray
+    matrix_rank: int,
+    layout: np.ndarray,
+    gradients: np.ndarray,
+    residual: np.ndarray,
+    lefts: np.ndarray,
+    rights: np.ndarray,
 ) -> None:
     rights[:] = 0
-    for matrix in range(len(places)):
-        start, rows, columns, left, right = places[matrix]
-        lines = np.zeros((_STRIP, columns), np.float32)
-        factors = np.zeros((rank, _STRIP), np.float32)
+    for matrix in range(len(layout)):
+        start, rows, columns, left, right = layout[matrix]
+        strip = np.zeros((_STRIP, columns), np.float32)
+        factors = np.zeros((matrix_rank, _STRIP), np.float32)
         for top in range(0, rows, _STRIP):
             height = min(_STRIP, rows - top)
-            factors[:, height:] = 0  # the last strip may have fewer rows; its other lines are of the one before
-            for place in range(height):
-                row = top + place
-                fresh = gradients[start + row * columns : start + (row + 1) * columns]
-                owed = residual[start + row * columns : start + (row + 1) * columns]
-                line = lines[place]
+            factors[:, height:] = 0  # the last strip may have fewer rows: its other strip are left from the one before
+            for offset in range(height):
+                row = top + offset
+                gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+                residual_row = residual[start + row * columns : start + (row + 1) * columns]
+                sum_row = strip[offset]
                 for column in range(columns):
-                    line[column] = fresh[column] + owed[column]
-                for which in range(rank):
-                    factors[which, place] = lefts[left + which * rows + row]
-            first, second, third, fourth = lines[0], lines[1], lines[2], lines[3]
-            for which in range(rank):
+                    sum_row[column] = gradient_row[column] + residual_row[column]
+                for which in range(matrix_rank):
+                    factors[which, offset] = lefts[left + which * rows + row]
+            first, second, third, fourth = strip[0], strip[1], strip[2], strip[3]
+            for which in range(matrix_rank):
                 a, b, c, d = factors[which, 0], factors[which, 1], factors[which, 2], factors[which, 3]
                 vector = rights[right + which * columns : right + (which + 1) * columns]
                 for column in range(columns):
@@ -161,38 +178,38 @@ def _multiply_transposed(
 
 
 @numba.njit(cache=True, nogil=True)
-def _deliver(
-    rank: int,
-    places: np.ndarray,
+def _reconstruct(
+    matrix_rank: int,
+    layout: np.ndarray,
     gradients: np.ndarray,
     residual: np.ndarray,
     lefts: np.ndarray,
-    own: np.ndarray,
-    all_: np.ndarray,
+    own_rights: np.ndarray,
+    rights: np.ndarray,
 ) -> None:
-    for matrix in range(len(places)):
-        start, rows, columns, left, right = places[matrix]
+    for matrix in range(len(layout)):
+        start, rows, columns, left, right = layout[matrix]
         for row in range(rows):
-            fresh = gradients[start + row * columns : start + (row + 1) * columns]
-            owed = residual[start + row * columns : start + (row + 1) * columns]
+            gradient_row = gradients[start + row * columns : start + (row + 1) * columns]
+            residual_row = residual[start + row * columns : start + (row + 1) * columns]
             for column in range(columns):
-                owed[column] += fresh[column]
-                fresh[column] = 0
-            for which in range(rank):
+                residual_row[column] += gradient_row[column]
+                gradient_row[column] = 0
+            for which in range(matrix_rank):
                 factor = lefts[left + which * rows + row]
-                mine = own[right + which * columns : right + (which + 1) * columns]
-                ours = all_[right + which * columns : right + (which + 1) * columns]
+                own = own_rights[right + which * columns : right + (which + 1) * columns]
+                total = rights[right + which * columns : right + (which + 1) * columns]
                 for column in range(columns):
-                    owed[column] -= factor * mine[column]
-                    fresh[column] += factor * ours[column]
+                    residual_row[column] -= factor * own[column]
+                    gradient_row[column] += factor * total[column]
 
 
 @numba.njit(cache=True, nogil=True)
-def _orthonormalise(rank: int, places: np.ndarray, lefts: np.ndarray) -> None:
-    for matrix in range(len(places)):
-        rows, left = places[matrix, 1], places[matrix, 3]
-        done = np.zeros((rank, rows))
-        for which in range(rank):
+def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> None:
+    for matrix in range(len(layout)):
+        rows, left = layout[matrix, 1], layout[matrix, 3]
+        done = np.zeros((matrix_rank, rows))
+        for which in range(matrix_rank):
             vector = lefts[left + which * rows : left + (which + 1) * rows].astype(np.float64)
             before = _dot(vector, vector)
             for _ in range(2):
@@ -208,7 +225,7 @@ def _orthonormalise(rank: int, places: np.ndarray, lefts: np.ndarray) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    """Four sums side by side, since an addition takes longer than it takes to begin the next one."""
+    """Four independent sums, since an addition takes longer than it takes to issue the next one."""
     first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
     whole = len(a) - len(a) % 4
     for i in range(0, whole, 4):
@@ -223,38 +240,43 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 def multiply_with_torch(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Tensor, lefts: Tensor) -> None:
     """`multiply` on any device."""
-    vectors = zip(matrices.cut_rights(rights), matrices.cut_lefts(lefts), strict=True)
-    for (fresh, owed), (right, left) in zip(matrices.cut(gradients, residual), vectors, strict=True):
-        torch.mm(right, (fresh + owed).t(), out=left)
+    vectors = zip(matrices.split_rights(rights), matrices.split_lefts(lefts), strict=True)
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (right, left) in parts:
+        torch.mm(right, (gradient_matrix + residual_matrix).t(), out=left)
 
 
 def multiply_transposed_with_torch(
     matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, rights: Tensor
 ) -> None:
     """`multiply_transposed` on any device."""
-    vectors = zip(matrices.cut_lefts(lefts), matrices.cut_rights(rights), strict=True)
-    for (fresh, owed), (left, right) in zip(matrices.cut(gradients, residual), vectors, strict=True):
-        torch.mm(left, fresh + owed, out=right)
+    vectors = zip(matrices.split_lefts(lefts), matrices.split_rights(rights), strict=True)
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (left, right) in parts:
+        torch.mm(left, gradient_matrix + residual_matrix, out=right)
 
 
-def deliver_with_torch(
-    matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, own: Tensor, all_: Tensor
+def reconstruct_with_torch(
+    matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, own_rights: Tensor, rights: Tensor
 ) -> None:
-    """`deliver` on any device."""
-    vectors = zip(matrices.cut_lefts(lefts), matrices.cut_rights(own), matrices.cut_rights(all_), strict=True)
-    for (fresh, owed), (left, mine, ours) in zip(matrices.cut(gradients, residual), vectors, strict=True):
-        owed.add_(fresh).addmm_(left.t(), mine, alpha=-1)
-        torch.mm(left.t(), ours, out=fresh)
+    """`reconstruct` on any device."""
+    vectors = zip(
+        matrices.split_lefts(lefts), matrices.split_rights(own_rights), matrices.split_rights(rights), strict=True
+    )
+    parts = zip(matrices.split(gradients, residual), vectors, strict=True)
+    for (gradient_matrix, residual_matrix), (left, own, total) in parts:
+        residual_matrix.add_(gradient_matrix).addmm_(left.t(), own, alpha=-1)
+        torch.mm(left.t(), total, out=gradient_matrix)
 
 
 def orthonormalise_with_torch(matrices: Matrices, lefts: Tensor) -> None:
     """`orthonormalise` on any device, all matrices at once: zeros behind the shorter ones change no sum."""
-    parts = matrices.cut_lefts(lefts)
+    parts = matrices.split_lefts(lefts)
     longest = max((part.shape[1] for part in parts), default=0)
-    done = lefts.new_zeros(len(parts), matrices.rank, longest, dtype=torch.float64)
+    done = lefts.new_zeros(len(parts), matrices.matrix_rank, longest, dtype=torch.float64)
     for part, padded in zip(parts, done, strict=True):
         padded[:, : part.shape[1]] = part
-    for which in range(matrices.rank):
+    for which in range(matrices.matrix_rank):
         vectors, earlier = done[:, which : which + 1], done[:, :which]  # (n, 1, longest), (n, which, longest)
         before = vectors.square().sum(2, keepdim=True)
         for _ in range(2):

@@ -1,62 +1,73 @@
-"""Codec `topk`: of each block of a matrix the numbers of largest magnitude travel, as fp16; the rest waits.
+"""Codec `topk`: of each block of a matrix the elements of largest magnitude are sent, as fp16; the rest is residual.
 
-A block is at most 256 numbers, so that a place in it takes one byte, messages have one size on all ranks, and one pass
-over memory suffices. What was not chosen, and what rounding to fp16 took from what was, is added to the next step's
-gradients (blockwise.py; Lin et al., "Deep Gradient Compression", ICLR 2018, section 3). Owners choose in their turn.
+A block has at most 256 elements, so that an index in it takes one byte, messages have one size on all ranks, and one
+pass over memory suffices. What was not chosen, and what rounding to fp16 took from what was, is added to the next
+step's gradients (blockwise.py; Lin et al., "Deep Gradient Compression", ICLR 2018, section 3). Owners of parts choose
+again.
 
 On one rank delivered + residual is the float32 sum gradient + old residual, bit for bit: a number less its fp16
-rounding is itself a float32 number, so no bit is lost, however small.
+rounding is a float32 number, so no bit is lost, however small.
+
+Selection has two implementations, equal bit for bit: loops compiled by Numba for the CPU, each one pass over memory,
+and PyTorch operations for other devices. Chosen elements are in the order of blocks, and within one the largest
+magnitude first; among equal ones, the first in its block.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs import halves, selection
-from hvdlm.gradients.codecs.blocks import LONGEST_BLOCK, Part
-from hvdlm.gradients.codecs.blockwise import BlockCoding, BlockwiseCodec
-from hvdlm.gradients.codecs.cast import ScaledCast
-from hvdlm.gradients.codecs.selection import add_chosen, choose
+from hvdlm.gradients.codecs import cast
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.codec import reduce_dense_
 from hvdlm.gradients.exchange import Exchange
-from hvdlm.gradients.feedback import reduce_whole_
 
-_FP16 = ScaledCast(torch.float16)
+_FP16 = cast.CastEncoding(torch.float16)
+
+# Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity.
+_MAGNITUDE = 0x7FFFFFFF
+
+# The greatest key (magnitude x 256 + 255 - index) is that of the largest magnitude, at the smallest index among equals.
+_LAST_INDEX = LONGEST_BLOCK - 1
 
 
 class TopK(BlockwiseCodec):
-    """Sends the share `compression.density` of each large matrix; biases and other small tensors as they are."""
+    """Sends the share `compression.density` of each large matrix, and biases and other small tensors as float32."""
 
-    # For three ranks all-gather sends half as much again as the way by owners, but nobody waits for a second message.
+    # Among three ranks all-gather sends half as much again as owners of parts would, but needs one message, not two.
     most_ranks_of_all_gather = 3
 
     def __init__(self, bucket: Bucket, settings: CompressionSection) -> None:
         self._kept = max(1, int(LONGEST_BLOCK * settings.density))
         super().__init__(bucket, settings, min(LONGEST_BLOCK, round(self._kept / settings.density)))
         if bucket.buffer.is_cpu:
-            selection.compile_for_cpu()
-            halves.compile_for_cpu()
+            compile_for_cpu()
+            cast.compile_for_cpu()
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         kept = self._kept_at(step)
         if kept == self._block:
-            reduce_whole_(gradients, self._residual, exchange)
+            reduce_dense_(gradients, self._residual, exchange)
         else:
-            self.reduce_by_(_Largest(kept), gradients, exchange)
+            self.reduce_by_(_TopKEncoding(kept), gradients, exchange)
 
     def _kept_at(self, step: int) -> int:
-        """Numbers of a block that travel: all for `compression.warmup_steps`, then exponentially fewer for as many."""
+        """Elements of a block to send: all for `compression.warmup_steps`, then exponentially fewer for as many."""
         warmup = self.settings.warmup_steps
         progress = min(max(step / warmup - 1, 0.0), 1.0) if warmup else 1.0
         return max(self._kept, round(self._block * math.pow(self.settings.density, progress)))
 
 
-class _Largest(BlockCoding):
-    """The numbers of largest magnitude of each block: values as fp16 with their scale, then places."""
+class _TopKEncoding(BlockEncoding):
+    """The elements of largest magnitude of each block: values as fp16 with their scale, then indices."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -65,9 +76,9 @@ class _Largest(BlockCoding):
         return sum(self._lengths(part))
 
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
-        numbers, places = self._sections(part, message)
+        numbers, indices = self._sections(part, message)
         values, chosen = choose(part, self._kept, gradients, residual)
-        places.copy_(chosen)
+        indices.copy_(chosen)
         if len(values):
             _FP16.encode(values, numbers)
             _FP16.decode(numbers, values)
@@ -77,20 +88,133 @@ class _Largest(BlockCoding):
         return bool(self._values(part, message).isfinite().all())
 
     def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
-        _, places = self._sections(part, message)
-        add_chosen(part, self._kept, self._values(part, message), places, gradients)
+        _, indices = self._sections(part, message)
+        add_chosen(part, self._kept, self._values(part, message), indices, gradients)
 
     def _values(self, part: Part, message: Tensor) -> Tensor:
-        numbers, places = self._sections(part, message)
-        values = torch.empty_like(places, dtype=torch.float32)
+        numbers, indices = self._sections(part, message)
+        values = torch.empty_like(indices, dtype=torch.float32)
         if len(values):
             _FP16.decode(numbers, values)
         return values
 
     def _sections(self, part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
-        numbers, places = message[: self.nbytes(part)].split(self._lengths(part))
-        return numbers, places
+        numbers, indices = message[: self.nbytes(part)].split(self._lengths(part))
+        return numbers, indices
 
     def _lengths(self, part: Part) -> tuple[int, int]:
-        entries = part.entries(self._kept)
-        return _FP16.nbytes(entries), entries
+        count = part.chosen_count(self._kept)
+        return _FP16.nbytes(count), count
+
+
+def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the blocks of `gradients` to those of `residual`, and returns the `kept` largest magnitudes of each block.
+
+    They are returned as float32 values, which `residual` still contains, and uint8 indices within their blocks.
+    `gradients` is overwritten by the old residual, so that the step can be undone.
+    """
+    values = gradients.new_empty(part.chosen_count(kept))
+    indices = torch.empty_like(values, dtype=torch.uint8)
+    if gradients.is_cpu:
+        arrays = gradients.numpy(), residual.numpy(), values.numpy(), indices.numpy()
+        _choose(part.block, part.spans.numpy(), kept, *arrays)
+    else:
+        choose_with_torch(part, kept, gradients, residual, values, indices)
+    return values, indices
+
+
+def add_chosen(part: Part, kept: int, values: Tensor, indices: Tensor, target: Tensor) -> None:
+    """Adds each of `values` to `target` where `choose` has found it."""
+    if target.is_cpu:
+        _add_chosen(part.block, part.spans.numpy(), kept, values.numpy(), indices.numpy(), target.numpy())
+    else:
+        add_chosen_with_torch(part, kept, values, indices, target)
+
+
+def compile_for_cpu() -> None:
+    """Compiles the loops, or loads them from the cache, before the first training step."""
+    part = Part(1, torch.tensor([[0, 1]]), torch.empty(0, dtype=torch.int64))
+    values, indices = choose(part, 1, torch.zeros(1), torch.zeros(1))
+    add_chosen(part, 1, values, indices, torch.zeros(1))
+
+
+@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+def _choose(
+    block: int,
+    spans: np.ndarray,
+    kept: int,
+    gradients: np.ndarray,
+    residual: np.ndarray,
+    values: np.ndarray,
+    indices: np.ndarray,
+) -> None:
+    keys = np.empty(LONGEST_BLOCK, np.int64)
+    entry = 0
+    for span in range(len(spans)):
+        end = spans[span, 1]
+        for start in range(spans[span, 0], end, block):
+            gradient_block = gradients[start : min(start + block, end)]
+            residual_block = residual[start : min(start + block, end)]
+            for index in range(len(residual_block)):
+                intended = np.float32(gradient_block[index] + residual_block[index])
+                gradient_block[index] = residual_block[index]
+                residual_block[index] = intended
+                magnitude = np.int64(intended.view(np.int32) & _MAGNITUDE)
+                keys[index] = magnitude * LONGEST_BLOCK + _LAST_INDEX - index
+            for _ in range(min(kept, len(residual_block))):
+                # Over integers, whose maximum does not depend on the order of comparison: the loop is vectorised
+                greatest = np.int64(-1)
+                for index in range(len(residual_block)):
+                    greatest = max(greatest, keys[index])
+                chosen = _LAST_INDEX - (greatest & _LAST_INDEX)
+                keys[chosen] = -1
+                values[entry] = residual_block[chosen]
+                indices[entry] = chosen
+                entry += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_chosen(
+    block: int, spans: np.ndarray, kept: int, values: np.ndarray, indices: np.ndarray, target: np.ndarray
+) -> None:
+    entry = 0
+    for span in range(len(spans)):
+        end = spans[span, 1]
+        for start in range(spans[span, 0], end, block):
+            for _ in range(min(kept, min(start + block, end) - start)):
+                target[start + indices[entry]] += values[entry]
+                entry += 1
+
+
+def choose_with_torch(
+    part: Part, kept: int, gradients: Tensor, residual: Tensor, values: Tensor, indices: Tensor
+) -> None:
+    """`choose` on any device, into `values` and `indices`."""
+    for start, stop, length, entries in _runs(part, kept):
+        gradient_block, residual_block = gradients[start:stop], residual[start:stop]
+        intended = gradient_block + residual_block
+        gradient_block.copy_(residual_block)
+        residual_block.copy_(intended)
+        rows = intended.view(-1, length)  # (blocks, length)
+        descending = torch.arange(_LAST_INDEX, _LAST_INDEX - length, -1, device=rows.device)
+        keys = (rows.view(torch.int32) & _MAGNITUDE).long() * LONGEST_BLOCK + descending
+        chosen = _LAST_INDEX - (keys.topk(min(kept, length), dim=1).values & _LAST_INDEX)
+        values[entries] = rows.gather(1, chosen).view(-1)
+        indices[entries] = chosen.view(-1).to(torch.uint8)
+
+
+def add_chosen_with_torch(part: Part, kept: int, values: Tensor, indices: Tensor, target: Tensor) -> None:
+    """`add_chosen` on any device."""
+    for start, stop, length, entries in _runs(part, kept):
+        rows = target[start:stop].view(-1, length)  # (blocks, length)
+        shape = (len(rows), min(kept, length))
+        rows.scatter_add_(1, indices[entries].view(shape).long(), values[entries].view(shape))
+
+
+def _runs(part: Part, kept: int) -> Iterator[tuple[int, int, int, slice]]:
+    """For each run of blocks of one length: start, stop, that length, and which of the chosen elements are its."""
+    entry = 0
+    for start, stop, length in part.runs():
+        entries = (stop - start) // length * min(kept, length)
+        yield start, stop, length, slice(entry, entry + entries)
+        entry += entries

@@ -1,0 +1,106 @@
+"""The systems by name: how each is built, which must agree with DDP, and which share a job."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compare import systems
+from compare.systems import System
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config
+from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError
+
+LIMIT = "no communication"
+REFERENCE = "DDP"
+
+# Codecs whose gradients are exact, or rounded to 16-bit numbers.
+_DENSE_CODECS = ("none", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A system that hvdlm is compared with; `engine` is that of the job it runs in."""
+
+    engine: str
+    build: Callable[[Config, Communicator, DataSet], System]
+    is_dense: bool = True
+    has_own_job: bool = False  # it may crash, and would end the other systems of its job
+
+
+PEERS = {
+    REFERENCE: Peer("torch", systems.ddp),
+    "DDP fp16": Peer("torch", systems.ddp_fp16),
+    "DDP PowerSGD": Peer("torch", systems.ddp_power_sgd, is_dense=False, has_own_job=True),
+    "Horovod": Peer("horovod", systems.horovod),
+    "Horovod fp16": Peer("horovod", systems.horovod_fp16),
+}
+
+
+@dataclass(frozen=True)
+class SystemGroup:
+    """The systems of one job, whose ranks are connected by one engine."""
+
+    engine: str
+    names: tuple[str, ...]
+
+
+def hvdlm_name(engine: str, codec: str) -> str:
+    """The name of hvdlm with an engine and a codec."""
+    return f"hvdlm {engine} {codec}"
+
+
+def is_hvdlm(name: str) -> bool:
+    """Whether a system is hvdlm, with or without communication."""
+    return name not in PEERS
+
+
+def is_dense(name: str) -> bool:
+    """Whether a system must train the same model as DDP, up to the rounding of gradients to 16-bit numbers."""
+    if name in PEERS:
+        return PEERS[name].is_dense
+    return name != LIMIT and _codec(name) in _DENSE_CODECS
+
+
+def group_systems(codecs: Sequence[str], engines: Sequence[str], peer_names: Sequence[str]) -> list[SystemGroup]:
+    """All systems by job. The limit is the first of them, and the reference is always included.
+
+    hvdlm runs every codec on the first engine, and `none` on the others. Systems on one engine share a job, which
+    saves memory. Raises HvdlmError if Horovod is asked for and not installed.
+    """
+    first, *others = engines
+    by_engine = {first: [LIMIT, *(hvdlm_name(first, codec) for codec in codecs)]}
+    for engine in others:
+        by_engine[engine] = [hvdlm_name(engine, "none")]
+    own_jobs = []
+    for name in dict.fromkeys([REFERENCE, *peer_names]):
+        peer = PEERS[name]
+        if peer.has_own_job:
+            own_jobs.append(SystemGroup(peer.engine, (name,)))
+        else:
+            by_engine.setdefault(peer.engine, []).append(name)
+    if "horovod" in by_engine and importlib.util.find_spec("horovod") is None:
+        raise HvdlmError(
+            "Horovod is not installed: run `hvdlm install-horovod`, or leave it out with --engines and --peers"
+        )
+    return [*(SystemGroup(engine, tuple(names)) for engine, names in by_engine.items()), *own_jobs]
+
+
+def table_order(names: Sequence[str]) -> list[str]:
+    """The order of rows: hvdlm's systems as they come, the limit first, then the peers."""
+    return [*(name for name in names if is_hvdlm(name)), *(name for name in PEERS if name in names)]
+
+
+def build(name: str, config: Config, communicator: Communicator, data: DataSet) -> System:
+    """Builds a system on this rank. Collective over the ranks of its job."""
+    if name in PEERS:
+        return PEERS[name].build(config, communicator, data)
+    if name == LIMIT:
+        return systems.hvdlm_without_communication(config, data)
+    return systems.hvdlm_with_codec(_codec(name), config, communicator, data)
+
+
+def _codec(name: str) -> str:
+    return name.split(" ", 2)[2]

@@ -1,0 +1,165 @@
+"""The systems that are compared: hvdlm, and its peers as their users write them.
+
+All train the same model on the same batches with the same loss, optimizer, learning rates and clipping. The peers are
+PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, and Horovod's
+DistributedOptimizer. hvdlm computes with its own bf16 copies of the weights, the peers under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from common.batches import open_loader
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.config import Config, Precision
+from hvdlm.data.shard import DataSet
+from hvdlm.model.loss import token_loss
+from hvdlm.model.transformer import Transformer
+from hvdlm.training.optimizer import make_optimizer, set_learning_rate
+from hvdlm.training.precision import DTYPES
+from hvdlm.training.schedule import learning_rate
+from hvdlm.training.trainer import Trainer
+
+POWER_SGD_MATRIX_RANK = 4
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What hvdlm reports of the gradient exchange of one step on this rank."""
+
+    waited_seconds: float  # for other ranks: the "wait" phase of the trainer's step timer
+    wire_bytes: int  # sent
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to train one model. `step` trains on the next global batch; peers have nothing to report."""
+
+    model: Transformer
+    step: Callable[[], StepReport | None]
+
+
+def hvdlm_with_codec(codec: str, config: Config, communicator: Communicator, data: DataSet) -> System:
+    """hvdlm's trainer, whose gradients are exchanged with this codec."""
+    compression = config.compression.model_copy(update={"codec": codec})
+    return _hvdlm(config.model_copy(update={"compression": compression}), communicator, data)
+
+
+def hvdlm_without_communication(config: Config, data: DataSet) -> System:
+    """hvdlm's trainer, alone on each rank, with as many sequences per step as the rank has in the other systems."""
+    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
+    return _hvdlm(config.model_copy(update={"train": train}), SoloCommunicator(), data)
+
+
+def ddp(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """DDP without a communication hook."""
+    return _ddp(config, communicator, data, lambda replica: None)
+
+
+def ddp_fp16(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """DDP with PyTorch's fp16_compress_hook."""
+    return _ddp(
+        config, communicator, data, lambda replica: replica.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    )
+
+
+def ddp_power_sgd(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """DDP with PyTorch's PowerSGD hook (Vogels et al., NeurIPS 2019), from the third step on, the earliest possible."""
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWER_SGD_MATRIX_RANK, start_powerSGD_iter=2)
+    return _ddp(
+        config, communicator, data, lambda replica: replica.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    )
+
+
+def horovod(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """Horovod's DistributedOptimizer without compression."""
+    return _horovod(config, communicator, data, "none")
+
+
+def horovod_fp16(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """Horovod's DistributedOptimizer with Compression.fp16."""
+    return _horovod(config, communicator, data, "fp16")
+
+
+def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
+    trainer = Trainer(config, communicator, data, data.vocab_size, torch.device("cpu"))
+    loader = trainer.open_loader()
+
+    def step() -> StepReport:
+        trainer.train_step(loader, stop_here=False)
+        return StepReport(trainer.timer.seconds()["wait"], trainer.sync.traffic.wire_bytes)
+
+    return System(trainer.model, step)
+
+
+class _MeanLoss(nn.Module):
+    """The model and its loss under autocast, as one module that DDP can wrap."""
+
+    def __init__(self, model: Transformer, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.dtype = model, DTYPES[precision]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """inputs, targets: (B, T) int64. Returns the mean loss in nats per token."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return token_loss(self.model(inputs), self.model.output_weight, targets, self.dtype) / targets.numel()
+
+
+def _ddp(
+    config: Config, communicator: Communicator, data: DataSet, register: Callable[[DistributedDataParallel], None]
+) -> System:
+    model = _model(config, data)
+    optimizer = make_optimizer(model, config.optimizer)
+    replica = DistributedDataParallel(_MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
+    register(replica)
+    loader = open_loader(config, data, communicator)
+
+    def step() -> None:
+        batch = loader.next()
+        set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
+        optimizer.zero_grad(set_to_none=True)
+        replica(batch.inputs, batch.targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+
+    return System(model, step)
+
+
+def _horovod(config: Config, communicator: Communicator, data: DataSet, compression: str) -> System:
+    import horovod.torch as hvd
+
+    model = _model(config, data)
+    mean_loss = _MeanLoss(model, config.train.precision)
+    optimizer = hvd.DistributedOptimizer(
+        make_optimizer(model, config.optimizer),
+        # Horovod identifies tensors by name, and two of its optimizers may share a job
+        named_parameters=[(f"{compression}.{name}", parameter) for name, parameter in model.named_parameters()],
+        compression=getattr(hvd.Compression, compression),
+    )
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    loader = open_loader(config, data, communicator)
+
+    def step() -> None:
+        batch = loader.next()
+        set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
+        optimizer.zero_grad()
+        mean_loss(batch.inputs, batch.targets).backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    return System(model, step)
+
+
+def _model(config: Config, data: DataSet) -> Transformer:
+    model = Transformer(config.model, data.vocab_size)
+    model.initialise(config.train.seed)
+    return model

@@ -1,1 +1,0 @@
-"""The parts of convergence.py: its runs of `hvdlm train`, and their curves."""

@@ -1,0 +1,1 @@
+"""The parts of scaling.py, report.py and allreduce.py."""

@@ -1,1 +1,0 @@
-"""The parts of scaling.py, report.py, allreduce.py and timeline.py."""

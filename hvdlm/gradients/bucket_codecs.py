@@ -1,0 +1,75 @@
+"""The buckets of a model and the codec of each, with the state that codecs keep from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.auto.plan import CodecPlan
+from hvdlm.gradients.auto.switchable import SwitchableCodec
+from hvdlm.gradients.bucket import make_buckets
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.registry import codec_factory
+
+
+class BucketCodecs:
+    """`codecs[i]` sends the gradients of `buckets[i]`."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        bucket_bytes: int,
+        settings: CompressionSection,
+        plan: CodecPlan | None,
+    ) -> None:
+        """Takes over `.grad` of all `parameters`. `plan`: codecs that can be switched; None: `compression.codec`."""
+        self.plan = plan  # in use
+        self._parameters, self._settings = parameters, settings
+        self.buckets = make_buckets(parameters, bucket_bytes)
+        self.codecs: list[Codec] = []
+        if plan is None:
+            make_codec = codec_factory(settings.codec)
+            self.codecs += [make_codec(bucket, settings) for bucket in self.buckets]
+        else:
+            self._make_switchable(plan)
+
+    def switch_to(self, plan: CodecPlan) -> bool:
+        """Uses the codecs of `plan` from the next step on, and returns whether that needed other buckets.
+
+        Residuals stay with their parameters. Only between steps, and only if the constructor was given a plan.
+        """
+        old, self.plan = self.plan, plan
+        assert old is not None
+        if plan.bucket_bytes == old.bucket_bytes:
+            for codec, name in zip(self.codecs, plan.names, strict=True):
+                assert isinstance(codec, SwitchableCodec)
+                codec.switch_to(name)
+            return False
+        kept = {name: tensor.clone() for name, tensor in self.state().items()}
+        self.buckets = make_buckets(self._parameters, plan.bucket_bytes)
+        self._make_switchable(plan)
+        for name, tensor in self.state().items():
+            if name in kept:
+                tensor.copy_(kept[name])
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
+        by_parameter = {
+            f"{kind}.{name}": piece
+            for bucket, codec in zip(self.buckets, self.codecs, strict=True)
+            for kind, flat in codec.state().items()
+            for name, piece in zip(bucket.names, bucket.split(flat), strict=True)
+        }
+        extra = {name: tensor for codec in self.codecs for name, tensor in codec.extra_state().items()}
+        return {**by_parameter, **extra}
+
+    def flat_states(self) -> list[Tensor]:
+        """The tensors of `Codec.state` of all codecs: residuals."""
+        return [flat for codec in self.codecs for flat in codec.state().values()]
+
+    def _make_switchable(self, plan: CodecPlan) -> None:
+        pairs = zip(plan.names, self.buckets, strict=True)
+        self.codecs = [SwitchableCodec(name, bucket, self._settings) for name, bucket in pairs]

@@ -1,0 +1,122 @@
+"""A channel to the other ranks: one communication thread, on a GPU with its stream, and a communicator of its own."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.algorithm_probe import probe_algorithms
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.ring import Ring
+from hvdlm.config import CommSection, CompressionSection
+from hvdlm.errors import HvdlmError
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.exchange import Exchange
+from hvdlm.gradients.hierarchy import Hierarchy
+from hvdlm.timing import Span, total_seconds
+
+
+class Channel:
+    """Sums buckets over all ranks by a codec, one at a time, in the order in which they are submitted."""
+
+    def __init__(
+        self, communicator: Communicator, hierarchy: Hierarchy | None, exchange: Exchange, device: torch.device
+    ) -> None:
+        """`communicator`: all ranks, for this channel alone if the engine can split. `exchange`: they or leaders."""
+        self.communicator, self.hierarchy, self.exchange = communicator, hierarchy, exchange
+        self.spans: list[Span] = []  # of codecs at work, exchange included, since `reset_counters`
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-gradients")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def reset_counters(self) -> None:
+        """Counts bytes and seconds from zero."""
+        self.exchange.reset_counters()
+        self.spans = []
+
+    @property
+    def codec_seconds(self) -> float:
+        """Seconds of encoding and decoding, without the exchange."""
+        return total_seconds(self.spans) - self.exchange.seconds
+
+    def submit(self, codec: Codec, gradients: Tensor, step: int, name: str) -> Work[None]:
+        """Queues `reduce_` for the communication thread.
+
+        On a GPU it is ordered after what the current stream has been given so far, and the stream that is current in
+        `wait` is ordered after it.
+        """
+        stream = self._stream
+        if stream is None:
+            return Work(self._thread.submit(self.reduce_, codec, gradients, step, name).result)
+        ready, finished = torch.cuda.Event(), torch.cuda.Event()
+        ready.record()
+
+        def reduce_on_stream() -> None:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                self.reduce_(codec, gradients, step, name)
+                finished.record(stream)
+
+        future = self._thread.submit(reduce_on_stream)
+
+        def finish() -> None:
+            future.result()
+            torch.cuda.current_stream().wait_event(finished)
+
+        return Work(finish)
+
+    def reduce_(self, codec: Codec, gradients: Tensor, step: int, name: str) -> None:
+        """Replaces `gradients` by their sum over all ranks; `name`: of the span that this takes."""
+
+        def reduce() -> None:
+            begin = time.perf_counter()
+            codec.reduce_(gradients, self.exchange, step)
+            self.spans.append(Span(name, begin, time.perf_counter()))
+
+        if self.hierarchy is None:
+            reduce()
+        else:
+            self.hierarchy.reduce_(gradients, reduce)
+
+
+def open_channels(
+    communicator: Communicator, device: torch.device, comm: CommSection, compression: CompressionSection, largest: int
+) -> list[Channel]:
+    """The channels of a job for gradients on `device`; `largest`: elements of the largest bucket. Collective.
+
+    Between hosts there are two. A ring leaves its link idle while the last segment of a bucket is passed round; with
+    two channels that take buckets in turns the link stays busy. A bucket's sum does not depend on the number of
+    channels.
+    """
+    # Where the engine can split, each channel has a communicator of its own: its messages are then apart from those of
+    # the trainer and of other channels. Elsewhere there is one channel, on the trainer's communicator.
+    communicators = [communicator]
+    if communicator.supports("split"):
+        between_hosts = communicator.supports("send") and device.type == "cpu" and communicator.node_count > 1
+        communicators = [communicator.split(0, communicator.rank) for _ in range(2 if between_hosts else 1)]
+    channels: list[Channel] = []
+    for own in communicators:
+        hierarchy = Hierarchy(own) if compression.hierarchical and own.node_count > 1 else None
+        among = hierarchy.leaders if hierarchy else own
+        ring = _make_ring(among, comm.algorithm, device)
+        costs = channels[0].exchange.algorithm_costs if channels else []
+        if ring is not None and comm.algorithm == "auto" and not channels:
+            costs = probe_algorithms(among, ring, largest)
+        channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device))
+    return channels
+
+
+def _make_ring(communicator: Communicator, algorithm: str, device: torch.device) -> Ring | None:
+    """The ring, where `comm.algorithm` allows it and the engine has messages for it."""
+    if algorithm == "engine" or communicator.size == 1:
+        return None
+    if communicator.supports("send") and device.type == "cpu":
+        return Ring(communicator)
+    if algorithm == "ring":
+        raise HvdlmError(
+            f"comm.algorithm = 'ring' needs gradients on the CPU and point-to-point messages, which engine "
+            f"{communicator.engine} does not have here: set it to 'auto'"
+        )
+    return None

@@ -1,0 +1,99 @@
+"""Memory of a rank in training, by formula. Notation as in size.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from hvdlm.config import ModelSection, Precision
+from hvdlm.model.attention import ATTENTION_BLOCK, LONGEST_PLAIN_ATTENTION, attention_blocks
+from hvdlm.model.loss import loss_chunk_tokens
+from hvdlm.model.size import key_value_heads, matmul_parameters, mlp_width, parameter_count, qkv_width
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one rank at the height of a step; what libraries and communication need comes on top."""
+
+    parameters: int
+    """fp32 master weights."""
+    gradients: int
+    """fp32."""
+    moments: int
+    """AdamW's two, fp32."""
+    cast_parameters: int
+    """Copies of the blocks' matrices in the precision of products."""
+    activations: int
+    """What the backward pass needs from the blocks."""
+    temporary: int
+    """What one block needs in addition while it is computed."""
+    loss: int
+    """Hidden states and their gradient, the output weight's copy and gradients, and one chunk of logits."""
+    gaps: int
+    """Between blocks in use on a CPU's heap: about a quarter of them, as measured (benchmarks/LOG.md)."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def training_memory_bytes(
+    config: ModelSection,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: Precision,
+    device: str = "cpu",
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
+) -> TrainingMemory:
+    """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
+
+    Weights, gradients and moments are exact. Activations are what this Transformer saves for its backward pass,
+    without dropout. With a bytes a number in matrix products (4 for fp32, 2 for bf16 and fp16, where the residual
+    stream stays in fp32), each token of a block keeps
+
+        8 D          the input of both norms
+        2 a D        the output of both norms
+        a (H + 2K) E queries, keys, values; a (H + K) E more for those that RoPE has turned
+        a D          attention's output
+        2 a M        input and output of GELU; 4 a M with SwiGLU: gate, silu(gate), up and their product
+
+    Where attention is made of plain products (`hvdlm.model.attention`) it keeps a (5 D + H S) instead: queries, keys
+    and values of each query head, its output twice, and probabilities for the S keys that a token meets on average.
+    On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
+    silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
+    input, 4 D, and only one of them all the rest.
+    """
+    count = parameter_count(config, vocab_size)
+    width, heads, hidden_width = config.width, config.heads, mlp_width(config)
+    low = precision != "fp32"
+    item = 2 if low else 4
+    tokens = micro_batch_size * config.context_length
+    key_value_width = width * key_value_heads(config) // heads
+    rotated = width + key_value_width if config.position == "rope" else 0
+    activated = 2 if config.activation == "gelu" else 3 if compiled else 4
+    attention = qkv_width(config) + rotated + width
+    temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
+    if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
+        blocks = attention_blocks(config.context_length)
+        keys = sum((end - start) * end for start, end in blocks) // config.context_length
+        attention = 5 * width + heads * keys
+        scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
+        temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
+    token = 8 * width + item * (2 * width + attention + activated * hidden_width)
+    if device == "cpu" and config.norm == "rmsnorm" and not compiled:
+        token += 12 * width
+    chunk = min(tokens, loss_chunk_tokens(vocab_size, item))
+    block_parameters = matmul_parameters(config, vocab_size) - vocab_size * width
+    copies = 2 * item if low else 0  # of the output weight, and its gradient of one chunk
+    exponents = 0 if device == "cpu" else 4  # on a CPU only of a few tokens at once
+    in_use = {
+        "parameters": 4 * count,
+        "gradients": 4 * count,
+        "moments": 8 * count,
+        "cast_parameters": item * block_parameters if low else 0,
+        "activations": tokens
+        * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),
+        "temporary": temporary,
+        "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
+    }
+    return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)

@@ -1,0 +1,115 @@
+"""The messages that a codec exchanges for a bucket on any number of ranks.
+
+The codec runs once, in this process, with an exchange that records messages and sends none. So forecasts follow the
+code of every codec, those of users included, without a formula for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.comm.communicator import ReduceOp
+from hvdlm.comm.ring import SEGMENT, SegmentEncoding
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.gradients.exchange import Exchange
+
+# For taller matrices the codec runs on two smaller buckets, and the size of its messages is extrapolated: it is linear
+# in the number of rows.
+_MAX_ROWS = 1024
+
+Shapes = Sequence[Sequence[int]]
+
+
+class Message(NamedTuple):
+    """One collective operation, as seen by one rank."""
+
+    kind: str  # "all-reduce", "all-gather" or "all-to-all"
+    nbytes: float  # sent by the rank, and received by it
+    hops: int  # messages in sequence, each of which needs the one before
+    longest: float  # most bytes of a segment; 0: a message is not split
+
+    @property
+    def segment(self) -> float:
+        """Bytes that are sent at once, and are passed on when they have arrived."""
+        return min(self.longest, self.nbytes / self.hops)
+
+
+def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSection) -> list[Message]:
+    """What one rank exchanges for a bucket of parameters of these shapes, after the codec's warm-up.
+
+    Raises HvdlmError for an unknown codec.
+    """
+    if ranks == 1:
+        return []
+    tallest = max((shape[0] for shape in shapes if len(shape) > 1), default=0)
+    if tallest <= _MAX_ROWS:
+        return list(_record_messages(codec, _as_tuples(shapes), ranks, settings))
+    share = _MAX_ROWS / tallest
+    small, smaller = (_record_messages(codec, _with_rows(shapes, each), ranks, settings) for each in (share, share / 2))
+    growth = (1 - share) / (share - share / 2)
+    return [
+        one._replace(nbytes=one.nbytes + (one.nbytes - other.nbytes) * growth)
+        for one, other in zip(small, smaller, strict=True)
+    ]
+
+
+@cache
+def _record_messages(
+    codec: str, shapes: tuple[tuple[int, ...], ...], ranks: int, settings: CompressionSection
+) -> tuple[Message, ...]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {str(index): nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)}
+    bucket = Bucket(parameters)
+    bucket.buffer.normal_(generator=generator)
+    exchange = _RecordingExchange(ranks)
+    codec_factory(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
+    return tuple(exchange.messages)
+
+
+class _RecordingExchange(Exchange):
+    """The exchange of rank 0 of `size`, as if all other ranks sent the same messages."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+        self.has_ring = True
+        self.messages: list[Message] = []
+
+    def all_reduce_(
+        self,
+        values: Tensor,
+        encoding: SegmentEncoding | None = None,
+        residual: Tensor | None = None,
+        op: ReduceOp = ReduceOp.SUM,
+    ) -> None:
+        nbytes = encoding.nbytes(values.numel()) if encoding else values.nbytes
+        segment = encoding.nbytes(SEGMENT) if encoding else values.itemsize * SEGMENT
+        self._record("all-reduce", 2 * (self.size - 1) / self.size * nbytes, 2 * (self.size - 1), segment)
+        if op is ReduceOp.SUM:
+            values.mul_(self.size)
+
+    def all_gather(self, message: Tensor) -> list[Tensor]:
+        self._record("all-gather", (self.size - 1) * message.nbytes, self.size - 1, 4 * SEGMENT)
+        return [message] * self.size
+
+    def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
+        self._record("all-to-all", sum(message.nbytes for message in messages[1:]), 1, 0)
+        return [messages[0]] * self.size
+
+    def _record(self, kind: str, nbytes: float, hops: int, longest: float) -> None:
+        self.messages.append(Message(kind, nbytes, hops, longest))
+
+
+def _as_tuples(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(shape) for shape in shapes)
+
+
+def _with_rows(shapes: Shapes, share: float) -> tuple[tuple[int, ...], ...]:
+    """The shapes with a share of the rows of every matrix."""
+    return tuple((max(1, round(shape[0] * share)), *shape[1:]) if len(shape) > 1 else tuple(shape) for shape in shapes)

@@ -1,0 +1,242 @@
+"""`hvdlm fit` and `hvdlm predict`: forecasts for other numbers of ranks, links and models, and their tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hvdlm.comm.rate import parse_rate
+from hvdlm.config import load
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+from hvdlm.scaling.fit import fit
+from hvdlm.scaling.forecast import StepForecast, forecast
+from hvdlm.scaling.holdout import Holdout, hold_out, root_mean_square
+from hvdlm.scaling.performance_model import PerformanceModel, read_model
+from hvdlm.scaling.point import read_points, write_record
+from hvdlm.scaling.scenario import Scenario, of_config
+
+# A forecast is called an extrapolation beyond this many times the measured ranks, or rates of links.
+_RANGE = 4
+
+# The efficiency at which `predict` says that a run stops scaling.
+_MIN_EFFICIENCY = 0.5
+
+_MAX_SHOWN_BUCKETS = 12
+
+_WIDTH = 140  # columns, where the output is not a terminal
+
+
+def write_fit(results: Path, output: Path) -> None:
+    """Fits a model to all points of a study, prints the errors of held-out points, and writes the model."""
+    points = [point for point in read_points(results) if point.is_valid]
+    holdouts = hold_out(points)
+    model = fit(points)
+    held_out = [residual for holdout in holdouts for residual in holdout.residuals]
+    which = "that were fitted"
+    if held_out:
+        model, which = model.model_copy(update={"residual": root_mean_square(held_out)}), "that were held out"
+    console = _console()
+    for holdout in holdouts:
+        console.print(residual_table(holdout))
+    for where, network in (("within a host", model.inside), ("between hosts", model.between)):
+        if network:
+            carried = f"{network.efficiency:.1%} of its rate"
+            if network.bits_per_second is not None:
+                carried = f"{network.bits_per_second / 1e9:,.2f} Gbit/s"
+            console.print(f"{where} a link carries {carried}, with {network.latency * 1e6:,.0f} us per hop")
+    console.print(
+        f"{len(points)} points; forecasts of points {which} are off by {model.residual:.1%} (root mean square)"
+    )
+    write_record(output, model)
+
+
+def residual_table(holdout: Holdout) -> Table:
+    """A table of every held-out point."""
+    title = f"{holdout.name}: MAPE {holdout.mape:.1%} over {len(holdout.residuals)} points"
+    table = Table("ranks", "link", "codec", "measured, ms", "predicted, ms", "error", title=title, title_justify="left")
+    for each in holdout.residuals:
+        link = "" if each.link is None else f"{each.link / 1e6:,g} Mbit/s"
+        seconds = (f"{each.measured * 1e3:,.1f}", f"{each.predicted * 1e3:,.1f}")
+        table.add_row(str(each.ranks), link, each.codec, *seconds, f"{each.error:+.1%}")
+    return table
+
+
+def predict(
+    file: Path,
+    *,
+    ranks: str,
+    ranks_per_host: int | None,
+    link: str | None,
+    codecs: Sequence[str],
+    preset: str | None,
+    batch_size_per_rank: int | None,
+    rank_flops: float | None,
+    overrides: Sequence[str],
+) -> None:
+    """Prints tokens/s, efficiency and exposed communication for each codec and number of ranks, and possible gains.
+
+    `ranks`: "8..2048" for powers of two times 8, or a list as "8,12,16". `batch_size_per_rank`: sequences of a rank per
+    step. `rank_flops`: FLOP/s that a rank achieves, instead of the measured one. Raises HvdlmError for what was not
+    measured.
+    """
+    model = read_model(file)
+    for option, value in (("--per-node", ranks_per_host), ("--rank-flops", rank_flops)):
+        if value is not None and value <= 0:
+            raise HvdlmError(f"{option} {value:g}: give a number above 0")
+    if rank_flops is not None:
+        model = with_flops(model, rank_flops)
+    per_host = ranks_per_host or model.ranks_per_host
+    rate = float(parse_rate(link)) if link else max((each for each in model.measured.links if each), default=None)
+    counts = parse_counts(ranks)
+    arguments = ["--model.preset", preset] if preset else []
+    arguments += ["--compression.candidates", model.measured.candidates] if model.measured.candidates else []
+    arguments += overrides
+    if batch_size_per_rank is not None:
+        size = str(batch_size_per_rank)
+        arguments += ["--train.global_batch_size", size, "--train.micro_batch_size", size]
+    config = load(None, arguments, PRESETS)
+    vocab_size = config.model.vocab_size or 257
+    console = _console()
+    for codec in codecs or model.measured.codecs:
+        compression = config.compression.model_copy(update={"codec": codec})
+        chosen = config.model_copy(update={"compression": compression})
+        scenarios = [of_config(chosen, vocab_size, count, per_host, rate) for count in counts]
+        one_rank = forecast(model, of_config(chosen, vocab_size, 1, per_host, rate))
+        found = [forecast(model, scenario) for scenario in scenarios]
+        console.print(_forecast_table(model, codec, scenarios, found, one_rank))
+        console.print(*_advice(model, scenarios, found, one_rank), sep="\n")
+        console.print(_bucket_table(found[-1], counts[-1]))
+    console.print(f"{counts[-1]:,} ranks take about {start_seconds(model, counts[-1]):,.0f} s to start.")
+
+
+def with_flops(model: PerformanceModel, flops: float) -> PerformanceModel:
+    """The same model with ranks that achieve this many FLOP/s."""
+    old = 1 / (model.forward_seconds_per_flop + model.backward_seconds_per_flop)
+    return model.model_copy(
+        update={
+            "forward_seconds_per_flop": model.forward_seconds_per_flop * old / flops,
+            "backward_seconds_per_flop": model.backward_seconds_per_flop * old / flops,
+        }
+    )
+
+
+def parse_counts(text: str) -> list[int]:
+    """Numbers of ranks: "8..64" is 8, 16, 32, 64. Raises HvdlmError for anything else."""
+    first, dots, last = text.partition("..")
+    try:
+        if not dots:
+            counts = [int(each) for each in text.split(",")]
+        else:
+            counts = [int(first)]
+            while counts[-1] * 2 <= int(last):
+                counts.append(counts[-1] * 2)
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise HvdlmError(f"--ranks {text}: give numbers as in 8,16,32, or 8..2048, which doubles")
+    return counts
+
+
+def interval(model: PerformanceModel, ranks: int) -> float:
+    """The upper bound of a forecast's 95% interval over the forecast, and the forecast over its lower bound.
+
+    That is twice the residual of held-out points, and as much again for each doubling beyond the measured ranks, where
+    the growth of the error is not known.
+    """
+    doublings = max(0.0, math.log2(ranks / max(model.measured.ranks)))
+    return math.exp(2 * model.residual * (1 + doublings))
+
+
+def start_seconds(model: PerformanceModel, ranks: int) -> float:
+    """Seconds from the start of processes to the first step."""
+    more = max(0, ranks - min(model.measured.ranks))
+    return model.start_seconds + model.start_seconds_per_rank * more
+
+
+def is_extrapolated(model: PerformanceModel, ranks: int, link: float | None) -> bool:
+    """Whether this number of ranks, or this rate of links, is far from what was measured."""
+    known = [rate for rate in model.measured.links if rate is not None]
+    is_far = link is not None and bool(known) and not min(known) / _RANGE <= link <= max(known) * _RANGE
+    return is_far or ranks > _RANGE * max(model.measured.ranks)
+
+
+def _console() -> Console:
+    """A console that is wide enough for the tables where the output is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def _forecast_table(
+    model: PerformanceModel,
+    codec: str,
+    scenarios: Sequence[Scenario],
+    found: Sequence[StepForecast],
+    one_rank: StepForecast,
+) -> Table:
+    columns = ("ranks", "tokens/s", "95% interval", "efficiency", "step, ms", "exposed, ms", "sent per rank, MB", "")
+    table = Table(*columns, title=f"codec {codec}", title_justify="left")
+    for scenario, step in zip(scenarios, found, strict=True):
+        speed = scenario.ranks * scenario.tokens / step.seconds
+        factor = interval(model, scenario.ranks)
+        table.add_row(
+            f"{scenario.ranks:,}",
+            f"{speed:,.0f}",
+            f"{speed / factor:,.0f} to {speed * factor:,.0f}",
+            f"{one_rank.seconds / step.seconds:.1%}",
+            f"{step.seconds * 1e3:,.1f}",
+            f"{step.exposed * 1e3:,.1f}",
+            f"{step.wire_bytes / 1e6:,.2f}",
+            "extrapolated" if is_extrapolated(model, scenario.ranks, scenario.link) else "",
+        )
+    return table
+
+
+def _advice(
+    model: PerformanceModel, scenarios: Sequence[Scenario], found: Sequence[StepForecast], one_rank: StepForecast
+) -> list[str]:
+    """Where efficiency falls below the minimum, and what would change at the most ranks."""
+    stops = [
+        each.ranks
+        for each, step in zip(scenarios, found, strict=True)
+        if one_rank.seconds < _MIN_EFFICIENCY * step.seconds
+    ]
+    last, step = scenarios[-1], found[-1]
+    stop = f"falls below {_MIN_EFFICIENCY:.0%} at {stops[0]:,} ranks" if stops else f"stays above {_MIN_EFFICIENCY:.0%}"
+    changes = {
+        "links of twice the rate": replace(last, link=last.link * 2) if last.link else None,
+        "a batch of twice the size": replace(last, tokens=last.tokens * 2, micro_batches=last.micro_batches * 2),
+    }
+    for name in model.codecs:
+        if name != last.compression.codec:
+            changes[f"codec {name}"] = last.with_compression(codec=name)
+    if model.inside and 1 < last.ranks_per_host < last.ranks and not last.compression.hierarchical:
+        changes["compression.hierarchical"] = last.with_compression(hierarchical=True)
+    speed = last.tokens / step.seconds
+    gains = {
+        name: scenario.tokens / forecast(model, scenario).seconds / speed - 1
+        for name, scenario in changes.items()
+        if scenario is not None
+    }
+    ranked = sorted(gains.items(), key=lambda each: -each[1])
+    gains_text = ", ".join(f"{name} {gain:+.0%}" for name, gain in ranked[:4])
+    return [f"Efficiency {stop}.", f"At {last.ranks:,} ranks, tokens/s would change by: {gains_text}."]
+
+
+def _bucket_table(step: StepForecast, ranks: int) -> Table:
+    """When buckets are ready, when their exchange starts and when it ends."""
+    end = f"{step.schedule.backward_end * 1e3:,.1f}"
+    title = f"buckets at {ranks:,} ranks, ms since the start of the backward pass, which ends at {end}"
+    table = Table("bucket", "MB", "codec", "ready", "start", "end", title=title, title_justify="left")
+    buckets = list(enumerate(step.schedule.buckets))
+    half = _MAX_SHOWN_BUCKETS // 2
+    shown = buckets if len(buckets) <= _MAX_SHOWN_BUCKETS else [*buckets[:half], *buckets[-half:]]
+    for index, times_of_bucket in shown:
+        times = (f"{seconds * 1e3:,.1f}" for seconds in times_of_bucket)
+        table.add_row(str(index + 1), f"{step.elements[index] * 4 / 1e6:,.1f}", step.codecs[index], *times)
+    return table

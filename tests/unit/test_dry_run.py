@@ -1,0 +1,119 @@
+"""`hvdlm train --dry-run`: what it says of a run, worked out by hand, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdlm.comm.launch import Launch
+from hvdlm.config import load
+from hvdlm.model.presets import PRESETS
+from hvdlm.training.dry_run import print_dry_run
+
+LAUNCHERS = ("OMPI_", "PMI", "SLURM_", "HOROVOD_")
+
+
+def hvdlm(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    command = [sys.executable, "-m", "hvdlm", *arguments]
+    return subprocess.run(command, cwd=cwd, env=clean | variables, capture_output=True, text=True)
+
+
+def rows(output: str) -> dict[str, str]:
+    """The table below the settings."""
+    table = output.split("\n\n")[-1]
+    return {
+        name.strip(): value.strip() for name, value in re.findall(r"^ (\S.*?)  +(\S.*)$", table, flags=re.MULTILINE)
+    }
+
+
+def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--model.layers=2", "--model.width=8", "--model.heads=2", "--model.context_length=16"]
+    batch = ["--train.global_batch_size=32", "--train.micro_batch_size=4", "--train.steps=1000"]
+    print_dry_run(load(None, [*overrides, *batch], PRESETS), 100, Launch("mpirun", 0, 3))
+    found = rows(capsys.readouterr().out)
+    # a block: 2 norms of 16, attention 8 x 24 + 24 and 8 x 8 + 8, MLP 8 x 32 + 32 and 32 x 8 + 8 -> 872
+    # tokens 100 x 8, positions 16 x 8, last norm 16 -> 944
+    assert found["parameters"] == f"{2 * 872 + 944:,}"
+    assert found["vocabulary"] == "100"
+    assert found["ranks"] == "3"
+    assert found["sequences per step"] == "32, at most 11 a rank, 4 at once"
+    assert found["micro-batches per step"] == "3"  # 4 + 4 + 3
+    assert found["tokens per step"] == "512"
+    assert found["tokens in all"] == "512,000"
+    # 6 x (2 x 768 matrix weights + 800) + 12 x 2 x 8 x 16 / 2 = 15,552 a token
+    assert found["arithmetic in all"] == f"{15_552 * 512_000 / 1e12:,.1f} TFLOP"
+    assert re.fullmatch(r"[\d,]+ MiB", found["memory a rank, estimated"])
+
+
+def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one of two ranks, whose codec keeps residuals."""
+    shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--compression.codec=int4"]
+    print_dry_run(load(None, shape, PRESETS), 30_000, Launch("mpirun", 0, 2))
+    output = capsys.readouterr().out
+    parts = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"^   (\S.*?)  +([\d,]+) MiB", output, re.M)
+    }
+    names = {"weights and optimizer", "residuals of the codec", "activations", "loss", "libraries"}
+    assert set(parts) == {*names, "temporary, and gaps between"}
+    total = int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", ""))
+    assert abs(sum(parts.values()) - total) <= len(parts)
+    count = int(rows(output)["parameters"].replace(",", ""))
+    assert parts["residuals of the codec"] == round(4 * count / 2**20)
+    assert parts["weights and optimizer"] == round(16 * count / 2**20)  # fp32: no copies
+    assert parts["libraries"] > 100
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "micro", "share", "at_once", "passes"),
+    [(1, 8, 8, 8, 8, 1), (1, 9, 8, 9, 8, 2), (4, 8, 8, 2, 2, 1), (16, 8, 8, 1, 1, 1), (3, 16, 3, 6, 3, 2)],
+)
+def test_the_batch_is_shared_among_the_ranks(
+    capsys: pytest.CaptureFixture[str], ranks: int, batch: int, micro: int, share: int, at_once: int, passes: int
+) -> None:
+    config = load(None, [f"--train.global_batch_size={batch}", f"--train.micro_batch_size={micro}"], PRESETS)
+    print_dry_run(config, 65, Launch("mpirun", 0, ranks))
+    found = rows(capsys.readouterr().out)
+    assert found["sequences per step"] == f"{batch}, at most {share} a rank, {at_once} at once"
+    assert found["micro-batches per step"] == str(passes)
+
+
+def test_the_settings_it_prints_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = "runs/" + "a long name with [brackets] and :smile: " * 5
+    config = load(None, ["--train.run_dir", run_dir, "--model.preset=llama-1b"], PRESETS)
+    print_dry_run(config, 128256, Launch("none", 0, 1))
+    settings, _, _ = capsys.readouterr().out.rpartition("\n\n")
+    (tmp_path / "printed.toml").write_text(settings)
+    assert load(tmp_path / "printed.toml", [], PRESETS) == config
+
+
+def test_the_command_plans_for_the_ranks_that_were_started(tmp_path: Path, small_data: Path) -> None:
+    (tmp_path / "x.toml").write_text(f"[data]\npath = '{small_data}'\n")
+    first = hvdlm("train", "x.toml", "--dry-run", cwd=tmp_path, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="4")
+    assert (first.returncode, first.stderr) == (0, "")
+    found = rows(first.stdout)
+    assert found["ranks"] == "4"
+    assert found["vocabulary"] == "257"  # bytes and the end of text
+    other = hvdlm("train", "x.toml", "--dry-run", cwd=tmp_path, OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="4")
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.toml"]
+
+
+def test_a_given_vocabulary_needs_no_data(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[model]\npreset = 'gpt2'\n[data]\npath = 'nowhere'\n")
+    done = hvdlm("train", "x.toml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert rows(done.stdout)["parameters"] == "124,439,808"  # the released GPT-2's
+
+
+def test_without_data_the_sentence_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[data]\npath = 'nowhere'\n")
+    done = hvdlm("train", "x.toml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("hvdlm: error: nowhere: no such data set; write it with `hvdlm prepare")
+    assert done.stderr.count("\n") == 1
