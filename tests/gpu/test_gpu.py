@@ -77,7 +77,7 @@ def test_the_curve_is_that_of_the_cpu(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_gpt2_compiled_in_half_precision(precision: str, data: Path, tmp_path: Path) -> None:
     """124M parameters."""
-    batch = ["--train.batch_size", "16", "--train.micro_batch_size", "16"]
+    batch = ["--train.global_batch_size", "16", "--train.micro_batch_size", "16"]
     model = ["--model.preset", "gpt2", "--model.layers", "12"]
     how = ["--train.precision", precision, "--train.compile", "true"]
     curve = train(1, data, tmp_path / "run", *model, *batch, *how)
@@ -93,7 +93,7 @@ def test_codec(codec: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_activation_checkpointing(data: Path, tmp_path: Path) -> None:
-    curve = train(1, data, tmp_path / "run", "--train.precision", "bf16", "--train.recompute", "true")
+    curve = train(1, data, tmp_path / "run", "--train.precision", "bf16", "--train.activation_checkpointing", "true")
     assert min(curve.values()) < curve[1]
 
 
@@ -141,12 +141,12 @@ def test_trace_of_a_step(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "gpt2-large", "llama-1b"])
 def test_speed_of_one_rank(model: str, data: Path, tmp_path: Path) -> None:
     """That it can be measured; what it is, benchmarks/one_rank.py writes for who runs it."""
-    contestants = ["hvdlm bf16", "hvdlm bf16 compiled"]
+    systems = ["hvdlm bf16", "hvdlm bf16 compiled"]
     if model.startswith("gpt2"):
-        contestants.insert(0, "PyTorch bf16 autocast eager")
+        systems.insert(0, "PyTorch bf16 autocast eager")
     words = [sys.executable, str(ROOT / "benchmarks" / "one_rank.py"), "--data", str(data), "--output", str(tmp_path)]
-    result = run([*words, "--models", model, "--contestants", *contestants], deadline=3000)
+    result = run([*words, "--models", model, "--systems", *systems], deadline=3000)
     assert result.status == 0, result.output
     rows = json.loads((tmp_path / "one_rank.json").read_text())[model]["rows"]
-    assert [row["name"] for row in rows] == contestants
+    assert [row["name"] for row in rows] == systems
     assert all(row["tokens_per_second"] > 0 for row in rows)

@@ -102,7 +102,7 @@ class Cluster:
         return {host: {"addresses": self._addresses(host), "mounts": self._mounts(host)} for host in self.hosts}
 
     def _addresses(self, host: str) -> list[str]:
-        shown = programs.run(*programs.enter(self.first_process(host), ["net"]), "ip", "-json", "address", "show")
+        shown = programs.run(*programs.nsenter(self.first_process(host), ["net"]), "ip", "-json", "address", "show")
         interfaces = json.loads(shown)
         return sorted(
             f"{interface['ifname']} {address.get('local', 'none')}/{address.get('prefixlen', 0)}"

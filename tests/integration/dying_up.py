@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvdlm.cli import main
-from hvdlm.cluster.fabric import fabric, files
+from hvdlm.cluster.fabric import config_files, fabric
 from hvdlm.cluster.fabric.fabric import Fabric
 
 
@@ -29,9 +29,9 @@ def dies_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def set_up(stage: str) -> None:
     if stage == "the state directory is made":
-        fabric.write_files = dies_at(1, fabric.write_files)
+        fabric.write_config_files = dies_at(1, fabric.write_config_files)
     elif stage == "the host list is written":
-        files._make_key = dies_at(1, files._make_key)
+        config_files._make_key = dies_at(1, config_files._make_key)
     elif stage == "the switch is started":
         Fabric._start_host = dies_at(1, Fabric._start_host)  # type: ignore[method-assign]
     elif stage == "a host is started":

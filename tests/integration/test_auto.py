@@ -20,7 +20,7 @@ SETTINGS = {
     "model__layers": 2,
     "model__width": 256,
     "model__context_length": 64,
-    "train__batch_size": 8,
+    "train__global_batch_size": 8,
     "train__micro_batch_size": 8,
     "train__evaluate_sequences": 8,
     "comm__bucket_mb": 1.0,
@@ -29,8 +29,8 @@ SETTINGS = {
     "log__every": 1,
 }
 LAUNCHER = ["mpirun", "-np", "2", "--host", "h1,h2", "-x", "PATH", "-x", "OMP_NUM_THREADS", "--bind-to", "none"]
-FORECAST = r"codec auto: .*should be there after: (.*)"
-OUTCOME = r"codec auto: gradients were there after: .*; so (.*)"
+FORECAST = r"codec auto: .*gradients should arrive after: (.*)"
+OUTCOME = r"codec auto: gradients arrived after: .*; so (.*)"
 STOPPED_EARLY = 75  # exit status
 
 
@@ -80,5 +80,5 @@ def test_it_compresses_when_a_link_is_slow_and_keeps_to_it(cluster: Cluster, sma
     resumed = command(small_data, run_dir, "--resume", "latest", train__steps=step + 1, **SETTINGS)
     result = cluster.run("h1", [*LAUNCHER, *resumed])
     assert result.status == 0, result.output
-    assert "should be there" not in result.output  # it has not measured
+    assert "should arrive" not in result.output  # it has not measured
     assert chosen(run_dir, step + 1) == before

@@ -196,7 +196,7 @@ def daemons(fabric: Fabric, host: str) -> set[str]:
 # What there is of a fabric when `up` is killed at a stage of dying_up.py
 STAGES: dict[str, Callable[[Fabric], bool]] = {
     "the state directory is made": lambda fabric: fabric.state.is_dir() and not any(fabric.state.iterdir()),
-    "the host list is written": lambda fabric: fabric._is_ours() and not fabric._processes(),
+    "the host list is written": lambda fabric: fabric._is_fabric() and not fabric._processes(),
     "the switch is started": lambda fabric: bool(fabric._processes()) and not fabric._hosts(),
     "a host is started": lambda fabric: bool(fabric._find("host")) and "h2" not in fabric._hosts(),
     "sshd runs": lambda fabric: daemons(fabric, "h1") == {"sshd"},

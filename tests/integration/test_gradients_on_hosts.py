@@ -1,4 +1,4 @@
-"""Gradients between hosts: sums by node and between nodes, and bytes on the wire as the kernel counts them."""
+"""Gradients between hosts: hierarchical sums, and bytes on the wire as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -36,26 +36,30 @@ def train_on_hosts(cluster: Cluster, ranks: int, folder: Path, trainings: Sequen
 
 
 # Codec, engine, and how near its curve is to that of one process
-BY_NODE = [("none", "mpi", 1e-4), ("none", "torch", 1e-4), ("fp16", "mpi", 0.01)]
+HIERARCHICAL = [("none", "mpi", 1e-4), ("none", "torch", 1e-4), ("fp16", "mpi", 0.01)]
 
 
 @pytest.fixture(scope="module")
-def runs_by_node(shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hierarchical_runs(
+    shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The directory of their runs, which are called CODEC-ENGINE."""
-    folder = tmp_path_factory.mktemp("by-node")
+    folder = tmp_path_factory.mktemp("hierarchical")
     trainings = []
-    for codec, engine, _ in BY_NODE:
+    for codec, engine, _ in HIERARCHICAL:
         settings = {"train__steps": 20, "compression__codec": codec, "comm__engine": engine}
         run_dir = folder / f"{codec}-{engine}"
-        trainings.append(command(small_data, run_dir, compression__by_node="true", **settings))
+        trainings.append(command(small_data, run_dir, compression__hierarchical="true", **settings))
     train_on_hosts(shared_cluster.get(), 4, folder, trainings)
     return folder
 
 
-@pytest.mark.parametrize(("codec", "engine", "within"), BY_NODE)
-def test_by_node(codec: str, engine: str, within: float, runs_by_node: Path, curve_alone: dict[int, float]) -> None:
+@pytest.mark.parametrize(("codec", "engine", "within"), HIERARCHICAL)
+def test_hierarchical(
+    codec: str, engine: str, within: float, hierarchical_runs: Path, curve_alone: dict[int, float]
+) -> None:
     """The same sums, of which every number crosses between the hosts once each way, not once a rank."""
-    run_dir = runs_by_node / f"{codec}-{engine}"
+    run_dir = hierarchical_runs / f"{codec}-{engine}"
     assert_same_curve(losses(run_dir), curve_alone, relative=within)
     bytes_a_number = {"none": 4, "fp16": 2}[codec]
     trained = records(run_dir)
@@ -73,7 +77,7 @@ def sent(
     shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], tuple[Path, int]]:
     """By codec and number of steps: the run directory, and the bytes that the first host has sent."""
-    settings = {"model__width": 256, "train__batch_size": 4, "train__check_replicas_every": 0}
+    settings = {"model__width": 256, "train__global_batch_size": 4, "train__check_replicas_every": 0}
     settings |= {"train__evaluate_sequences": 2, "log__every": 100}
     settings["comm__algorithm"] = "ring"  # no trial at the start, which sends as much as it has time for
     folder = tmp_path_factory.mktemp("sent")

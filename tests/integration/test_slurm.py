@@ -30,7 +30,7 @@ class Queue:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._inside_h1 = programs.enter(cluster.first_process("h1"), ["net", "uts", "mount", "pid"])
+        self._inside_h1 = programs.nsenter(cluster.first_process("h1"), ["net", "uts", "mount", "pid"])
 
     def command(self, *words: str, host: str = "h1") -> Result:
         """Runs a command in a host, and lets whatever it has started live on."""

@@ -13,7 +13,7 @@ SETTINGS = {
     "model.width": 32,
     "model.context_length": 32,
     "train.steps": 50,
-    "train.batch_size": 16,  # not divisible by 3
+    "train.global_batch_size": 16,  # not divisible by 3
     "train.micro_batch_size": 3,
     "train.evaluate_sequences": 50,
     "train.check_replicas_every": 10,
