@@ -41,7 +41,7 @@ train: setup data ## set up, prepare data, train examples/quickstart.toml on RAN
 
 quick: lint types unit ## lint, check types, run the tests of single functions and modules
 
-test: quick parallel integration gpu ## set up, then lint, check types and run all tests
+test: quick gpu parallel integration ## set up, then lint, check types and run all tests
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
-import pytest
-from launcher import BIN, Result, run
+from launcher import BIN, Result, environment, run
 
+from hvdlm.cluster.fabric import network, programs
 from hvdlm.cluster.fabric.fabric import Fabric
-from hvdlm.cluster.fabric.programs import require
+from hvdlm.comm.rate import parse_rate
 from hvdlm.errors import HvdlmError
 
-
-def skip_without_fabric(slurm: bool) -> None:
-    """Skips the test, and says why, where no fabric can be."""
-    try:
-        require(slurm)
-    except HvdlmError as error:
-        pytest.skip(str(error))
+RATE = "10gbit"  # of the shared cluster's links, between tests
 
 
 class Cluster:
@@ -35,7 +33,6 @@ class Cluster:
     @classmethod
     def start(cls, state: Path, hosts: int, slots: int, *options: str) -> Cluster:
         """`options`: more words for `hvdlm fabric up`."""
-        skip_without_fabric(slurm="--slurm" in options)
         cluster = cls(state, hosts)
         result = cluster.command("up", "--hosts", str(hosts), "--slots", str(slots), *options)
         assert result.status == 0, result.output
@@ -52,6 +49,11 @@ class Cluster:
     def command(self, *words: str, deadline: float = 60) -> Result:
         return run(self.words(*words), deadline)
 
+    def set_links(self, change: str) -> None:
+        """Gives every host's link a rate, or cuts or heals it."""
+        for host in self.hosts:
+            self.fabric.link(host, change)
+
     def run(
         self,
         host: str,
@@ -67,8 +69,18 @@ class Cluster:
         """
         words = ["bash", "-c", command] if isinstance(command, str) else list(map(str, command))
         inside = self.inside(host, words)
-        if may_go_on:
-            return run(inside, deadline, extra, cwd)
+        if may_go_on:  # without the mark by which `launcher.run` finds what a command has left behind
+            done = subprocess.run(
+                inside,
+                env=environment(extra),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=deadline,
+            )
+            return Result(done.returncode, done.stdout)
         try:
             result = run(inside, deadline, extra, cwd)
         finally:
@@ -80,12 +92,82 @@ class Cluster:
         """Waits `patience` seconds for the processes of all hosts to end; kills the rest and names them."""
         jobs = [job for host in self.hosts for job in self.fabric.jobs(host)]
         _, alive = psutil.wait_procs(jobs, timeout=patience)
-        names = [shlex.join(each.cmdline()) for each in alive if each.is_running()]
+        names = [textwrap.shorten(shlex.join(each.cmdline()), 200) for each in alive if each.is_running()]
         for process in alive:
             process.kill()
         return names
+
+    def shape(self) -> dict[str, dict[str, list[str]]]:
+        """The addresses of each host's interfaces and what is mounted in it, which a test may change for a while."""
+        return {host: {"addresses": self._addresses(host), "mounts": self._mounts(host)} for host in self.hosts}
+
+    def _addresses(self, host: str) -> list[str]:
+        shown = programs.run(*programs.nsenter(self.first_process(host), ["net"]), "ip", "-json", "address", "show")
+        interfaces = json.loads(shown)
+        return sorted(
+            f"{interface['ifname']} {address.get('local', 'none')}/{address.get('prefixlen', 0)}"
+            for interface in interfaces
+            for address in [{}, *interface["addr_info"]]
+            if address.get("family") != "inet6"  # which come a second after their interface
+        )
+
+    def _mounts(self, host: str) -> list[str]:
+        lines = Path(f"/proc/{self.first_process(host)}/mounts").read_text().splitlines()
+        return sorted(line.split()[1] for line in lines)
+
+    def first_process(self, host: str) -> int:
+        """The process that holds a host's namespaces."""
+        return self.fabric._host(host)
 
     def down(self) -> None:
         result = self.command("down")
         assert result.status == 0, result.output
         assert not self.fabric.state.exists()
+
+
+class SharedCluster:
+    """Two hosts of four slots, with Slurm where it is installed; a new one once a test has left it changed."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: for the fabric's state."""
+        self._state = folder / "fabric"
+        self._cluster: Cluster | None = None
+        self._shape: dict[str, dict[str, list[str]]] = {}
+
+    def get(self) -> Cluster:
+        """The cluster as it was when it came up."""
+        if self._cluster is None:
+            self._cluster = Cluster.start(self._state, 2, 4, "--rate", RATE, *_slurm())
+            self._shape = self._cluster.shape()
+        return self._cluster
+
+    def set_back(self) -> list[str]:
+        """Ends jobs and gives links their rate again; returns what else is not as it was, and then takes it down."""
+        cluster = self.get()
+        left = cluster.end_jobs()
+        cluster.set_links("up")
+        for host in cluster.hosts:
+            if network.link_of(cluster.fabric._switch(), host).rate != parse_rate(RATE):
+                cluster.fabric.link(host, RATE)
+        shape = cluster.shape()
+        for host in cluster.hosts:
+            for kind, before in self._shape[host].items():
+                new, gone = Counter(shape[host][kind]) - Counter(before), Counter(before) - Counter(shape[host][kind])
+                left += [f"{kind} of {host}: {each} is new" for each in new]
+                left += [f"{kind} of {host}: {each} is gone" for each in gone]
+        if left:
+            self.close()
+        return left
+
+    def close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.down()
+            self._cluster = None
+
+
+def _slurm() -> list[str]:
+    try:
+        programs.require(slurm=True)
+    except HvdlmError:
+        return []
+    return ["--slurm"]

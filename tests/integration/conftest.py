@@ -1,11 +1,29 @@
-"""Emulated clusters for the tests of this folder."""
+"""What the tests of this folder share: emulated clusters, and the curve of one process alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, SharedCluster
+from jobs import losses, train
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedCluster]:
+    """The cluster of two hosts that all tests use which do not need one of their own."""
+    shared = SharedCluster(tmp_path_factory.mktemp("shared"))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def cluster(shared_cluster: SharedCluster) -> Iterator[Cluster]:
+    """The shared cluster, set back after the test."""
+    yield shared_cluster.get()
+    left = shared_cluster.set_back()
+    assert not left, f"left behind on the hosts: {left}"
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +38,14 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     yield start
     for cluster in started:
         cluster.down()
+
+
+@pytest.fixture(scope="session")
+def curve_alone(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The training loss of one process alone, by step, over 20 steps of `jobs.SETTINGS`."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    result = train("none", 1, small_data, run_dir, train__steps=20)
+    assert result.status == 0, result.output
+    curve = losses(run_dir)
+    assert len(curve) == 20
+    return curve

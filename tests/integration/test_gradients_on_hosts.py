@@ -1,65 +1,101 @@
-"""Gradients between hosts: sums by node and between nodes, and bytes on the wire as the kernel counts them."""
+"""Gradients between hosts: hierarchical sums, and bytes on the wire as the kernel counts them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from jobs import assert_same_curve, command, losses, records, train
+from cluster import Cluster, SharedCluster
+from jobs import assert_same_curve, command, losses, records
+
+pytestmark = pytest.mark.needs_root
+
+SEVERAL = Path(__file__).with_name("several.py")
+PARAMETERS = 34_720  # of the model in jobs.SETTINGS
+
+
+def train_on_hosts(cluster: Cluster, ranks: int, folder: Path, trainings: Sequence[Sequence[str]]) -> list[int]:
+    """Trainings, as `jobs.command` writes them, one after another on `ranks` ranks on two hosts.
+
+    Returns how many bytes the first host has sent in each.
+    """
+    tasks, sent = folder / "tasks.json", folder / "sent.json"
+    tasks.write_text(json.dumps([list(map(str, words[1:])) for words in trainings]), encoding="utf-8")
+    each = ranks // 2
+    launcher = ["mpirun", "-np", str(ranks), "--host", f"h1:{each},h2:{each}", "-x", "PATH", "-x", "OMP_NUM_THREADS"]
+    launcher += ["--bind-to", "none", sys.executable, str(SEVERAL), str(tasks), str(sent)]
+    result = cluster.run("h1", launcher, deadline=250)
+    assert result.status == 0, result.output
+    counts = json.loads(sent.read_text(encoding="utf-8"))
+    assert len(counts) == len(trainings) + 1
+    return [after - before for before, after in itertools.pairwise(counts)]
+
+
+# Codec, engine, and how near its curve is to that of one process
+HIERARCHICAL = [("none", "mpi", 1e-4), ("none", "torch", 1e-4), ("fp16", "mpi", 0.01)]
 
 
 @pytest.fixture(scope="module")
-def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
-    return start_cluster(2, 2)
+def hierarchical_runs(
+    shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The directory of their runs, which are called CODEC-ENGINE."""
+    folder = tmp_path_factory.mktemp("hierarchical")
+    trainings = []
+    for codec, engine, _ in HIERARCHICAL:
+        settings = {"train__steps": 20, "compression__codec": codec, "comm__engine": engine}
+        run_dir = folder / f"{codec}-{engine}"
+        trainings.append(command(small_data, run_dir, compression__hierarchical="true", **settings))
+    train_on_hosts(shared_cluster.get(), 4, folder, trainings)
+    return folder
 
 
-def train_on_hosts(cluster: Cluster, ranks: int, data: Path, run_dir: Path, **overrides: object) -> None:
-    """Two hosts; `ranks` in all."""
-    each = ranks // 2
-    launcher = ["mpirun", "-np", str(ranks), "--host", f"h1:{each},h2:{each}", "-x", "PATH", "-x", "OMP_NUM_THREADS"]
-    words = [*launcher, "--bind-to", "none", *command(data, run_dir, **overrides)]
-    result = cluster.run("h1", words)
-    assert result.status == 0, result.output
-
-
-@pytest.mark.parametrize(
-    ("codec", "engine", "within"), [("none", "mpi", 1e-4), ("none", "torch", 1e-4), ("fp16", "mpi", 0.01)]
-)
-def test_by_node(codec: str, engine: str, within: float, cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
-    """The same sums, of which every number crosses between the hosts once each way, not once a rank."""
-    settings = {"train__steps": 20, "compression__codec": codec, "comm__engine": engine}
-    assert train("none", 1, small_data, tmp_path / "alone", train__steps=20).status == 0
-    train_on_hosts(cluster, 4, small_data, tmp_path / "run", compression__by_node="true", **settings)
-    assert_same_curve(losses(tmp_path / "run"), losses(tmp_path / "alone"), relative=within)
-    parameters = 34_720
-    bytes_a_number = {"none": 4, "fp16": 2}[codec]
-    sent = {int(str(record["wire_bytes"])) for record in records(tmp_path / "run")}
-    assert all(each == pytest.approx(bytes_a_number * parameters, rel=0.01) for each in sent)
-
-
-def bytes_sent(cluster: Cluster) -> int:
-    """By the first host, since it is up."""
-    result = cluster.run("h1", ["cat", "/sys/class/net/eth0/statistics/tx_bytes"])
-    assert result.status == 0, result.output
-    return int(result.output)
-
-
-@pytest.mark.parametrize("codec", ["none", "fp16", "int4", "topk", "powersgd"])
-def test_wire_bytes_are_what_the_interface_counts(
-    codec: str, cluster: Cluster, small_data: Path, tmp_path: Path
+@pytest.mark.parametrize(("codec", "engine", "within"), HIERARCHICAL)
+def test_hierarchical(
+    codec: str, engine: str, within: float, hierarchical_runs: Path, curve_alone: dict[int, float]
 ) -> None:
-    """Of thirty steps more, so that what a run sends at its beginning and end is left out."""
-    settings = {"model__width": 256, "train__micro_batch_size": 8, "train__check_replicas_every": 0}
-    settings |= {"compression__codec": codec, "train__evaluate_sequences": 2, "log__every": 100}
+    """The same sums, of which every number crosses between the hosts once each way, not once a rank."""
+    run_dir = hierarchical_runs / f"{codec}-{engine}"
+    assert_same_curve(losses(run_dir), curve_alone, relative=within)
+    bytes_a_number = {"none": 4, "fp16": 2}[codec]
+    trained = records(run_dir)
+    assert {(record["world_size"], record["step"]) for record in trained} == {(4, step) for step in range(1, 21)}
+    for record in trained:
+        assert int(str(record["wire_bytes"])) == pytest.approx(bytes_a_number * PARAMETERS, rel=0.01)
+
+
+CODECS = ["none", "fp16", "int4", "topk", "powersgd"]
+SHORT, LONG = 10, 40  # steps
+
+
+@pytest.fixture(scope="module")
+def sent(
+    shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], tuple[Path, int]]:
+    """By codec and number of steps: the run directory, and the bytes that the first host has sent."""
+    settings = {"model__width": 256, "train__global_batch_size": 4, "train__check_replicas_every": 0}
+    settings |= {"train__evaluate_sequences": 2, "log__every": 100}
     settings["comm__algorithm"] = "ring"  # no trial at the start, which sends as much as it has time for
-    counted = []
-    for steps in (10, 40):
-        before = bytes_sent(cluster)
-        train_on_hosts(cluster, 2, small_data, tmp_path / str(steps), train__steps=steps, **settings)
-        counted.append(bytes_sent(cluster) - before)
-    (last,) = records(tmp_path / "40")
-    told = 30 * int(str(last["wire_bytes"]))
-    assert told > 30 * 10_000
-    assert counted[1] - counted[0] == pytest.approx(told, rel=0.05)
+    folder = tmp_path_factory.mktemp("sent")
+    runs = {(codec, steps): folder / f"{codec}-{steps}" for codec in CODECS for steps in (SHORT, LONG)}
+    trainings = [
+        command(small_data, run_dir, train__steps=steps, compression__codec=codec, **settings)
+        for (codec, steps), run_dir in runs.items()
+    ]
+    counts = train_on_hosts(shared_cluster.get(), 2, folder, trainings)
+    return {key: (run_dir, count) for (key, run_dir), count in zip(runs.items(), counts, strict=True)}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_wire_bytes_are_what_the_interface_counts(codec: str, sent: dict[tuple[str, int], tuple[Path, int]]) -> None:
+    """Of thirty steps more, so that what a run sends at its beginning and end is left out."""
+    run_dir, count = sent[codec, LONG]
+    (last,) = records(run_dir)
+    steps = LONG - SHORT
+    told = steps * int(str(last["wire_bytes"]))
+    assert told > steps * 10_000
+    assert count - sent[codec, SHORT][1] == pytest.approx(told, rel=0.05)

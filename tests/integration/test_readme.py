@@ -1,30 +1,113 @@
-"""Every command of the README runs as it stands, on a shorter quickstart; those of many hosts in the named fabric."""
+"""Every command of README.md and docs/ runs as it stands, on a shorter quickstart and a smaller study.
+
+Those for many hosts run in the hosts of the fabric that the documents themselves start.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, skip_without_fabric
+from cluster import Cluster
+from jobs import assert_same_curve, losses, records
 from launcher import run
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-HOSTS = "Many hosts"
-STUDIES = "Scaling studies"
+STEPS = 20  # of the shorter quickstart
+
+# Where commands run; the first pattern that matches one says it.
+PLACES = {
+    "make (train|test|quick)": "elsewhere",
+    "source ": "elsewhere",
+    "salloc ": "elsewhere",
+    "python benchmarks/scaling.py strong benchmarks/studies/slurm.toml": "elsewhere",
+    "hvdlm fabric ": "machine of the fabric",
+    r"python benchmarks/(scaling|report)\.py ": "study",
+    "hvdlm (fit|predict) ": "study",
+    r"(horovodrun|mpirun|hvdlm doctor) .*--hostfile hostfiles/": "fabric",
+    "hvdlm slurm ": "fabric",
+    "squeue": "fabric",
+    "(hvdlm|horovodrun|mpirun) ": "one machine",
+}
+
+# Commands that no test of this file runs, and why
+ELSEWHERE = {
+    "make train": "test_quickstart.py runs it",
+    "make test": "it is what runs this",
+    "source ": "tests find the programs of their own environment",
+    "salloc ": "it waits for a user; test_slurm.py has a study in an allocation",
+    "python benchmarks/scaling.py strong benchmarks/studies/slurm.toml": "the study of test_slurm.py is smaller",
+}
 
 
-def commands() -> dict[str, list[str]]:
-    """The lines of the README's shell blocks by heading, in order, without those that the Makefile's tests cover."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = {}
-    for section in text.split("\n## ")[1:]:
-        blocks = re.findall(r"^```bash\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-        lines = [line for block in blocks for line in block.splitlines() if line]
-        found[section.partition("\n")[0]] = [line for line in lines if not line.startswith(("make ", "source "))]
+@dataclass(frozen=True)
+class Command:
+    """A line of a shell block."""
+
+    document: str
+    heading: str
+    line: str
+
+    @property
+    def place(self) -> str:
+        """Where it is to run, "" if nowhere."""
+        return next((place for pattern, place in PLACES.items() if re.match(pattern, self.line)), "")
+
+
+def documents() -> list[Path]:
+    """README.md, and the folder docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[Command]:
+    """The lines of all shell blocks, in order; each once, for documents repeat one another."""
+    found: dict[str, Command] = {}
+    for document in documents():
+        heading, is_shell = "", False
+        for line in document.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+            if line.startswith("```"):
+                is_shell = line == "```bash"
+            elif is_shell and line and not line.startswith("#"):
+                name = document.relative_to(ROOT).as_posix()
+                found.setdefault(line, Command(name, heading, line))
+            elif line.startswith("#"):
+                heading = line.lstrip("# ")
+    return list(found.values())
+
+
+def lines(place: str) -> list[str]:
+    """What runs there, in order; not nothing."""
+    found = [command.line for command in commands() if command.place == place]
+    assert found, place
     return found
+
+
+def test_every_command_runs_somewhere() -> None:
+    nowhere = [command for command in commands() if not command.place]
+    assert not nowhere, f"say in PLACES where these run: {nowhere}"
+    for line in lines("elsewhere"):
+        assert any(line.startswith(start) for start in ELSEWHERE), f"say in ELSEWHERE why no test runs {line!r}"
+    for start in ELSEWHERE:
+        assert any(line.startswith(start) for line in lines("elsewhere")), f"no document has {start!r} any more"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("one machine", ["horovodrun", "mpirun", "prepare", "inspect", "evaluate", "generate", "--resume latest"]),
+        ("fabric", ["horovodrun", "mpirun", "hvdlm slurm", "hvdlm doctor"]),
+        ("machine of the fabric", ["fabric up", "fabric run", "fabric link", "fabric status", "fabric down"]),
+        ("study", ["scaling.py", "report.py", "hvdlm fit", "hvdlm predict"]),
+    ],
+)
+def test_the_documents_have_commands(place: str, words: list[str]) -> None:
+    said = "\n".join(lines(place))
+    assert [word for word in words if word not in said] == []
 
 
 @pytest.fixture(scope="module")
@@ -34,86 +117,101 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name in ("examples", "hostfiles", "README.md"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     shutil.copytree(small_data, folder / "data" / "python-stdlib")
     quickstart = folder / "examples" / "quickstart.toml"
-    settings = quickstart.read_text(encoding="utf-8")
-    short = re.sub(r"^steps = \d+", "steps = 20", settings, flags=re.MULTILINE)
-    short = re.sub(r"^warmup_steps = \d+", "warmup_steps = 5", short, flags=re.MULTILINE)
-    assert short != settings
-    quickstart.write_text(short, encoding="utf-8")
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    study = folder / "benchmarks" / "studies" / "fabric.toml"
-    plan = study.read_text(encoding="utf-8")
+    set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5"})
+    set_keys(quickstart, {"every": "1"}, section="[log]")
     small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1", "steps": "1"}
-    for key, value in small.items():
-        plan, changed = re.subn(rf"^{key} = .*", f"{key} = {value}", plan, flags=re.MULTILINE)
-        assert changed == 1, key
-    study.write_text(f"repetitions = 1\n{plan}", encoding="utf-8")
+    study = folder / "benchmarks" / "studies" / "fabric.toml"
+    set_keys(study, small)
+    study.write_text(f"repetitions = 1\n{study.read_text(encoding='utf-8')}", encoding="utf-8")
     return folder
 
 
-def test_the_readme_has_commands() -> None:
-    said = "\n".join(line for lines in commands().values() for line in lines)
-    for word in ("horovodrun", "mpirun", "hvdlm prepare", "hvdlm evaluate", "hvdlm generate", "--resume latest"):
-        assert word in said
-    on_hosts = "\n".join(commands()[HOSTS])
-    for word in ("horovodrun", "mpirun", "hvdlm slurm", "hvdlm doctor", "hvdlm fabric"):
-        assert word in on_hosts
+def set_keys(file: Path, values: dict[str, str], section: str = "") -> None:
+    """Changes lines `key = value` from `section` on in a TOML file, each of which must be there once."""
+    text = file.read_text(encoding="utf-8")
+    start = text.index(section)
+    before, text = text[:start], text[start:]
+    for key, value in values.items():
+        text, changed = re.subn(rf"^{key} = [^#\n]*", f"{key} = {value} ", text, flags=re.MULTILINE)
+        assert changed == 1, key
+    file.write_text(before + text, encoding="utf-8")
 
 
-def test_every_command_for_one_machine(checkout: Path) -> None:
+@pytest.fixture(scope="module")
+def curve_alone(checkout: Path) -> dict[int, float]:
+    """What the quickstart's loss is on one process, which is what it is on any number of ranks."""
+    words = ["hvdlm", "train", "examples/quickstart.toml", "--train.run_dir", "alone"]
+    result = run(words, cwd=checkout)
+    assert result.status == 0, result.output
+    curve = losses(checkout / "alone")
+    assert sorted(curve) == list(range(1, STEPS + 1))
+    return curve
+
+
+def assert_runs(checkout: Path, world_sizes: dict[str, int], expected: dict[int, float]) -> None:
+    """That these runs are there, on so many ranks, with the expected curve."""
+    for name, ranks in world_sizes.items():
+        run_dir = checkout / "runs" / name
+        assert {record["world_size"] for record in records(run_dir)} == {ranks}, name
+        assert_same_curve(losses(run_dir), expected, relative=1e-4)
+        assert (run_dir / "loss.png").exists(), name
+
+
+def run_lines(lines: Sequence[str], checkout: Path, **options: object) -> None:
+    """Runs lines one after another, as a shell takes them."""
+    for line in lines:
+        result = run(["bash", "-c", line], cwd=checkout, **options)  # type: ignore[arg-type]
+        assert result.status == 0, f"{line}\n{result.output}"
+
+
+@pytest.mark.timeout(1200)
+def test_every_command_for_one_machine(checkout: Path, curve_alone: dict[int, float]) -> None:
     """In order: later ones use what earlier ones made."""
-    for heading, lines in commands().items():
-        for line in lines if heading not in (HOSTS, STUDIES) else []:
-            result = run(["bash", "-c", line], cwd=checkout)
-            assert result.status == 0, f"{line}\n{result.output}"
-    assert (checkout / "runs" / "horovodrun" / "loss.png").exists()
+    run_lines(lines("one machine"), checkout)
+    assert_runs(checkout, {"horovodrun": 2, "mpirun": 2, "alone": 1}, curve_alone)
     assert (checkout / "data" / "mine" / "manifest.json").exists()
 
 
-@pytest.mark.timeout(600)
-def test_every_command_for_many_hosts(checkout: Path, tmp_path: Path) -> None:
-    """Those that make the fabric stand last in the README, for who has hosts; here they come first."""
-    skip_without_fabric(slurm=True)
-    lines = commands()[HOSTS]
-    outside = [line for line in lines if line.startswith("hvdlm fabric")]
+@pytest.mark.needs_slurm
+@pytest.mark.timeout(1200)
+def test_every_command_for_many_hosts(checkout: Path, tmp_path: Path, curve_alone: dict[int, float]) -> None:
+    """Those of the fabric stand last in the documents, for who has hosts; here the first of them comes first."""
     state = {"HVDLM_FABRIC": str(tmp_path / "fabric")}
-    up, *rehearsal, down = outside
-    result = run(["bash", "-c", up], extra=state, cwd=checkout)
-    assert result.status == 0, result.output
+    up, *rehearsal, down = lines("machine of the fabric")
+    assert "fabric up" in up and "fabric down" in down
+    run_lines([up], checkout, extra=state)
     try:
         cluster = Cluster(tmp_path / "fabric", hosts=2)
-        for line in [line for line in lines if line not in outside]:
+        for line in lines("fabric"):
             # a job that was submitted goes on after its command
             goes_on = "--submit" in line or line == "squeue"
-            result = cluster.run("h1", line, deadline=200, cwd=checkout, may_go_on=goes_on)
+            result = cluster.run("h1", line, deadline=400, cwd=checkout, may_go_on=goes_on)
             assert result.status == 0, f"{line}\n{result.output}"
-        for line in rehearsal:
-            result = run(["bash", "-c", line], extra=state, cwd=checkout)
-            assert result.status == 0, f"{line}\n{result.output}"
-        deadline = time.monotonic() + 120
-        while not (checkout / "runs" / "slurm" / "loss.png").exists() and time.monotonic() < deadline:
-            time.sleep(1)
-        for run_dir in ("hosts", "hosts-mpi", "slurm"):
-            assert (checkout / "runs" / run_dir / "loss.png").exists(), run_dir
+        run_lines(rehearsal, checkout, extra=state)
+        wait_for((checkout / "runs" / "slurm" / "loss.png").exists, 400, "end of the job under Slurm")
     finally:
-        result = run(["bash", "-c", down], extra=state, cwd=checkout)
-        assert result.status == 0, result.output
+        run_lines([down], checkout, extra=state)
+    assert_runs(checkout, {"hosts": 8, "hosts-mpi": 8, "slurm": 8}, curve_alone)
+
+
+@pytest.mark.needs_root
+@pytest.mark.timeout(1200)
+def test_a_study_from_its_plan_to_its_forecast(checkout: Path) -> None:
+    result = None
+    for line in lines("study"):
+        result = run(["bash", "-c", line], cwd=checkout, deadline=400)
+        assert result.status == 0, f"{line}\n{result.output}"
+    assert result is not None and "extrapolated" in result.output
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
-
-
-def test_a_study_from_its_plan_to_its_forecast(checkout: Path) -> None:
-    """Those for Slurm are in test_slurm.py."""
-    skip_without_fabric(slurm=False)
-    lines = [line for line in commands()[STUDIES] if "slurm" not in line and not line.startswith("salloc")]
-    assert [line.split()[1] for line in lines] == ["benchmarks/scaling.py", "benchmarks/report.py", "fit", "predict"]
-    for line in lines:
-        result = run(["bash", "-c", line], cwd=checkout, deadline=200)
-        assert result.status == 0, f"{line}\n{result.output}"
-    assert "extrapolated" in result.output
+    count = 0
+    for document in [*documents(), ROOT / "CONTRIBUTING.md"]:
+        text = document.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (document.parent / target).exists(), f"{document} links to {target}"
+            count += 1
+    assert count > 10

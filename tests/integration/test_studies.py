@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,26 @@ from small_study import write_study
 
 from hvdlm.scaling.point import read_points
 
-
-@pytest.fixture(scope="module")
-def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
-    return start_cluster(2, 1, "--rate", "1gbit")
+pytestmark = pytest.mark.needs_root
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
-def test_a_study_on_a_host_list(launcher: str, cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
-    more = {"hostfile": str(cluster.hostfile), "links": ["1gbit"]}
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", [1, 2]), ("horovodrun", [2])])
+def test_a_study_on_a_host_list(
+    launcher: str, ranks: list[int], cluster: Cluster, small_data: Path, tmp_path: Path
+) -> None:
+    cluster.set_links("1gbit")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    more = {"hostfile": str(hostfile), "links": ["1gbit"], "ranks": ranks}
     result = cluster.run("h1", write_study(tmp_path, small_data, place="hostfile", launcher=launcher, **more))
     assert result.status == 0, result.output
-    one, two = sorted(read_points(tmp_path / "small-strong"), key=lambda point: point.ranks)
-    assert (one.place.hosts, two.place.hosts) == (["h1"], ["h1", "h2"])
-    assert (one.place.link_bits_per_second, two.place.link_bits_per_second) == (None, 1e9)
-    assert two.is_valid and two.place.launcher.startswith(launcher)
-    assert one.tokens_per_step == two.tokens_per_step
+    points = {point.ranks: point for point in read_points(tmp_path / "small-strong")}
+    assert sorted(points) == ranks
+    assert {number: point.place.hosts for number, point in points.items()} == {
+        number: ["h1", "h2"][:number] for number in ranks
+    }
+    assert {number: point.place.link_bits_per_second for number, point in points.items()} == {
+        number: {1: None, 2: 1e9}[number] for number in ranks
+    }
+    assert points[2].is_valid and points[2].place.launcher.startswith(launcher)
+    assert len({point.tokens_per_step for point in points.values()}) == 1

@@ -132,7 +132,7 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_interval=5,sched_min_interval=0
+SchedulerParameters=sched_interval=1,sched_min_interval=0
 ReturnToService=2
 # A node has as many CPUs as the fabric's hosts have slots, however many cores this machine has.
 SlurmdParameters=config_overrides
