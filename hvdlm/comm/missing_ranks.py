@@ -1,4 +1,4 @@
-"""Reports which ranks are missing when a rank has waited in vain, by TCP connections beside the engine's.
+"""Reports which ranks are missing when a wait has timed out, by TCP connections beside the engine's.
 
 Each rank answers liveness probes from a thread, whatever else it does. A rank that is suspended, or whose host is down,
 does not answer; one that has died refuses the connection.
