@@ -76,7 +76,7 @@ def _by_codec(name: str, engine: str, exchange: Exchange) -> Way:
             shape = (length // _ROW, _ROW) if length % _ROW == 0 else (length,)
             codecs[length] = codec_factory(name)(Bucket({"matrix": nn.Parameter(torch.empty(shape))}), settings)
         codecs[length].reduce_(values, exchange, 1)
-        exchange.clear()
+        exchange.reset_counters()
 
     return Way(f"hvdlm {name} over {engine}", (torch.float32,), reduce, name in _EXACT)
 
