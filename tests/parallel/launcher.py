@@ -66,11 +66,12 @@ def ranks_of(command: Sequence[str]) -> int:
 def start(command: Sequence[str], extra: Mapping[str, str] | None = None, cwd: Path | None = None) -> Job:
     """Starts a command whose descendants can be told from all other processes.
 
-    With HVDLM_TEST_LAUNCHES in the environment, appends it to that file: `cut -f 1` tells how many ranks it starts.
+    HVDLM_TEST_LAUNCHES in the environment names a file that gets a line for each: the number of its ranks, its words.
     """
     if log := os.environ.get("HVDLM_TEST_LAUNCHES"):
         with Path(log).open("a", encoding="utf-8") as file:
-            print(ranks_of(command), shlex.join(map(str, command))[:300], sep="\t", file=file)
+            words = shlex.join(map(str, command)).replace("\n", " ")
+            print(ranks_of(command), words[:300], sep="\t", file=file)
     mark = uuid.uuid4().hex
     # Its own, for mpirun names files by its process number and starts no more where a killed one has left the same
     temporary = tempfile.TemporaryDirectory(prefix="hvdlm-", ignore_cleanup_errors=True)

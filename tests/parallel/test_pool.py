@@ -68,12 +68,6 @@ def test_a_check_leaves_nothing_to_the_next(pool: RankPool, tmp_path: Path) -> N
     assert {answer.value for answer in pool.run(body, "check", 2)} == {(False, str(Path.cwd()))}
 
 
-def test_suspended_ranks_go_on(pool: RankPool) -> None:
-    pool.run(FAULTY, "check_nothing", 2)
-    pool.suspend()
-    assert len(pool.run(FAULTY, "check_nothing", 2)) == 2
-
-
 def test_ranks_that_cannot_start() -> None:
     pool = RankPool("solo", "mpirun", 2)  # an engine for one rank
     with pytest.raises(RanksFailed, match=r"did not start:(.|\n)*leave comm.engine at auto"):

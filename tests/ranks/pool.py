@@ -72,7 +72,6 @@ class RankPool:
         self._connections: dict[int, Connection] = {}  # by rank
         self._processes: dict[int, int] = {}  # identifiers, by rank
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._suspended = False
 
     def run(
         self, module: Path, function: str, size: int, deadline: float = 240, can_split: bool = True, **keywords: Any
@@ -85,7 +84,6 @@ class RankPool:
         try:
             if self._job is None:
                 self._start()
-            self.resume()
             request = Request(Path(module).resolve(), function, size, keywords, can_split)
             answers = self._ask(request, time.monotonic() + deadline)
         except BaseException:
@@ -93,21 +91,8 @@ class RankPool:
             raise
         return answers
 
-    def suspend(self) -> None:
-        """Stops the ranks until the next request: engines have threads that compute even while nothing is sent."""
-        if self._job is not None and not self._suspended:
-            self._signal(signal.SIGSTOP)
-            self._suspended = True
-
-    def resume(self) -> None:
-        """Undoes `suspend`."""
-        if self._suspended:
-            self._signal(signal.SIGCONT)
-            self._suspended = False
-
     def ask_to_leave(self) -> None:
         """Tells the ranks to end, so that several pools can do so at a time; `close` follows."""
-        self.resume()
         for connection in self._connections.values():
             with contextlib.suppress(OSError):  # it has left already
                 connection.send(None)
@@ -127,7 +112,7 @@ class RankPool:
         """Ends every process of the pool at once."""
         for connection in self._connections.values():
             connection.close()
-        self._connections, self._processes, self._suspended = {}, {}, False
+        self._connections, self._processes = {}, {}
         if self._job is not None:
             self._job.__exit__()
             self._job = None
@@ -203,11 +188,6 @@ class RankPool:
             lines.append(f"---- launcher: {self._end_and_read()}")
         return "\n".join(lines)
 
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
-
     def _log(self, rank: int) -> str:
         assert self._folder is not None
         file = Path(self._folder.name) / f"rank_{rank}.log"
@@ -237,17 +217,21 @@ def _accept(listener: Listener, count: int, arrived: queue.Queue[Connection]) ->
 
 
 class Pools:
-    """All pools of a session, by engine, launcher and size; those that are not in use stand still."""
+    """The pools of a session, by engine, launcher and size.
+
+    Ranks wait for requests without computing, but for Horovod's: it looks for work a thousand times a second. So a
+    pool of Horovod's is closed when another one is asked for.
+    """
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, str, int], RankPool] = {}
 
     def get(self, engine: str, launcher: str, size: int) -> RankPool:
-        """The pool of these ranks, the others suspended."""
+        """The pool of these ranks, which start at the first request."""
         key = (engine, launcher, size)
         for other, pool in self._pools.items():
-            if other != key:
-                pool.suspend()
+            if other != key and pool.engine == "horovod":
+                pool.close()
         # Horovod splits a job only if it is told so at the start
         environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if engine == "horovod" else {}
         return self._pools.setdefault(key, RankPool(engine, launcher, size, environment))
