@@ -120,7 +120,7 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     shutil.copytree(small_data, folder / "data" / "python-stdlib")
     quickstart = folder / "examples" / "quickstart.toml"
-    set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5"})
+    set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5", "evaluate_sequences": "32"})
     set_keys(quickstart, {"every": "1"}, section="[log]")
     small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1", "steps": "1"}
     study = folder / "benchmarks" / "studies" / "fabric.toml"
