@@ -113,7 +113,8 @@ class Cluster:
 
     def _mounts(self, host: str) -> list[str]:
         lines = Path(f"/proc/{self.first_process(host)}/mounts").read_text().splitlines()
-        return sorted(line.split()[1] for line in lines)
+        # But for the user's ~/.ssh, over which a host's own goes with it if somebody removes it from this machine
+        return sorted(line.split()[1] for line in lines if not line.split()[1].endswith("/.ssh"))
 
     def first_process(self, host: str) -> int:
         """The process that holds a host's namespaces."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, SharedCluster
 from jobs import losses, train
+
+# Emulated hosts have more slots than this machine has cores, which mpirun cannot know: ranks that wait make room
+os.environ.update(OMPI_MCA_mpi_yield_when_idle="1")
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def test_hierarchical(
 
 
 CODECS = ["none", "fp16", "int4", "topk", "powersgd"]
-SHORT, LONG = 10, 40  # steps
+SHORT, LONG = 10, 30  # steps
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def sent(
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_wire_bytes_are_what_the_interface_counts(codec: str, sent: dict[tuple[str, int], tuple[Path, int]]) -> None:
-    """Of thirty steps more, so that what a run sends at its beginning and end is left out."""
+    """Of twenty steps more, so that what a run sends at its beginning and end is left out."""
     run_dir, count = sent[codec, LONG]
     (last,) = records(run_dir)
     steps = LONG - SHORT

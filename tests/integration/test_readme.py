@@ -18,7 +18,7 @@ from launcher import run
 from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20  # of the shorter quickstart
+STEPS = 10  # of the shorter quickstart
 
 # Where commands run; the first pattern that matches one says it.
 PLACES = {
@@ -112,7 +112,7 @@ def test_the_documents_have_commands(place: str, words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a checkout after `make setup data`, with a quickstart of 20 steps."""
+    """A folder that looks like a checkout after `make setup data`, with a quickstart of 10 steps."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("examples", "hostfiles", "README.md"):
         source = ROOT / name
@@ -120,7 +120,7 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results"))
     shutil.copytree(small_data, folder / "data" / "python-stdlib")
     quickstart = folder / "examples" / "quickstart.toml"
-    set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5"})
+    set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5", "evaluate_sequences": "32"})
     set_keys(quickstart, {"every": "1"}, section="[log]")
     small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1", "steps": "1"}
     study = folder / "benchmarks" / "studies" / "fabric.toml"
