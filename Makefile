@@ -56,7 +56,12 @@ unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two a
 	@echo "== Tests of single functions and modules"
 	@python -m pytest tests/unit --numprocesses 2
 
-parallel integration gpu: $(VENV)/test.stamp
+# Two workers, each with a pool of ranks and an emulated cluster of its own; a file's tests stay on one of them
+parallel integration: $(VENV)/test.stamp
+	@echo "== Tests in tests/$@"
+	@python -m pytest tests/$@ --numprocesses 2 --dist loadfile
+
+gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@
 
