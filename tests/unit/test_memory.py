@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shapes import GPT2, LLAMA, preset
 from torch import Tensor
 
-from hvdlm.config import ModelSection
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import loss_chunk_tokens
 from hvdlm.model.memory import training_memory_bytes
-from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
-
-GPT2 = ModelSection(layers=2, heads=4, width=64, context_length=32)
-LLAMA = ModelSection(
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    width=64,
-    context_length=32,
-    norm="rmsnorm",
-    activation="swiglu",
-    position="rope",
-    bias=False,
-    tie_embeddings=False,
-)
-
-
-def preset(name: str) -> ModelSection:
-    return ModelSection.model_validate({**PRESETS[name], "preset": name})
 
 
 def test_memory_of_weights_by_hand():

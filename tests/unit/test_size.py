@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shapes import GPT2, LLAMA, preset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hvdlm.config import ModelSection
@@ -12,19 +13,6 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import flops_per_token, mlp_width, parameter_count
 from hvdlm.model.transformer import Transformer
 
-GPT2 = ModelSection(layers=2, heads=4, width=64, context_length=32)
-LLAMA = ModelSection(
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    width=64,
-    context_length=32,
-    norm="rmsnorm",
-    activation="swiglu",
-    position="rope",
-    bias=False,
-    tie_embeddings=False,
-)
 SHAPES = {
     "gpt2": GPT2,
     "gpt2-untied": GPT2.model_copy(update={"tie_embeddings": False}),
@@ -37,10 +25,6 @@ SHAPES = {
     "llama-bias": LLAMA.model_copy(update={"bias": True, "mlp_width": 96}),
     "llama-layernorm": LLAMA.model_copy(update={"norm": "layernorm", "position": "learned"}),
 }
-
-
-def preset(name: str) -> ModelSection:
-    return ModelSection.model_validate({**PRESETS[name], "preset": name})
 
 
 def count(model: Transformer) -> int:
