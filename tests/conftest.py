@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from hvdlm.cluster.fabric.programs import require
 from hvdlm.errors import HvdlmError
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "ranks")]
+
+# Jobs have temporary directories of their own; what torch.compile makes for one is there for the next
+_COMPILED = Path(tempfile.gettempdir()) / f"hvdlm-tests-{os.getuid()}-inductor"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +56,18 @@ _OBSTACLES: dict[str, Callable[[], str | None]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what cannot run here, its marker first in the reason; lets tests of time run up to three times."""
+    """Skips what cannot run here, its marker first in the reason; lets tests of time run up to three times; keeps the
+    tests of a file on one worker of pytest-xdist unless they say otherwise."""
     for item in items:
         for marker, obstacle in _OBSTACLES.items():
             if item.get_closest_marker(marker) and (reason := obstacle()):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
         if item.get_closest_marker("timing"):
             item.add_marker(pytest.mark.flaky(reruns=2))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def _skipped(config: pytest.Config) -> list[str]:

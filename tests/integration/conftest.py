@@ -14,6 +14,14 @@ from jobs import losses, train
 os.environ.update(OMPI_MCA_mpi_yield_when_idle="1")
 
 
+# Files whose tests take longest: they come first, so that no worker of pytest-xdist is alone with one at the end
+LONGEST = ("test_readme.py", "test_quickstart.py", "test_slurm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedCluster]:
     """The cluster of two hosts that all tests use which do not need one of their own."""

@@ -167,6 +167,7 @@ def run_lines(lines: Sequence[str], checkout: Path, **options: object) -> None:
         assert result.status == 0, f"{line}\n{result.output}"
 
 
+@pytest.mark.xdist_group("commands for one machine")
 @pytest.mark.timeout(1200)
 def test_every_command_for_one_machine(checkout: Path, curve_alone: dict[int, float]) -> None:
     """In order: later ones use what earlier ones made."""
@@ -176,6 +177,7 @@ def test_every_command_for_one_machine(checkout: Path, curve_alone: dict[int, fl
 
 
 @pytest.mark.needs_slurm
+@pytest.mark.xdist_group("commands for many hosts")
 @pytest.mark.timeout(1200)
 def test_every_command_for_many_hosts(checkout: Path, tmp_path: Path, curve_alone: dict[int, float]) -> None:
     """Those of the fabric stand last in the documents, for who has hosts; here the first of them comes first."""

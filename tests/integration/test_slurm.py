@@ -18,6 +18,7 @@ from small_study import write_study
 from waiting import wait_for
 
 from hvdlm.cluster.fabric import programs
+from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import read_points
 
 # Starting a rank takes some seconds, on a busy machine a minute, and jobs of these tests start up to four times
@@ -43,7 +44,14 @@ class Queue:
 
     def ask(self, *words: str) -> str:
         """A short question to Slurm, or an order."""
-        return programs.run(*self._inside_h1, *words).strip()
+        command = [*self._inside_h1, *words]
+        try:
+            return programs.run(*command).strip()
+        except HvdlmError as error:
+            if "exit status -13" not in str(error):
+                raise
+            # SIGPIPE: a busy controller has closed the connection before the question was written
+            return programs.run(*command).strip()
 
     def sbatch(self, job: Path) -> str:
         return self.run("sbatch", "--parsable", str(job / "job.sh"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import commands
 import psutil
 import pytest
 from jobs import Ranks
-from launcher import BIN, Result, launcher_command, run
+from launcher import BIN, Result, environment, launcher_command, run
+
+from hvdlm.cluster.doctor.software import installed_software
 
 DOCTOR = [str(BIN / "hvdlm"), "doctor"]
 
@@ -125,3 +128,17 @@ def test_a_rank_that_never_comes() -> None:
     result = run([*launcher_command("torchrun", 2), *words], deadline=60)
     assert result.status == 1
     assert re.search(r"hvdlm: error: rank 0 on \S+ cannot start engine torch: ", result.output), result.output
+
+
+def test_installed_software() -> None:
+    import mpi4py
+    import torch
+
+    software = installed_software()
+    assert list(software) == ["Python", "hvdlm", "torch", "Horovod", "MPI", "mpi4py"]
+    assert software["torch"] == torch.__version__
+    assert software["mpi4py"] == mpi4py.__version__
+    assert software["MPI"].split()[-1] in subprocess.check_output(["mpirun", "--version"], text=True, env=environment())
+    check = subprocess.check_output(["horovodrun", "--check-build"], text=True, env=environment())
+    built = [name for name in ("Gloo", "MPI", "NCCL") if f"[X] {name}" in check]
+    assert software["Horovod"].endswith(f"({', '.join(built)})")

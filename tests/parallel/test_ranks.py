@@ -74,7 +74,13 @@ CASES = [
 CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool, -case.group.size))
 
 
-PARAMETERS = [pytest.param(case, marks=[pytest.mark.timing] * case.is_timing, id=str(case)) for case in CASES]
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    """The ranks of one engine and launcher serve one worker of pytest-xdist."""
+    group = pytest.mark.xdist_group(f"{case.group.engine} {case.group.launcher}")
+    return [group, pytest.mark.timing] if case.is_timing else [group]
+
+
+PARAMETERS = [pytest.param(case, marks=marks(case), id=str(case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", PARAMETERS)

@@ -11,6 +11,7 @@ from typing import NoReturn
 from unittest.mock import patch
 
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from hvdlm.cli import main
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
@@ -101,3 +102,8 @@ def evaluate_checkpoint(comm: Communicator, run_dir: Path, data_path: Path, at_o
     model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
     result = evaluate(model, DataSet(data_path), comm, at_once)
     return result.loss, result.accuracy, result.tokens
+
+
+def compiled_graphs(_: Communicator) -> int:
+    """How many graphs torch.compile has made in this process."""
+    return int(counters["stats"]["unique_graphs"])

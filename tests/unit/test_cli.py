@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import hvdlm as run_hvdlm
 
 import hvdlm
 
 COMMANDS = ("train", "prepare", "inspect", "evaluate", "generate", "install-horovod")
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "hvdlm", *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 def test_help_names_every_command(tmp_path: Path) -> None:
-    done = run("--help", cwd=tmp_path)
+    done = run_hvdlm("--help", cwd=tmp_path)
     assert done.returncode == 0
     for command in COMMANDS:
         assert f"\n    {command}" in done.stdout
@@ -26,7 +23,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
-    done = run(command, "--help", cwd=tmp_path)
+    done = run_hvdlm(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: hvdlm {command}")
     assert done.stderr == ""
@@ -38,7 +35,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_version(tmp_path: Path) -> None:
-    done = run("--version", cwd=tmp_path)
+    done = run_hvdlm("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"hvdlm {hvdlm.__version__}\n")
 
 
@@ -59,7 +56,7 @@ def test_version(tmp_path: Path) -> None:
 def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(
     tmp_path: Path, arguments: list[str], part: str
 ) -> None:
-    done = run(*arguments, cwd=tmp_path)
+    done = run_hvdlm(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert part in done.stderr
     assert "Traceback" not in done.stderr
@@ -81,7 +78,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(
 )
 def test_a_wrong_argument_exits_with_1_and_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     (tmp_path / "x.toml").touch()
-    done = run(*arguments, cwd=tmp_path)
+    done = run_hvdlm(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("hvdlm: engine ")]
     assert len(errors) == 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import hvdlm
 
 from hvdlm.config import Config, load
 from hvdlm.errors import HvdlmError
@@ -33,10 +32,6 @@ def refusal_of_file(path: Path, text: str, *overrides: str) -> str:
     with pytest.raises(HvdlmError) as caught:
         load(path, overrides, PRESETS)
     return str(caught.value)
-
-
-def hvdlm(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "hvdlm", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 def test_nothing_given_gives_the_defaults() -> None:

@@ -6,13 +6,11 @@ import asyncio
 import json
 import platform
 import socket
-import subprocess
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 import pytest
-from launcher import environment
 
 from hvdlm.cluster.doctor.findings import Finding, print_findings
 from hvdlm.cluster.doctor.host_checks import (
@@ -136,20 +134,6 @@ def test_the_probe_of_this_machine() -> None:
     assert report.software == installed_software()
     assert report.software["Python"] == platform.python_version()
     assert all(isinstance(each.address, IPv4Interface) for each in report.interfaces)
-
-
-def test_installed_software() -> None:
-    import mpi4py
-    import torch
-
-    software = installed_software()
-    assert list(software) == ["Python", "hvdlm", "torch", "Horovod", "MPI", "mpi4py"]
-    assert software["torch"] == torch.__version__
-    assert software["mpi4py"] == mpi4py.__version__
-    assert software["MPI"].split()[-1] in subprocess.check_output(["mpirun", "--version"], text=True, env=environment())
-    check = subprocess.check_output(["horovodrun", "--check-build"], text=True, env=environment())
-    built = [name for name in ("Gloo", "MPI", "NCCL") if f"[X] {name}" in check]
-    assert software["Horovod"].endswith(f"({', '.join(built)})")
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[]", json.dumps({"interfaces": [], "hostname": "h1"})])

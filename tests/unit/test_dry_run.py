@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import hvdlm
 
 from hvdlm.comm.launch import Launch
 from hvdlm.config import load
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.dry_run import print_dry_run
-
-LAUNCHERS = ("OMPI_", "PMI", "SLURM_", "HOROVOD_")
-
-
-def hvdlm(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    command = [sys.executable, "-m", "hvdlm", *arguments]
-    return subprocess.run(command, cwd=cwd, env=clean | variables, capture_output=True, text=True)
 
 
 def rows(output: str) -> dict[str, str]:

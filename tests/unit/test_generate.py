@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import hvdlm
 from torch import Tensor
 
 from hvdlm.config import ModelSection
@@ -200,17 +199,6 @@ def test_bad_values_are_errors(changed, message):
         generate(make(GPT2), **{**settings, **changed})
 
 
-def hvdlm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hvdlm", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with the run directory `run` of a model that was trained for one step."""
@@ -226,15 +214,17 @@ def trained(tmp_path_factory) -> Path:
         comm = { engine = "solo" }
         """
     )
-    prepared = hvdlm(folder, "prepare", "--input", "*.txt", "--output", "data", "--shards", "1", "--validation", "0.2")
+    prepared = hvdlm(
+        "prepare", "--input", "*.txt", "--output", "data", "--shards", "1", "--validation", "0.2", cwd=folder
+    )
     assert prepared.returncode == 0, prepared.stderr
-    training = hvdlm(folder, "train", "config.toml")
+    training = hvdlm("train", "config.toml", cwd=folder)
     assert training.returncode == 0, training.stderr
     return folder
 
 
 def test_command_continues_a_prompt(trained):
-    first, second = (hvdlm(trained, "generate", "run", "--prompt", "Document", "--tokens", "9") for _ in range(2))
+    first, second = (hvdlm("generate", "run", "--prompt", "Document", "--tokens", "9", cwd=trained) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("Document")
     assert first.stdout == second.stdout
@@ -250,7 +240,7 @@ def test_command_continues_a_prompt(trained):
     ],
 )
 def test_command_names_the_bad_value(trained, flag, value, message):
-    result = hvdlm(trained, "generate", "run", f"{flag}={value}")
+    result = hvdlm("generate", "run", f"{flag}={value}", cwd=trained)
     assert result.returncode == 1
     assert result.stdout == ""
     lines = result.stderr.splitlines()

@@ -136,24 +136,17 @@ def test_memory_is_in_bytes() -> None:
 @pytest.mark.parametrize("keeps", [False, True])
 def test_freed_memory_is_kept_for_the_next_step(keeps: bool) -> None:
     """In a process of its own: 256 MiB that were in use and are not any more."""
-    body = f"""
+    program = f"""
 import psutil, torch
 from hvdlm.training.hardware import keep_memory
+print(psutil.Process().memory_info().rss)
 if {keeps}: keep_memory()
 torch.ones(64 * 2**20).sum()
 print(psutil.Process().memory_info().rss)
-torch.ones(1)
 """
-    before = """
-import psutil, torch
-from hvdlm.training.hardware import keep_memory
-print(psutil.Process().memory_info().rss)
-"""
-    resident, bare = (
-        int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for code in (body, before)
-    )
-    assert (resident - bare > 200 * 2**20) == keeps
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert (after - before > 200 * 2**20) == keeps
 
 
 # ---- what a step's line says

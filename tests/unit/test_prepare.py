@@ -18,17 +18,13 @@ from pathlib import Path
 import h5py
 import psutil
 import pytest
+from forked import hvdlm
 
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
 
 WORDS = ("ring", "rank", "shard", "bucket", "residual", "Grüße", "🙂", "\n")
-
-
-def hvdlm(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hvdlm", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:

@@ -8,7 +8,6 @@ import multiprocessing
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from forked import hvdlm
 
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.shard import DataSet, Split
@@ -72,8 +72,7 @@ def data(pristine: Path, tmp_path: Path) -> Path:
 
 
 def inspect(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hvdlm", "inspect", str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return hvdlm("inspect", path, *arguments, cwd=path.parent)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])

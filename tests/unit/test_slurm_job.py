@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import hvdlm
 from launcher import BIN, Result, run, start
 from launcher import Job as LaunchedJob
 
@@ -51,8 +52,8 @@ def test_the_lead_fits_the_limit() -> None:
 
 
 def hvdlm_slurm(folder: Path, *options: str) -> Result:
-    words = [str(BIN / "hvdlm"), "slurm", "config.toml", "--nodes", "2", "--ranks-per-node", "3", *options]
-    return run(words, cwd=folder)
+    done = hvdlm("slurm", "config.toml", "--nodes", "2", "--ranks-per-node", "3", *options, cwd=folder)
+    return Result(done.returncode, done.stdout + done.stderr)
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
+from forked import hvdlm
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
@@ -98,8 +97,8 @@ def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_choice_is_one_sentence(tokenizer: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "document.txt").write_text("text")
-    command = [sys.executable, "-m", "hvdlm", "prepare", "--input", "document.txt", "--output", "out"]
-    done = subprocess.run([*command, "--tokenizer", tokenizer], cwd=tmp_path, capture_output=True, text=True)
+    command = ["prepare", "--input", "document.txt", "--output", "out", "--tokenizer", tokenizer]
+    done = hvdlm(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_model import hugging_face_gpt2
+from hugging_face import hugging_face_gpt2
 from torch import Tensor
 from torch.nn import functional
 
