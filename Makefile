@@ -56,10 +56,10 @@ unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two a
 	@echo "== Tests of single functions and modules"
 	@python -m pytest tests/unit --numprocesses 2
 
-# Three workers, for tests often wait; each has a pool of ranks and an emulated cluster of its own
+# Two workers, each with pools of ranks and an emulated cluster of its own; a file's tests stay on one of them
 parallel integration: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
-	@python -m pytest tests/$@ --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+	@python -m pytest tests/$@ --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"

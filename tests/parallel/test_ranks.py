@@ -39,7 +39,7 @@ CASES = [
             *groups("torch", "mpirun", [2, 4]),
             *groups("torch", "torchrun", [1, 2, 3, 4]),
             *groups("horovod", GLOO, [2, 4]),
-            *groups("horovod", OVER_MPI, [1, 2, 3, 4]),
+            *groups("horovod", OVER_MPI, [1, 2, 3]),
         ],
     ),
     *cases_of(
