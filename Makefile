@@ -90,7 +90,7 @@ $(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_build/patches/*.patch)
 	@echo "== Installing Horovod"
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt hvdlm install-horovod
+	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" hvdlm install-horovod
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/horovod.stamp

@@ -7,30 +7,68 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hvdlm
 from hvdlm.errors import HvdlmError
+from hvdlm.output import product_status, tolerant_output
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after an error sentence, 130 after Ctrl-C."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "slurm", "predict"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    _set_up_logging(options.traceback)
-    try:
-        status: int = options.run(options, rest)
-        return status
-    except HvdlmError as error:
-        logger.error("%s", error, exc_info=options.traceback)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with tolerant_output() as stdout:
+        overrides, words = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+        parser = _parser()
+        options, rest = parser.parse_known_args(words)
+        takes_overrides = options.command in ("train", "slurm", "predict")
+        if not takes_overrides and (overrides or rest):
+            parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
+        _set_up_logging(options.traceback)
+        try:
+            status: int = options.run(options, [*rest, *overrides])
+        except HvdlmError as error:
+            logger.error("%s", error, exc_info=options.traceback)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        if options.command in _PRINTS_ON_THE_WAY and not getattr(options, "dry_run", False):
+            return status
+        lost, sentence = product_status(stdout)
+        if sentence:
+            logger.error("%s", sentence)
+        return status or lost
+
+
+# Commands whose product is not what they print
+_PRINTS_ON_THE_WAY = ("train", "prepare", "slurm", "install-horovod", "fabric")
+
+_OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings, `--section.key value` or `--section.key=value`, and the other words of a command line.
+
+    argparse knows no settings: it would take the value of one for the configuration, if that follows.
+    """
+    overrides, words = [], []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            words += [word, *rest]
+            break
+        if not _OVERRIDE.fullmatch(word):
+            words.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not _OVERRIDE.fullmatch(rest[0]):
+            overrides.append(rest.pop(0))
+    return overrides, words
 
 
 def _set_up_logging(show_tracebacks: bool) -> None:
@@ -50,7 +88,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load(options.config, overrides, PRESETS)
     if options.dry_run:
         return dry_run(config)
-    return train(config, options.resume)
+    return train(config, options.resume, options.config)
 
 
 def _prepare(options: argparse.Namespace, _: list[str]) -> int:

@@ -240,10 +240,12 @@ def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Con
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark at the beginning
     except OSError as error:
         raise HvdlmError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise HvdlmError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
         raise HvdlmError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -260,6 +262,8 @@ def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if not rest:
                 raise HvdlmError(f"--{name} needs a value: --{name} VALUE")
             value = rest.pop(0)
+        if not value.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+            raise HvdlmError(f"--{name} is not UTF-8: {value!r}")  # bytes that Python could not decode
         pairs.append((name, value))
     return pairs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -60,9 +61,15 @@ def _clear(directory: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Syncs a file's content, or a directory's entries, to disk, so that they survive a power failure."""
+    """Syncs a file's content, or a directory's entries, to disk, so that they survive a power failure.
+
+    Some file systems (CIFS, FUSE) cannot sync directories; there they are as durable as they can be.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
     finally:
         os.close(descriptor)

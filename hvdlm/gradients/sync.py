@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,10 +145,19 @@ class GradientSync:
             self._tuner.gradients_arrived(self._probe)
 
     def norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a float32 scalar on their device."""
-        norms = torch.stack([torch.linalg.vector_norm(bucket.buffer) for bucket in self.buckets])
-        total: Tensor = torch.linalg.vector_norm(norms)
-        return total
+        """Euclidean norm of all gradients together, a float32 scalar on their device. Collective.
+
+        Each rank takes that of its part of every bucket. So the result is equal on all ranks, bit for bit, also where
+        their processors add in different orders.
+        """
+        size, rank = self._communicator.size, self._communicator.rank
+        parts = [bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets]
+        own = _norm(parts)
+        if size == 1:
+            return own
+        norms = self._communicator.all_gather(own.reshape(1)).flatten()
+        # On GPUs, which are all of one model, without waiting for them; elsewhere in one order, whatever the processor
+        return _norm([norms]) if norms.is_cuda else torch.tensor(math.sqrt(math.fsum(n * n for n in norms.tolist())))
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -253,7 +262,7 @@ class GradientSync:
         return is_dense and reaches_device and channel.hierarchy is None
 
     def _is_finite_everywhere(self) -> bool:
-        overflow = torch.tensor([float(not math.isfinite(float(self.norm())))])
+        overflow = torch.tensor([float(not math.isfinite(float(_norm([bucket.buffer for bucket in self.buckets]))))])
         self._communicator.all_reduce_(overflow)
         return not overflow.any()
 
@@ -293,3 +302,10 @@ class GradientSync:
             return channel.codec_seconds - before
 
         return probe_codec(self._communicator, self.buckets[index].buffer, reduce)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of tensors together, a scalar of their dtype on their device."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total

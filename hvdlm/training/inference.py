@@ -40,6 +40,12 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
         model = _load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
         result = evaluation.evaluate(model, data, communicator, micro_batch_size)
+        assert result is not None  # nobody asks it to stop
+        if not math.isfinite(result.loss):
+            raise JobError(
+                f"the validation loss of {state['path']} is {result.loss}: its numbers overflow in "
+                f"{config.train.precision}, or the model has diverged; take an earlier checkpoint"
+            )
         baselines = on_rank_0(communicator, lambda: ngram_baselines(data))
         if communicator.rank == 0:
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
@@ -64,8 +70,14 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: in
     state = checkpoint.open_state(path)
     tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
     model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise HvdlmError(f"--prompt is not UTF-8: {prompt!r}") from None  # bytes that Python could not decode
     ids = torch.tensor(tokenizer.encode(prompt) or [tokenizer.eos_id])
-    ids = continue_prompt(model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id)
+    ids = continue_prompt(
+        model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id, vocab_size=tokenizer.vocab_size
+    )
     print(tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eos_id]))
     return 0
 
@@ -80,10 +92,19 @@ def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
 
 
 def _load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
-    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others."""
+    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others.
+
+    Raises HvdlmError, JobError with a communicator, if its weights are of no use.
+    """
     model = Transformer(config, state["vocab_size"])
-    if communicator is None or communicator.rank == 0:
-        model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
-    if communicator is not None:
+
+    def read() -> None:
+        if communicator is None or communicator.rank == 0:
+            model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+
+    if communicator is None:
+        read()
+    else:
+        on_all_ranks(communicator, read)
         broadcast_tensors(communicator, model.parameters())
     return model.eval()

@@ -183,6 +183,33 @@ def test_vocabulary_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) ->
     assert_said_once(result, "model.vocab_size = 100 is less than the 257")
 
 
+@pytest.mark.parametrize(
+    ("precision", "steps", "part"),
+    [
+        ("fp16", 50, "holds NaN or infinite numbers at step"),  # before as many halvings as the loss scale has
+        ("fp16", 2, "holds NaN or infinite numbers at step"),
+        ("fp32", 1, "the validation loss is"),
+    ],
+)
+def test_weights_of_no_use(
+    precision: str, steps: int, part: str, ranks: Ranks, small_data: Path, tmp_path: Path
+) -> None:
+    """They are not saved as a good checkpoint; such as are finite and overflow in the model are said to."""
+    settings = {"optimizer__lr": 1e30, "optimizer__warmup_steps": 0, "train__precision": precision}
+    result = ranks.train(2, small_data, tmp_path / "run", train__steps=steps, **settings)
+    assert_said_once(result, part, "optimizer.lr")
+    assert (tmp_path / "run" / "checkpoints").exists() == (precision == "fp32")
+
+
+def test_no_loss_scale_helps(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Every step overflows: 16 halvings bring the loss scale from 65,536 to 1."""
+    steps = range(1, 31)
+    result = ranks.train(2, small_data, tmp_path / "run", overflow_at=steps, train__steps=30, train__precision="fp16")
+    assert_said_once(
+        result, "fp16 gradients overflow at step 17 even with the least loss scale, 1: set train.precision"
+    )
+
+
 def test_divergence(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     result = ranks.train(2, small_data, tmp_path / "run", optimizer__lr=1e30, optimizer__warmup_steps=0)
     assert_said_once(result, "the gradient norm is", "at step", "optimizer.lr")
