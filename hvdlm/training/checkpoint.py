@@ -19,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,9 +124,8 @@ def save(
         make_durable(parent.parent)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = write_failure(error) if isinstance(error, OSError) else str(error)
         raise HvdlmError(
-            f"cannot write the checkpoint {path}: {reason} or choose another train.run_dir, then resume from the "
+            f"cannot write the checkpoint {path}: {save_failure(error)} or choose another train.run_dir, then resume from the "
             "checkpoint before it"
         ) from error
     for old in [each for each in _by_step(parent) if each <= path][:-keep]:
@@ -133,6 +134,14 @@ def save(
         except OSError as error:  # files that somebody has open on NFS, a mount: the next save tries again
             logger.warning("cannot remove the old checkpoint %s: %s", old, _reason(error))
     return path
+
+
+def save_failure(error: OSError | safetensors.SafetensorError) -> str:
+    """`write_failure` of an error of writing tensors; the library tells of the system's as "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return write_failure(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return write_failure(OSError(int(number[1]), os.strerror(int(number[1])))) if number else str(error)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -22,6 +22,7 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.replicas import broadcast_tensors
@@ -39,7 +40,8 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
-        result = evaluation.evaluate(model, data, communicator, micro_batch_size)
+        with out_of_memory_errors("lower --micro-batch-size"):
+            result = evaluation.evaluate(model, data, communicator, micro_batch_size)
         assert result is not None  # nobody asks it to stop
         if not math.isfinite(result.loss):
             raise JobError(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.errors import HvdlmError, write_failure
-from hvdlm.training.checkpoint import Checkpoint
+from hvdlm.errors import HvdlmError
+from hvdlm.training.checkpoint import Checkpoint, save_failure
 from hvdlm.training.rank_errors import on_rank_0
 
 
@@ -85,8 +85,9 @@ def _on_rank_0(communicator: Communicator, directory: Path, write: Callable[[], 
         try:
             write()
         except (OSError, safetensors.SafetensorError) as error:
-            reason = write_failure(error) if isinstance(error, OSError) else str(error)
-            raise HvdlmError(f"cannot write {directory}: {reason}, then go on with --resume latest") from error
+            raise HvdlmError(
+                f"cannot write {directory}: {save_failure(error)}, then go on with --resume latest"
+            ) from error
 
     on_rank_0(communicator, try_to_write)
 

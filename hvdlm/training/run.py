@@ -21,12 +21,15 @@ from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import check_compiler
+from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_LESS_MEMORY = "lower train.micro_batch_size or set train.activation_checkpointing; --dry-run estimates what is needed"
 
 
 def dry_run(config: Config) -> int:
@@ -57,7 +60,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         device = choose_device(config.train.device, communicator)
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         threads = share_cores(config.train.threads, communicator)
-        trainer = Trainer(config, communicator, data, vocab_size, device)
+        with out_of_memory_errors(_LESS_MEMORY):
+            trainer = Trainer(config, communicator, data, vocab_size, device)
         state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
@@ -79,7 +83,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             for sentence in run_directory.changed_settings:
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
-            with loader:
+            with loader, out_of_memory_errors(_LESS_MEMORY):
                 finished = trainer.train(loader, preemption)
         finally:
             if trainer.metrics is not None:

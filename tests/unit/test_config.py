@@ -277,7 +277,6 @@ def test_a_configuration_cannot_be_changed() -> None:
     [
         (b"[train\nsteps = 3", "line 1"),
         (b"[train]\nsteps = 3\nsteps = 4", "overwrite"),
-        (b"\xff\xfe[train]", "utf-8"),
     ],
 )
 def test_a_broken_file_is_named_with_the_place(tmp_path: Path, content: bytes, part: str) -> None:
@@ -324,3 +323,15 @@ def test_a_traceback_is_shown_on_request(tmp_path: Path) -> None:
     assert done.stderr.startswith("hvdlm: error: x.toml: unknown key train.step")
     assert "Traceback (most recent call last)" in done.stderr
     assert "HvdlmError" in done.stderr
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf[train]\nseed = 3\n")
+    assert load(tmp_path / "x.toml", [], PRESETS).train.seed == 3
+
+
+def test_what_is_not_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes("[train]\nsteps = 3\n".encode("utf-16"))
+    with pytest.raises(HvdlmError, match=r"x.toml is not UTF-8 \(invalid start byte\): save it as UTF-8 text"):
+        load(tmp_path / "x.toml", [], PRESETS)
+    assert refusal("--train.run_dir", "caf\udce9") == "--train.run_dir is not UTF-8: 'caf\\udce9'"

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "targets": set(),
     "config": {"errors"},
     "timing": set(),
+    "output": set(),
     "comm": EVERYONE,
     "gradients": {*EVERYONE, "comm"},
     "data": EVERYONE,
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "training": {*EVERYONE, "comm", "gradients", "data", "model"},
     "scaling": {*EVERYONE, "comm", "gradients", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
-    "cli": {*EVERYONE, "training", "cluster", "scaling", "data", "model"},
+    "cli": {*EVERYONE, "output", "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},
     "__init__": set(),
 }
