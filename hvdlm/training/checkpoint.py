@@ -125,8 +125,8 @@ def save(
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise HvdlmError(
-            f"cannot write the checkpoint {path}: {save_failure(error)} or choose another train.run_dir, then resume from the "
-            "checkpoint before it"
+            f"cannot write the checkpoint {path}: {save_failure(error)} or choose another train.run_dir, then resume "
+            "from the checkpoint before it"
         ) from error
     for old in [each for each in _by_step(parent) if each <= path][:-keep]:
         try:

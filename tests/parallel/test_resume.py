@@ -174,6 +174,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(ranks: Ranks, sm
 
 # A validation of some seconds, so that there is time to end it
 LONG_VALIDATION = {"train__evaluate_sequences": 0, "train__micro_batch_size": 1, "train__steps": 3}
+LONG_VALIDATION |= {"optimizer__warmup_steps": 0}
 
 
 def wait_for_validation(job: Job, run_dir: Path) -> None:
@@ -220,7 +221,7 @@ def test_data_that_moves_while_a_job_runs(small_data: Path, tmp_path: Path) -> N
         result = job.finish(deadline=60)
     assert result.status == 1, result.output
     (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
-    assert f"{data}/validation/shard_00000.h5" in said and "No such file" in said
+    assert f"{data}/val/shard_00000.h5" in said and "No such file" in said
     assert (run_dir / "checkpoints" / "step_00000200" / "manifest.json").exists()
 
 
@@ -233,7 +234,7 @@ def test_a_shard_that_breaks_in_mid_run_costs_no_step(ranks: Ranks, small_data: 
         flipped = bytes([file.read(1)[0] ^ 1])
         file.seek(info.byte_offset + 9)
         file.write(flipped)
-    result = ranks.train(2, data, run_dir, train__steps=2000)
+    result = ranks.train(2, data, run_dir, train__steps=2000, train__global_batch_size=2)
     assert result.status == 1, result.output
     done = max(losses(run_dir))
     assert done > 1
@@ -253,7 +254,7 @@ def test_fewer_steps_than_are_done(ranks: Ranks, small_data: Path, tmp_path: Pat
 
 def test_a_picture_that_cannot_be_written(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "loss.png").mkdir(parents=True)
-    result = ranks.train(1, small_data, tmp_path / "run", train__steps=2)
+    result = ranks.train(1, small_data, tmp_path / "run", train__steps=5)
     assert result.status == 0, result.output
     assert f"hvdlm: warning: cannot draw {tmp_path / 'run' / 'loss.png'}: " in result.output
     assert "Traceback" not in result.output

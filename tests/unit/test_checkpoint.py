@@ -293,9 +293,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 def test_a_write_that_fails_in_the_middle_leaves_the_checkpoint_before_it_whole(parent: Path) -> None:
     save(parent, 10)
-    with pytest.raises(
-        HvdlmError, match=r"cannot write .*File too large; raise the limit .* or choose another train\.run_dir"
-    ):
+    with pytest.raises(HvdlmError, match=r"cannot write .*File too large; raise .* or choose another train\.run_dir"):
         save(parent, 20, numbers=10_000)
     assert names(parent) == ["latest", "step_00000010"]
     assert_whole(checkpoint.open_checkpoint(parent).path)
