@@ -168,7 +168,7 @@ class Trainer:
 
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         unscale = self.nominal_tokens / (totals.tokens * self.loss_scale.factor)  # to the mean over all tokens
-        norm = self.sync.norm() * unscale
+        norm = self._norm(unscale)
         if not self._skip_step(norm):
             self._scale_and_clip(unscale, norm)
             self._update(rate)
@@ -219,6 +219,10 @@ class Trainer:
         # A power of two, so that gradients in bf16 and fp32, which need no loss scale, are what they are without
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
         return token_loss(hidden, self.model.output_weight, targets, self.model.dtype, grad_scale=grad_scale)
+
+    def _norm(self, unscale: float) -> Tensor:
+        """Global norm of the gradients of the mean loss, a scalar on their device, equal on all ranks."""
+        return self.sync.norm() * unscale
 
     def _skip_step(self, norm: Tensor) -> bool:
         """Whether fp16 gradients overflowed, so that this step is skipped; adapts the loss scale.
