@@ -16,11 +16,11 @@ import h5py
 import numpy as np
 import pytest
 
+from hvdlm.cli import _parser
 from hvdlm.data import shard
 from hvdlm.data.file_errors import error_number
 from hvdlm.data.inspect import inspect
 from hvdlm.data.manifest import Manifest
-from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet, Split
 from hvdlm.data.shard_writer import CHUNK_TOKENS, ShardWriter
 from hvdlm.data.tokenizer import Tokenizer
@@ -259,7 +259,9 @@ def test_preparing_more_shards_than_a_process_may_open_files(tmp_path: Path) -> 
 
     def body() -> str:
         limit_open_files(more=30)
-        prepare([str(tmp_path / "in.jsonl")], tmp_path / "out", "byte", 100, 0.0, 1, "text", 0, False)
+        words = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--workers", "1"]
+        options, _ = _parser().parse_known_args(["prepare", *words, "--shards", "100", "--validation", "0"])
+        options.run(options, [])
         return "prepared"
 
     assert in_child(body).startswith("cannot open shard_000")

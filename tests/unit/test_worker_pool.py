@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hvdlm.data.prepare import prepare
+from hvdlm.cli import main
 from hvdlm.data.shard import DataSet
 from hvdlm.data.worker_pool import WorkerPool
 
@@ -76,6 +76,7 @@ def test_a_data_set_is_prepared_without_worker_processes(
 
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
     (tmp_path / "in.txt").write_text("some text")
-    prepare([str(tmp_path / "in.txt")], tmp_path / "out", "byte", 1, 0.0, 2, "text", 0, False)
+    words = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]
+    assert main(["prepare", *words, "--shards", "1", "--validation", "0", "--workers", "2"]) == 0
     assert DataSet(tmp_path / "out").train.read(0, 0, 9).tolist() == list(b"some text")
     assert "Read-only file system" in caplog.text
