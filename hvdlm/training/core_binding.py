@@ -60,7 +60,8 @@ def drop_unchosen_threads(environment: MutableMapping[str, str]) -> str:
     if is_from_torchrun and value == "1":  # as it sets where it starts several ranks and nobody has set it
         del environment["OMP_NUM_THREADS"]
         return (
-            "OMP_NUM_THREADS=1 is torchrun's own choice: ranks share their cores as if it were not set (train.threads)"
+            "torchrun has set OMP_NUM_THREADS=1, as nobody else had: ranks share their cores instead; to keep it, set "
+            "train.threads = 1"
         )
     return ""
 

@@ -55,7 +55,7 @@ def shared_by_two() -> list[int]:
     [
         ({}, 8, None),
         ({"OMP_NUM_THREADS": ""}, 8, None),
-        ({"OMP_NUM_THREADS": "1", **TORCHRUN}, 8, "OMP_NUM_THREADS=1 is torchrun's own choice"),
+        ({"OMP_NUM_THREADS": "1", **TORCHRUN}, 8, "torchrun has set OMP_NUM_THREADS=1, as nobody else had"),
         ({"OMP_NUM_THREADS": "abc"}, 8, "OMP_NUM_THREADS = 'abc' is no number of threads"),
         ({"OMP_NUM_THREADS": "0"}, 8, "OMP_NUM_THREADS = '0' is no number of threads"),
         ({"OMP_NUM_THREADS": "-1"}, 8, "OMP_NUM_THREADS = '-1' is no number of threads"),
