@@ -129,9 +129,10 @@ def test_no_room_for_precompiled_headers_is_no_obstacle(monkeypatch: pytest.Monk
 
 
 def test_training_is_refused_before_the_run_directory_is_taken(small_data: Path, tmp_path: Path) -> None:
-    settings = ["--data.path", str(small_data), "--train.run_dir", "run", "--train.compile", "true"]
-    done = hvdlm("train", *settings, "--train.steps", "1", cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/cache")
-    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
+    config = tmp_path / "config.toml"
+    config.write_text(f"[data]\npath = '{small_data}'\n[train]\nrun_dir = 'run'\ncompile = true\n")
+    done = hvdlm("train", config, cwd=tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/cache")
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, [config])
     assert done.stderr.splitlines()[-1].startswith("hvdlm: error: train.compile cannot write 8 MiB to /proc/cache (")
     assert "Traceback" not in done.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import multiprocessing
 import os
 import resource
@@ -93,8 +94,10 @@ def in_child(body: Callable[[], str]) -> str:
 
 def limit_open_files(more: int) -> None:
     """Lets this process open `more` files beside those that it has open."""
-    highest = max(int(path.name) for path in FILES.iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    used = {int(path.name) for path in FILES.iterdir()}
+    free = (number for number in itertools.count() if number not in used)
+    limit = next(itertools.islice(free, more, None))  # of the numbers of files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def open_all_others() -> None:
