@@ -153,6 +153,8 @@ INSIDE_A_JOB = {
     "PMI_RANK": "1",
     "PMIX_RANK": "1",
     "PMIX_NAMESPACE": "prterun-n1",
+    "PMIX_SERVER_URI41": "prterun-n1;tcp4://10.0.0.1:40000",
+    "PRTE_LAUNCHED": "1",
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "4",
     "HOROVOD_RANK": "1",

@@ -15,7 +15,7 @@ _TIMEOUT = 60  # seconds; Slurm's commands retry by themselves while slurmctld i
 # What a process inside a job finds in its environment: what Slurm says of the job and of the step, and what launchers
 # say to their ranks. Beginnings of names, and names.
 _JOB_VARIABLES = (
-    *("SLURM_", "SLURMD_", "SBATCH_", "PMI_", "PMIX_", "PRTE_", "OMPI_", "MPI_LOCAL", "HYDRA_", "HYDI_"),
+    *("SLURM_", "SLURMD_", "SBATCH_", "PMI_", "PMIX_", "PRTE_", "OMPI_", "OPAL_USER_", "MPI_LOCAL", "HYDRA_", "HYDI_"),
     *("HOROVOD_LOCAL_", "HOROVOD_CROSS_", "HOROVOD_GLOO_RENDEZVOUS_", "TORCHELASTIC_"),
 )
 _JOB_NAMES = {
@@ -30,7 +30,10 @@ _USER_VARIABLES = (
     *("OMPI_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "OMPI_PREFIX"),
 )
 # Parameters that mpirun of Open MPI 4 and 5 gives its ranks, and that a mpirun of theirs would take for its own.
-_RANK_PARAMETERS = ("OMPI_MCA_ess", "OMPI_MCA_orte_", "OMPI_MCA_pmix", "PRTE_MCA_ess", "PRTE_MCA_prte_ess")
+_RANK_PARAMETERS = (
+    *("OMPI_MCA_ess", "OMPI_MCA_orte_", "OMPI_MCA_pmix", "OMPI_MCA_PREFIXES", "OMPI_MCA_initial_wdir"),
+    *("OMPI_MCA_num_procs", "OMPI_MCA_cpu_type", "PRTE_MCA_ess", "PRTE_MCA_prte_ess"),
+)
 
 
 def submit(script: Path) -> str:
