@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,26 +18,22 @@ from typing import TypeVar
 
 from hvdlm.errors import HvdlmError
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """Context manager with `workers` worker processes; with one worker, the calling process does the work."""
+    """Context manager with `workers` worker processes; with one worker, the calling process does the work.
+
+    So it does, after a warning, on a host that does not let them be started: one without a usable /dev/shm, where
+    their locks are, or whose limit on processes is reached.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
-        self._executor = (
-            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-            if workers > 1
-            else None
-        )
-        if self._executor:
-            # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed
-            # at that time, the executor forgets the new one and waits for it forever.
-            for _ in range(workers):
-                self._executor.submit(_do_nothing)
+        self._executor = _start_executor(workers) if workers > 1 else None
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -70,8 +68,46 @@ class WorkerPool:
                 # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
                 vars(self._executor)["_call_queue"]._reader.close()
             raise HvdlmError(
-                "a worker process was killed, most likely because memory ran out; use fewer --workers"
+                "a worker process was killed, most likely because memory ran out; use fewer --workers (ulimit -u, a "
+                "limit on processes, ends them too)"
             ) from None
+
+
+def _start_executor(workers: int) -> ProcessPoolExecutor | None:
+    """Starts the worker processes; None, after a warning, if this host does not allow it."""
+    executor = None
+    try:
+        # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
+        executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+        # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed at
+        # that time, the executor forgets the new one and waits for it forever.
+        for _ in range(workers):
+            executor.submit(_do_nothing)
+    except (OSError, NotImplementedError, RuntimeError) as error:  # RuntimeError: a thread cannot be started
+        if executor is not None:
+            _end(executor)
+        logger.warning("no worker processes can be started (%s), so one does the work; %s", error, _remedy(error))
+        return None
+    return executor
+
+
+def _remedy(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EMFILE:
+        return "raise the limit on open files (ulimit -n)"
+    if number in (errno.EAGAIN, errno.ENOMEM) or (number is None and not isinstance(error, NotImplementedError)):
+        return "raise the limit on processes and threads (ulimit -u), or give fewer --workers"
+    return "their locks are in /dev/shm, which must be there, writable, and not full"
+
+
+def _end(executor: ProcessPoolExecutor) -> None:
+    """Ends an executor some of whose workers, or whose own thread, could not be started."""
+    manager, processes = vars(executor)["_executor_manager_thread"], list(vars(executor)["_processes"].values())
+    if manager is not None and manager.is_alive():
+        executor.shutdown(cancel_futures=True)
+    for process in processes:  # without its thread the executor would never end them
+        process.kill()
+        process.join()
 
 
 def _do_nothing() -> None:
@@ -81,7 +117,10 @@ def _do_nothing() -> None:
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    except RuntimeError:  # the limit on processes counts threads too; the parent says that a worker has ended
+        os._exit(1)
 
 
 def _exit_with_parent() -> None:

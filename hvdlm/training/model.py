@@ -12,12 +12,19 @@ import torch
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.transformer import Transformer
+from hvdlm.training.compile_cache import avoid_precompiled_headers, check_compile_cache, try_compiler
 from hvdlm.training.precision import DTYPES
 
 
 def check_compiler(config: Config, device: torch.device) -> None:
-    """Raises HvdlmError where blocks are to be compiled for the CPU and this host lacks what that takes."""
-    if not config.train.compile or device.type != "cpu":
+    """Raises HvdlmError where blocks are to be compiled and this host lacks what that takes.
+
+    That is a cache in which code can be written and executed, and for the CPU a compiler that works.
+    """
+    if not config.train.compile:
+        return
+    if device.type != "cpu":
+        check_compile_cache()
         return
     compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -34,6 +41,8 @@ def check_compiler(config: Config, device: torch.device) -> None:
             f"train.compile finds no {' and no '.join(missing)}: install them (Debian, Ubuntu: g++ and python3-dev), "
             "name another compiler in CXX, or set train.compile = false"
         )
+    try_compiler(compiler, check_compile_cache())
+    avoid_precompiled_headers()
 
 
 def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
