@@ -32,10 +32,15 @@ class WorkerPool:
             else None
         )
         if self._executor:
-            # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed
-            # at that time, the executor forgets the new one and waits for it forever.
-            for _ in range(workers):
-                self._executor.submit(_do_nothing)
+            # Workers inherit the blocked signal: Ctrl-C reaches the parent alone, also while workers are starting.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is
+                # killed at that time, the executor forgets the new one and waits for it forever.
+                for _ in range(workers):
+                    self._executor.submit(_do_nothing)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -44,6 +49,11 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._executor:
+            if kind is not None:
+                # What they work at is of no use any more, and may take for ever: a file system that does not answer
+                for process in list((vars(self._executor)["_processes"] or {}).values()):
+                    process.kill()
+                self._let_go_of_dead_workers()
             self._executor.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -66,12 +76,15 @@ class WorkerPool:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            if sys.version_info < (3, 11, 5):
-                # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
-                vars(self._executor)["_call_queue"]._reader.close()
+            self._let_go_of_dead_workers()
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
+
+    def _let_go_of_dead_workers(self) -> None:
+        if sys.version_info < (3, 11, 5):
+            # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
+            vars(self._executor)["_call_queue"]._reader.close()
 
 
 def _do_nothing() -> None:
@@ -80,7 +93,6 @@ def _do_nothing() -> None:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
