@@ -27,8 +27,7 @@ class JsonShape(Enum):
 
 def json_shape(stream: io.BufferedIOBase) -> JsonShape:
     """The shape of a file, by its first two values. Raises what reading `stream` raises."""
-    first = _first_line(stream)
-    lines = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    lines = _first_line(stream).removeprefix(codecs.BOM_UTF8).lstrip() or _first_line(stream).lstrip()
     if lines.startswith(b"[") and not lines[1:].strip():
         lines += _first_line(stream)
     if lines.startswith(b"["):

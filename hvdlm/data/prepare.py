@@ -91,8 +91,10 @@ def prepare(
         print(f"{output} is there already, made from the same input with the same arguments")
         return
     assignment = ShardAssignment(seed, validation, shards)
-    _check_enough(corpus, assignment, text_key, skip_bad)
-    with staged(output) as directory, WorkerPool(workers or usable_cores()) as pool:
+    with ExitStack() as stack:
+        directory = stack.enter_context(staged(output))
+        _check_enough(corpus, assignment, text_key, skip_bad)
+        pool = stack.enter_context(WorkerPool(workers or usable_cores()))
         if isinstance(choice, int):
             texts = sample_training_text(corpus, pool, text_key, assignment, bad.refuse)
             choice = Tokenizer.train(texts, choice)
@@ -252,8 +254,9 @@ def _check_filled(n_documents: int, empty: Sequence[int], n_shards: int, corpus:
             "--validation-input FILE, or --validation 0 to do without"
         )
     if empty:
+        count = "1 document is" if n_documents == 1 else f"{n_documents:,} documents are"
         raise HvdlmError(
-            f"{n_documents:,} documents are too few: {len(empty)} of {n_shards} shards (validation included) got none; "
+            f"{count} too few: {len(empty)} of {n_shards} shards (validation included) got none; "
             f"{more}, or fewer --shards"
         )
 

@@ -49,7 +49,8 @@ def parse_split(text: str | None) -> Split:
 def split_text(stream: io.BufferedIOBase, split: Split) -> Iterator[Piece]:
     """The documents of a text file in order; memory holds one of them.
 
-    Blank lines and blank paragraphs are left out. Of a document that is longer than MAX_DOCUMENT_BYTES, somewhat more than that is given.
+    Blank lines and blank paragraphs are left out. Of a document that is longer than MAX_DOCUMENT_BYTES, somewhat more
+    than that is given.
 
     Raises what reading `stream` raises.
     """
