@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from hvdlm.data.shard_writer import ShardWriter, token_dtype
 from hvdlm.data.sources import Holds, Source
 from hvdlm.data.staging import staged
 from hvdlm.data.text_sample import sample_training_text
-from hvdlm.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from hvdlm.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
 from hvdlm.data.worker_pool import WorkerPool
 from hvdlm.errors import HvdlmError
 
@@ -32,6 +33,9 @@ Recipe = dict[str, str | int | float]
 
 # Of the input, read to see whether it fills all shards: all of an input that might be too small
 CHECKED_BYTES = 64 * 2**20
+
+MOST_WORKERS = 1024
+OTHER_FILES = 256  # open at once, beside those of shards: modules, pipes to workers, input
 
 
 def prepare(
@@ -271,8 +275,24 @@ def _check_options(shards: int, validation: float, workers: int, validation_inpu
             f"--validation {validation} and --validation-input: give one of them; "
             "the files of --validation-input are all of validation"
         )
-    if workers < 0:
-        raise HvdlmError(f"--workers {workers}: give a number of processes, or 0 for one for each core")
+    if not 0 <= workers <= MOST_WORKERS:
+        raise HvdlmError(
+            f"--workers {workers}: give a number of processes, at most {MOST_WORKERS:,}, or 0 for one for each core"
+        )
+    _allow_open_files(shards)
+
+
+def _allow_open_files(shards: int) -> None:
+    """Raises the limit of open files to what a file for each shard needs. Raises HvdlmError if that is too high."""
+    needed = shards + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise HvdlmError(
+            f"--shards {shards}: a process may open {hard:,} files here, and each shard is one; "
+            "give fewer, or raise the limit, ulimit -Hn"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _tokenizer_choice(name: str) -> Tokenizer | int:
@@ -281,10 +301,13 @@ def _tokenizer_choice(name: str) -> Tokenizer | int:
         return Tokenizer.byte()
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:")
-        if not size.isascii() or not size.isdigit() or int(size) < SMALLEST_VOCABULARY:
-            raise HvdlmError(f"--tokenizer {name}: the vocabulary must be a number of at least {SMALLEST_VOCABULARY}")
+        if not size.isascii() or not size.isdigit() or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
+            raise HvdlmError(
+                f"--tokenizer {name}: the vocabulary must be a number of at least {SMALLEST_VOCABULARY} "
+                f"and at most {LARGEST_VOCABULARY:,}"
+            )
         return int(size)
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise HvdlmError(f"--tokenizer {name}: no such file; give byte, bpe:VOCAB or the path of a tokenizer.json")
     return Tokenizer.load(Path(name))
 

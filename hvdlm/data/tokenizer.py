@@ -23,6 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
 
 SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: enough to encode any text
+LARGEST_VOCABULARY = 1_000_000  # the library reserves memory for as many before it learns
 
 LONGEST_RUN = 1000  # characters of a word, a number, punctuation or blanks from which `Tokenizer.train` learns at once
 

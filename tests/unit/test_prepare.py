@@ -218,6 +218,16 @@ def test_output_where_a_volume_is_mounted_is_refused_before_any_work(
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "volume"}
 
 
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", make_texts(1000))
+    command = (
+        f"ulimit -Sn 64; exec {sys.executable} -m hvdlm prepare --input a.jsonl --output out --shards 70 --workers 1"
+    )
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(DataSet(tmp_path / "out").train.shards) == 70
+
+
 GOOD = b'{"text": "good"}\n'
 
 
@@ -298,6 +308,8 @@ def test_a_document_that_is_too_long_is_left_out(tmp_path: Path) -> None:
         (("--input", "a.jsonl", "--validation", "1"), "--validation 1.0: the fraction must be at least 0 and below 1"),
         (("--input", "a.jsonl", "--validation", "nan"), "--validation nan: the fraction must be at least 0"),
         (("--input", "a.jsonl", "--workers", "-1"), "--workers -1: give a number of processes, or 0"),
+        (("--input", "a.jsonl", "--workers", "9999"), "--workers 9999: give a number of processes, at most 1,024"),
+        (("--input", "a.jsonl", "--shards", str(10**9)), "--shards 1000000000: a process may open "),
         (("--input", ".",), "--output out lies in the input directory ., so it would be read as input"),
         (("--input", "a.jsonl", "--output", "taken"), "taken exists and is not a data set; remove it, or choose"),
         (("--input", "a.jsonl", "--output", "a.jsonl/out"), "cannot write a.jsonl/out"),

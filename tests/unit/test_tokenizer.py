@@ -124,6 +124,10 @@ def test_no_end_of_text_is_refused(tmp_path: Path) -> None:
     ("tokenizer", "message"),
     [
         ("bpe:abc", "--tokenizer bpe:abc: the vocabulary must be a number of at least 257"),
+        (
+            "bpe:99999999999999999999",
+            "--tokenizer bpe:99999999999999999999: the vocabulary must be a number of at least",
+        ),
         ("bpe:256", "--tokenizer bpe:256: the vocabulary must be a number of at least 257"),
         ("missing.json", "--tokenizer missing.json: no such file; give byte, bpe:VOCAB or the path"),
         ("document.txt", "document.txt is not a tokenizer.json"),
