@@ -76,7 +76,7 @@ def prepare(
     choice = _tokenizer_choice(tokenizer)
     _check_output_outside_inputs([*inputs, *validation_inputs], output)
     corpus = find_corpus(inputs, validation_inputs, split, shards, validation)
-    bad = _BadDocuments(skip_bad)
+    bad = _BadDocuments(skip_bad, is_only_one=bool(corpus.part_ends))
     no_files = [BadDocument(str(each.path), f"is {each.kind}, not a file") for each in corpus.no_files]
     bad.refuse(no_files)
     bad.count(no_files)
@@ -179,18 +179,17 @@ def _load_once(path: Path, sha256: str) -> Tokenizer:
 
 
 class _BadDocuments:
-    """Raises at the first bad document, or counts them if `skip` is set."""
+    """Raises at the first bad document, or counts them if `skip` is set and there are others."""
 
-    def __init__(self, skip: bool) -> None:
-        self._skip = skip
+    def __init__(self, skip: bool, is_only_one: bool) -> None:
+        self._skip = skip and not is_only_one
+        self._remedy = "" if is_only_one else ", or leave bad documents out with --skip-bad"
         self.found = 0
         self.first = ""
 
     def refuse(self, bad: Sequence[BadDocument]) -> None:
         if bad and not self._skip:
-            raise HvdlmError(
-                f"{bad[0].where} {bad[0].problem}; correct the input, or leave bad documents out with --skip-bad"
-            )
+            raise HvdlmError(f"{bad[0].where} {bad[0].problem}; correct the input{self._remedy}")
 
     def count(self, bad: Sequence[BadDocument]) -> None:
         if bad and not self.found:

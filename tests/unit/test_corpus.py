@@ -49,6 +49,15 @@ def test_one_document_that_is_longer_than_a_document_may_be(tmp_path: Path, monk
     assert stored_documents(tmp_path / "out") == {"shard_00000.h5": [text]}
 
 
+@pytest.mark.parametrize("skip", [(), ("--skip-bad",)])
+def test_a_single_document_that_is_bad_is_named_with_its_line(skip: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(b"one line\n" * 1000 + b"caf\xe9\n" + b"one line\n" * 500)
+    done = hvdlm("prepare", "--input", "one.txt", "--output", "out", "--workers", "1", *skip, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "hvdlm: error: one.txt:1001 is not UTF-8 (invalid continuation byte); correct the input\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("split", "pattern"), [("lines", r"(.+)\n"), ("blank-lines", r"((?:.+\n)*.+)\n\n"), ("2000", None)]
 )
