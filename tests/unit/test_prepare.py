@@ -220,10 +220,8 @@ def test_output_where_a_volume_is_mounted_is_refused_before_any_work(
 
 def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(1000))
-    command = (
-        f"ulimit -Sn 64; exec {sys.executable} -m hvdlm prepare --input a.jsonl --output out --shards 70 --workers 1"
-    )
-    done = subprocess.run(["sh", "-c", f"ulimit -Sn 64; {prepare}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = f"exec {sys.executable} -m hvdlm prepare --input a.jsonl --output out --shards 70 --workers 1"
+    done = subprocess.run(["sh", "-c", f"ulimit -Sn 64; {command}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(DataSet(tmp_path / "out").train.shards) == 70
 
