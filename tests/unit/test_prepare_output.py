@@ -19,9 +19,9 @@ DEADLINE = 60.0  # seconds
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 MB of documents, which take longer than it takes to close a terminal."""
+    """3 MB of documents, which take longer than it takes to close a terminal."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    write_lines(path, make_texts(40_000))
+    write_lines(path, make_texts(20_000))
     return path
 
 
@@ -34,7 +34,7 @@ def data(texts: Path) -> Path:
 def assert_whole(path: Path) -> None:
     shown = hvdlm("inspect", path, "--verify", cwd=path.parent)
     assert shown.returncode == 0, shown.stderr
-    assert sum(shard.n_docs for shard in DataSet(path).train.shards) > 39_000
+    assert sum(shard.n_docs for shard in DataSet(path).train.shards) > 19_000
 
 
 def test_readers_that_have_gone(texts: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_terminal_that_is_closed(texts: Path, tmp_path: Path) -> None:
     assert_whole(tmp_path / "out")
 
 
-@pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", "<&- >&- 2>&-"])
 def test_output_that_cannot_be_written(redirection: str, texts: Path, tmp_path: Path) -> None:
     command = f"exec {sys.executable} -m hvdlm prepare --input {texts} --output out --workers 1 {redirection}"
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=DEADLINE).returncode == 0

@@ -12,8 +12,8 @@ import pytest
 from hvdlm.data import splitting
 from hvdlm.data.splitting import split_into_parts, split_text
 
-LINES = "".join(f"line {i} of Grüße und 🙂\n" for i in range(2000)).encode()
-NO_LINES = "Grüße🙂世界".encode() * 3000
+LINES = "".join(f"line {i} of Grüße und 🙂\n" for i in range(500)).encode()
+NO_LINES = "Grüße🙂世界".encode() * 800
 
 
 def test_lines() -> None:
