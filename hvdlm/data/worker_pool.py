@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -32,15 +33,18 @@ class WorkerPool:
             else None
         )
         if self._executor:
-            # Workers inherit the blocked signal: Ctrl-C reaches the parent alone, also while workers are starting.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is
-                # killed at that time, the executor forgets the new one and waits for it forever.
-                for _ in range(workers):
-                    self._executor.submit(_do_nothing)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                with _interrupts_held():
+                    # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is
+                    # killed at that time, the executor forgets the new one and waits for it forever.
+                    for _ in range(workers):
+                        self._executor.submit(_do_nothing)
+            except OSError as error:
+                self._kill_workers()
+                raise HvdlmError(f"cannot start {workers} worker processes: {error}; use fewer --workers") from None
+            except BaseException:
+                self._kill_workers()
+                raise
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -48,13 +52,10 @@ class WorkerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._executor:
-            if kind is not None:
-                # What they work at is of no use any more, and may take for ever: a file system that does not answer
-                for process in list((vars(self._executor)["_processes"] or {}).values()):
-                    process.kill()
-                self._let_go_of_dead_workers()
-            self._executor.shutdown(cancel_futures=True)
+        if kind is not None:
+            self._kill_workers()
+        elif self._executor:
+            self._executor.shutdown()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in the order of the items.
@@ -81,10 +82,40 @@ class WorkerPool:
                 "a worker process was killed, most likely because memory ran out; use fewer --workers"
             ) from None
 
+    def _kill_workers(self) -> None:
+        """For when what they work at is of no use any more: it might take for ever, as on a file system that hangs."""
+        if self._executor:
+            for process in list((vars(self._executor)["_processes"] or {}).values()):
+                process.kill()
+            self._let_go_of_dead_workers()
+            self._executor.shutdown(cancel_futures=True)
+
     def _let_go_of_dead_workers(self) -> None:
         if sys.version_info < (3, 11, 5):
             # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
             vars(self._executor)["_call_queue"]._reader.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Within the block Ctrl-C waits until its end, and processes that are started there never get it.
+
+    It is for the parent alone, which ends its workers: one that is interrupted while it starts prints a traceback.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+        yield  # nothing here is interrupted
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            raise KeyboardInterrupt
 
 
 def _do_nothing() -> None:

@@ -84,13 +84,14 @@ def test_files_for_validation(tmp_path: Path) -> None:
     texts = make_texts(30)
     write_lines(tmp_path / "a.jsonl", texts[:20])
     write_lines(tmp_path / "held.jsonl", texts[20:])
-    command = ("prepare", "--input", "*.jsonl", "--validation-input", "held.jsonl", "--shards", "2", "--output", "out")
+    options = ("--shards", "2", "--output", "out", "--workers", "1")
+    command = ("prepare", "--input", "*.jsonl", "--validation-input", "held.jsonl", *options)
     assert hvdlm(*command, cwd=tmp_path).returncode == 0
     documents = stored_documents(tmp_path / "out")
     assert documents["val/shard_00000.h5"] == texts[20:]
     assert sorted(documents["shard_00000.h5"] + documents["shard_00001.h5"]) == sorted(texts[:20])
     assert "is there already" in hvdlm(*command, cwd=tmp_path).stdout
-    other = hvdlm("prepare", "--input", "*.jsonl", "--shards", "2", "--output", "out", cwd=tmp_path)
+    other = hvdlm("prepare", "--input", "*.jsonl", *options, cwd=tmp_path)
     assert "another validation files (there " in other.stderr
     assert ", here none)" in other.stderr
 
@@ -99,7 +100,7 @@ def test_a_tokenizer_is_not_trained_on_files_for_validation(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text(" abc" * 2000)
     (tmp_path / "held.txt").write_text(" xyz" * 2000)
     arguments = ("--validation-input", "held.txt", "--tokenizer", "bpe:270", "--shards", "1", "--output", "out")
-    done = hvdlm("prepare", "--input", "a.txt", *arguments, cwd=tmp_path)
+    done = hvdlm("prepare", "--input", "a.txt", *arguments, "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
     assert len(tokenizer.encode(" abc")) == 1
