@@ -43,6 +43,13 @@ def os_group(pid: int) -> int:
         return 0
 
 
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
+
+
 def test_ctrl_c_while_workers_start_says_nothing(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(20_000))
     command = [sys.executable, "-m", "hvdlm", "prepare", "--input", "a.jsonl", "--output", "out", "--workers", "2"]
@@ -51,7 +58,7 @@ def test_ctrl_c_while_workers_start_says_nothing(tmp_path: Path) -> None:
     workers: list[psutil.Process] = []
     while not workers:
         assert process.poll() is None, "it ended before it could be interrupted"
-        workers = [each for each in parent.children() if "spawn_main" in " ".join(each.cmdline())]
+        workers = [each for each in parent.children() if is_worker(each)]
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too, which import modules now
     _, errors = process.communicate(timeout=DEADLINE)
