@@ -56,10 +56,11 @@ def test_ctrl_c_while_workers_start_says_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     parent = psutil.Process(process.pid)
     workers: list[psutil.Process] = []
-    while not workers:
+    while len(workers) < 2:
         assert process.poll() is None, "it ended before it could be interrupted"
         workers = [each for each in parent.children() if is_worker(each)]
         time.sleep(0.002)
+    time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too, which import modules now
     _, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, errors) == (130, "")
