@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     prepare = commands.add_parser("prepare", help="turn text into a data set of HDF5 shards")
-    paths: dict[str, Any] = {"type": _not_empty, "nargs": "+", "metavar": "PATH"}
+    paths: dict[str, Any] = {"type": _not_empty, "nargs": "+", "action": "extend", "metavar": "PATH"}
     prepare.add_argument("--input", **paths, required=True, help="files, directories, globs, or python-stdlib")
     prepare.add_argument("--output", type=_path, required=True, metavar="DIR", help="the data set's directory")
     prepare.add_argument("--tokenizer", default="byte", metavar="byte|bpe:VOCAB|FILE", help="default: byte")

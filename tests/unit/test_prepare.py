@@ -118,6 +118,20 @@ def test_workers_do_not_change_a_byte(tokenizer: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
 
 
+def test_an_option_for_input_may_be_given_twice(tmp_path: Path) -> None:
+    texts = make_texts(40)
+    for number in range(4):
+        write_lines(tmp_path / f"{number}.jsonl", texts[number::4])
+    held_out = ("--validation-input", "2.jsonl", "--validation-input", "3.jsonl")
+    options = ("--output", "out", "--shards", "1", "--workers", "1")
+    done = hvdlm("prepare", "--input", "0.jsonl", "--input", "1.jsonl", *held_out, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert stored_documents(tmp_path / "out") == {
+        "shard_00000.h5": texts[0::4] + texts[1::4],
+        "val/shard_00000.h5": texts[2::4] + texts[3::4],
+    }
+
+
 def test_seed_changes_the_split(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(200))
     for seed in ("0", "1"):
