@@ -72,7 +72,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """`[data]`: where the tokens come from."""
 
-    path: str = Field("data/python-stdlib", description="directory written by `hvdlm prepare`")
+    path: str = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
     read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
 
 
@@ -86,7 +86,7 @@ class TrainSection(Section):
     )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
-    run_dir: str = Field("runs/default", description="where config, metrics, checkpoints and pictures go")
+    run_dir: str = Field("runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
@@ -293,6 +293,8 @@ def _sentence(detail: Any) -> str:
         return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.model_fields), prefix)}"
     if detail["type"] == "model_type":
         return f"{key} must be a section, [{key}]"
+    if detail["type"] == "string_too_short":
+        return f"{key} is empty: give a path, or leave it out"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"

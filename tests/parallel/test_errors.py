@@ -56,13 +56,13 @@ def test_flipped_byte_in_a_shard(own_data: Path, tmp_path: Path) -> None:
     Every rank of a launched job says nothing more and exits; the other tests of what all ranks find out together use
     ranks of the pool.
     """
-    file = own_data / "shard_00004.h5"
+    file = own_data / "shard_00005.h5"
     offset, size = chunk_of_middle(file)
     content = bytearray(file.read_bytes())
     content[offset + size // 2] ^= 0xFF
     file.write_bytes(content)
     with start_training("mpirun", 2, own_data, tmp_path / "run", train__steps=2000) as job:
-        assert_said_once(job.finish(deadline=120), "shard_00004.h5", "chunk", "rank 1")
+        assert_said_once(job.finish(deadline=120), "shard_00005.h5", "chunk", "rank 1")
 
 
 def test_truncated_shard(ranks: Ranks, own_data: Path, tmp_path: Path) -> None:

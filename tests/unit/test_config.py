@@ -133,6 +133,13 @@ def test_bounds(key: str, refused: str, taken: str) -> None:
     assert value == float(taken) or value == int(taken)
 
 
+@pytest.mark.parametrize("key", ["data.path", "train.run_dir"])
+def test_an_empty_path_is_refused(key: str, tmp_path: Path) -> None:
+    assert f"the command line: {key} is empty: give a path, or leave it out" in refusal(f"--{key}", "")
+    section, name = key.split(".")
+    assert f"{key} is empty: " in refusal_of_file(tmp_path / "a.toml", f'[{section}]\n{name} = ""')
+
+
 # ---- settings that do not go together
 
 
@@ -183,7 +190,7 @@ def test_overrides_take_the_type_of_their_setting() -> None:
     assert config.train.seed == 1000
 
 
-@pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", "", '"quoted"', "-x", "café ☕", "a\\b"])
+@pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", " ", '"quoted"', "-x", "café ☕", "a\\b"])
 def test_a_text_setting_takes_any_text_as_it_is(path: str) -> None:
     assert configure("--data.path", path).data.path == path
     assert configure(f"--data.path={path}").data.path == path
