@@ -15,6 +15,7 @@ from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
+from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.console import open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
@@ -46,8 +47,10 @@ def train(config: Config, resume: str | None) -> int:
     keep_memory()
     with Preemption() as preemption, job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
+        check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
+        check_devices_match(communicator, device, config)
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         threads = share_cores(config.train.threads, communicator)
         trainer = Trainer(config, communicator, data, vocab_size, device)

@@ -10,8 +10,9 @@ from typing import TypeVar
 from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
-from hvdlm.cluster.doctor.rank_report import MPI_LAUNCHERS, RankReport, one_rank_per_host
+from hvdlm.cluster.doctor.rank_report import RankReport, one_rank_per_host
 from hvdlm.comm.interfaces import joining_networks
+from hvdlm.comm.launcher_process import MPI_LAUNCHERS
 
 V = TypeVar("V")
 
@@ -32,6 +33,7 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
         different_gpus,
         unsupported_gpus,
         little_shared_memory,
+        uncompiled_codecs,
         wrong_interface_variables,
         slow_networks,
     ]
@@ -140,6 +142,22 @@ def little_shared_memory(reports: list[RankReport]) -> list[Finding]:
     return findings
 
 
+def uncompiled_codecs(reports: list[RankReport]) -> list[Finding]:
+    """Ranks on which codecs cannot be compiled, or are compiled anew at each start."""
+    findings = []
+    with_problem = [each for each in reports if each.compiler_problem]
+    for problem, ranks in _grouped(with_problem, [each.compiler_problem for each in with_problem]).items():
+        is_missing = str(problem).startswith("Numba cannot be imported")
+        remedy = (
+            "install hvdlm with its requirements, without which it does not train"
+            if is_missing
+            else "set NUMBA_CACHE_DIR to a directory that can be written; now each start compiles its codec anew"
+        )
+        what = f"{problem}, on {name_ranks(ranks)}"
+        findings.append(Finding("error" if is_missing else "warning", what, remedy))
+    return findings
+
+
 def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     """Variables that name an interface that a host does not have, or one on a network that does not join all hosts."""
     hosts = one_rank_per_host(reports)
@@ -148,7 +166,7 @@ def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     for each in hosts:
         findings += misnamed_interfaces(each.host, each.variables, each.interfaces)
         for variable, value in each.variables.items():
-            named = named_interfaces(value, each.interfaces)
+            named = named_interfaces(variable, value, each.interfaces)
             if len(hosts) > 1 and networks and named and not {i.address.network for i in named} & set(networks):
                 what = (
                     f"{variable}={value} on {each.host} is on {named[0].address.network}, which does not join all hosts"
