@@ -37,15 +37,13 @@ class RunningTime:
     To be looked at several times in each `LONGEST_STEP`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds that go on while the process is suspended."""
-        self._clock = clock
-        self._last = clock()
+    def __init__(self) -> None:
+        self._last = time.monotonic()
         self._seconds = 0.0
 
     def seconds(self) -> float:
         """Seconds since the beginning, as far as the process was running."""
-        now = self._clock()
+        now = time.monotonic()
         self._seconds += min(now - self._last, LONGEST_STEP)
         self._last = now
         return self._seconds

@@ -51,6 +51,12 @@ def test_version(tmp_path: Path) -> None:
         (["prepare", "--output", "x"], "the following arguments are required: --input"),
         (["evaluate", "x", "--data", "y", "--engine", "nccl"], "invalid choice: 'nccl'"),
         (["train"], "the following arguments are required: CONFIG"),
+        (["doctor", "--timeout", "nan"], "argument --timeout: 'nan' is not a finite number"),
+        (["doctor", "--timeout", "inf"], "argument --timeout: 'inf' is not a finite number"),
+        (["doctor", "--timeout", "soon"], "argument --timeout: 'soon' is not a finite number"),
+        (["doctor", "--timeout", "-1"], "argument --timeout: '-1': give seconds above 0, at most 1000000"),
+        (["doctor", "--timeout", "1e10"], "argument --timeout: '1e10': give seconds above 0, at most 1000000"),
+        (["predict", "x", "--ranks", "2", "--rank-flops", "nan"], "argument --rank-flops: 'nan' is not a finite"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(

@@ -20,6 +20,7 @@ from hvdlm.cluster.doctor.rank_checks import (
     name_ranks,
     number_ranges,
     slow_networks,
+    uncompiled_codecs,
     unsupported_gpus,
     wrong_interface_variables,
 )
@@ -193,6 +194,35 @@ def test_a_variable_that_names_a_network_that_does_not_join_the_hosts(variable: 
         f"{variable}={value} on {host} is on 172.17.0.0/16, which does not join all hosts" for host in ("n1", "n2")
     ]
     assert findings[0].remedy == "name the interface on 10.0.0.0/24: eth0"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_named"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth", True),  # NCCL takes the beginning of a name
+        ("NCCL_SOCKET_IFNAME", "ib,eth", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "l", True),  # lo
+        ("NCCL_SOCKET_IFNAME", "th0", False),
+        ("GLOO_SOCKET_IFNAME", "eth", False),
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("OMPI_MCA_btl_tcp_if_include", "eth", False),
+    ],
+)
+def test_which_names_a_variable_takes(variable: str, value: str, is_named: bool) -> None:
+    findings = wrong_interface_variables(cluster(2, 1, variables={variable: value}))
+    assert bool(findings) != is_named
+
+
+def test_codecs_that_cannot_be_kept_compiled() -> None:
+    assert uncompiled_codecs(cluster(2, 2)) == []
+    problem = "Numba can write nowhere"
+    (finding,) = uncompiled_codecs(changed(cluster(2, 2), {2, 3}, compiler_problem=problem))
+    assert (finding.severity, finding.what) == ("warning", f"{problem}, on ranks 2-3 on n2")
+    assert "NUMBA_CACHE_DIR" in finding.remedy
+    (finding,) = uncompiled_codecs(cluster(1, 1, compiler_problem="Numba cannot be imported (needs NumPy 2.3)"))
+    assert finding.severity == "error"
 
 
 @pytest.mark.parametrize("value", ["eth0", "docker0,eth0", "10.0.0.0/24", "=eth0"])

@@ -29,7 +29,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         dispatcher = numba.njit(nogil=True, **options)(function)
         try:
             dispatcher._cache = _Cache(function)  # what cache=True does with Numba's own class
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             logger.debug("%s", error)
         return dispatcher
 
@@ -40,7 +40,7 @@ def cache_problem() -> str | None:
     """Why Numba keeps no compiled code of this package here; None if it does."""
     try:
         FunctionCache(cache_problem)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return "Numba can write to neither the directory of the package nor NUMBA_CACHE_DIR nor the user's cache"
     return None
 
