@@ -15,6 +15,7 @@ from hvdlm.cluster.doctor.rank_checks import (
     check_ranks,
     crowded_cores,
     different_gpus,
+    different_instructions,
     different_software,
     little_shared_memory,
     name_ranks,
@@ -213,6 +214,15 @@ def test_a_variable_that_names_a_network_that_does_not_join_the_hosts(variable: 
 def test_which_names_a_variable_takes(variable: str, value: str, is_named: bool) -> None:
     findings = wrong_interface_variables(cluster(2, 1, variables={variable: value}))
     assert bool(findings) != is_named
+
+
+def test_cpus_that_round_otherwise() -> None:
+    reports = changed(cluster(2, 2, cpu_capability="AVX512"), {3}, cpu_capability="AVX2")
+    (finding,) = different_instructions(reports)
+    assert finding.severity == "error"
+    assert finding.what.endswith(": AVX512 on ranks 0-1 on n1 and 2 on n2; AVX2 on rank 3 on n2")
+    assert different_instructions(cluster(2, 2, cpu_capability="AVX512")) == []
+    assert different_instructions(changed(cluster(2, 2, gpus=2), {3}, cpu_capability="AVX2")) == []
 
 
 def test_codecs_that_cannot_be_kept_compiled() -> None:

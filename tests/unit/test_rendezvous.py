@@ -78,7 +78,7 @@ def test_what_all_know_beforehand(launcher: str, environment: dict[str, str], ex
 )
 def test_what_is_no_host_and_port_is_named(name: str, value: str) -> None:
     environment = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"} | {name: value}
-    with pytest.raises(HvdlmError, match="MASTER_ADDR=.* and MASTER_PORT=.* are no host and port"):
+    with pytest.raises(HvdlmError, match=r"MASTER_ADDR=.* and MASTER_PORT=.* are no host and port"):
         rendezvous._known_endpoint("torchrun", environment)
 
 

@@ -29,6 +29,7 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
     checks: list[Callable[[list[RankReport]], list[Finding]]] = [
         alone_under_a_launcher,
         different_software,
+        different_instructions,
         crowded_cores,
         different_gpus,
         unsupported_gpus,
@@ -64,6 +65,17 @@ def different_software(reports: list[RankReport]) -> list[Finding]:
                 Finding("error", f"ranks differ in {subject}: {versions}", "install one version on all hosts")
             )
     return findings
+
+
+def different_instructions(reports: list[RankReport]) -> list[Finding]:
+    """Ranks without GPUs whose CPUs round otherwise, which training refuses."""
+    computing = [each for each in reports if not each.gpus]
+    by_capability = _grouped(computing, [each.cpu_capability for each in computing])
+    if len(by_capability) < 2:
+        return []
+    kinds = "; ".join(f"{capability} on {name_ranks(ranks)}" for capability, ranks in by_capability.items())
+    remedy = "set ATEN_CPU_CAPABILITY to the least of these on all ranks (mpirun -x ATEN_CPU_CAPABILITY=avx2)"
+    return [Finding("error", f"PyTorch computes with unlike instructions: {kinds}", remedy)]
 
 
 def crowded_cores(reports: list[RankReport]) -> list[Finding]:

@@ -43,6 +43,7 @@ class RankReport:
     shared_memory: int  # bytes free in /dev/shm before the engine started
     parent: str  # name of the parent process if it is a launcher's, else ""
     siblings: int  # children of the parent process, including this one
+    cpu_capability: str = ""  # the instruction set of PyTorch's loops, such as AVX512
     compiler_problem: str | None = None  # why codecs cannot be compiled here, or not be kept
 
     @property
@@ -77,6 +78,7 @@ def gather_reports(
         shared_memory=shared_memory,
         parent=parent.name() if parent and parent == launcher_process else "",
         siblings=len(parent.children()) if parent else 1,
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
         compiler_problem=_compiler_problem(),
     )
     return communicator.all_gather_object(own)
