@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,20 @@ import numpy as np
 import pytest
 from numba.core import caching
 
+import hvdlm
 from hvdlm.gradients.codecs.compiled import cache_problem, compiled
+
+PACKAGE = Path(hvdlm.__file__).parent
+
+# Beside a package that cannot be written to, in a mount namespace of its own, and without a home
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+EVERY_CODEC = """
+import torch
+from hvdlm.gradients.codecs import cast, integer, low_rank, topk
+from hvdlm.gradients.codecs.compiled import cache_problem
+assert cache_problem() is not None
+assert cast.add_residual(torch.tensor([1.0, -3.0]), None) == 3.0
+"""
 
 
 def double(values: np.ndarray) -> None:
@@ -36,6 +52,15 @@ def test_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert doubles(compiled()(double))
     assert str(cache_problem()).startswith("Numba can write to neither")
+
+
+@pytest.mark.needs_root
+def test_every_codec_is_imported_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    environment = {**kept, "HOME": "/proc/none", "PYTHONPATH": str(PACKAGE.parent)}
+    words = ["unshare", "--mount", "sh", "-c", READ_ONLY, PACKAGE, sys.executable, "-c", EVERY_CODEC]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_where_it_can(cache: Path) -> None:
