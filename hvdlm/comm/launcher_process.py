@@ -98,7 +98,7 @@ def _end_by_request(launch: Launch, gone: psutil.Process) -> None:
 def _is_running(process: psutil.Process) -> bool:
     """Whether it is there and has not ended: one that has, and for which its parent has not asked yet, is a zombie."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

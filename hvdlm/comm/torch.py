@@ -142,7 +142,7 @@ def _named_group(name: str) -> Iterator[None]:
     (torch 2.13, distributed_c10d.py).
     """
     original = distributed_c10d._hash_ranks_to_str
-    distributed_c10d._hash_ranks_to_str = lambda _: name
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
     try:
         yield
     finally:

@@ -28,7 +28,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(nogil=True, **options)(function)
         try:
-            dispatcher._cache = _Cache(function)  # what cache=True does with Numba's own class
+            # What cache=True does with Numba's own class
+            dispatcher._cache = _Cache(function)  # type: ignore[no-untyped-call]
         except (RuntimeError, OSError) as error:
             logger.debug("%s", error)
         return dispatcher
@@ -39,24 +40,24 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def cache_problem() -> str | None:
     """Why Numba keeps no compiled code of this package here; None if it does."""
     try:
-        FunctionCache(cache_problem)
+        FunctionCache(cache_problem)  # type: ignore[no-untyped-call]
     except (RuntimeError, OSError):
         return "Numba can write to neither the directory of the package nor NUMBA_CACHE_DIR nor the user's cache"
     return None
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     """Numba's cache of a function, but that what goes wrong with its files counts as not being there."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except _CACHE_ERRORS as error:
             logger.debug("cannot read a compiled function: %s", error)
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
-            super().save_overload(sig, data)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
         except _CACHE_ERRORS as error:
             logger.debug("cannot keep a compiled function: %s", error)
