@@ -65,8 +65,10 @@ def refuse_ranks_that_seem_alone(launch: Launch) -> None:
 def watch_launcher(launch: Launch) -> None:
     """From now on, a thread asks this process to end when a process of its launcher is gone."""
     watched = launcher_processes()
-    if not watched and launch.launcher == "horovodrun":
-        watched = [each for each in psutil.Process().parents() if _name(each) in _SSH_SESSIONS][:1]
+    if launch.launcher == "horovodrun":
+        ancestors = psutil.Process().parents()
+        watched += [each for each in ancestors if _runs_mpirun(each)]
+        watched = watched or [each for each in ancestors if _name(each) in _SSH_SESSIONS][:1]
     if launch.launcher != "none" and watched:
         watch(watched, lambda gone: _end_by_request(launch, gone))
 
@@ -103,15 +105,25 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
+def _runs_mpirun(process: psutil.Process) -> bool:
+    """Whether it is the shell that `horovodrun --mpi` becomes, which starts mpirun."""
+    words = _words(process)
+    return words[1:2] == ["-c"] and words[2:3] != [] and words[2].lstrip().startswith("mpirun ")
+
+
 def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        words = []
+    words = _words(process)
     named = {_name(process), *(Path(word).name for word in words[:2])}
     return bool(named & _LAUNCHERS) or any(
         word == "-m" and following in _MODULES for word, following in pairwise(words)
     )
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def _name(process: psutil.Process) -> str:

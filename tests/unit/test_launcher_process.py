@@ -37,7 +37,9 @@ def ancestors(monkeypatch: pytest.MonkeyPatch, *processes: Any) -> None:
     monkeypatch.setattr(psutil, "Process", lambda: own)
 
 
-BASH = Process("bash", "bash", "-c", "mpirun -np 2 hvdlm train")
+BASH = Process("bash", "bash", "-c", "cd /data; mpirun -np 2 hvdlm train")
+# What becomes of `horovodrun --mpi`
+MPIRUN_BY_SHELL = Process("sh", "/bin/sh", "-c", "mpirun --allow-run-as-root -np 2 hvdlm train", pid=6)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_a_rank_whose_launcher_is_gone_asks_itself_to_end(
         (Launch("none", 0, 1), [Process("prterun")], []),
         (Launch("mpirun", 0, 2), [BASH, Process("sshd")], []),
         (Launch("horovodrun", 0, 2), [BASH, Process("sshd", pid=1), Process("sshd", pid=2)], [1]),
+        (Launch("horovodrun", 0, 2), [Process("prterun", pid=5), MPIRUN_BY_SHELL, BASH], [5, 6]),
+        (Launch("mpirun", 0, 2), [Process("prterun", pid=5), MPIRUN_BY_SHELL, BASH], [5]),
         (Launch("mpirun", 0, 2), [BASH, Process("prted", pid=3), Process("slurmstepd", pid=4)], [3, 4]),
     ],
 )
