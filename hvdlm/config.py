@@ -31,7 +31,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Section(BaseModel):
     """A group of settings; immutable, and strict about names and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -129,7 +129,11 @@ class CommSection(Section):
         "auto", description="what sums gradients: our ring, the engine's all-reduce, or whichever costs less at start"
     )
     timeout: float = Field(
-        300.0, gt=0, description="seconds that a rank waits for another before the job ends with an error"
+        300.0,
+        gt=0,
+        le=1e6,
+        description="seconds that a rank waits for another before the job ends with an error; those in which it is "
+        "suspended itself do not count",
     )
 
 

@@ -235,7 +235,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def abort(self, reason: str) -> NoReturn:
-        """Ends the whole job at once, with a non-zero exit status on every rank; prints `reason` to stderr."""
+        """Ends the whole job at once, with a non-zero exit status on every rank.
+
+        Prints `reason` to stderr, unless it is empty.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
-from hvdlm.comm.failure import lost_rank_errors, wait_until
+from hvdlm.comm.failure import ENGINE_TIMEOUT, end_process, lost_rank_errors, wait_until
 from hvdlm.comm.startup import STARTUP_TIMEOUT, startup_deadline
 from hvdlm.errors import HvdlmError
 
@@ -65,12 +62,12 @@ class HorovodCommunicator(Communicator):
     @classmethod
     def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
         """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(ENGINE_TIMEOUT))
         # Buckets are large already; which of them Horovod fuses would depend on timing, and with it the order of sums
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        # Horovod's start over Gloo has that deadline; over MPI it would wait for ever.
+        # Over Gloo it waits for ranks that are still being started; over MPI they have all come by now.
         over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-        with nullcontext() if over_gloo else startup_deadline(rank, min(timeout, STARTUP_TIMEOUT)):
+        with startup_deadline(rank, timeout if over_gloo else min(timeout, STARTUP_TIMEOUT)):
             hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
 
@@ -97,8 +94,7 @@ class HorovodCommunicator(Communicator):
         return HorovodCommunicator(*own, self._timeout)
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
-        os._exit(1)  # the launcher ends the other ranks when one exits non-zero
+        end_process(reason)  # the launcher ends the other ranks when one exits non-zero
 
     def close(self) -> None:
         if self._is_whole_job:

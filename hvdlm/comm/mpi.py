@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as WaitTimeout  # the built-in one from Python 3.11 on
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -26,7 +24,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.failure import lost_rank_errors, timeout_error, wait_until
+from hvdlm.comm.failure import lost_rank_errors, result_within, say, wait_until
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
@@ -73,7 +71,7 @@ class MPICommunicator(Communicator):
         return MPICommunicator(self._timeout, self._submit(lambda: self._group.Split(color, key)).wait())
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
+        say(reason)
         MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI_Abort may return before the launcher's signal arrives
 
@@ -150,14 +148,8 @@ class MPICommunicator(Communicator):
                 return collective()
 
         future = self._thread.submit(run)
-
-        def finish() -> T:
-            try:
-                return future.result(self._timeout)
-            except WaitTimeout:  # in the collective itself: a rank has stopped after the barrier
-                raise timeout_error(self._timeout, self.rank, "the other ranks") from None
-
-        return Work(finish)
+        # The barrier has its own deadline; this one is for the collective, where a rank has stopped after the barrier
+        return Work(lambda: result_within(future, self._timeout, self.rank, "the other ranks"))
 
     def _poll(self, requests: Sequence[MPI.Request], what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again

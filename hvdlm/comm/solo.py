@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.failure import end_process
 
 
 class SoloCommunicator(Communicator):
@@ -27,8 +26,7 @@ class SoloCommunicator(Communicator):
         return SoloCommunicator()
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
-        os._exit(1)
+        end_process(reason)
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -102,7 +102,8 @@ def open_channels(
         among = hierarchy.leaders if hierarchy else own
         ring = _make_ring(among, comm.algorithm, device)
         costs = channels[0].exchange.algorithm_costs if channels else []
-        if ring is not None and comm.algorithm == "auto" and not channels:
+        takes_part = hierarchy is None or hierarchy.is_leader  # the others send nothing between nodes
+        if ring is not None and comm.algorithm == "auto" and not channels and takes_part:
             costs = probe_algorithms(among, ring, largest)
         channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device))
     return channels

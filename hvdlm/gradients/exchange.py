@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,25 @@ from hvdlm.timing import Span, total_seconds
 _MESSAGE = 256 * 1024
 
 
+class _TimedEncoding:
+    """A segment encoding, and the seconds that it has taken: the ring calls it in the midst of the exchange."""
+
+    def __init__(self, encoding: SegmentEncoding) -> None:
+        self._encoding = encoding
+        self.nbytes = encoding.nbytes
+        self.seconds = 0.0
+
+    def encode(self, values: Tensor, message: Tensor, residual: Tensor | None) -> None:
+        begin = time.perf_counter()
+        self._encoding.encode(values, message, residual)
+        self.seconds += time.perf_counter() - begin
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        begin = time.perf_counter()
+        self._encoding.decode(message, values)
+        self.seconds += time.perf_counter() - begin
+
+
 class Exchange:
     """Operations among all ranks of a communicator, counted in bytes and, where they block, in seconds."""
 
@@ -30,13 +50,16 @@ class Exchange:
         self.algorithm_costs = algorithm_costs
         self.rank, self.size = communicator.rank, communicator.size
         self.has_ring = ring is not None
+        # The communication thread and the backward pass, which gives buckets to the engine, both count
+        self._counters = threading.Lock()
         self.wire_bytes = 0  # sent by this rank since `reset_counters`
-        self.spans: list[Span] = []  # of sending, receiving and waiting since `reset_counters`
+        self.spans: list[Span] = []  # of operations since `reset_counters`
+        self._encoding_seconds = 0.0  # of these spans
         self.first_sent: float | None = None  # time.perf_counter() of the first message since `reset_counters`
 
     def reset_counters(self) -> None:
         """Counts bytes and seconds from zero."""
-        self.wire_bytes, self.spans, self.first_sent = 0, [], None
+        self.wire_bytes, self.spans, self.first_sent, self._encoding_seconds = 0, [], None, 0.0
 
     def prefers_ring(self, elements: int) -> bool:
         """Whether the ring, and not the engine, sums `elements` numbers."""
@@ -44,8 +67,8 @@ class Exchange:
 
     @property
     def seconds(self) -> float:
-        """Sending, receiving and waiting since `reset_counters`."""
-        return total_seconds(self.spans)
+        """Sending, receiving and waiting since `reset_counters`, without what a ring's encoding has taken."""
+        return total_seconds(self.spans) - self._encoding_seconds
 
     def all_reduce_(
         self,
@@ -64,22 +87,23 @@ class Exchange:
                 raise ValueError("only a ring can sum what is sent by an encoding: ask has_ring first")
             can_ring = values.dtype is torch.float32 and op is ReduceOp.SUM
             if self._ring is not None and can_ring and (encoding or self.prefers_ring(values.numel())):
-                self.wire_bytes += self._ring.all_reduce_(values, encoding, residual)
+                timed = None if encoding is None else _TimedEncoding(encoding)
+                self._count(self._ring.all_reduce_(values, timed, residual))
+                self._encoding_seconds += timed.seconds if timed else 0.0
                 return
             self._communicator.all_reduce_(values, op)
             self._count_all_reduce(values)
 
     def all_reduce_by_engine_async_(self, values: Tensor) -> Work[Any]:
         """Starts the engine's own all-reduce; several may be in progress, which the engine keeps in order."""
-        if self.first_sent is None:
-            self.first_sent = time.perf_counter()
+        self._note_first_message()
         self._count_all_reduce(values)
         return self._communicator.all_reduce_async_(values)
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted("all-gather"):
-            self.wire_bytes += (self.size - 1) * message.nbytes
+            self._count((self.size - 1) * message.nbytes)
             if self._ring is not None:  # it sleeps while it waits, where engines spin
                 return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
             return self._communicator.all_gather_v(message, [len(message)] * self.size)
@@ -92,7 +116,7 @@ class Exchange:
         with self._counted("all-to-all"):
             if not self._communicator.supports("send"):
                 rows = self._communicator.all_gather(torch.stack(list(messages)))  # (from, to, length)
-                self.wire_bytes += (self.size - 1) * self.size * messages[0].nbytes
+                self._count((self.size - 1) * self.size * messages[0].nbytes)
                 return list(rows[:, self.rank])
             others = [rank for rank in range(self.size) if rank != self.rank]
             received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
@@ -106,7 +130,7 @@ class Exchange:
                     handles += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
             for handle in handles:
                 handle.wait()
-            self.wire_bytes += sum(messages[rank].nbytes for rank in others)
+            self._count(sum(messages[rank].nbytes for rank in others))
             return received
 
     def _count_all_reduce(self, values: Tensor) -> None:
@@ -116,12 +140,20 @@ class Exchange:
         """
         is_half = values.dtype in (torch.float16, torch.bfloat16)
         is_widened = is_half and not self._communicator.supports(str(values.dtype).removeprefix("torch."))
-        self.wire_bytes += 2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size
+        self._count(2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size)
+
+    def _count(self, nbytes: int) -> None:
+        with self._counters:
+            self.wire_bytes += nbytes
+
+    def _note_first_message(self) -> None:
+        with self._counters:
+            if self.first_sent is None:
+                self.first_sent = time.perf_counter()
 
     @contextmanager
     def _counted(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
-        if self.first_sent is None:
-            self.first_sent = begin
+        self._note_first_message()
         yield
         self.spans.append(Span(name, begin, time.perf_counter()))

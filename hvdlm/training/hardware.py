@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.cores import usable_cores
 from hvdlm.errors import HvdlmError
 from hvdlm.training.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
 
@@ -46,13 +47,16 @@ def choose_device(wanted: str, communicator: Communicator) -> torch.device:
 def share_cores(wanted: int, communicator: Communicator) -> int:
     """Sets and returns the CPU threads: `wanted` if above 0, else OMP_NUM_THREADS, else this rank's share of its cores.
 
-    Ranks that a launcher has bound to different cores do not share them. Rank 0 warns where that or OpenMP leaves cores
-    of a host without work. Collective.
+    Ranks that a launcher has bound to different cores do not share them; a CPU quota that allows fewer is shared by all
+    ranks of a host. Rank 0 warns where a launcher or OpenMP leaves cores of a host without work. Collective.
     """
     remark, bound_by = drop_unchosen_threads(os.environ), release_cores(os.environ)
-    own = (communicator.hosts[communicator.rank], sorted(os.sched_getaffinity(0)))
+    cores, usable = sorted(os.sched_getaffinity(0)), usable_cores()
+    own = (communicator.hosts[communicator.rank], cores)
     sharing = communicator.all_gather_object(own).count(own)
-    share = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else max(1, len(own[1]) // sharing)
+    if usable < len(cores):
+        sharing = communicator.local_size
+    share = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else max(1, usable // sharing)
     threads = wanted or share
     torch.set_num_threads(threads)
     warn_of_bindings(communicator, bound_by, remark)

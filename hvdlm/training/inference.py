@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
+from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.out_of_memory import out_of_memory_errors
@@ -30,13 +32,16 @@ from hvdlm.training.replicas import broadcast_tensors
 
 def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) -> int:
     """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines."""
-    with job(engine, timeout=300, config_digest=str((path, data_path, micro_batch_size))) as communicator:
+    digest = hashlib.sha256(repr((str(path), str(data_path), micro_batch_size)).encode()).hexdigest()
+    with job(engine, timeout=300, config_digest=digest) as communicator:
         if micro_batch_size < 1:
             raise JobError(f"--micro-batch-size {micro_batch_size}: give 1 or more")
         data = on_all_ranks(communicator, lambda: DataSet(data_path))
+        check_data_matches(communicator, data)
         state = on_rank_0(communicator, lambda: _open_for(data, path))
         config = Config.model_validate(state["config"])
         device = choose_device("auto", communicator)
+        check_devices_match(communicator, device)
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])

@@ -14,6 +14,7 @@ from hvdlm.errors import JobError
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
+from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.console import open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
@@ -56,8 +57,10 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         job(config.comm.engine, config.comm.timeout, config.digest()) as communicator,
     ):
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
+        check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
+        check_devices_match(communicator, device, config)
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         threads = share_cores(config.train.threads, communicator)
         with out_of_memory_errors(_LESS_MEMORY):

@@ -191,6 +191,17 @@ def check_split(comm: Communicator) -> None:
     assert again.all_gather_object(comm.rank) == list(range(comm.size))
 
 
+@check(sizes=[2, 3, 4], engines=["mpi", "torch"])
+def check_groups_of_ranks_that_have_made_unlike_numbers_of_groups(comm: Communicator) -> None:
+    alone = comm.split(color=int(comm.rank > 0), key=comm.rank)
+    if comm.rank == 0:
+        for _ in range(3):
+            alone.split(0, 0)
+    for _ in range(2):
+        group = comm.split(color=0, key=-comm.rank)
+        assert group.all_gather_object(comm.rank) == list(reversed(range(comm.size)))
+
+
 @check(engines=["horovod"])
 def check_splitting_horovod_must_be_allowed(comm: Communicator) -> None:
     with patch.dict(os.environ, HOROVOD_DYNAMIC_PROCESS_SETS="0"):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from hvdlm.comm.communicator import ReduceOp
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.codec import Codec, Residual
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -136,7 +136,7 @@ def compile_for_cpu() -> None:
     widen(numbers, 1.0, values)
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
     if len(residual):
         for index in range(len(values)):
@@ -149,7 +149,7 @@ def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
     return np.int32(largest).view(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _narrow(
     values: np.ndarray, scale: np.float32, factor: np.float32, is_fp16: bool, numbers: np.ndarray, errors: np.ndarray
 ) -> None:
@@ -164,7 +164,7 @@ def _narrow(
         errors[index] = error if is_finite else np.float32(0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _widen(numbers: np.ndarray, factor: np.float32, is_fp16: bool, values: np.ndarray) -> None:
     for index in range(len(values)):
         number = np.int32(numbers[index])
@@ -172,7 +172,7 @@ def _widen(numbers: np.ndarray, factor: np.float32, is_fp16: bool, values: np.nd
         values[index] = np.float32(wide * factor)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _fp16_bits(bits: np.int32) -> np.uint16:
     """IEEE 754 binary16 nearest to a float32 of these bits, ties to even."""
     magnitude = np.int32(bits & _MAGNITUDE)
@@ -186,7 +186,7 @@ def _fp16_bits(bits: np.int32) -> np.uint16:
     return np.uint16(number | ((bits >> np.int32(16)) & np.int32(0x8000)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _float_of_fp16(number: np.int32) -> np.float32:
     magnitude = np.int32((number & np.int32(0x7FFF)) << np.int32(13))
     # As a float32 its exponent is 112 too small, also where it is subnormal
@@ -195,7 +195,7 @@ def _float_of_fp16(number: np.int32) -> np.float32:
     return np.int32(scaled | ((number & np.int32(0x8000)) << np.int32(16))).view(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _bf16_bits(bits: np.int32) -> np.uint16:
     """The nearest number that is the upper half of a float32, ties to even."""
     rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
@@ -203,7 +203,7 @@ def _bf16_bits(bits: np.int32) -> np.uint16:
     return np.uint16(np.int32(0x7FC0) if is_nan else rounded)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _float_of_bf16(number: np.int32) -> np.float32:
     return np.int32(number << np.int32(16)).view(np.float32)
 

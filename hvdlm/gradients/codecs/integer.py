@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -123,7 +123,7 @@ def compile_for_cpu(bits: int) -> None:
     add_blocks(part, bits, scales, integers, torch.zeros(2))
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _round_blocks(
     block: int,
     spans: np.ndarray,
@@ -172,7 +172,7 @@ def _round_blocks(
                 first += len(residual_block)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_to_bytes(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
     for index in range(len(residual_block)):
         rounded = np.rint(np.float32(residual_block[index] * inverse))
@@ -180,7 +180,7 @@ def _round_to_bytes(residual_block: np.ndarray, scale: np.float32, inverse: np.f
         out[index] = np.uint8(np.int32(rounded))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_to_nibbles(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
     """The first half of a block in the low four bits, the second half in the high ones."""
     half = len(out)
@@ -194,7 +194,7 @@ def _round_to_nibbles(residual_block: np.ndarray, scale: np.float32, inverse: np
         out[index - half] = np.uint8(np.int32(out[index - half]) + (np.int32(rounded) << np.int32(4)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _add_blocks(
     block: int, spans: np.ndarray, bits: int, scales: np.ndarray, integers: np.ndarray, target: np.ndarray
 ) -> None:

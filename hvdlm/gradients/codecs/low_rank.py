@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from hvdlm.gradients.codecs.compiled import compiled
 
 # A vector that keeps at most this share of its squared length is linearly dependent on those before it.
 _NEGLIGIBLE = 2.0**-32
@@ -118,7 +119,7 @@ def _arrays(matrices: Matrices, *tensors: Tensor) -> tuple[Any, ...]:
     return (matrices.matrix_rank, matrices.layout.numpy(), *(tensor.numpy() for tensor in tensors))
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
+@compiled(fastmath=_FREE_ORDER)
 def _multiply(
     matrix_rank: int,
     layout: np.ndarray,
@@ -143,7 +144,7 @@ def _multiply(
                 lefts[left + which * rows + row] = total
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
+@compiled(fastmath=_FREE_ORDER)
 def _multiply_transposed(
     matrix_rank: int,
     layout: np.ndarray,
@@ -177,7 +178,7 @@ def _multiply_transposed(
                     vector[column] += a * first[column] + b * second[column] + c * third[column] + d * fourth[column]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _reconstruct(
     matrix_rank: int,
     layout: np.ndarray,
@@ -204,7 +205,7 @@ def _reconstruct(
                     gradient_row[column] += factor * total[column]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> None:
     for matrix in range(len(layout)):
         rows, left = layout[matrix, 1], layout[matrix, 3]
@@ -223,7 +224,7 @@ def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> 
             lefts[left + which * rows : left + (which + 1) * rows] = done[which]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
     """Four independent sums, since an addition takes longer than it takes to issue the next one."""
     first, second, third, fourth = 0.0, 0.0, 0.0, 0.0

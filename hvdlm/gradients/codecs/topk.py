@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import reduce_dense_
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _FP16 = cast.CastEncoding(torch.float16)
@@ -138,7 +138,7 @@ def compile_for_cpu() -> None:
     add_chosen(part, 1, values, indices, torch.zeros(1))
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _choose(
     block: int,
     spans: np.ndarray,
@@ -173,7 +173,7 @@ def _choose(
                 entry += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _add_chosen(
     block: int, spans: np.ndarray, kept: int, values: np.ndarray, indices: np.ndarray, target: np.ndarray
 ) -> None:
