@@ -9,6 +9,7 @@ Data that is only moved is sent as bytes, so only reductions depend on dtypes.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import socket
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from hvdlm.comm.failure import wait_until
 from hvdlm.errors import HvdlmError
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,14 @@ def group_ranks(members: Sequence[int]) -> list[int]:
     return [sorted(members).index(member) for member in members]
 
 
+def reordered(data: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
+    """The pieces of `data`, of these lengths, in another order; `data` itself where the order is theirs."""
+    if list(order) == sorted(order):
+        return data
+    pieces = data.split(list(lengths))
+    return torch.cat([pieces[each] for each in order])
+
+
 class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
@@ -106,6 +116,11 @@ class Communicator(ABC):
     node_count: int
     hosts: list[str]
     capabilities: frozenset[str]
+    _timeout: float = math.inf  # seconds that a rank waits for another
+
+    def __init__(self) -> None:
+        self._groups: list[Communicator] = []  # that were split off
+        self._is_closed = False
 
     # ---- collective operations
 
@@ -171,6 +186,46 @@ class Communicator(ABC):
 
         return self._all_gather(self._as_bytes(tensor), byte_lengths).then(split)
 
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """What each rank has for this one, in the order of ranks: `parts[r]` is sent to rank r.
+
+        All parts have one dtype and, but for the first dimension, one shape. `lengths[r]`: rows of what rank r sends to
+        this one; without `lengths` they are exchanged first, which costs one more message.
+        """
+        return self.all_to_all_async(parts, lengths).wait()
+
+    def all_to_all_async(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> Work[list[Tensor]]:
+        if len(parts) != self.size:
+            raise ValueError(f"{len(parts)} parts for {self.size} ranks: one for each is needed")
+        like = parts[self.rank]
+        _check_dtype(like)
+        row_shape = like.shape[1:]
+        if any(part.dtype != like.dtype or part.shape[1:] != row_shape for part in parts):
+            raise ValueError("parts for different ranks differ in dtype, or in shape beyond the first dimension")
+        own_lengths = [part.shape[0] if part.dim() else 1 for part in parts]
+        if lengths is None:
+            lengths = [
+                int(length) for length in self.all_to_all([torch.tensor([n]) for n in own_lengths], [1] * self.size)
+            ]
+        if lengths[self.rank] != own_lengths[self.rank]:
+            raise ValueError(
+                f"lengths[{self.rank}] = {lengths[self.rank]}, but the part has {own_lengths[self.rank]} rows"
+            )
+        row_bytes = row_shape.numel() * like.element_size()
+        if row_bytes == 0:
+            return Work.done([like.new_empty(length, *row_shape) for length in lengths])
+        byte_lengths = [length * row_bytes for length in lengths]
+
+        def split(received: Tensor) -> list[Tensor]:
+            pieces = torch.split(received.to(like.device), byte_lengths)
+            return [
+                _aligned(piece, like.element_size()).view(like.dtype).reshape(length, *row_shape)
+                for piece, length in zip(pieces, lengths, strict=True)
+            ]
+
+        data = self._reachable(torch.cat([part.detach().contiguous().view(-1).view(torch.uint8) for part in parts]))
+        return self._all_to_all(data, [length * row_bytes for length in own_lengths], byte_lengths).then(split)
+
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
         return self.broadcast_async_(tensor, root).wait()
@@ -229,19 +284,51 @@ class Communicator(ABC):
         """Whether the engine has one of the capabilities that the class docstring lists."""
         return capability in self.capabilities
 
-    @abstractmethod
+    def arrival(self, device: torch.device) -> Work[None]:
+        """Work that ends when `device` has done what its current stream has been given so far.
+
+        On a GPU an operation may only order streams, so that a rank that has died would be noticed nowhere, and the
+        first number that the host reads would hang: `wait` polls, and raises LostRankError after `comm.timeout`.
+        """
+        if device.type != "cuda":
+            return Work.done(None)
+        event = torch.cuda.Event()
+        event.record()
+        return Work(lambda: wait_until(event.query, self._timeout, self.rank, "the other ranks"))
+
     def split(self, color: int, key: int) -> Communicator:
-        """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective."""
+        """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective.
+
+        It is closed with this one, if not before.
+        """
+        group = self._split(color, key)
+        self._groups.append(group)
+        return group
 
     @abstractmethod
     def abort(self, reason: str) -> NoReturn:
         """Ends the whole job at once, with a non-zero exit status on every rank; prints `reason` to stderr."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Shuts the engine down. Collective; no operation may follow."""
+        """Closes the groups that were split off, the last one first, then this one. Collective.
+
+        All ranks have split in one order, so each group is closed by its ranks at the same place. No operation may
+        follow; a second call does nothing.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        while self._groups:
+            self._groups.pop().close()
+        self._close()
 
     # ---- primitives of an engine: tensors are contiguous, 1-D, with at least one element on some rank
+
+    @abstractmethod
+    def _split(self, color: int, key: int) -> Communicator: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
 
     @abstractmethod
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool: ...
@@ -254,6 +341,13 @@ class Communicator(ABC):
 
     @abstractmethod
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
+
+    @abstractmethod
+    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
+        """`lengths`: bytes for each rank, one after the other in `data`; `received`: bytes that come from each.
+
+        Here `data`, and what comes, may be empty on all ranks.
+        """
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> Work[None]: ...
@@ -314,6 +408,11 @@ def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
     if flat.data_ptr() != target.data_ptr():
         target.copy_(flat.view(target.shape))
     return tensor
+
+
+def _aligned(data: Tensor, itemsize: int) -> Tensor:
+    """`data`, copied unless it begins where it may be viewed as numbers of `itemsize` bytes."""
+    return data.clone() if data.storage_offset() % itemsize else data
 
 
 def _pickled(value: Any) -> Tensor:

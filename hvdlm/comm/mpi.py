@@ -32,6 +32,11 @@ _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX}
 # MPI has neither IEEE half nor bfloat16 among its standard datatypes.
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
 
+# Bytes of a message of all-to-all, below Open MPI's eager limit as launch.py sets it; and the tag of these messages,
+# which keeps them apart from those of `send`.
+_MESSAGE = 256 * 1024
+_TAG = 1
+
 
 class MPICommunicator(Communicator):
     """Ranks of an MPI communicator. Needs MPI_THREAD_MULTIPLE, which Open MPI and MPICH give by default."""
@@ -46,6 +51,7 @@ class MPICommunicator(Communicator):
                 f"{MPI.Get_library_version().splitlines()[0]} gives no MPI_THREAD_MULTIPLE, which engine mpi needs to "
                 "communicate while it computes: use an MPI built with threads, or comm.engine = 'torch'"
             )
+        super().__init__()
         # A duplicate keeps our messages apart from those of other MPI code in this process.
         self._group = MPI.COMM_WORLD.Dup() if group is None else group
         self._timeout = timeout
@@ -53,7 +59,7 @@ class MPICommunicator(Communicator):
         self.rank, self.size = self._group.Get_rank(), self._group.Get_size()
         self._locate()
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         return MPICommunicator(self._timeout, self._submit(lambda: self._group.Split(color, key)).wait())
 
     def abort(self, reason: str) -> NoReturn:
@@ -61,7 +67,7 @@ class MPICommunicator(Communicator):
         MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI_Abort may return before the launcher's signal arrives
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._submit(lambda: None).wait()
         self._thread.shutdown()
         self._group.Free()
@@ -89,6 +95,26 @@ class MPICommunicator(Communicator):
             return gathered
 
         return self._submit(run)
+
+    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
+        """By messages of at most `_MESSAGE` bytes between all pairs, the next rank first, so that not all ranks send to
+        the same one at a time.
+        """
+        gathered = data.new_empty(sum(received))
+        outgoing, incoming = data.split(list(lengths)), gathered.split(list(received))
+        incoming[self.rank].copy_(outgoing[self.rank])
+        requests = []
+        for distance in range(1, self.size):
+            source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+            requests += [self._group.Irecv(each.numpy(), source, _TAG) for each in _messages(incoming[source])]
+            requests += [self._group.Isend(each.numpy(), target, _TAG) for each in _messages(outgoing[target])]
+
+        def finish() -> Tensor:
+            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
+                wait_until(lambda: MPI.Request.Testall(requests), self._timeout, self.rank, "the other ranks")
+            return gathered
+
+        return Work(finish)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return self._submit(lambda: self._group.Bcast(data.numpy(), root))
@@ -124,3 +150,7 @@ class MPICommunicator(Communicator):
                 wait_until(request.Test, self._timeout, self.rank, what)
 
         return Work(finish)
+
+
+def _messages(data: Tensor) -> tuple[Tensor, ...]:
+    return data.split(_MESSAGE) if len(data) else ()

@@ -20,17 +20,18 @@ class SoloCommunicator(Communicator):
     capabilities = frozenset({"float16", "bfloat16", "split", "cuda"})
 
     def __init__(self) -> None:
+        super().__init__()
         self.rank, self.size = 0, 1
         self._locate()
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         return SoloCommunicator()
 
     def abort(self, reason: str) -> NoReturn:
         print(reason, file=sys.stderr, flush=True)
         os._exit(1)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Nothing was opened."""
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
@@ -43,6 +44,9 @@ class SoloCommunicator(Communicator):
         return Work.done(flat.clone())
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
+        return Work.done(data)
+
+    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
         return Work.done(data)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:

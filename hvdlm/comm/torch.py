@@ -7,10 +7,9 @@ under srun, through Horovod under horovodrun, and through MASTER_ADDR where some
 from __future__ import annotations
 
 import gc
+import json
 import os
-import socket
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -20,10 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks, reordered
 from hvdlm.comm.failure import lost_rank_errors
+from hvdlm.comm.gpus import shared_gpus, visible_gpus
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
+
+_WATCHDOG_MARGIN = timedelta(seconds=60)
 
 # torch 2.13 renamed it, and warns at each call by the old name.
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,10 +38,16 @@ class TorchCommunicator(Communicator):
 
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int], limit: timedelta) -> None:
         """`members`: the global ranks of `group`, in our order; `limit`: of every wait. `start` makes the first one."""
+        super().__init__()
         self._group, self._limit = group, limit
+        self._timeout = limit.total_seconds()
         self._members = list(members)
         self._group_ranks = group_ranks(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
+        if gpu:
+            # NCCL's own watchdog ends the process without a sentence: it is to come second, after `arrival`
+            backend = group._get_backend(torch.device("cuda"))
+            backend._set_default_timeout(limit + _WATCHDOG_MARGIN)
         self.capabilities = frozenset({"send", "split", "float16", "bfloat16"} | gpu)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
         self._locate()
@@ -54,7 +62,7 @@ class TorchCommunicator(Communicator):
         assert group is not None
         return cls(group, range(size), limit)
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         ranks = group_by_color(self.all_gather_object((color, key)))[color]
         members = [self._members[rank] for rank in ranks]
         group = dist.new_group(sorted(members), timeout=self._limit, use_local_synchronization=True)
@@ -64,11 +72,13 @@ class TorchCommunicator(Communicator):
         print(reason, file=sys.stderr, flush=True)
         os._exit(1)  # the launcher ends the other ranks when one exits non-zero
 
-    def close(self) -> None:
-        if self._group is dist.group.WORLD:
-            dist.destroy_process_group()
+    def _close(self) -> None:
+        is_whole_job = self._group is dist.group.WORLD
+        if is_whole_job:
+            dist.destroy_process_group()  # and its groups: one that ends earlier would leave its name to a later one
         del self._group  # otherwise its threads outlive the interpreter and abort the process
-        gc.collect()  # operations that have ended still reference the connections
+        if is_whole_job:
+            gc.collect()  # operations that have ended still reference the connections
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return True
@@ -95,6 +105,19 @@ class TorchCommunicator(Communicator):
         work = self._start(_all_gather_equal, rows, padded, async_op=True)
         return work.then(lambda _: in_rank_order())
 
+    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
+        by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]
+        output = data.new_empty(sum(received))
+        sizes = [[of_all[each] for each in by_group_rank] for of_all in (received, lengths)]
+
+        def in_rank_order() -> Tensor:
+            return reordered(output, sizes[0], self._group_ranks)
+
+        sent = reordered(data, lengths, by_group_rank)
+        # Of NCCL one grouped operation: sends and receives of several pairs one by one may wait for each other
+        work = self._start(dist.all_to_all_single, output, sent, *sizes, async_op=True)
+        return work.then(lambda _: in_rank_order())
+
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return self._start(dist.broadcast, data, self._members[root], async_op=True)
 
@@ -117,8 +140,7 @@ class TorchCommunicator(Communicator):
 
 
 def _one_gpu_a_rank(store: Any, rank: int, size: int) -> bool:
-    """Whether no two ranks of any host would share a GPU, which NCCL refuses; the same answer on all ranks."""
-    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    store.set(f"hvdlm/{rank}", f"{gpus} {socket.gethostname()}")
-    reports = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
-    return all(int(report.split()[0]) >= count for report, count in Counter(reports).items())
+    """Whether each rank computes on a GPU of its own, as NCCL wants it; the same answer on all ranks."""
+    store.set(f"hvdlm/{rank}", json.dumps(visible_gpus() if dist.is_nccl_available() else []))
+    visible = [json.loads(store.get(f"hvdlm/{each}")) for each in range(size)]
+    return all(visible) and not shared_gpus(visible)

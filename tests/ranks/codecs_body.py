@@ -123,7 +123,7 @@ def check_who_gets_the_residuals_of_a_checkpoint(comm: Communicator, algorithm: 
 def check_nothing_is_lost_while_auto_measures(comm: Communicator, algorithm: str) -> None:
     """Codec auto tries codecs in buckets of different sizes: the residual of one is the next one's to deliver."""
 
-    def bucket_bytes(_: CommSection, settings: CompressionSection, __: int) -> int:
+    def bucket_bytes(_: CommSection, settings: CompressionSection, *__: object) -> int:
         return 10**6 if settings.codec in ("topk", "powersgd") else 30_000  # one bucket, or two
 
     with (
