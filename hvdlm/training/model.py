@@ -56,7 +56,7 @@ def check_deterministic(config: Config, device: torch.device) -> None:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        reason = str(error).strip().partition(". ")[0].partition("\n")[0]
+        reason = str(error).strip().partition(", but you set")[0].partition("\n")[0]
         raise HvdlmError(
             f"train.deterministic = true, but not on {device.type} with this PyTorch: {reason}; set it to false, or "
             "change the setting of [model] or train.precision that needs this kernel"
