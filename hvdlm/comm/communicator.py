@@ -74,26 +74,6 @@ def part_lengths(length: int, parts: int) -> list[int]:
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
-def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """The groups of a split: ranks by color, ordered by key, then by rank; `colors_and_keys[r]` is that of rank r."""
-    ranks = sorted(range(len(colors_and_keys)), key=lambda rank: (*colors_and_keys[rank], rank))
-    colors = sorted({color for color, _ in colors_and_keys})
-    return {color: [rank for rank in ranks if colors_and_keys[rank][0] == color] for color in colors}
-
-
-def group_ranks(members: Sequence[int]) -> list[int]:
-    """The rank that an engine gives each member of a group: engines number members in rising order of global rank."""
-    return [sorted(members).index(member) for member in members]
-
-
-def reordered(data: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
-    """The pieces of `data`, of these lengths, in another order; `data` itself where the order is theirs."""
-    if list(order) == sorted(order):
-        return data
-    pieces = data.split(list(lengths))
-    return torch.cat([pieces[each] for each in order])
-
-
 class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
@@ -175,16 +155,8 @@ class Communicator(ABC):
         byte_lengths = [length * row_bytes for length in lengths]
         if sum(byte_lengths) == 0:
             return Work.done([tensor.new_empty(length, *row_shape) for length in lengths])
-
-        def split(gathered: Tensor) -> list[Tensor]:
-            pieces = torch.split(gathered.to(tensor.device), byte_lengths)
-            # clone(): a piece may start anywhere, but a view of a wider dtype must be aligned
-            return [
-                piece.clone().view(tensor.dtype).reshape(length, *row_shape)
-                for piece, length in zip(pieces, lengths, strict=True)
-            ]
-
-        return self._all_gather(self._as_bytes(tensor), byte_lengths).then(split)
+        work = self._all_gather(self._as_bytes(tensor), byte_lengths)
+        return work.then(lambda gathered: _split_rows(gathered, lengths, tensor))
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> list[Tensor]:
         """What each rank has for this one, in the order of ranks: `parts[r]` is sent to rank r.
@@ -202,29 +174,17 @@ class Communicator(ABC):
         row_shape = like.shape[1:]
         if any(part.dtype != like.dtype or part.shape[1:] != row_shape for part in parts):
             raise ValueError("parts for different ranks differ in dtype, or in shape beyond the first dimension")
-        own_lengths = [part.shape[0] if part.dim() else 1 for part in parts]
+        own = [part.shape[0] if part.dim() else 1 for part in parts]
         if lengths is None:
-            lengths = [
-                int(length) for length in self.all_to_all([torch.tensor([n]) for n in own_lengths], [1] * self.size)
-            ]
-        if lengths[self.rank] != own_lengths[self.rank]:
-            raise ValueError(
-                f"lengths[{self.rank}] = {lengths[self.rank]}, but the part has {own_lengths[self.rank]} rows"
-            )
+            lengths = [int(each) for each in self.all_to_all([torch.tensor([n]) for n in own], [1] * self.size)]
+        if lengths[self.rank] != own[self.rank]:
+            raise ValueError(f"lengths[{self.rank}] = {lengths[self.rank]}, but that part has {own[self.rank]} rows")
         row_bytes = row_shape.numel() * like.element_size()
         if row_bytes == 0:
             return Work.done([like.new_empty(length, *row_shape) for length in lengths])
-        byte_lengths = [length * row_bytes for length in lengths]
-
-        def split(received: Tensor) -> list[Tensor]:
-            pieces = torch.split(received.to(like.device), byte_lengths)
-            return [
-                _aligned(piece, like.element_size()).view(like.dtype).reshape(length, *row_shape)
-                for piece, length in zip(pieces, lengths, strict=True)
-            ]
-
         data = self._reachable(torch.cat([part.detach().contiguous().view(-1).view(torch.uint8) for part in parts]))
-        return self._all_to_all(data, [length * row_bytes for length in own_lengths], byte_lengths).then(split)
+        work = self._all_to_all(data, [n * row_bytes for n in own], [n * row_bytes for n in lengths])
+        return work.then(lambda received: _split_rows(received, lengths, like))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
@@ -410,9 +370,13 @@ def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _aligned(data: Tensor, itemsize: int) -> Tensor:
-    """`data`, copied unless it begins where it may be viewed as numbers of `itemsize` bytes."""
-    return data.clone() if data.storage_offset() % itemsize else data
+def _split_rows(data: Tensor, lengths: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Bytes as tensors on the device of `like`, of its dtype and, but for their `lengths`, of its shape."""
+    row_shape, itemsize = like.shape[1:], like.element_size()
+    pieces = data.to(like.device).split([length * row_shape.numel() * itemsize for length in lengths])
+    # a piece may start anywhere, but a view of a wider dtype must be aligned
+    aligned = [piece.clone() if piece.storage_offset() % itemsize else piece for piece in pieces]
+    return [piece.view(like.dtype).reshape(n, *row_shape) for piece, n in zip(aligned, lengths, strict=True)]
 
 
 def _pickled(value: Any) -> Tensor:

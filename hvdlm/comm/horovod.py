@@ -15,8 +15,9 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks, reordered
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import lost_rank_errors, wait_until
+from hvdlm.comm.groups import group_by_color, group_ranks, reordered
 from hvdlm.comm.startup import STARTUP_TIMEOUT, startup_deadline
 from hvdlm.errors import HvdlmError
 

@@ -44,7 +44,7 @@ class SoloCommunicator(Communicator):
         return Work.done(flat.clone())
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
-        return Work.done(data)
+        return Work.done(data.clone())
 
     def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
         return Work.done(data)

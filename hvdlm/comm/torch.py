@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks, reordered
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import lost_rank_errors
 from hvdlm.comm.gpus import shared_gpus, visible_gpus
+from hvdlm.comm.groups import group_by_color, group_ranks, reordered
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
 
