@@ -156,7 +156,7 @@ class Communicator(ABC):
         if sum(byte_lengths) == 0:
             return Work.done([tensor.new_empty(length, *row_shape) for length in lengths])
         work = self._all_gather(self._as_bytes(tensor), byte_lengths)
-        return work.then(lambda gathered: _split_rows(gathered, lengths, tensor))
+        return work.then(lambda gathered: _as_rows(gathered.split(byte_lengths), lengths, tensor))
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> list[Tensor]:
         """What each rank has for this one, in the order of ranks: `parts[r]` is sent to rank r.
@@ -182,9 +182,8 @@ class Communicator(ABC):
         row_bytes = row_shape.numel() * like.element_size()
         if row_bytes == 0:
             return Work.done([like.new_empty(length, *row_shape) for length in lengths])
-        data = self._reachable(torch.cat([part.detach().contiguous().view(-1).view(torch.uint8) for part in parts]))
-        work = self._all_to_all(data, [n * row_bytes for n in own], [n * row_bytes for n in lengths])
-        return work.then(lambda received: _split_rows(received, lengths, like))
+        work = self._all_to_all([self._as_bytes(part) for part in parts], [length * row_bytes for length in lengths])
+        return work.then(lambda received: _as_rows(received, lengths, like))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
@@ -303,11 +302,8 @@ class Communicator(ABC):
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
 
     @abstractmethod
-    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
-        """`lengths`: bytes for each rank, one after the other in `data`; `received`: bytes that come from each.
-
-        Here `data`, and what comes, may be empty on all ranks.
-        """
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        """`parts[r]` is sent to rank r; `lengths[r]` bytes come from it. All may be empty on all ranks."""
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> Work[None]: ...
@@ -370,13 +366,14 @@ def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _split_rows(data: Tensor, lengths: Sequence[int], like: Tensor) -> list[Tensor]:
+def _as_rows(pieces: Sequence[Tensor], lengths: Sequence[int], like: Tensor) -> list[Tensor]:
     """Bytes as tensors on the device of `like`, of its dtype and, but for their `lengths`, of its shape."""
-    row_shape, itemsize = like.shape[1:], like.element_size()
-    pieces = data.to(like.device).split([length * row_shape.numel() * itemsize for length in lengths])
     # a piece may start anywhere, but a view of a wider dtype must be aligned
-    aligned = [piece.clone() if piece.storage_offset() % itemsize else piece for piece in pieces]
-    return [piece.view(like.dtype).reshape(n, *row_shape) for piece, n in zip(aligned, lengths, strict=True)]
+    aligned = [piece.clone() if piece.storage_offset() % like.element_size() else piece for piece in pieces]
+    return [
+        piece.to(like.device).view(like.dtype).reshape(length, *like.shape[1:])
+        for piece, length in zip(aligned, lengths, strict=True)
+    ]
 
 
 def _pickled(value: Any) -> Tensor:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 
 def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
     """The groups of a split: ranks by color, ordered by key, then by rank; `colors_and_keys[r]` is that of rank r."""
@@ -18,11 +15,3 @@ def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list
 def group_ranks(members: Sequence[int]) -> list[int]:
     """The rank that an engine gives each member of a group: engines number members in rising order of global rank."""
     return [sorted(members).index(member) for member in members]
-
-
-def reordered(data: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
-    """The pieces of `data`, of these lengths, in another order; `data` itself where the order is theirs."""
-    if list(order) == sorted(order):
-        return data
-    pieces = data.split(list(lengths))
-    return torch.cat([pieces[each] for each in order])

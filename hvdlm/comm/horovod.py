@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import lost_rank_errors, wait_until
-from hvdlm.comm.groups import group_by_color, group_ranks, reordered
+from hvdlm.comm.groups import group_by_color, group_ranks
 from hvdlm.comm.startup import STARTUP_TIMEOUT, startup_deadline
 from hvdlm.errors import HvdlmError
 
@@ -125,17 +125,19 @@ class HorovodCommunicator(Communicator):
         lengths_by_group_rank = [lengths[self._group_ranks.index(each)] for each in range(self.size)]
 
         def in_rank_order(gathered: Tensor) -> Tensor:
-            return reordered(_owned(gathered), lengths_by_group_rank, self._group_ranks)
+            pieces = torch.split(_owned(gathered), lengths_by_group_rank)
+            return torch.cat([pieces[each] for each in self._group_ranks])
 
         return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_rank_order)
 
-    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
         by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]
-        sent = reordered(data, lengths, by_group_rank)
-        splits = torch.tensor([lengths[each] for each in by_group_rank], dtype=torch.int32)
+        sent = torch.cat([parts[each] for each in by_group_rank])
+        splits = torch.tensor([len(parts[each]) for each in by_group_rank], dtype=torch.int32)
 
-        def in_rank_order(result: tuple[Tensor, Tensor]) -> Tensor:
-            return reordered(_owned(result[0]), [received[each] for each in by_group_rank], self._group_ranks)
+        def in_rank_order(result: tuple[Tensor, Tensor]) -> list[Tensor]:
+            arrived = _owned(result[0]).split([lengths[each] for each in by_group_rank])
+            return [arrived[each] for each in self._group_ranks]
 
         return self._start("all_to_all", hvd.alltoall_async, sent, splits).then(in_rank_order)
 

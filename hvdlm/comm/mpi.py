@@ -96,23 +96,25 @@ class MPICommunicator(Communicator):
 
         return self._submit(run)
 
-    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
-        """By messages of at most `_MESSAGE` bytes between all pairs, the next rank first, so that not all ranks send to
-        the same one at a time.
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        """By messages of at most `_MESSAGE` bytes between all pairs: `Alltoallv` took up to twice as long, and spins.
+
+        Each rank begins with the next one, so that not all send to the same rank at a time.
         """
-        gathered = data.new_empty(sum(received))
-        outgoing, incoming = data.split(list(lengths)), gathered.split(list(received))
-        incoming[self.rank].copy_(outgoing[self.rank])
-        requests = []
+        received = [parts[self.rank].new_empty(length) for length in lengths]
+        received[self.rank].copy_(parts[self.rank])
+        works: list[Work[None]] = []
         for distance in range(1, self.size):
             source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            requests += [self._group.Irecv(each.numpy(), source, _TAG) for each in _messages(incoming[source])]
-            requests += [self._group.Isend(each.numpy(), target, _TAG) for each in _messages(outgoing[target])]
+            for piece in _messages(received[source]):
+                works.append(self._poll(self._group.Irecv(piece.numpy(), source, _TAG), f"rank {source} to send"))
+            for piece in _messages(parts[target]):
+                works.append(self._poll(self._group.Isend(piece.numpy(), target, _TAG), f"rank {target} to receive"))
 
-        def finish() -> Tensor:
-            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
-                wait_until(lambda: MPI.Request.Testall(requests), self._timeout, self.rank, "the other ranks")
-            return gathered
+        def finish() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
 
         return Work(finish)
 

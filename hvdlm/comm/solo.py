@@ -46,8 +46,8 @@ class SoloCommunicator(Communicator):
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         return Work.done(data.clone())
 
-    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
-        return Work.done(data)
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        return Work.done([parts[0].clone()])
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return Work.done(None)

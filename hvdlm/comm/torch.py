@@ -22,7 +22,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # it fills it
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import lost_rank_errors
 from hvdlm.comm.gpus import shared_gpus, visible_gpus
-from hvdlm.comm.groups import group_by_color, group_ranks, reordered
+from hvdlm.comm.groups import group_by_color, group_ranks
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
 
@@ -106,15 +106,16 @@ class TorchCommunicator(Communicator):
         work = self._start(_all_gather_equal, rows, padded, async_op=True)
         return work.then(lambda _: in_rank_order())
 
-    def _all_to_all(self, data: Tensor, lengths: Sequence[int], received: Sequence[int]) -> Work[Tensor]:
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
         by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]
-        output = data.new_empty(sum(received))
-        sizes = [[of_all[each] for each in by_group_rank] for of_all in (received, lengths)]
+        sent = torch.cat([parts[each] for each in by_group_rank])
+        output = sent.new_empty(sum(lengths))
+        sizes = [lengths[each] for each in by_group_rank], [len(parts[each]) for each in by_group_rank]
 
-        def in_rank_order() -> Tensor:
-            return reordered(output, sizes[0], self._group_ranks)
+        def in_rank_order() -> list[Tensor]:
+            arrived = output.split(sizes[0])
+            return [arrived[each] for each in self._group_ranks]
 
-        sent = reordered(data, lengths, by_group_rank)
         # Of NCCL one grouped operation: sends and receives of several pairs one by one may wait for each other
         work = self._start(dist.all_to_all_single, output, sent, *sizes, async_op=True)
         return work.then(lambda _: in_rank_order())

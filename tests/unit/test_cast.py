@@ -83,8 +83,9 @@ def test_the_scale(largest: float, expected: float) -> None:
 
 def test_scales_of_many_segments_are_those_of_each() -> None:
     bits = np.random.default_rng(3).integers(0, 2**31, 20_000, dtype=np.uint32).view(np.float32)
-    powers = 2.0 ** np.arange(-149, 128)
-    largest = np.concatenate([bits, powers, np.nextafter(powers, 0), [0.0, np.inf, np.nan]]).astype(np.float32)
+    powers = (2.0 ** np.arange(-149, 128)).astype(np.float32)
+    below = np.nextafter(powers, np.float32(0))
+    largest = np.concatenate([bits, powers, below, np.array([0.0, np.inf, np.nan], np.float32)])
     scales = powers_of_two(2.0**15, torch.from_numpy(largest))
     assert scales.tolist() == [power_of_two(2.0**15, float(each)) for each in largest]
 
