@@ -59,9 +59,10 @@ def check_codec(comm: Communicator, codec: str) -> None:
     made = [torch.zeros(parameter.shape, dtype=torch.float64, device=device) for parameter in model.parameters()]
     for _ in range(STEPS):
         sync.zero_grad()
+        sync.set_last_micro_batch()
         for parameter, total in zip(model.parameters(), made, strict=True):
             everyone = [torch.randn(parameter.shape, generator=each, device=device) for each in generators]
-            parameter.grad = everyone[comm.rank]
+            (parameter * everyone[comm.rank]).sum().backward()
             total += sum(each.double() for each in everyone)
         sync.wait()
         with torch.no_grad():
