@@ -93,6 +93,10 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         False, description="blocks keep only their input and are computed again in the backward pass"
     )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that sum in one order: bit-for-bit resuming on GPUs needs it, and it costs time",
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
     check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")

@@ -24,6 +24,7 @@ from hvdlm.timing import StepTimer
 from hvdlm.training import checkpoint
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
+from hvdlm.training.late_number import LateNumber
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
 from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
@@ -70,7 +71,7 @@ class Trainer:
         # Tokens of a global batch in which every target counts
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length
         self._tokenizer = b""  # on rank 0, which saves, the content of the data set's tokenizer.json
-        self._unchecked_norm: tuple[int, Tensor] | None = None  # of a step whose norm a GPU may still be computing
+        self._unchecked_norm: tuple[int, LateNumber] | None = None  # of the step before, on a GPU
 
     def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> None:
         """Restores a checkpoint, which rank 0 has open as `source`; all ranks have its `state`. Collective.
@@ -176,6 +177,7 @@ class Trainer:
         self.step += 1
         self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.sync.traffic.codec_seconds)
         if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
+            self.sync.synchronize()
             self._log(sum(map(float, losses)), totals.tokens, rate, float(norm))
         return totals.stop
 
@@ -232,6 +234,7 @@ class Trainer:
         if not self.loss_scale.is_dynamic:
             self._check_norm(norm)
             return False
+        self.sync.synchronize()
         skip = not math.isfinite(norm)
         if skip:
             self._check_overflow()
@@ -242,15 +245,20 @@ class Trainer:
         return skip
 
     def _check_norm(self, norm: Tensor) -> None:
-        """Raises JobError if the gradient norm is not finite; on a GPU that of the step before, which is there already:
-        the host does not wait in the step, and the weights of both steps are lost all the same."""
-        checked, self._unchecked_norm = (self.step + 1, norm), None
-        if norm.is_cuda:
-            checked, self._unchecked_norm = self._unchecked_norm or checked, checked
-        step, value = checked
-        if not math.isfinite(value):
+        """Raises JobError if the gradient norm is not finite.
+
+        On a GPU it is that of the step before, which has arrived by now: the host does not wait in the step.
+        """
+        checked: tuple[int, float] | None = None
+        if not norm.is_cuda:
+            checked = self.step + 1, float(norm)
+        elif self._unchecked_norm is not None:
+            step, late = self._unchecked_norm
+            checked = step, late.read(self.communicator, self.config.comm.timeout)
+        self._unchecked_norm = (self.step + 1, LateNumber(norm)) if norm.is_cuda else None
+        if checked is not None and not math.isfinite(checked[1]):
             raise JobError(
-                f"the gradient norm is {float(value)} at step {step}: lower optimizer.lr, or resume from the last "
+                f"the gradient norm is {checked[1]} at step {checked[0]}: lower optimizer.lr, or resume from the last "
                 "checkpoint with other settings"
             )
 
