@@ -17,6 +17,7 @@ from typing import Any
 import hvdlm
 from hvdlm.errors import HvdlmError
 from hvdlm.output import product_status, tolerant_output
+from hvdlm.paths import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -216,10 +217,13 @@ def _fabric(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _not_empty(text: str) -> str:
-    """The value of an option; an empty one is that of a shell variable which nobody has set."""
+    """A path; an empty one is that of a shell variable which nobody has set."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path (was a shell variable not set?)")
-    return text
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _path(text: str) -> Path:

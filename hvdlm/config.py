@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hvdlm.errors import HvdlmError
+from hvdlm.paths import expand_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,8 @@ else:
     import tomli as tomllib
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+UserPath = Annotated[str, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):
@@ -72,7 +75,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """`[data]`: where the tokens come from."""
 
-    path: str = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
+    path: UserPath = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
     read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
 
 
@@ -86,7 +89,9 @@ class TrainSection(Section):
     )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
-    run_dir: str = Field("runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go")
+    run_dir: UserPath = Field(
+        "runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
@@ -304,7 +309,8 @@ def _sentence(detail: Any) -> str:
     if detail["type"] == "string_too_short":
         return f"{key} is empty: give a path, or leave it out"
     if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
+        said = str(detail["ctx"]["error"])
+        return f"{key} = {said}" if len(detail["loc"]) > 1 else said  # of one setting, or of several together
     return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 

@@ -23,7 +23,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,27 @@ _RANKS = "ranks"
 _PARTIAL = ".partial"
 
 
+class RemovedCheckpointError(HvdlmError):
+    """A checkpoint was there, and its job has removed it since."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been verified."""
+    """A checkpoint that has been verified. Reading it raises RemovedCheckpointError if it is not there any more."""
 
     path: Path
 
     @property
     def state(self) -> dict[str, Any]:
         """Step, data position, loss scale, settings, world size, fingerprint of the data, versions."""
-        state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        with self._noticing_removal():
+            state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         return state
 
     def model(self) -> dict[str, Tensor]:
         """Parameters by name, float32, on the CPU. Raises HvdlmError if some are NaN or infinite."""
-        tensors = safetensors.torch.load_file(self.path / "model.safetensors")
+        with self._noticing_removal():
+            tensors = safetensors.torch.load_file(self.path / "model.safetensors")
         if name := not_finite(tensors):
             raise HvdlmError(
                 f"checkpoint {self.path} is of no use: {name} holds NaN or infinite numbers; take an earlier one"
@@ -68,12 +75,22 @@ class Checkpoint:
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's state by name, on the CPU."""
-        return safetensors.torch.load_file(self.path / "optimizer.safetensors")
+        with self._noticing_removal():
+            return safetensors.torch.load_file(self.path / "optimizer.safetensors")
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """The tensors of that rank alone, on the CPU; none if ranks did not differ."""
         file = self.path / _RANKS / f"rank_{rank:05d}.safetensors"
         return safetensors.torch.load_file(file) if file.exists() else {}
+
+    @contextmanager
+    def _noticing_removal(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise RemovedCheckpointError(
+                f"checkpoint {self.path} was removed while it was read: take a newer one, or raise checkpoint.keep"
+            ) from None
 
 
 def save(
@@ -170,10 +187,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path)
     parent = directory(path) if directory(path).is_dir() else path
     damaged = None
-    for candidate in _best_first(parent):
+    candidates = _best_first(parent)
+    while candidates:
+        candidate = candidates.pop(0)
         try:
             _verify(candidate)
         except HvdlmError as error:
+            if not candidate.exists():  # a job that saves has removed it meanwhile, and made a newer one
+                candidates = _best_first(parent)
+                continue
             logger.warning("%s; trying the one before it", error)
             damaged = error
             continue

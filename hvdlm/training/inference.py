@@ -29,6 +29,9 @@ from hvdlm.training.precision import DTYPES
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.replicas import broadcast_tensors
 
+# How often a newer checkpoint is looked for, while a job removes old ones
+_TRIES = 5
+
 
 def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) -> int:
     """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines."""
@@ -74,9 +77,7 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
 
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
     """Prints a continuation of `prompt`; an empty prompt begins a new document."""
-    state = checkpoint.open_state(path)
-    tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
-    model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+    model, tokenizer = _open_newest(path)
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -87,6 +88,19 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: in
     )
     print(tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eos_id]))
     return 0
+
+
+def _open_newest(path: Path) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint; of a newer one, where a job that trains removes it meanwhile."""
+    for _ in range(_TRIES):
+        state = checkpoint.open_state(path)
+        try:
+            model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+            return model, Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+        except HvdlmError:
+            if Path(state["path"]).exists():
+                raise
+    raise HvdlmError(f"checkpoints of {path} are removed faster than they can be read: raise checkpoint.keep")
 
 
 def _open_for(data: DataSet, path: Path) -> dict[str, Any]:

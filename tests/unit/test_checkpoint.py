@@ -464,3 +464,23 @@ def test_a_file_system_that_cannot_sync_directories(
 )
 def test_the_cause_named_is_the_cause(number: int, sentence: str) -> None:
     assert write_failure(OSError(number, os.strerror(number))) == sentence
+
+
+def test_a_checkpoint_that_its_job_removes_meanwhile(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the newest is verified, it makes way for a newer one; read later, it is said to be gone."""
+    save(parent, 5)
+    verify = checkpoint._verify
+    newer = iter([6])
+
+    def verify_late(path: Path) -> None:
+        if step := next(newer, None):
+            save(parent, step, keep=1)
+        verify(path)
+
+    monkeypatch.setattr(checkpoint, "_verify", verify_late)
+    opened = checkpoint.open_checkpoint(parent)
+    assert opened.path.name == "step_00000006"
+    save(parent, 7, keep=1)
+    for read in (opened.model, opened.optimizer, lambda: opened.state):
+        with pytest.raises(checkpoint.RemovedCheckpointError, match="step_00000006 was removed while it was read"):
+            read()

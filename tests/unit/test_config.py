@@ -347,3 +347,17 @@ def test_what_is_not_utf_8_is_said(tmp_path: Path) -> None:
     with pytest.raises(HvdlmError, match=r"x.toml is not UTF-8 \(invalid start byte\): save it as UTF-8 text"):
         load(tmp_path / "x.toml", [], PRESETS)
     assert refusal("--train.run_dir", "caf\udce9") == "--train.run_dir is not UTF-8: 'caf\\udce9'"
+
+
+def test_the_home_of_a_user_stands_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configure("--train.run_dir", "~/runs/x", "--data.path", "data~")
+    assert (config.train.run_dir, config.data.path) == ("/home/me/runs/x", "data~")
+    assert "a user who is not there" in refusal("--train.run_dir", "~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("path", ["$SCRATCH/run", "a/${USER}/b"])
+def test_a_variable_that_no_shell_has_replaced_is_refused(path: str) -> None:
+    variable = path[path.index("$") :].partition("/")[0]
+    sentence = f"train.run_dir = {path!r} holds {variable}, which hvdlm does not replace: write the path itself"
+    assert refusal("--train.run_dir", path).endswith(sentence)

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "errors": set(),
     "exit_status": set(),
     "targets": set(),
-    "config": {"errors"},
+    "paths": set(),
+    "config": {"errors", "paths"},
     "timing": set(),
     "output": set(),
     "comm": EVERYONE,
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "training": {*EVERYONE, "comm", "gradients", "data", "model"},
     "scaling": {*EVERYONE, "comm", "gradients", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
-    "cli": {*EVERYONE, "output", "training", "cluster", "scaling", "data", "model"},
+    "cli": {*EVERYONE, "output", "paths", "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},
     "__init__": set(),
 }
