@@ -34,13 +34,7 @@ class WorkerPool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._executor: ProcessPoolExecutor | None = None
-        try:
-            with _interrupts_held():
-                self._executor = _start_executor(workers) if workers > 1 else None
-        except BaseException:
-            self._kill_workers()
-            raise
+        self._executor = _start_executor(workers) if workers > 1 else None
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -121,15 +115,20 @@ def _start_executor(workers: int) -> ProcessPoolExecutor | None:
     try:
         # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
         executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed at
-        # that time, the executor forgets the new one and waits for it forever.
-        for _ in range(workers):
-            executor.submit(_do_nothing)
+        with _interrupts_held():  # begun after the executor was made: Python's resource tracker unblocks Ctrl-C
+            # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed at
+            # that time, the executor forgets the new one and waits for it forever.
+            for _ in range(workers):
+                executor.submit(_do_nothing)
     except (OSError, NotImplementedError, RuntimeError) as error:  # RuntimeError: a thread cannot be started
         if executor is not None:
             _end(executor)
         logger.warning("no worker processes can be started (%s), so one does the work; %s", error, _remedy(error))
         return None
+    except BaseException:
+        if executor is not None:
+            _end(executor)
+        raise
     return executor
 
 
