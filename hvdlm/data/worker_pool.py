@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import TypeVar
 
@@ -107,6 +108,7 @@ def _interrupts_held() -> Iterator[None]:
         yield  # nothing here is interrupted
         return
     held: list[int] = []
+    resource_tracker.ensure_running()  # a process that workers need, and whose start would let the signal through again
     signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
     try:
