@@ -177,15 +177,13 @@ def _fabric(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _not_empty(text: str) -> str:
-    """The value of an option; an empty one is that of a shell variable which nobody has set."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path (was a shell variable not set?)")
     return text
 
 
 def _path(text: str) -> Path:
-    """A path; an empty one would mean the current directory."""
-    return Path(_not_empty(text))
+    return Path(_not_empty(text))  # an empty path would mean the current directory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,8 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("config", type=_path, metavar="CONFIG", help="TOML file of settings")
-    resume = "go on from a checkpoint; latest: the run directory's"
-    train.add_argument("--resume", type=_not_empty, metavar="latest|PATH", help=resume)
+    train.add_argument("--resume", type=_not_empty, metavar="latest|PATH", help="go on from a checkpoint of the run")
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
     train.set_defaults(run=_train)
 
@@ -212,11 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--output", type=_path, required=True, metavar="DIR", help="the data set's directory")
     prepare.add_argument("--tokenizer", default="byte", metavar="byte|bpe:VOCAB|FILE", help="default: byte")
     prepare.add_argument("--shards", type=int, default=8, metavar="N", help="training shards (default: 8)")
-    share = "of the documents, or of the end of a single one (default: 0.01)"
-    prepare.add_argument("--validation", type=float, metavar="FRACTION", help=share)
+    prepare.add_argument("--validation", type=float, metavar="FRACTION", help="of documents, or of one (default: 0.01)")
     prepare.add_argument("--validation-input", **paths, default=[], help="files for validation, in place of a fraction")
-    divide = "divide text files into documents (default: a file is one)"
-    prepare.add_argument("--split", metavar="blank-lines|lines|BYTES", help=divide)
+    prepare.add_argument("--split", metavar="blank-lines|lines|BYTES", help="divide text files into documents")
     prepare.add_argument("--workers", type=int, default=0, metavar="W", help="processes (default: one a core)")
     prepare.add_argument("--text-key", default="text", metavar="KEY", help="of JSON records (default: text)")
     prepare.add_argument("--seed", type=int, default=0, help="of the split into shards and validation")
