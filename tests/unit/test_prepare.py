@@ -178,7 +178,7 @@ def test_output_that_is_a_link(target: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(100))
     (tmp_path / "disk" / "empty").mkdir(parents=True)
     (tmp_path / "out").symlink_to(target)
-    command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1")
+    command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1", "--workers", "1")
     done = hvdlm(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").is_symlink()
