@@ -52,13 +52,17 @@ def _target(output: Path) -> Path:
     """`output` without symbolic links. Raises OSError or HvdlmError if it can be no directory of its own."""
     try:
         target = output.resolve()
-    except RuntimeError as error:  # links in a circle, before Python 3.13
-        raise OSError(str(error)) from None
-    if output.is_symlink() and not target.parent.is_dir():
-        raise HvdlmError(
-            f"{output} is a symbolic link to {target}, but there is no directory {target.parent}; "
-            "make it, or remove the link"
-        )
+    except RuntimeError:  # before Python 3.13; later versions return a link
+        target = output
+    if target.is_symlink():
+        raise OSError("its symbolic links lead in a circle")
+    # What a disk that is not mounted leaves behind: the data set would be written where it was to be mounted
+    for link in (output, *output.parents):
+        needed = target.parent if link == output else link.resolve()
+        if link.is_symlink() and not needed.is_dir():
+            raise HvdlmError(
+                f"{link} is a symbolic link, but there is no directory {needed}; make it, mount it, or remove the link"
+            )
     if target in (Path.cwd(), Path(target.anchor)):
         raise HvdlmError(f"{output} is the current directory or the root: name a directory to be made within it")
     return target

@@ -132,9 +132,7 @@ class Tokenizer:
         return text.encode()
 
 
-# A run begins where the character before is of another kind. The first pattern is quick, and finds all that the second
-# finds; that one has the kinds of characters that a byte-level tokenizer keeps apart.
-_NO_BLANKS_OR_BLANKS = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN + 1}}}|(?<!\s)\s{{{LONGEST_RUN + 1}}}")
+# Characters of a kind that a byte-level tokenizer keeps apart from others; a run begins where another kind ends.
 _LONG_RUN = re.compile(
     "|".join(rf"(?<!{kind}){kind}{{{LONGEST_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
 )
@@ -142,15 +140,18 @@ _LONG_RUN = re.compile(
 
 def _without_long_runs(text: str) -> Iterator[str]:
     """The text in one piece, or in several if it has runs of more than LONGEST_RUN characters of one kind."""
-    if not _NO_BLANKS_OR_BLANKS.search(text):
-        yield text
-        return
     start = 0
-    for run in _LONG_RUN.finditer(text):
+    for run in _LONG_RUN.finditer(text) if _may_have_long_runs(text) else ():
         for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
             yield text[start:end]
             start = end
     yield text[start:]
+
+
+def _may_have_long_runs(text: str) -> bool:
+    """Much faster than to look for them: a long run fills one of these slices with blanks, or with none."""
+    half = LONGEST_RUN // 2
+    return any(len(text[start : start + half].split()) < 2 for start in range(0, len(text) - half + 1, half))
 
 
 def _byte_vocabulary() -> dict[str, int]:

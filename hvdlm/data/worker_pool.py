@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import TypeVar
 
@@ -42,9 +43,11 @@ class WorkerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._executor is None:
+            return
         if kind is not None:
-            self._kill_workers()
-        elif self._executor:
+            _kill(self._executor)
+        else:
             self._executor.shutdown()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -67,24 +70,11 @@ class WorkerPool:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            self._let_go_of_dead_workers()
+            _let_go_of_dead_workers(self._executor)
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers (ulimit -u, a "
                 "limit on processes, ends them too)"
             ) from None
-
-    def _kill_workers(self) -> None:
-        """For when what they work at is of no use any more: it might take for ever, as on a file system that hangs."""
-        if self._executor:
-            for process in list((vars(self._executor)["_processes"] or {}).values()):
-                process.kill()
-            self._let_go_of_dead_workers()
-            self._executor.shutdown(cancel_futures=True)
-
-    def _let_go_of_dead_workers(self) -> None:
-        if sys.version_info < (3, 11, 5):
-            # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
-            vars(self._executor)["_call_queue"]._reader.close()
 
 
 @contextmanager
@@ -98,6 +88,7 @@ def _interrupts_held() -> Iterator[None]:
         yield  # nothing here is interrupted
         return
     held: list[int] = []
+    resource_tracker.ensure_running()  # a process that workers need, and whose start would let the signal through again
     signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
     try:
@@ -115,7 +106,7 @@ def _start_executor(workers: int) -> ProcessPoolExecutor | None:
     try:
         # Spawned, not forked: the tokenizers library and h5py have threads and locks that do not survive a fork.
         executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        with _interrupts_held():  # begun after the executor was made: Python's resource tracker unblocks Ctrl-C
+        with _interrupts_held():
             # Starts all workers now. Python 3.11's executor starts them as work arrives; if another worker is killed at
             # that time, the executor forgets the new one and waits for it forever.
             for _ in range(workers):
@@ -127,9 +118,23 @@ def _start_executor(workers: int) -> ProcessPoolExecutor | None:
         return None
     except BaseException:
         if executor is not None:
-            _end(executor)
+            _kill(executor)
         raise
     return executor
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """For when what the workers do is of no use any more: it might take for ever, as on a file system that hangs."""
+    for process in list((vars(executor)["_processes"] or {}).values()):
+        process.kill()
+    _let_go_of_dead_workers(executor)
+    executor.shutdown(cancel_futures=True)
+
+
+def _let_go_of_dead_workers(executor: ProcessPoolExecutor) -> None:
+    if sys.version_info < (3, 11, 5):
+        # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
+        vars(executor)["_call_queue"]._reader.close()
 
 
 def _remedy(error: Exception) -> str:

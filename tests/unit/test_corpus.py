@@ -60,9 +60,9 @@ def test_a_single_document_that_is_bad_is_named_with_its_line(skip: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    ("split", "pattern"), [("lines", r"(.+)\n"), ("blank-lines", r"((?:.+\n)*.+)\n\n"), ("2000", None)]
+    ("split", "pattern", "workers"),
+    [("lines", r"(.+)\n", "2"), ("blank-lines", r"((?:.+\n)*.+)\n\n", "1"), ("2000", None, "1")],
 )
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_text_file_is_divided_into_documents(split: str, pattern: str | None, workers: str, tmp_path: Path) -> None:
     text = "".join(f"line {i} {'x' * 200}\nof paragraph 🙂\n\n" for i in range(6000))  # 1.4 MB, so several blocks
     (tmp_path / "one.txt").write_text(text)

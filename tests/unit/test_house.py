@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "exit_status": set(),
     "targets": set(),
     "paths": set(),
+    "arguments": {"paths"},
     "config": {"errors", "paths"},
     "timing": set(),
     "output": set(),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "training": {*EVERYONE, "comm", "gradients", "data", "model"},
     "scaling": {*EVERYONE, "comm", "gradients", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
-    "cli": {*EVERYONE, "output", "paths", "training", "cluster", "scaling", "data", "model"},
+    "cli": {*EVERYONE, "arguments", "output", "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -178,7 +178,7 @@ def test_output_that_is_a_link(target: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(100))
     (tmp_path / "disk" / "empty").mkdir(parents=True)
     (tmp_path / "out").symlink_to(target)
-    command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1")
+    command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1", "--workers", "1")
     done = hvdlm(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").is_symlink()
@@ -191,7 +191,8 @@ def test_output_that_is_a_link(target: str, tmp_path: Path) -> None:
     ("output", "message"),
     [
         ("loop", "cannot write loop: "),
-        ("unmounted", "unmounted is a symbolic link to"),
+        ("unmounted", "unmounted is a symbolic link, but there is no directory "),
+        ("disk/data", "disk is a symbolic link, but there is no directory "),
         (".", ". is the current directory or the root: name a directory to be made within it"),
         ("deeper/..", "deeper/.. is the current directory or the root"),
         ("x" * 300, "cannot write xxx"),
@@ -204,6 +205,8 @@ def test_output_that_cannot_be_is_refused_before_any_work(output: str, message: 
     folder.mkdir()
     if output == "loop":
         (folder / "loop").symlink_to("loop")
+    if output == "disk/data":
+        (folder / "disk").symlink_to(tmp_path / "lost")
     if output == "unmounted":
         (folder / "unmounted").symlink_to(tmp_path / "lost" / "data")
     before = {path.name for path in folder.iterdir()}
@@ -212,6 +215,7 @@ def test_output_that_cannot_be_is_refused_before_any_work(output: str, message: 
     assert done.stderr.startswith(f"hvdlm: error: {message}")
     assert done.stderr.count("\n") == 1
     assert {path.name for path in folder.iterdir()} == before
+    assert not (tmp_path / "lost").exists()
 
 
 def test_output_where_a_volume_is_mounted_is_refused_before_any_work(

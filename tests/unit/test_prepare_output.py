@@ -27,7 +27,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(texts: Path) -> Path:
-    assert hvdlm("prepare", "--input", texts, "--output", "data", cwd=texts.parent).returncode == 0
+    assert hvdlm("prepare", "--input", texts, "--output", "data", "--workers", "1", cwd=texts.parent).returncode == 0
     return texts.parent / "data"
 
 

@@ -43,6 +43,12 @@ def os_group(pid: int) -> int:
         return 0
 
 
+def blocks_interrupts(process: psutil.Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    blocked = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(blocked >> (signal.SIGINT - 1) & 1)
+
+
 def is_worker(process: psutil.Process) -> bool:
     try:
         return "spawn_main" in " ".join(process.cmdline())
@@ -60,6 +66,7 @@ def test_ctrl_c_while_workers_start_says_nothing(tmp_path: Path) -> None:
         assert process.poll() is None, "it ended before it could be interrupted"
         workers = [each for each in parent.children() if is_worker(each)]
         time.sleep(0.002)
+    assert all(map(blocks_interrupts, workers))
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too, which import modules now
     _, errors = process.communicate(timeout=DEADLINE)
