@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
 from hvdlm.errors import HvdlmError
-from hvdlm.training.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
 
 # mallopt's names of settings (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

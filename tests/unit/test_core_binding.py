@@ -15,9 +15,9 @@ import torch
 from thread_rank import on_threads
 
 import hvdlm
+from hvdlm.comm import core_binding
 from hvdlm.comm.communicator import Communicator
-from hvdlm.training import core_binding
-from hvdlm.training.core_binding import Binding, binding_warnings, drop_unchosen_threads, release_cores
+from hvdlm.comm.core_binding import Binding, drop_unchosen_threads, idle_cores, release_cores, same_cores
 from hvdlm.training.hardware import share_cores
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -124,7 +124,7 @@ def test_pytorch_under_omp_proc_bind() -> None:
         pytest.skip("this host has one core")
     script = (
         "import os, hvdlm, torch\n"
-        "from hvdlm.training.core_binding import release_cores\n"
+        "from hvdlm.comm.core_binding import release_cores\n"
         "print(len(os.sched_getaffinity(0)), release_cores(os.environ), len(os.sched_getaffinity(0)))\n"
     )
     environment = {**os.environ, "OMP_PROC_BIND": "true", "PYTHONPATH": str(Path(hvdlm.__file__).parents[1])}
@@ -133,9 +133,9 @@ def test_pytorch_under_omp_proc_bind() -> None:
 
 
 def binding(
-    cpus: set[int], launcher: str = "prterun", there: int = 64, host: str = "n1", bound_by: str = "", remark: str = ""
+    cpus: set[int], launcher: str = "prterun", there: int = 64, host: str = "n1", bound_by: str = ""
 ) -> Binding:
-    return Binding(host, frozenset(cpus), frozenset(cpus), launcher, there, bound_by, remark)
+    return Binding(host, frozenset(cpus), frozenset(cpus), launcher, there, bound_by, "")
 
 
 UNBIND_MPIRUN = "start mpirun with --bind-to none"
@@ -170,11 +170,10 @@ EVERY = set(range(64))
         ),
         # threads of one rank alone are bound to different cores
         ([binding(EVERY, bound_by="OMP_PROC_BIND=true"), binding(EVERY, bound_by="OMP_PROC_BIND=true", host="n2")], []),
-        ([binding(EVERY, remark="said"), binding(EVERY, remark="said")], ["said"]),
     ],
 )
 def test_one_sentence_for_what_binds(ranks: list[Binding], sentences: list[str]) -> None:
-    assert binding_warnings(ranks) == sentences
+    assert [f"{what}: {remedy}" for what, remedy in same_cores(ranks) + idle_cores(ranks)] == sentences
 
 
 def test_two_cpus_of_one_core_are_one_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

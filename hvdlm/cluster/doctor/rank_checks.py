@@ -11,6 +11,7 @@ from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
 from hvdlm.cluster.doctor.rank_report import MPI_LAUNCHERS, RankReport, one_rank_per_host
+from hvdlm.comm.core_binding import idle_cores, same_cores
 from hvdlm.comm.interfaces import joining_networks
 
 V = TypeVar("V")
@@ -29,6 +30,7 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
         alone_under_a_launcher,
         different_software,
         crowded_cores,
+        bound_cores,
         different_gpus,
         unsupported_gpus,
         little_shared_memory,
@@ -81,6 +83,13 @@ def crowded_cores(reports: list[RankReport]) -> list[Finding]:
                 findings.append(Finding("error", what, _unbind(sharing[0])))
                 break
     return findings
+
+
+def bound_cores(reports: list[RankReport]) -> list[Finding]:
+    """Cores that no rank of a host may use, or that OpenMP gives to several ranks while others are idle."""
+    ranks = [each.binding for each in reports]
+    problems = same_cores(ranks) + ([] if crowded_cores(reports) else idle_cores(ranks))
+    return [Finding("warning", what, remedy) for what, remedy in problems]
 
 
 def different_gpus(reports: list[RankReport]) -> list[Finding]:

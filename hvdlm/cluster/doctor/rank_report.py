@@ -12,6 +12,7 @@ import torch
 from hvdlm.cluster.doctor.interface_variables import named_interfaces
 from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.core_binding import Binding, own_binding, release_cores
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
 
 # Names of the processes that start ranks: of Open MPI 5 and 4, MPICH and its derivatives; then Slurm, Horovod, PyTorch.
@@ -48,6 +49,7 @@ class RankReport:
     shared_memory: int  # bytes free in /dev/shm before the engine started
     parent: str  # name of the parent process if it is a launcher's, else ""
     siblings: int  # children of the parent process, including this one
+    binding: Binding
 
     @property
     def device(self) -> str:
@@ -63,6 +65,7 @@ def gather_reports(
     `variables` and `shared_memory`: as they were before the engine started, which changes both.
     """
     parent, launcher_process = _parent_and_launcher()
+    binding = own_binding(communicator, release_cores(os.environ))
     own = RankReport(
         rank=communicator.rank,
         host=communicator.hosts[communicator.rank],
@@ -71,7 +74,7 @@ def gather_reports(
         engine=communicator.engine,
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
         supports_gpus=communicator.supports("cuda"),
-        cores=frozenset(os.sched_getaffinity(0)),
+        cores=binding.cpus,
         launcher_cores=frozenset(launcher_process.cpu_affinity() if launcher_process else range(os.cpu_count() or 1)),
         software=installed_software(),
         interfaces=tuple(own_interfaces()),
@@ -80,6 +83,7 @@ def gather_reports(
         shared_memory=shared_memory,
         parent=parent.name() if parent and parent == launcher_process else "",
         siblings=len(parent.children()) if parent else 1,
+        binding=binding,
     )
     return communicator.all_gather_object(own)
 
