@@ -13,6 +13,7 @@ import psutil
 
 import hvdlm
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launcher_process import MPI_LAUNCHERS, launcher_processes
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +21,7 @@ logger = logging.getLogger(__name__)
 # every process that may use the same cores (pytorch/pytorch issue 91989).
 _BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
-# Processes that start ranks and may bind them: of Open MPI 5 and 4, MPICH and its derivatives, Slurm.
 _SLURM_LAUNCHER = "slurmstepd"
-_LAUNCHERS = frozenset(
-    (_SLURM_LAUNCHER, "prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy")
-)
-
 _UNBIND = {_SLURM_LAUNCHER: "start srun with --cpu-bind=none, or give each task cores with --cpus-per-task"}
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -126,8 +122,8 @@ def warn_of_bindings(communicator: Communicator, bound_by: str, remark: str) -> 
 def _launcher() -> tuple[str, int]:
     """The name of the nearest ancestor that may have bound this process, and how many cores it may use; or "" and 0."""
     try:
-        for process in psutil.Process().parents():
-            if process.name() in _LAUNCHERS:
+        for process in launcher_processes():
+            if process.name() in MPI_LAUNCHERS | {_SLURM_LAUNCHER}:  # the others do not bind
                 cores = len(_cores(frozenset(process.cpu_affinity() or ())))
                 if process.name() == _SLURM_LAUNCHER:  # it may use the whole node, of which this job has a part
                     cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) // len(_siblings(0)))

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -33,7 +34,13 @@ class WorkerPool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._executor = _start_executor(workers) if workers > 1 else None
+        self._executor: ProcessPoolExecutor | None = None
+        try:
+            with _interrupts_held():
+                self._executor = _start_executor(workers) if workers > 1 else None
+        except BaseException:
+            self._kill_workers()
+            raise
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -41,8 +48,10 @@ class WorkerPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._executor:
-            self._executor.shutdown(cancel_futures=True)
+        if kind is not None:
+            self._kill_workers()
+        elif self._executor:
+            self._executor.shutdown()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in the order of the items.
@@ -64,13 +73,46 @@ class WorkerPool:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            if sys.version_info < (3, 11, 5):
-                # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
-                vars(self._executor)["_call_queue"]._reader.close()
+            self._let_go_of_dead_workers()
             raise HvdlmError(
                 "a worker process was killed, most likely because memory ran out; use fewer --workers (ulimit -u, a "
                 "limit on processes, ends them too)"
             ) from None
+
+    def _kill_workers(self) -> None:
+        """For when what they work at is of no use any more: it might take for ever, as on a file system that hangs."""
+        if self._executor:
+            for process in list((vars(self._executor)["_processes"] or {}).values()):
+                process.kill()
+            self._let_go_of_dead_workers()
+            self._executor.shutdown(cancel_futures=True)
+
+    def _let_go_of_dead_workers(self) -> None:
+        if sys.version_info < (3, 11, 5):
+            # Otherwise the executor waits until someone reads what it has written (python/cpython issue 94777)
+            vars(self._executor)["_call_queue"]._reader.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Within the block Ctrl-C waits until its end, and processes that are started there never get it.
+
+    It is for the parent alone, which ends its workers: one that is interrupted while it starts prints a traceback.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+        yield  # nothing here is interrupted
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            raise KeyboardInterrupt
 
 
 def _start_executor(workers: int) -> ProcessPoolExecutor | None:
@@ -116,7 +158,6 @@ def _do_nothing() -> None:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker uses one core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     try:
         threading.Thread(target=_exit_with_parent, daemon=True).start()
     except RuntimeError:  # the limit on processes counts threads too; the parent says that a worker has ended

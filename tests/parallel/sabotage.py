@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hvdlm
 from hvdlm.cli import main
+from hvdlm.errors import JobError
 from hvdlm.training.trainer import Trainer
 
 
@@ -32,6 +33,15 @@ def diverging_parameter() -> None:
                 self.model.final_norm.weight[0] += 1e-6
 
     Trainer._update = update_wrongly  # type: ignore[method-assign]
+
+
+def own_error() -> None:
+    """An error that all ranks raise at one place, raised by one."""
+
+    def update_never(self: Trainer, rate: float) -> None:
+        raise JobError("the gradient norm is nan at step 1: lower optimizer.lr")
+
+    Trainer._update = update_never  # type: ignore[method-assign]
 
 
 def bug() -> None:

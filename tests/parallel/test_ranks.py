@@ -71,9 +71,8 @@ CASES = [
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
 ]
 
-# One pool after the other, so that each starts once, and large groups first: torch.distributed names a new group by how
-# many its ranks have made before, so a group whose ranks differ in that cannot be split any more.
-CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool, -case.group.size))
+# One pool after the other, so that each starts once.
+CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool))
 
 
 def marks(case: Case) -> list[pytest.MarkDecorator]:

@@ -203,12 +203,14 @@ class Ancestor:
 @pytest.mark.parametrize(
     ("names", "allocated", "expected"),
     [
-        (["bash", "prterun", "bash"], None, ("prterun", 64)),
+        (["prterun"], None, ("prterun", 64)),
+        (["torchrun", "slurmstepd"], "8", ("slurmstepd", 8)),  # torchrun binds nothing
         (["slurmstepd"], "8", ("slurmstepd", 8)),
         (["slurmstepd"], "4000", ("slurmstepd", 64)),  # a node that Slurm believes to be larger than it is
         (["slurmstepd"], None, ("slurmstepd", 0)),
         (["prted", "slurmstepd"], "8", ("prted", 64)),
-        (["bash", "systemd"], "8", ("", 0)),
+        (["horovodrun"], "8", ("", 0)),
+        ([], "8", ("", 0)),
     ],
 )
 def test_whom_a_rank_was_started_by(
@@ -219,7 +221,8 @@ def test_whom_a_rank_was_started_by(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(core_binding, "_CPUS", tmp_path)  # each CPU is a core
-    monkeypatch.setattr(psutil.Process, "parents", lambda _: [Ancestor(name, list(range(64))) for name in names])
+    launchers = [Ancestor(name, list(range(64))) for name in names]
+    monkeypatch.setattr(core_binding, "launcher_processes", lambda: launchers)
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     if allocated is not None:
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", allocated)

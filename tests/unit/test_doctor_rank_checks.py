@@ -16,11 +16,13 @@ from hvdlm.cluster.doctor.rank_checks import (
     check_ranks,
     crowded_cores,
     different_gpus,
+    different_instructions,
     different_software,
     little_shared_memory,
     name_ranks,
     number_ranges,
     slow_networks,
+    uncompiled_codecs,
     unsupported_gpus,
     wrong_interface_variables,
 )
@@ -218,6 +220,44 @@ def test_a_variable_that_names_a_network_that_does_not_join_the_hosts(variable: 
         f"{variable}={value} on {host} is on 172.17.0.0/16, which does not join all hosts" for host in ("n1", "n2")
     ]
     assert findings[0].remedy == "name the interface on 10.0.0.0/24: eth0"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_named"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth", True),  # NCCL takes the beginning of a name
+        ("NCCL_SOCKET_IFNAME", "ib,eth", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "l", True),  # lo
+        ("NCCL_SOCKET_IFNAME", "th0", False),
+        ("GLOO_SOCKET_IFNAME", "eth", False),
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("OMPI_MCA_btl_tcp_if_include", "eth", False),
+    ],
+)
+def test_which_names_a_variable_takes(variable: str, value: str, is_named: bool) -> None:
+    findings = wrong_interface_variables(cluster(2, 1, variables={variable: value}))
+    assert bool(findings) != is_named
+
+
+def test_cpus_that_round_otherwise() -> None:
+    reports = changed(cluster(2, 2, cpu_capability="AVX512"), {3}, cpu_capability="AVX2")
+    (finding,) = different_instructions(reports)
+    assert finding.severity == "error"
+    assert finding.what.endswith(": AVX512 on ranks 0-1 on n1 and 2 on n2; AVX2 on rank 3 on n2")
+    assert different_instructions(cluster(2, 2, cpu_capability="AVX512")) == []
+    assert different_instructions(changed(cluster(2, 2, gpus=2), {3}, cpu_capability="AVX2")) == []
+
+
+def test_codecs_that_cannot_be_kept_compiled() -> None:
+    assert uncompiled_codecs(cluster(2, 2)) == []
+    problem = "Numba can write nowhere"
+    (finding,) = uncompiled_codecs(changed(cluster(2, 2), {2, 3}, compiler_problem=problem))
+    assert (finding.severity, finding.what) == ("warning", f"{problem}, on ranks 2-3 on n2")
+    assert "NUMBA_CACHE_DIR" in finding.remedy
+    (finding,) = uncompiled_codecs(cluster(1, 1, compiler_problem="Numba cannot be imported (needs NumPy 2.3)"))
+    assert finding.severity == "error"
 
 
 @pytest.mark.parametrize("value", ["eth0", "docker0,eth0", "10.0.0.0/24", "=eth0"])

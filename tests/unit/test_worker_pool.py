@@ -1,82 +1,67 @@
-"""Worker processes that a host does not let be started: then one process does the work, and says so."""
+"""The worker pool: an error or Ctrl-C in the parent ends its workers at once, whatever they are at."""
 
 from __future__ import annotations
 
-import errno
-import multiprocessing.popen_spawn_posix
-import multiprocessing.synchronize
-import threading
-from concurrent.futures.process import _ExecutorManagerThread
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from test_prepare import make_texts, write_lines
 
-from hvdlm.cli import main
-from hvdlm.data.shard import DataSet
-from hvdlm.data.worker_pool import WorkerPool
-
-
-def assert_one_process_works(caplog: pytest.LogCaptureFixture, *words: str) -> None:
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
-    with WorkerPool(4) as pool:
-        assert list(pool.map(abs, range(-20, 0))) == list(range(20, 0, -1))
-    (record,) = caplog.records
-    assert record.levelname in ("WARNING", "warning: ")
-    assert record.getMessage().startswith("no worker processes can be started (")
-    assert "so one does the work; " in record.getMessage()
-    for word in words:
-        assert word in record.getMessage()
-    left = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
-    assert [each for each in left if "spawn_main" in " ".join(each.cmdline())] == []
+DEADLINE = 60.0  # seconds
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT, errno.EACCES, errno.ENOSYS, errno.ENOSPC])
-def test_no_usable_shared_memory(
-    number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As where /dev/shm is read-only, missing, of another user, or full."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(number, "no semaphore")
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
-    assert_one_process_works(caplog, "no semaphore", "/dev/shm")
-
-
-@pytest.mark.parametrize("started", [0, 1, 3])
-def test_a_limit_on_processes(started: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    launch = multiprocessing.popen_spawn_posix.Popen._launch  # type: ignore[attr-defined]
-    calls = []
-
-    def fail(self: Any, process: Any) -> None:
-        calls.append(process)
-        if len(calls) > started:
-            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        launch(self, process)
-
-    monkeypatch.setattr(multiprocessing.popen_spawn_posix.Popen, "_launch", fail)
-    assert_one_process_works(caplog, "Resource temporarily unavailable", "ulimit -u")
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "RuntimeError"])
+def test_workers_that_hang_end_with_the_parent_s_error(error: str) -> None:
+    program = (
+        "import time; from hvdlm.data.worker_pool import WorkerPool\n"
+        "with WorkerPool(2) as pool:\n"
+        "    for result in pool.map(time.sleep, [0, *[3600] * 9]):\n"
+        f"        raise {error}"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert process.wait(DEADLINE) != 0
+    finally:
+        left = [each for each in psutil.process_iter() if os_group(each.pid) == process.pid]
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(left, timeout=DEADLINE)
+    assert not alive
 
 
-def test_a_limit_on_threads(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+def os_group(pid: int) -> int:
+    """The process group of a process, or 0 if it is gone."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
 
-    monkeypatch.setattr(_ExecutorManagerThread, "start", fail)
-    assert_one_process_works(caplog, "can't start new thread", "ulimit -u")
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
 
 
-def test_a_data_set_is_prepared_without_worker_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
-    (tmp_path / "in.txt").write_text("some text")
-    words = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]
-    assert main(["prepare", *words, "--shards", "1", "--validation", "0", "--workers", "2"]) == 0
-    assert DataSet(tmp_path / "out").train.read(0, 0, 9).tolist() == list(b"some text")
-    assert "Read-only file system" in caplog.text
+def test_ctrl_c_while_workers_start_says_nothing(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", make_texts(20_000))
+    command = [sys.executable, "-m", "hvdlm", "prepare", "--input", "a.jsonl", "--output", "out", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = psutil.Process(process.pid)
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        assert process.poll() is None, "it ended before it could be interrupted"
+        workers = [each for each in parent.children() if is_worker(each)]
+        time.sleep(0.002)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too, which import modules now
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, errors) == (130, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}

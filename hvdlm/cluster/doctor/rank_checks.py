@@ -10,9 +10,10 @@ from typing import TypeVar
 from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
-from hvdlm.cluster.doctor.rank_report import MPI_LAUNCHERS, RankReport, one_rank_per_host
+from hvdlm.cluster.doctor.rank_report import RankReport, one_rank_per_host
 from hvdlm.comm.core_binding import idle_cores, same_cores
 from hvdlm.comm.interfaces import joining_networks
+from hvdlm.comm.launcher_process import MPI_LAUNCHERS
 
 V = TypeVar("V")
 
@@ -29,11 +30,13 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
     checks: list[Callable[[list[RankReport]], list[Finding]]] = [
         alone_under_a_launcher,
         different_software,
+        different_instructions,
         crowded_cores,
         bound_cores,
         different_gpus,
         unsupported_gpus,
         little_shared_memory,
+        uncompiled_codecs,
         wrong_interface_variables,
         slow_networks,
     ]
@@ -64,6 +67,17 @@ def different_software(reports: list[RankReport]) -> list[Finding]:
                 Finding("error", f"ranks differ in {subject}: {versions}", "install one version on all hosts")
             )
     return findings
+
+
+def different_instructions(reports: list[RankReport]) -> list[Finding]:
+    """Ranks without GPUs whose CPUs round otherwise, which training refuses."""
+    computing = [each for each in reports if not each.gpus]
+    by_capability = _grouped(computing, [each.cpu_capability for each in computing])
+    if len(by_capability) < 2:
+        return []
+    kinds = "; ".join(f"{capability} on {name_ranks(ranks)}" for capability, ranks in by_capability.items())
+    remedy = "set ATEN_CPU_CAPABILITY to the least of these on all ranks (mpirun -x ATEN_CPU_CAPABILITY=avx2)"
+    return [Finding("error", f"PyTorch computes with unlike instructions: {kinds}", remedy)]
 
 
 def crowded_cores(reports: list[RankReport]) -> list[Finding]:
@@ -149,6 +163,22 @@ def little_shared_memory(reports: list[RankReport]) -> list[Finding]:
     return findings
 
 
+def uncompiled_codecs(reports: list[RankReport]) -> list[Finding]:
+    """Ranks on which codecs cannot be compiled, or are compiled anew at each start."""
+    findings = []
+    with_problem = [each for each in reports if each.compiler_problem]
+    for problem, ranks in _grouped(with_problem, [each.compiler_problem for each in with_problem]).items():
+        is_missing = str(problem).startswith("Numba cannot be imported")
+        remedy = (
+            "install hvdlm with its requirements, without which it does not train"
+            if is_missing
+            else "set NUMBA_CACHE_DIR to a directory that can be written; now each start compiles its codec anew"
+        )
+        what = f"{problem}, on {name_ranks(ranks)}"
+        findings.append(Finding("error" if is_missing else "warning", what, remedy))
+    return findings
+
+
 def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     """Variables that name an interface that a host does not have, or one on a network that does not join all hosts."""
     hosts = one_rank_per_host(reports)
@@ -157,7 +187,7 @@ def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     for each in hosts:
         findings += misnamed_interfaces(each.host, each.variables, each.interfaces)
         for variable, value in each.variables.items():
-            named = named_interfaces(value, each.interfaces)
+            named = named_interfaces(variable, value, each.interfaces)
             if len(hosts) > 1 and networks and named and not {i.address.network for i in named} & set(networks):
                 what = (
                     f"{variable}={value} on {each.host} is on {named[0].address.network}, which does not join all hosts"
