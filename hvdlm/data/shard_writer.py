@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import resource
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdlm.data.manifest import ShardRecord
-from hvdlm.errors import HvdlmError
 
 SHARD_FORMAT = "hvdlm-shard"
 SHARD_VERSION = 1
@@ -117,16 +114,7 @@ class _DeferredErrorFile(io.FileIO):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            super().__init__(path, "x+")
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            raise HvdlmError(
-                f"cannot open {path.name}: this process may have {limit} files open, and it writes all shards at once: "
-                "raise that with `ulimit -n`, or give fewer --shards"
-            ) from None
+        super().__init__(path, "x+")
         self._error: OSError | None = None
 
     def check(self) -> None:

@@ -12,10 +12,11 @@ import psutil
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
 from hvdlm.cores import usable_cores
 from hvdlm.errors import JobError
-from hvdlm.training.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
+from hvdlm.training.compile_cache import avoid_unusable_cache
 from hvdlm.training.rank_errors import raise_on_all_ranks
 
 # mallopt's names of settings (malloc.h)
@@ -127,6 +128,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def libraries_bytes() -> int:
     """Host memory that this process holds before it has a model, with all libraries loaded that training loads."""
+    avoid_unusable_cache()
     weight = torch.zeros(1)
     weight.grad = torch.zeros(1)
     torch.optim.AdamW([weight], fused=True).step()  # imports further libraries

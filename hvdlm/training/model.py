@@ -13,7 +13,12 @@ from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
-from hvdlm.training.compile_cache import avoid_precompiled_headers, check_compile_cache, try_compiler
+from hvdlm.training.compile_cache import (
+    avoid_precompiled_headers,
+    avoid_unusable_cache,
+    check_compile_cache,
+    try_compiler,
+)
 from hvdlm.training.precision import DTYPES
 
 
@@ -23,6 +28,7 @@ def check_compiler(config: Config, device: torch.device) -> None:
     That is a cache in which code can be written and executed, and for the CPU a compiler that works.
     """
     if not config.train.compile:
+        avoid_unusable_cache()
         return
     if device.type != "cpu":
         check_compile_cache()

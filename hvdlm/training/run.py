@@ -60,8 +60,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
-        check_devices_match(communicator, device, config)
         on_all_ranks(communicator, lambda: check_compiler(config, device))
+        check_devices_match(communicator, device, config)
         threads = share_cores(config.train.threads, communicator)
         with out_of_memory_errors(_LESS_MEMORY):
             trainer = Trainer(config, communicator, data, vocab_size, device)

@@ -15,9 +15,9 @@ import torch
 from thread_rank import on_threads
 
 import hvdlm
+from hvdlm.comm import core_binding
 from hvdlm.comm.communicator import Communicator
-from hvdlm.training import core_binding
-from hvdlm.training.core_binding import Binding, binding_warnings, drop_unchosen_threads, release_cores
+from hvdlm.comm.core_binding import Binding, drop_unchosen_threads, idle_cores, release_cores, same_cores
 from hvdlm.training.hardware import share_cores
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -124,7 +124,7 @@ def test_pytorch_under_omp_proc_bind() -> None:
         pytest.skip("this host has one core")
     script = (
         "import os, hvdlm, torch\n"
-        "from hvdlm.training.core_binding import release_cores\n"
+        "from hvdlm.comm.core_binding import release_cores\n"
         "print(len(os.sched_getaffinity(0)), release_cores(os.environ), len(os.sched_getaffinity(0)))\n"
     )
     environment = {**os.environ, "OMP_PROC_BIND": "true", "PYTHONPATH": str(Path(hvdlm.__file__).parents[1])}
@@ -133,9 +133,9 @@ def test_pytorch_under_omp_proc_bind() -> None:
 
 
 def binding(
-    cpus: set[int], launcher: str = "prterun", there: int = 64, host: str = "n1", bound_by: str = "", remark: str = ""
+    cpus: set[int], launcher: str = "prterun", there: int = 64, host: str = "n1", bound_by: str = ""
 ) -> Binding:
-    return Binding(host, frozenset(cpus), frozenset(cpus), launcher, there, bound_by, remark)
+    return Binding(host, frozenset(cpus), frozenset(cpus), launcher, there, bound_by, "")
 
 
 UNBIND_MPIRUN = "start mpirun with --bind-to none"
@@ -170,11 +170,10 @@ EVERY = set(range(64))
         ),
         # threads of one rank alone are bound to different cores
         ([binding(EVERY, bound_by="OMP_PROC_BIND=true"), binding(EVERY, bound_by="OMP_PROC_BIND=true", host="n2")], []),
-        ([binding(EVERY, remark="said"), binding(EVERY, remark="said")], ["said"]),
     ],
 )
 def test_one_sentence_for_what_binds(ranks: list[Binding], sentences: list[str]) -> None:
-    assert binding_warnings(ranks) == sentences
+    assert [f"{what}: {remedy}" for what, remedy in same_cores(ranks) + idle_cores(ranks)] == sentences
 
 
 def test_two_cpus_of_one_core_are_one_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,12 +203,14 @@ class Ancestor:
 @pytest.mark.parametrize(
     ("names", "allocated", "expected"),
     [
-        (["bash", "prterun", "bash"], None, ("prterun", 64)),
+        (["prterun"], None, ("prterun", 64)),
+        (["torchrun", "slurmstepd"], "8", ("slurmstepd", 8)),  # torchrun binds nothing
         (["slurmstepd"], "8", ("slurmstepd", 8)),
         (["slurmstepd"], "4000", ("slurmstepd", 64)),  # a node that Slurm believes to be larger than it is
         (["slurmstepd"], None, ("slurmstepd", 0)),
         (["prted", "slurmstepd"], "8", ("prted", 64)),
-        (["bash", "systemd"], "8", ("", 0)),
+        (["horovodrun"], "8", ("", 0)),
+        ([], "8", ("", 0)),
     ],
 )
 def test_whom_a_rank_was_started_by(
@@ -220,7 +221,8 @@ def test_whom_a_rank_was_started_by(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(core_binding, "_CPUS", tmp_path)  # each CPU is a core
-    monkeypatch.setattr(psutil.Process, "parents", lambda _: [Ancestor(name, list(range(64))) for name in names])
+    launchers = [Ancestor(name, list(range(64))) for name in names]
+    monkeypatch.setattr(core_binding, "launcher_processes", lambda: launchers)
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     if allocated is not None:
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", allocated)

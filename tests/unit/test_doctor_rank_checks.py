@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from ipaddress import IPv4Interface
 from typing import Any
 
@@ -26,6 +27,7 @@ from hvdlm.cluster.doctor.rank_checks import (
     wrong_interface_variables,
 )
 from hvdlm.cluster.doctor.rank_report import RankReport
+from hvdlm.comm.core_binding import Binding
 from hvdlm.comm.interfaces import Interface
 
 GIB = 2**30
@@ -40,6 +42,11 @@ def interface(name: str, host: int) -> Interface:
         DOCKER: ("172.17.0.1/16", None),
     }[name]
     return Interface(name, IPv4Interface(address), speed)
+
+
+def binding(host: int, cores: Iterable[int], bound_by: str = "") -> Binding:
+    """Of a rank of mpirun's on a host with 16 cores of one CPU each."""
+    return Binding(f"n{host}", frozenset(cores), frozenset(cores), "prterun", 16, bound_by, "")
 
 
 def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **changes: Any) -> list[RankReport]:
@@ -62,6 +69,7 @@ def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **chang
             shared_memory=32 * GIB,
             parent="prterun",
             siblings=ranks_per_host,
+            binding=binding(host + 1, range(16)),
         )
         for host in range(hosts)
         for local_rank in range(ranks_per_host)
@@ -99,6 +107,23 @@ def test_only_those_that_share_a_core_are_named() -> None:
 def test_each_rank_may_be_bound_to_a_core_of_its_own() -> None:
     reports = [dataclasses.replace(each, cores=frozenset({each.local_rank})) for each in cluster(1, 16)]
     assert crowded_cores(reports) == []
+
+
+def test_cores_that_no_rank_may_use() -> None:
+    """As mpirun binds one or two ranks by itself; not said beside the error that ranks share a core."""
+    bound = dataclasses.replace(cluster(1, 1)[0], cores=frozenset({3}), binding=binding(1, {3}))
+    (finding,) = check_ranks([bound])
+    assert finding == Finding("warning", "1 rank on n1 may use 1 of its 16 cores", "start mpirun with --bind-to none")
+    shared = cluster(1, 2, cores=frozenset({3}), binding=binding(1, {3}))
+    assert [finding.severity for finding in check_ranks(shared)] == ["error"]
+
+
+def test_openmp_binds_ranks_to_the_same_cores() -> None:
+    (finding,) = check_ranks(cluster(1, 2, binding=binding(1, range(16), "OMP_PROC_BIND=true")))
+    assert finding == Finding(
+        "warning", "OMP_PROC_BIND=true binds threads of all ranks on n1 to the same cores", "unset OMP_PROC_BIND"
+    )
+    assert check_ranks(cluster(1, 1, binding=binding(1, range(16), "OMP_PROC_BIND=true"))) == []
 
 
 def test_more_ranks_than_cores() -> None:

@@ -17,7 +17,6 @@ import h5py
 import numpy as np
 import pytest
 
-from hvdlm.cli import _parser
 from hvdlm.data import shard
 from hvdlm.data.file_errors import error_number
 from hvdlm.data.inspect import inspect
@@ -255,18 +254,3 @@ def test_what_hdf5_reads_where_a_damaged_file_sends_it_is_damage() -> None:
     assert error_number(OSError("Can't synchronously read data (filter returned failure during read)")) is None
     assert error_number(OSError(text.format(0))) is None
     assert shard.unreadable(Path("x"), OSError(text.format(errno.EINVAL))) is None
-
-
-def test_preparing_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "{number}"}}\n' for number in range(2000)))
-
-    def body() -> str:
-        limit_open_files(more=30)
-        words = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--workers", "1"]
-        options, _ = _parser().parse_known_args(["prepare", *words, "--shards", "100", "--validation", "0"])
-        options.run(options, [])
-        return "prepared"
-
-    assert in_child(body).startswith("cannot open shard_000")
-    assert "`ulimit -n`, or give fewer --shards" in in_child(body)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]

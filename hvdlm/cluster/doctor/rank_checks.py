@@ -11,6 +11,7 @@ from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
 from hvdlm.cluster.doctor.rank_report import RankReport, one_rank_per_host
+from hvdlm.comm.core_binding import idle_cores, same_cores
 from hvdlm.comm.interfaces import joining_networks
 from hvdlm.comm.launcher_process import MPI_LAUNCHERS
 
@@ -31,6 +32,7 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
         different_software,
         different_instructions,
         crowded_cores,
+        bound_cores,
         different_gpus,
         unsupported_gpus,
         little_shared_memory,
@@ -95,6 +97,13 @@ def crowded_cores(reports: list[RankReport]) -> list[Finding]:
                 findings.append(Finding("error", what, _unbind(sharing[0])))
                 break
     return findings
+
+
+def bound_cores(reports: list[RankReport]) -> list[Finding]:
+    """Cores that no rank of a host may use, or that OpenMP gives to several ranks while others are idle."""
+    ranks = [each.binding for each in reports]
+    problems = same_cores(ranks) + ([] if crowded_cores(reports) else idle_cores(ranks))
+    return [Finding("warning", what, remedy) for what, remedy in problems]
 
 
 def different_gpus(reports: list[RankReport]) -> list[Finding]:

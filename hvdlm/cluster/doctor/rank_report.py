@@ -12,6 +12,7 @@ import torch
 from hvdlm.cluster.doctor.interface_variables import named_interfaces
 from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.core_binding import Binding, own_binding, release_cores
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
 from hvdlm.comm.launcher_process import launcher_processes
 
@@ -43,6 +44,7 @@ class RankReport:
     shared_memory: int  # bytes free in /dev/shm before the engine started
     parent: str  # name of the parent process if it is a launcher's, else ""
     siblings: int  # children of the parent process, including this one
+    binding: Binding
     cpu_capability: str = ""  # the instruction set of PyTorch's loops, such as AVX512
     compiler_problem: str | None = None  # why codecs cannot be compiled here, or not be kept
 
@@ -61,6 +63,7 @@ def gather_reports(
     """
     parent = psutil.Process().parent()
     launcher_process = next(iter(launcher_processes()), None)
+    binding = own_binding(communicator, release_cores(os.environ))
     own = RankReport(
         rank=communicator.rank,
         host=communicator.hosts[communicator.rank],
@@ -69,7 +72,7 @@ def gather_reports(
         engine=communicator.engine,
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
         supports_gpus=communicator.supports("cuda"),
-        cores=frozenset(os.sched_getaffinity(0)),
+        cores=binding.cpus,
         launcher_cores=frozenset(launcher_process.cpu_affinity() if launcher_process else range(os.cpu_count() or 1)),
         software=installed_software(),
         interfaces=tuple(own_interfaces()),
@@ -78,6 +81,7 @@ def gather_reports(
         shared_memory=shared_memory,
         parent=parent.name() if parent and parent == launcher_process else "",
         siblings=len(parent.children()) if parent else 1,
+        binding=binding,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         compiler_problem=_compiler_problem(),
     )

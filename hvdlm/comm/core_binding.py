@@ -13,6 +13,7 @@ import psutil
 
 import hvdlm
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launcher_process import MPI_LAUNCHERS, launcher_processes
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +21,7 @@ logger = logging.getLogger(__name__)
 # every process that may use the same cores (pytorch/pytorch issue 91989).
 _BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
-# Processes that start ranks and may bind them: of Open MPI 5 and 4, MPICH and its derivatives, Slurm.
 _SLURM_LAUNCHER = "slurmstepd"
-_LAUNCHERS = frozenset(
-    (_SLURM_LAUNCHER, "prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy")
-)
-
 _UNBIND = {_SLURM_LAUNCHER: "start srun with --cpu-bind=none, or give each task cores with --cpus-per-task"}
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -80,53 +76,54 @@ def release_cores(environment: Mapping[str, str]) -> str:
     return " and ".join(names)
 
 
-def gather_bindings(communicator: Communicator, bound_by: str, remark: str) -> list[Binding]:
-    """The bindings of all ranks, on every rank. Collective. `bound_by`, `remark`: of the two functions above."""
+def own_binding(communicator: Communicator, bound_by: str, remark: str = "") -> Binding:
+    """That of this rank. `bound_by`, `remark`: what the two functions above have returned."""
     cpus = frozenset(os.sched_getaffinity(0))
     launcher, launcher_cores = _launcher()
-    host = communicator.hosts[communicator.rank]
-    return communicator.all_gather_object(Binding(host, cpus, _cores(cpus), launcher, launcher_cores, bound_by, remark))
+    return Binding(
+        communicator.hosts[communicator.rank], cpus, _cores(cpus), launcher, launcher_cores, bound_by, remark
+    )
 
 
-def binding_warnings(ranks: Sequence[Binding]) -> list[str]:
-    """Sentences about what binds ranks, each with what to do about it; none if nothing does."""
-    sentences = list(dict.fromkeys(rank.remark for rank in ranks if rank.remark))
-    hosts = {host: [rank for rank in ranks if rank.host == host] for host in dict.fromkeys(rank.host for rank in ranks)}
-    bound = [
-        rank for rank in ranks if rank.bound_by and sum(bool(rank.cpus & other.cpus) for other in hosts[rank.host]) > 1
-    ]
-    if bound:
-        names = " and ".join(setting.partition("=")[0] for setting in bound[0].bound_by.split(" and "))
-        sentences.append(
-            f"{bound[0].bound_by} binds threads of all ranks on {bound[0].host} to the same cores: unset {names}"
-        )
-    idle = []
-    for host, own in hosts.items():
+def same_cores(ranks: Sequence[Binding]) -> list[tuple[str, str]]:
+    """What is wrong, and what to do, where OpenMP binds ranks that share cores to the same one of them."""
+    for rank in ranks:
+        sharing = [other for other in ranks if other.host == rank.host and other.cpus & rank.cpus]
+        if rank.bound_by and len(sharing) > 1:
+            names = " and ".join(setting.partition("=")[0] for setting in rank.bound_by.split(" and "))
+            return [(f"{rank.bound_by} binds threads of all ranks on {rank.host} to the same cores", f"unset {names}")]
+    return []
+
+
+def idle_cores(ranks: Sequence[Binding]) -> list[tuple[str, str]]:
+    """What is wrong, and what to do, where the ranks of a host together may use fewer cores than their launcher."""
+    found = []
+    for host in dict.fromkeys(rank.host for rank in ranks):
+        own = [rank for rank in ranks if rank.host == host]
         used, there = len(frozenset[int]().union(*(rank.cores for rank in own))), own[0].launcher_cores
         if used < there:
-            idle.append(
-                (f"{_counted(len(own), 'rank')} on {host} may use {used} of its {_counted(there, 'core')}", own[0])
-            )
-    if idle:
-        what, rank = idle[0]
-        others = f", and so it is on {_counted(len(idle) - 1, 'more host')}" if len(idle) > 1 else ""
-        sentences.append(f"{what}{others}: {_UNBIND.get(rank.launcher, 'start mpirun with --bind-to none')}")
-    return sentences
+            what = f"{_counted(len(own), 'rank')} on {host} may use {used} of its {_counted(there, 'core')}"
+            found.append((what, _UNBIND.get(own[0].launcher, "start mpirun with --bind-to none")))
+    if len(found) < 2:
+        return found
+    (what, remedy), *others = found
+    return [(f"{what}, and so it is on {_counted(len(others), 'more host')}", remedy)]
 
 
 def warn_of_bindings(communicator: Communicator, bound_by: str, remark: str) -> None:
     """Rank 0 says what binds the ranks of this job. Collective."""
-    ranks = gather_bindings(communicator, bound_by, remark)
+    ranks = communicator.all_gather_object(own_binding(communicator, bound_by, remark))
     if communicator.rank == 0:
-        for sentence in binding_warnings(ranks):
+        remarks = dict.fromkeys(rank.remark for rank in ranks if rank.remark)
+        for sentence in (*remarks, *(f"{what}: {remedy}" for what, remedy in same_cores(ranks) + idle_cores(ranks))):
             logger.warning("%s", sentence)
 
 
 def _launcher() -> tuple[str, int]:
     """The name of the nearest ancestor that may have bound this process, and how many cores it may use; or "" and 0."""
     try:
-        for process in psutil.Process().parents():
-            if process.name() in _LAUNCHERS:
+        for process in launcher_processes():
+            if process.name() in MPI_LAUNCHERS | {_SLURM_LAUNCHER}:  # the others do not bind
                 cores = len(_cores(frozenset(process.cpu_affinity() or ())))
                 if process.name() == _SLURM_LAUNCHER:  # it may use the whole node, of which this job has a part
                     cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) // len(_siblings(0)))
