@@ -49,8 +49,7 @@ def check_alike(communicator: Communicator, own: Mapping[str, Shared]) -> None:
         different = [rank for rank in range(communicator.size) if values[rank] != expected]
         if different:
             examples = ", ".join(
-                f"rank {rank} on {communicator.hosts[rank]} has {values[rank]}"
-                for rank in different[:_MAX_NAMED_RANKS]
+                f"rank {rank} on {communicator.hosts[rank]} has {values[rank]}" for rank in different[:_MAX_NAMED_RANKS]
             )
             raise JobError(
                 f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {examples}"
