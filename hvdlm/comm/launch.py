@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -130,9 +130,12 @@ def connect(engine: str, timeout: float) -> Communicator:
         os.environ.setdefault(f"OMPI_MCA_btl_tcp_{name}", str(320 * 1024))
     if launch.size > 1:
         exclude_guest_bridges(os.environ)
+    # The choice depends on whether this rank finds a GPU, as the others may not
+    is_free = engine == "auto" and launch.launcher in ("mpirun", "srun") and torch.backends.cuda.is_built()
     engine, reason = choose_engine(launch, engine)
     try:
-        communicator = _start(engine, launch, timeout)
+        store = _agree(engine, launch, timeout) if is_free and launch.size > 1 else None
+        communicator = _start(engine, launch, timeout, store)
     except (RuntimeError, ImportError, OSError) as error:  # each library has errors of its own; these are their bases
         reason = str(error).strip().partition("\n")[0]
         raise HvdlmError(
@@ -149,7 +152,17 @@ def connect(engine: str, timeout: float) -> Communicator:
     return communicator
 
 
-def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
+def _agree(engine: str, launch: Launch, timeout: float) -> Any:
+    """The store of all ranks, once it is known that they start the same engine."""
+    from hvdlm.comm.engine_agreement import check_engines_match
+    from hvdlm.comm.rendezvous import rendezvous
+
+    store = rendezvous(launch.launcher, launch.rank, launch.size, timeout)
+    check_engines_match(store, launch.rank, launch.size, engine)
+    return store
+
+
+def _start(engine: str, launch: Launch, timeout: float, store: Any) -> Communicator:
     # An engine's module is imported only where it is used: importing mpi4py starts MPI.
     if engine == "solo":
         from hvdlm.comm.solo import SoloCommunicator
@@ -166,7 +179,7 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
     from hvdlm.comm.rendezvous import rendezvous
     from hvdlm.comm.torch import TorchCommunicator
 
-    store = rendezvous(launch.launcher, launch.rank, launch.size, timeout)
+    store = store or rendezvous(launch.launcher, launch.rank, launch.size, timeout)
     return TorchCommunicator.start(store, launch.rank, launch.size, timeout)
 
 

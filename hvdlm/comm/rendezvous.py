@@ -7,6 +7,7 @@ job's token, since an address may be unreachable, or belong to another host too 
 
 from __future__ import annotations
 
+import http
 import json
 import os
 import re
@@ -147,16 +148,32 @@ def _broadcast_by_horovodrun(environment: Mapping[str, str], text: str, rank: in
     """By the key-value store that horovodrun serves over HTTP to its ranks: PUT a value, GET it, 404 until then."""
     server = f"{environment['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{environment['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     url = f"http://{server}/hvdlm/rank_0"
-    if rank == 0:
-        urllib.request.urlopen(urllib.request.Request(url, text.encode(), method="PUT"), timeout=timeout)
-        return text
-    clock = RunningTime()
-    while clock.seconds() < timeout:
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as answer:
-                return str(answer.read().decode())
-        except urllib.error.HTTPError:
-            time.sleep(0.05)
+    # No proxy, whatever http_proxy says: the store is on a host of this job
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    try:
+        if rank == 0:
+            ask(urllib.request.Request(url, text.encode(), method="PUT"), timeout=timeout)
+            return text
+        clock = RunningTime()
+        while clock.seconds() < timeout:
+            try:
+                with ask(url, timeout=timeout) as answer:
+                    return str(answer.read().decode())
+            except urllib.error.HTTPError as error:
+                if error.code != http.HTTPStatus.NOT_FOUND:
+                    raise
+                time.sleep(0.05)
+    except urllib.error.HTTPError as error:
+        raise HvdlmError(
+            f"rank {rank} asked {server} for horovodrun's key-value store, which answers {error.code} {error.reason}: "
+            "something else listens there"
+        ) from None
+    except OSError as error:  # urllib's are such errors
+        reason = getattr(error, "reason", error)
+        raise HvdlmError(
+            f"rank {rank} on {socket.gethostname()} does not reach horovodrun's key-value store at {server} "
+            f"({reason}): look for a firewall between the hosts, or give --network-interfaces to horovodrun"
+        ) from None
     raise HvdlmError(f"rank {rank} received nothing from rank 0 at {server} within {timeout:g} s (comm.timeout)")
 
 

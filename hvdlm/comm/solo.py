@@ -19,16 +19,17 @@ class SoloCommunicator(Communicator):
     capabilities = frozenset({"float16", "bfloat16", "split", "cuda"})
 
     def __init__(self) -> None:
+        super().__init__()
         self.rank, self.size = 0, 1
         self._locate()
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         return SoloCommunicator()
 
     def abort(self, reason: str) -> NoReturn:
         end_process(reason)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Nothing was opened."""
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
@@ -41,7 +42,10 @@ class SoloCommunicator(Communicator):
         return Work.done(flat.clone())
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
-        return Work.done(data)
+        return Work.done(data.clone())
+
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        return Work.done([parts[0].clone()])
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return Work.done(None)

@@ -7,9 +7,8 @@ under srun, through Horovod under horovodrun, and through MASTER_ADDR where some
 from __future__ import annotations
 
 import gc
-import socket
+import json
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,11 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import ENGINE_TIMEOUT, end_process, lost_rank_errors, wait_until
 from hvdlm.comm.gloo_waits import GlooWaits
+from hvdlm.comm.gpus import shared_gpus, visible_gpus
+from hvdlm.comm.groups import group_by_color, group_ranks
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
+
+_WATCHDOG_MARGIN = timedelta(seconds=60)
 
 # torch 2.13 renamed it, and warns at each call by the old name.
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,6 +43,7 @@ class TorchCommunicator(Communicator):
     def __init__(self, group: dist.ProcessGroup, members: Sequence[int], timeout: float) -> None:
         """`members`: the global ranks of `group`, in our order; `timeout`: seconds of every wait. `start` makes the
         first one."""
+        super().__init__()
         self._group, self._timeout = group, timeout
         self._is_gloo = "nccl" not in dist.get_backend_config(group)
         if self._is_gloo:  # now that its ranks are connected, our own timeout counts (failure.py)
@@ -47,6 +51,10 @@ class TorchCommunicator(Communicator):
         self._members = list(members)
         self._group_ranks = group_ranks(members)
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
+        if gpu:
+            # NCCL's own watchdog ends the process without a sentence: it is to come second, after `arrival`
+            backend = group._get_backend(torch.device("cuda"))
+            backend._set_default_timeout(timedelta(seconds=timeout) + _WATCHDOG_MARGIN)
         self.capabilities = frozenset({"send", "split", "float16", "bfloat16"} | gpu)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
         self._locate()
@@ -61,7 +69,7 @@ class TorchCommunicator(Communicator):
         assert group is not None
         return cls(group, range(size), timeout)
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         everyone = self.all_gather_object((color, key, uuid.uuid4().hex))
         ranks = group_by_color([each[:2] for each in everyone])[color]
         members = [self._members[rank] for rank in ranks]
@@ -73,11 +81,13 @@ class TorchCommunicator(Communicator):
     def abort(self, reason: str) -> NoReturn:
         end_process(reason)  # the launcher ends the other ranks when one exits non-zero
 
-    def close(self) -> None:
-        if self._group is dist.group.WORLD:
-            dist.destroy_process_group()
+    def _close(self) -> None:
+        is_whole_job = self._group is dist.group.WORLD
+        if is_whole_job:
+            dist.destroy_process_group()  # and its groups: one that ends earlier would leave its name to a later one
         del self._group  # otherwise its threads outlive the interpreter and abort the process
-        gc.collect()  # operations that have ended still reference the connections
+        if is_whole_job:
+            gc.collect()  # operations that have ended still reference the connections
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return True
@@ -102,6 +112,20 @@ class TorchCommunicator(Communicator):
             )
 
         work = self._start(_all_gather_equal, rows, padded, async_op=True)
+        return work.then(lambda _: in_rank_order())
+
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]
+        sent = torch.cat([parts[each] for each in by_group_rank])
+        output = sent.new_empty(sum(lengths))
+        sizes = [lengths[each] for each in by_group_rank], [len(parts[each]) for each in by_group_rank]
+
+        def in_rank_order() -> list[Tensor]:
+            arrived = output.split(sizes[0])
+            return [arrived[each] for each in self._group_ranks]
+
+        # Of NCCL one grouped operation: sends and receives of several pairs one by one may wait for each other
+        work = self._start(dist.all_to_all_single, output, sent, *sizes, async_op=True)
         return work.then(lambda _: in_rank_order())
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
@@ -150,8 +174,7 @@ def _named_group(name: str) -> Iterator[None]:
 
 
 def _one_gpu_a_rank(store: Any, rank: int, size: int) -> bool:
-    """Whether no two ranks of any host would share a GPU, which NCCL refuses; the same answer on all ranks."""
-    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    store.set(f"hvdlm/{rank}", f"{gpus} {socket.gethostname()}")
-    reports = [store.get(f"hvdlm/{each}").decode() for each in range(size)]
-    return all(int(report.split()[0]) >= count for report, count in Counter(reports).items())
+    """Whether each rank computes on a GPU of its own, as NCCL wants it; the same answer on all ranks."""
+    store.set(f"hvdlm/{rank}", json.dumps(visible_gpus() if dist.is_nccl_available() else []))
+    visible = [json.loads(store.get(f"hvdlm/{each}")) for each in range(size)]
+    return all(visible) and not shared_gpus(visible)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import resource
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdlm.data.manifest import ShardRecord
+from hvdlm.errors import HvdlmError
 
 SHARD_FORMAT = "hvdlm-shard"
 SHARD_VERSION = 1
@@ -76,17 +79,20 @@ class ShardWriter:
         self._hdf5.close()
         self._stream.close()
 
-    def append(self, tokens: npt.NDArray[Any], n_bytes: int) -> None:
+    def append(self, tokens: npt.NDArray[Any], n_bytes: int, is_continued: bool = False) -> None:
         """Adds a document: `tokens` (n,), ending with the end of text; `n_bytes`: UTF-8 bytes of its text.
+
+        With `is_continued` it does not end yet, and the next call adds more of it.
 
         Raises OSError if the file cannot be written.
         """
         self._tokens.append(tokens)
         self._sha256.update(tokens.astype(self._tokens.dtype, copy=False).tobytes())
-        self.n_docs += 1
         self._n_tokens += len(tokens)
         self._n_bytes += n_bytes
-        self._offsets.append(np.array([self._n_tokens], dtype="<u8"))
+        if not is_continued:
+            self.n_docs += 1
+            self._offsets.append(np.array([self._n_tokens], dtype="<u8"))
         self._stream.check()
 
     def finish(self) -> ShardRecord:
@@ -111,7 +117,16 @@ class _DeferredErrorFile(io.FileIO):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "x+")
+        try:
+            super().__init__(path, "x+")
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise HvdlmError(
+                f"cannot open {path.name}: this process may have {limit} files open, and it writes all shards at once: "
+                "raise that with `ulimit -n`, or give fewer --shards"
+            ) from None
         self._error: OSError | None = None
 
     def check(self) -> None:

@@ -7,7 +7,8 @@ tool that reads that format can use the tokenizer of an hvdlm data set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,9 @@ END_OF_TEXT = "<|endoftext|>"
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
 
 SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: enough to encode any text
+LARGEST_VOCABULARY = 1_000_000  # the library reserves memory for as many before it learns
+
+LONGEST_RUN = 1000  # characters of a word, a number, punctuation or blanks from which `Tokenizer.train` learns at once
 
 
 class Tokenizer:
@@ -68,7 +72,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) trained on `texts`.
 
-        The vocabulary is smaller than `vocab_size` if the texts have too few repeated pairs to merge.
+        The vocabulary is smaller than `vocab_size` if the texts have too few repeated pairs to merge. Runs of more than
+        LONGEST_RUN letters, digits, blanks or other characters are learnt from in pieces of that length: the library
+        takes a time that grows with the square of their length.
         """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +86,7 @@ class Tokenizer:
             initial_alphabet=sorted(_byte_vocabulary()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((piece for text in texts for piece in _without_long_runs(text)), trainer)
         return cls(backend, "the trained tokenizer")
 
     @classmethod
@@ -124,6 +130,27 @@ class Tokenizer:
     def _content(self) -> bytes:
         text: str = self._backend.to_str(pretty=True)
         return text.encode()
+
+
+# A run begins where the character before is of another kind. The first pattern is quick, and finds all that the second
+# finds; that one has the kinds of characters that a byte-level tokenizer keeps apart.
+_NO_BLANKS_OR_BLANKS = re.compile(rf"(?<!\S)\S{{{LONGEST_RUN + 1}}}|(?<!\s)\s{{{LONGEST_RUN + 1}}}")
+_LONG_RUN = re.compile(
+    "|".join(rf"(?<!{kind}){kind}{{{LONGEST_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """The text in one piece, or in several if it has runs of more than LONGEST_RUN characters of one kind."""
+    if not _NO_BLANKS_OR_BLANKS.search(text):
+        yield text
+        return
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def _byte_vocabulary() -> dict[str, int]:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ from hvdlm.comm.algorithm_probe import AlgorithmCost, prefers_ring
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.ring import Ring, SegmentEncoding
 from hvdlm.timing import Span, total_seconds
-
-# Elements of a message of `all_to_all`: of bytes, as codecs send, below Open MPI's eager limit (see comm/launch.py).
-_MESSAGE = 256 * 1024
 
 
 class _TimedEncoding:
@@ -111,27 +107,11 @@ class Exchange:
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         """What each rank sends to this one, in the order of ranks, where `messages[r]` is sent to rank r.
 
-        All messages of all ranks have one length and dtype. Engines without point-to-point messages gather all of them.
+        All messages of all ranks have one length and dtype.
         """
         with self._counted("all-to-all"):
-            if not self._communicator.supports("send"):
-                rows = self._communicator.all_gather(torch.stack(list(messages)))  # (from, to, length)
-                self._count((self.size - 1) * self.size * messages[0].nbytes)
-                return list(rows[:, self.rank])
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
-            received[self.rank].copy_(messages[self.rank])
-            handles: list[Work[Any]] = []
-            for rank in others:
-                for piece, target in zip(messages[rank].split(_MESSAGE), received[rank].split(_MESSAGE), strict=True):
-                    send = partial(self._communicator.send_async, piece, rank)
-                    receive = partial(self._communicator.receive_async_, target, rank)
-                    # NCCL runs operations between two ranks in order: one of them sends first, the other receives first
-                    handles += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
-            for handle in handles:
-                handle.wait()
-            self._count(sum(messages[rank].nbytes for rank in others))
-            return received
+            self._count(sum(messages[rank].nbytes for rank in range(self.size) if rank != self.rank))
+            return self._communicator.all_to_all(messages, [len(messages[self.rank])] * self.size)
 
     def _count_all_reduce(self, values: Tensor) -> None:
         """A ring sends each byte to the next rank twice, except this rank's part (Patarasuk & Yuan, JPDC 2009,

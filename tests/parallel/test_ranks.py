@@ -8,6 +8,7 @@ from types import ModuleType
 import codecs_body
 import communicator_body
 import gradients_body
+import mpi_body
 import pytest
 import ring_body
 import training_body
@@ -42,6 +43,7 @@ CASES = [
             *groups("horovod", OVER_MPI, [1, 2, 3, 4]),
         ],
     ),
+    *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
         ring_body,
         [*groups("solo", "none", [1]), *groups("mpi", "mpirun", [2, 3, 4]), *groups("torch", "mpirun", [3])],

@@ -127,6 +127,7 @@ class KeyValues(BaseHTTPRequestHandler):
     """What horovodrun serves to its ranks."""
 
     kept: dict[str, bytes]
+    missing = 404  # what is answered where nothing is kept
 
     def do_PUT(self) -> None:
         self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
@@ -134,7 +135,7 @@ class KeyValues(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.path in self.kept else 404)
+        self.send_response(200 if self.path in self.kept else self.missing)
         self.end_headers()
         self.wfile.write(self.kept.get(self.path, b""))
 
@@ -191,6 +192,42 @@ def test_two_ranks_of_a_host_connect_on_its_loopback(horovodrun: dict[str, bytes
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     told = json.loads(horovodrun["/hvdlm/rank_0"])
     assert told["addresses"][0] == LOOPBACK and told["store_port"] == first.port
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_ranks_do_not_ask_a_proxy_for_one_another(
+    variable: str, horovodrun: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as closed:
+        closed.bind((LOOPBACK, 0))  # bound, not listening: refuses
+        monkeypatch.setenv(variable, f"http://{LOOPBACK}:{closed.getsockname()[1]}")
+        first, second = join_both()
+    first.set("said", "by rank 0")
+    assert second.get("said") == b"by rank 0"
+    assert list(horovodrun) == ["/hvdlm/rank_0"]
+
+
+@pytest.mark.usefixtures("horovodrun")
+def test_something_else_listens_where_the_store_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KeyValues, "missing", 403)
+    with pytest.raises(
+        HvdlmError, match=r"rank 1 asked 127.0.0.1:\d+ .* answers 403 Forbidden: something else listens"
+    ):
+        join("horovodrun", 1, 2, timeout=10)
+
+
+@pytest.mark.usefixtures("horovodrun")
+def test_the_store_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind((LOOPBACK, 0))
+        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(closed.getsockname()[1]))
+        for rank in range(2):
+            with pytest.raises(
+                HvdlmError, match=rf"rank {rank} on .* does not reach horovodrun's .*Connection refused"
+            ):
+                join("horovodrun", rank, 2, timeout=10)
 
 
 def test_the_users_interface_is_kept(horovodrun: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvdlm.gradients.codecs.codec import uses_loops
 from hvdlm.gradients.codecs.compiled import compiled
 
 # A vector that keeps at most this share of its squared length is linearly dependent on those before it.
@@ -61,7 +62,7 @@ class Matrices(NamedTuple):
 
 def multiply(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Tensor, lefts: Tensor) -> None:
     """Writes M times the right vectors into `lefts`."""
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _multiply(*_arrays(matrices, gradients, residual, rights, lefts))
     else:
         multiply_with_torch(matrices, gradients, residual, rights, lefts)
@@ -69,7 +70,7 @@ def multiply(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Te
 
 def multiply_transposed(matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, rights: Tensor) -> None:
     """Writes M, transposed, times the left vectors into `rights`."""
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _multiply_transposed(*_arrays(matrices, gradients, residual, lefts, rights))
     else:
         multiply_transposed_with_torch(matrices, gradients, residual, lefts, rights)
@@ -82,7 +83,7 @@ def reconstruct(
 
     Equal `lefts` and `rights` give equal `gradients`, bit for bit, on every CPU.
     """
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _reconstruct(*_arrays(matrices, gradients, residual, lefts, own_rights, rights))
     else:
         reconstruct_with_torch(matrices, gradients, residual, lefts, own_rights, rights)
@@ -93,7 +94,7 @@ def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
 
     Gram-Schmidt, each vector twice, which is enough (Giraud et al., Numerische Mathematik 2005), in float64.
     """
-    if lefts.is_cpu:
+    if uses_loops(lefts):
         _orthonormalise(*_arrays(matrices, lefts))
     else:
         orthonormalise_with_torch(matrices, lefts)
