@@ -43,12 +43,13 @@ def check_ranks_match(communicator: Communicator, config_digest: str) -> None:
 def check_alike(communicator: Communicator, own: Mapping[str, Shared]) -> None:
     """Raises JobError on every rank unless all have the values of rank 0, by subject. Collective."""
     everyone = communicator.all_gather_object({subject: shared.value for subject, shared in own.items()})
-    for subject, expected in everyone[0].items():
-        different = [rank for rank in range(communicator.size) if everyone[rank][subject] != expected]
+    for subject in own:
+        values = [each.get(subject, "nothing like it") for each in everyone]  # in another hvdlm
+        expected = values[0]
+        different = [rank for rank in range(communicator.size) if values[rank] != expected]
         if different:
             examples = ", ".join(
-                f"rank {rank} on {communicator.hosts[rank]} has {everyone[rank][subject]}"
-                for rank in different[:_MAX_NAMED_RANKS]
+                f"rank {rank} on {communicator.hosts[rank]} has {values[rank]}" for rank in different[:_MAX_NAMED_RANKS]
             )
             raise JobError(
                 f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {examples}"

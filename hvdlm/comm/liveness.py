@@ -15,10 +15,12 @@ _CLIENT_TIMEOUT = 1.0
 class LivenessServer:
     """Sends its token, then its `state` and the end of the line, to whoever connects, from now until `close`."""
 
-    def __init__(self, token: str, poll_interval: float = 0.5, on_end: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, token: str, poll_interval: float = 0.5, password: str = "", on_end: Callable[[], None] | None = None
+    ) -> None:
         """`poll_interval`: seconds between checks whether to stop, and so the longest time that `close` takes.
 
-        `on_end`: called when a client sends the token back, which is how it asks this process to end.
+        `on_end`: called when a client sends `password`, which is how it asks this process to end.
         """
         self.state = ""
         liveness = self
@@ -29,7 +31,7 @@ class LivenessServer:
                     self.request.sendall(f"{token}{liveness.state}\n".encode())
                     if on_end is not None:
                         self.request.settimeout(_CLIENT_TIMEOUT)
-                        if self.request.recv(len(token), socket.MSG_WAITALL) == token.encode():
+                        if self.request.recv(len(password), socket.MSG_WAITALL) == password.encode():
                             on_end()
 
         class Server(socketserver.TCPServer):
@@ -51,9 +53,9 @@ def is_alive(address: str, port: int, token: str, timeout: float) -> bool:
     return ask_state(address, port, token, timeout) is not None
 
 
-def ask_state(address: str, port: int, token: str, timeout: float, asks_to_end: bool = False) -> str | None:
+def ask_state(address: str, port: int, token: str, timeout: float, password: str = "") -> str | None:
     """The state of the server at `address` and `port`; None if nobody there answers with `token` within `timeout`
-    seconds for each wait. `asks_to_end`: then asks its process to end."""
+    seconds for each wait. With its `password`, its process is then asked to end."""
     try:
         with socket.create_connection((address, port), timeout=timeout) as connection:
             if connection.recv(len(token), socket.MSG_WAITALL) != token.encode():
@@ -61,8 +63,7 @@ def ask_state(address: str, port: int, token: str, timeout: float, asks_to_end: 
             state = b""
             while not state.endswith(b"\n") and (part := connection.recv(64)):
                 state += part
-            if asks_to_end:
-                connection.sendall(token.encode())
+            connection.sendall(password.encode())
             return state.decode().rstrip("\n")
     except OSError:
         return None

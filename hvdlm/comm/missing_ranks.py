@@ -37,10 +37,12 @@ class MissingRankReporter:
     def __init__(self, communicator: Communicator) -> None:
         """Collective."""
         self._rank, self._hosts = communicator.rank, communicator.hosts
-        job = str(communicator.broadcast_object(uuid.uuid4().hex))
+        # Whoever connects is told the name of the job; who may end it knows the other word too
+        job, self._password = communicator.broadcast_object((uuid.uuid4().hex, uuid.uuid4().hex))
         self._tokens = [f"{job} {rank} " for rank in range(communicator.size)]
         self._others = [rank for rank in range(communicator.size) if rank != self._rank]
-        self._server = LivenessServer(self._tokens[self._rank], on_end=lambda: os._exit(1))
+        token, end = self._tokens[self._rank], lambda: os._exit(1)
+        self._server = LivenessServer(token, password=self._password, on_end=end)
         addresses = [str(interface.address.ip) for interface in own_interfaces()]
         self._endpoints: list[tuple[list[str], int]] = communicator.all_gather_object((addresses, self._server.port))
 
@@ -88,22 +90,22 @@ class MissingRankReporter:
 
     def end_others(self) -> None:
         """Asks all other ranks to end, with status 1: not every launcher ends them when this one does."""
-        self._ask(self._others, asks_to_end=True)
+        self._ask(self._others, self._password)
 
     def close(self) -> None:
         """Stops answering."""
         self._server.close()
 
-    def _ask(self, ranks: Sequence[int], asks_to_end: bool = False) -> list[str | None]:
-        """The state of each of `ranks`; None of one that does not answer."""
+    def _ask(self, ranks: Sequence[int], password: str = "") -> list[str | None]:
+        """The state of each of `ranks`; None of one that does not answer. With the password they are asked to end."""
         if len(ranks) == 1:
-            return [self._ask_one(ranks[0], asks_to_end)]
+            return [self._ask_one(ranks[0], password)]
         with ThreadPoolExecutor(_MAX_CONCURRENT_PROBES) as pool:
-            return list(pool.map(lambda rank: self._ask_one(rank, asks_to_end), ranks))
+            return list(pool.map(lambda rank: self._ask_one(rank, password), ranks))
 
-    def _ask_one(self, rank: int, asks_to_end: bool) -> str | None:
+    def _ask_one(self, rank: int, password: str) -> str | None:
         addresses, port = self._endpoints[rank]
         if self._hosts[rank] == self._hosts[self._rank]:
             addresses = ["127.0.0.1"]
-        answers = (ask_state(each, port, self._tokens[rank], _PROBE_TIMEOUT, asks_to_end) for each in addresses)
+        answers = (ask_state(each, port, self._tokens[rank], _PROBE_TIMEOUT, password) for each in addresses)
         return next((answer for answer in answers if answer is not None), None)

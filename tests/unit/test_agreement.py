@@ -16,6 +16,7 @@ import torch
 from test_launch import RankOf
 
 from hvdlm.comm import agreement as software
+from hvdlm.comm.agreement import Shared
 from hvdlm.config import CompressionSection, Config, OptimizerSection
 from hvdlm.errors import JobError
 from hvdlm.training import agreement
@@ -101,6 +102,17 @@ def test_a_codec_of_one_s_own_is_one_file_everywhere(tmp_path: Path) -> None:
 def test_the_source_code_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(lambda: software.check_ranks_match(RankOf(other("the source code of hvdlm", "0123")), "d" * 64))
     assert "ranks differ in the source code of hvdlm: " in said and "one checkout" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_hvdlm_that_compares_less_is_named_too(rank: int) -> None:
+    communicator = RankOf(dict)
+    everyone = [{"hvdlm": "0.1.0", "more": "x"}, {"hvdlm": "0.1.0", "more": "x"}]
+    del everyone[rank]["more"]
+    communicator.all_gather_object = lambda _: everyone  # type: ignore[method-assign]
+    own = {name: Shared("x", "install one version") for name in ("hvdlm", "more")}
+    said = refusal(lambda: software.check_alike(communicator, own))
+    assert said.startswith("ranks differ in more: rank 0 on n0 has ") and "nothing like it" in said
 
 
 @pytest.mark.parametrize("freeze_variance_after", [0, 500])

@@ -241,6 +241,12 @@ def test_which_names_a_variable_takes(variable: str, value: str, is_named: bool)
     assert bool(findings) != is_named
 
 
+def test_a_cpu_quota_counts_as_few_cores() -> None:
+    assert crowded_cores(cluster(1, 2, usable_cores=2)) == []
+    (finding,) = crowded_cores(cluster(1, 2, usable_cores=1))
+    assert finding.what == "n1 has 2 ranks and 1 core for them, by its CPU quota"
+
+
 def test_cpus_that_round_otherwise() -> None:
     reports = changed(cluster(2, 2, cpu_capability="AVX512"), {3}, cpu_capability="AVX2")
     (finding,) = different_instructions(reports)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 from thread_rank import on_threads
 
 from hvdlm.comm import missing_ranks
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.liveness import LivenessServer, ask_state
 from hvdlm.comm.missing_ranks import MissingRankReporter
 
 SOON, LONG = 0.5, 60.0  # seconds
@@ -64,6 +66,18 @@ def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> N
 
     on_ranks(3, body)
     assert ended == [1, 1]
+
+
+def test_who_does_not_belong_to_the_job_cannot_end_it() -> None:
+    """A stranger who connects is told the token, and may send it back."""
+    ended = threading.Event()
+    with closing(LivenessServer("token ", 0.05, password="a password", on_end=ended.set)) as server:
+        for said in ("token ", "a passwort", ""):
+            assert ask_state("127.0.0.1", server.port, "token ", 5, said) == ""
+        assert ask_state("127.0.0.1", server.port, "token ", 5) == ""  # the one before has been dealt with
+        assert not ended.is_set()
+        ask_state("127.0.0.1", server.port, "token ", 5, "a password")
+        assert ended.wait(30)
 
 
 def test_a_report_names_those_that_do_not_answer() -> None:

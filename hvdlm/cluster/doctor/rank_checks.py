@@ -85,8 +85,10 @@ def crowded_cores(reports: list[RankReport]) -> list[Finding]:
     findings = []
     for host, ranks in _by_host(reports).items():
         cores = frozenset().union(*(each.launcher_cores | each.cores for each in ranks))
-        if len(ranks) > len(cores):
-            what = f"{host} has {len(ranks)} ranks and {counted(len(cores), 'core')} for them"
+        quotas = [each.usable_cores for each in ranks if 0 < each.usable_cores < len(each.cores)]
+        if len(ranks) > (usable := min([len(cores), *quotas])):
+            allowed = ", by its CPU quota" if usable < len(cores) else ""
+            what = f"{host} has {len(ranks)} ranks and {counted(usable, 'core')} for them{allowed}"
             findings.append(Finding("warning", what, "start fewer ranks there, unless this is only a test"))
             continue
         for bound in sorted({each.cores for each in ranks}, key=lambda each: (len(each), sorted(each))):

@@ -15,6 +15,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.core_binding import Binding, own_binding, release_cores
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
 from hvdlm.comm.launcher_process import launcher_processes
+from hvdlm.cores import usable_cores
 
 # The environment variable that selects an engine's interface for CPU tensors.
 _INTERFACE_VARIABLE = {
@@ -45,6 +46,7 @@ class RankReport:
     parent: str  # name of the parent process if it is a launcher's, else ""
     siblings: int  # children of the parent process, including this one
     binding: Binding
+    usable_cores: int = 0  # fewer than `cores` where a control group has a CPU quota; 0: not known
     cpu_capability: str = ""  # the instruction set of PyTorch's loops, such as AVX512
     compiler_problem: str | None = None  # why codecs cannot be compiled here, or not be kept
 
@@ -82,6 +84,7 @@ def gather_reports(
         parent=parent.name() if parent and parent == launcher_process else "",
         siblings=len(parent.children()) if parent else 1,
         binding=binding,
+        usable_cores=usable_cores(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         compiler_problem=_compiler_problem(),
     )
