@@ -337,11 +337,12 @@ def test_groups_are_closed_with_the_whole_the_last_one_first() -> None:
     whole = Named("whole")
     first = whole.split(0, 0)
     second = whole.split(0, 0)
+    whole.split(0, 0)
     first.split(0, 0)
     second.close()
     whole.close()
     whole.close()
-    assert log == ["whole.1", "whole.0.0", "whole.0", "whole"]
+    assert log == ["whole.1", "whole.2", "whole.0.0", "whole.0", "whole"]
 
 
 @pytest.mark.parametrize(
