@@ -3,9 +3,11 @@ torch.cuda is replaced by fakes as far as it is used."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -353,3 +355,16 @@ def test_buckets_on_gpus_are_larger(codec: str, nodes: int, on_cpus: int, on_gpu
     sizes = [bucket_bytes(CommSection(), compression, nodes, device) / 2**20 for device in ("cpu", "cuda")]
     assert sizes == [on_cpus, on_gpus]
     assert bucket_bytes(CommSection(bucket_mb=2.0), compression, nodes, "cuda") == 2 * 2**20
+
+
+def test_a_check_without_an_environment_names_both_ways_to_one(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
+    (folder / script.name).write_bytes(script.read_bytes())
+    done = subprocess.run(["bash", str(folder / script.name)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "gpu_check.sh: error: there is neither .venv nor gpu-kit: run 'make .venv/test.stamp' here, or bring gpu-kit "
+        "from 'make gpu-kit' on a machine with a network\n"
+    )
