@@ -19,6 +19,7 @@ from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.engine_agreement import check_engines_match
 from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
+from hvdlm.comm.launch import connect
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.comm.torch import _one_gpu_a_rank
 from hvdlm.config import CommSection, CompressionSection
@@ -217,6 +218,27 @@ def test_ranks_that_would_start_different_engines(monkeypatch: pytest.MonkeyPatc
         * 3
     )
     assert on_store(3, lambda store, rank: check_engines_match(store, rank, 3, "torch")) == [None] * 3
+
+
+def test_no_rank_waits_by_an_engine_that_another_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without a GPU under mpirun, with a PyTorch built for CUDA: it is told before it starts engine mpi."""
+    store = HashStore()
+    store.set("hvdlm/engine/1", "torch n8")
+    store.set("hvdlm/engine/read/1", "")
+    asked: list[object] = []
+    monkeypatch.setattr("socket.gethostname", lambda: "n7")
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("hvdlm.comm.rendezvous.rendezvous", lambda *arguments: asked.append(arguments) or store)
+    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(HvdlmError, match="rank 0 on n7 takes engine mpi, but rank 1 on n8 engine torch: PyTorch finds"):
+        connect("auto", timeout=5)
+    assert asked == [("mpirun", 0, 2, 5)]
+    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: Seeing(0, [[], []]))
+    connect("mpi", timeout=5)  # a choice that does not depend on what the rank finds
+    assert len(asked) == 1
 
 
 def test_the_peak_of_a_gpu_is_shared_out_among_its_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
