@@ -58,7 +58,7 @@ def test_where_key_and_value_heads_are_copied_for_their_query_heads(position, pr
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_blocks_share_one_mask_of_documents(precision):
-    config = GPT2.model_copy(update={"layers": 2, "width": 64, "context_length": 640, "document_mask": True})
+    config = GPT2.model_copy(update={"layers": 4, "width": 64, "context_length": 640, "document_mask": True})
     measured = saved_by_autograd(config, precision)
     estimate = training_memory_bytes(config, 101, 3, precision).activations
     assert estimate == pytest.approx(measured, rel=0.05)
