@@ -31,6 +31,7 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
     failure: HvdlmError | None = None
     for rank in range(communicator.size):
         tensors = {name: _move(communicator, tensor, rank, 0) for name, tensor in own.items()}
+        communicator.arrival(next(iter(own.values())).device).wait()  # for a rank that has died, with a deadline
         if communicator.rank == 0 and failure is None:
             try:
                 if rank == 0:
