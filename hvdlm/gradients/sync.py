@@ -141,7 +141,7 @@ class GradientSync:
             with self._naming_bucket(index):
                 handle.wait()
         self._handles.clear()
-        self.synchronize()  # with the step before: the host stays at most one step ahead of a GPU
+        self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
         self._arrival = self._communicator.arrival(self._device)
         self.traffic = self._measure_traffic()
         self.step += 1
@@ -149,12 +149,13 @@ class GradientSync:
             self._tuner.gradients_arrived(self._probe)
 
     def synchronize(self) -> None:
-        """Returns when the sums of the last `wait` are there for the host to read; at once for gradients on a CPU.
+        """Returns when all that was queued on the device has ended, the sums of the last `wait` and `norm` among it.
 
         On a GPU `wait` returns earlier. Whoever then reads a number that depends on them without this waits for ever
-        for a rank that has died; this raises LostRankError after `comm.timeout`.
+        for a rank that has died; this raises LostRankError after `comm.timeout`. For gradients on a CPU it returns at
+        once.
         """
-        self._arrival.wait()
+        self._communicator.arrival(self._device).wait()
 
     def close(self) -> None:
         """Closes channels and their groups of ranks, in the order in which all ranks have opened them. Collective."""

@@ -37,6 +37,7 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
     _on_rank_0(communicator, directory, begin)
     for rank in range(communicator.size):
         tensors = {name: _move(communicator, tensor, rank, 0) for name, tensor in own.items()}
+        communicator.arrival(next(iter(own.values())).device).wait()  # for a rank that has died, with a deadline
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         write = partial(safetensors.torch.save_file, plain, directory / f"rank_{rank:05d}.safetensors")
         _on_rank_0(communicator, directory, write)

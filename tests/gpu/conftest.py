@@ -11,7 +11,7 @@ from launcher import run
 
 ROOT = Path(__file__).parents[2]
 
-_COLUMNS = ("check", "result", "seconds", "measured, or why not")
+_HEAD = (("check", "result", "seconds", "measured, or why not"), ("---",) * 4)
 _LONGEST = 160  # characters of the last column
 
 
@@ -37,20 +37,22 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str], 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A row for each check, also on the screen; to HVDLM_GPU_RESULTS/table.md if that is set."""
+    """A row for each check; also added to those of earlier runs in HVDLM_GPU_RESULTS/table.md, if that is set."""
     rows = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             if "tests/gpu" in report.nodeid and (report.when == "call" or outcome != "passed"):
                 rows.append((report.nodeid.partition("::")[2], outcome, f"{report.duration:.1f}", _phrase(report)))
-    if not rows:
+    if all(phrase.startswith("needs_gpu") for *_, phrase in rows):
         return
-    lines = [f"| {' | '.join(row)} |" for row in (_COLUMNS, ("---",) * len(_COLUMNS), *sorted(rows))]
+    head, body = ([f"| {' | '.join(row)} |" for row in part] for part in (_HEAD, sorted(rows)))
     terminalreporter.section("checks on GPUs")
-    for line in lines:
+    for line in [*head, *body]:
         terminalreporter.write_line(line)
     if folder := os.environ.get("HVDLM_GPU_RESULTS"):
-        (Path(folder) / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        file = Path(folder) / "table.md"
+        earlier = file.read_text(encoding="utf-8").splitlines() if file.exists() else head
+        file.write_text("\n".join([*earlier, *body]) + "\n", encoding="utf-8")
 
 
 def _phrase(report: pytest.TestReport) -> str:

@@ -59,6 +59,7 @@ def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **chang
             launcher="mpirun",
             engine="mpi",
             gpus=("A100",) * gpus,
+            gpu_uuids=tuple(f"GPU-{host}-{number}" for number in range(gpus)),
             supports_gpus=bool(gpus),
             cores=frozenset(range(16)),
             launcher_cores=frozenset(range(16)),
@@ -179,6 +180,13 @@ def test_gpu_tensors_copied_through_host_memory(engine: str, gpus: int, what: st
     assert finding.severity == "warning"
     assert "the GPUs of ranks 0-1 on n1 and 2-3 on n2" in finding.what and what in finding.what
     assert remedy in finding.remedy
+
+
+def test_one_visible_gpu_a_rank_is_shared_only_where_it_is_the_same() -> None:
+    """As `srun --gpus-per-task=1` arranges it on n1; on n2 both ranks see one GPU."""
+    reports = cluster(2, 2, gpus=1, engine="torch", supports_gpus=False)
+    (finding,) = unsupported_gpus(changed(reports, {1}, gpu_uuids=("GPU-0-1",)))
+    assert finding.what.endswith("more ranks than GPUs on n2 make NCCL unusable")
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@ torch.cuda is replaced by fakes as far as it is used."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.engine_agreement import check_engines_match
 from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
+from hvdlm.comm.launch import connect
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.comm.torch import _one_gpu_a_rank
 from hvdlm.config import CommSection, CompressionSection
@@ -217,6 +220,27 @@ def test_ranks_that_would_start_different_engines(monkeypatch: pytest.MonkeyPatc
     assert on_store(3, lambda store, rank: check_engines_match(store, rank, 3, "torch")) == [None] * 3
 
 
+def test_no_rank_waits_by_an_engine_that_another_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without a GPU under mpirun, with a PyTorch built for CUDA: it is told before it starts engine mpi."""
+    store = HashStore()
+    store.set("hvdlm/engine/1", "torch n8")
+    store.set("hvdlm/engine/read/1", "")
+    asked: list[object] = []
+    monkeypatch.setattr("socket.gethostname", lambda: "n7")
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("hvdlm.comm.rendezvous.rendezvous", lambda *arguments: asked.append(arguments) or store)
+    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(HvdlmError, match="rank 0 on n7 takes engine mpi, but rank 1 on n8 engine torch: PyTorch finds"):
+        connect("auto", timeout=5)
+    assert asked == [("mpirun", 0, 2, 5)]
+    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: Seeing(0, [[], []]))
+    connect("mpi", timeout=5)  # a choice that does not depend on what the rank finds
+    assert len(asked) == 1
+
+
 def test_the_peak_of_a_gpu_is_shared_out_among_its_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sharing: list[int] = []
     monkeypatch.setattr("hvdlm.training.step_metrics.gpu_uuid", lambda device: A)
@@ -301,7 +325,7 @@ def test_what_does_not_arrive_on_the_gpu_is_a_lost_rank(streams: FakeStreams) ->
 
 
 def test_the_host_is_at_most_one_step_ahead_of_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step's arrival is waited for in the next one, or before the host reads a number."""
+    """Each step's arrival is waited for in the next one; before the host reads a number, all that is queued."""
     log: list[str] = []
 
     def arrival(_: SoloCommunicator, device: torch.device) -> Work[None]:
@@ -315,9 +339,8 @@ def test_the_host_is_at_most_one_step_ahead_of_the_sums(monkeypatch: pytest.Monk
         sync.zero_grad()
         sync.wait()
     sync.synchronize()
-    sync.synchronize()
     sync.close()
-    assert log == ["0 recorded", "0 waited for", "1 recorded", "1 waited for"]
+    assert log == ["0 recorded", "0 waited for", "1 recorded", "2 recorded", "2 waited for"]
 
 
 def test_groups_are_closed_with_the_whole_the_last_one_first() -> None:
@@ -337,11 +360,12 @@ def test_groups_are_closed_with_the_whole_the_last_one_first() -> None:
     whole = Named("whole")
     first = whole.split(0, 0)
     second = whole.split(0, 0)
+    whole.split(0, 0)
     first.split(0, 0)
     second.close()
     whole.close()
     whole.close()
-    assert log == ["whole.1", "whole.0.0", "whole.0", "whole"]
+    assert log == ["whole.1", "whole.2", "whole.0.0", "whole.0", "whole"]
 
 
 @pytest.mark.parametrize(
@@ -353,3 +377,16 @@ def test_buckets_on_gpus_are_larger(codec: str, nodes: int, on_cpus: int, on_gpu
     sizes = [bucket_bytes(CommSection(), compression, nodes, device) / 2**20 for device in ("cpu", "cuda")]
     assert sizes == [on_cpus, on_gpus]
     assert bucket_bytes(CommSection(bucket_mb=2.0), compression, nodes, "cuda") == 2 * 2**20
+
+
+def test_a_check_without_an_environment_names_both_ways_to_one(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
+    (folder / script.name).write_bytes(script.read_bytes())
+    done = subprocess.run(["bash", str(folder / script.name)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "gpu_check.sh: error: there is neither .venv nor gpu-kit: run 'make .venv/test.stamp' here, or bring gpu-kit "
+        "from 'make gpu-kit' on a machine with a network\n"
+    )

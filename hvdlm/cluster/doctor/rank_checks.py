@@ -12,6 +12,7 @@ from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
 from hvdlm.cluster.doctor.rank_report import RankReport, one_rank_per_host
 from hvdlm.comm.core_binding import idle_cores, same_cores
+from hvdlm.comm.gpus import shared_gpus
 from hvdlm.comm.interfaces import joining_networks
 from hvdlm.comm.launcher_process import MPI_LAUNCHERS
 
@@ -130,7 +131,7 @@ def unsupported_gpus(reports: list[RankReport]) -> list[Finding]:
     ranks = [each for each in reports if each.gpus and not each.supports_gpus]
     if not ranks or len(reports) == 1:
         return []
-    crowded = [host for host, own in _by_host(ranks).items() if len(own) > len(own[0].gpus)]
+    crowded = [host for host, own in _by_host(ranks).items() if shared_gpus([each.gpu_uuids for each in own])]
     why = {
         "mpi": "engine mpi has no CUDA support",
         "horovod": f"Horovod {ranks[0].software['Horovod']} is built without NCCL",

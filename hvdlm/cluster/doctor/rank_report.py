@@ -13,6 +13,7 @@ from hvdlm.cluster.doctor.interface_variables import named_interfaces
 from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.core_binding import Binding, own_binding, release_cores
+from hvdlm.comm.gpus import visible_gpus
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
 from hvdlm.comm.launcher_process import launcher_processes
 from hvdlm.cores import usable_cores
@@ -35,6 +36,7 @@ class RankReport:
     launcher: str  # as in comm.launch.Launch
     engine: str
     gpus: tuple[str, ...]  # names of the visible GPUs
+    gpu_uuids: tuple[str, ...]  # of the same
     supports_gpus: bool  # the engine communicates GPU tensors directly, not by a copy in host memory
     cores: frozenset[int]  # CPU affinity of this process
     launcher_cores: frozenset[int]  # CPU affinity of the launcher's process on this host; all cores without a launcher
@@ -72,7 +74,8 @@ def gather_reports(
         local_rank=communicator.local_rank,
         launcher=launcher,
         engine=communicator.engine,
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(len(visible_gpus()))),
+        gpu_uuids=tuple(visible_gpus()),
         supports_gpus=communicator.supports("cuda"),
         cores=binding.cpus,
         launcher_cores=frozenset(launcher_process.cpu_affinity() if launcher_process else range(os.cpu_count() or 1)),

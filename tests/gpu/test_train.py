@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -60,10 +58,8 @@ def cpu_curve(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     ("launcher", "ranks", "engine"),
     [
         ("none", 1, "auto"),
-        ("mpirun", 2, "mpi"),
-        ("mpirun", 4, "mpi"),
         ("mpirun", 2, "torch"),
-        ("mpirun", 4, "torch"),
+        ("mpirun", 4, "mpi"),
         ("torchrun", 1, "torch"),
     ],
 )
@@ -74,7 +70,7 @@ def test_the_curve_is_that_of_the_cpu(
     assert_same_curve(curve, cpu_curve, relative=1e-3)
 
 
-@pytest.mark.parametrize(("precision", "codec"), [("bf16", "int4"), ("fp16", "fp16"), ("bf16", "auto")])
+@pytest.mark.parametrize(("precision", "codec"), [("bf16", "int4"), ("fp16", "fp16")])
 def test_the_curve_in_16_bits(
     precision: str, codec: str, data: Path, tmp_path: Path, cpu_curve: dict[int, float]
 ) -> None:
@@ -121,21 +117,3 @@ def test_stopped_and_resumed_bit_for_bit(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
     sample = run([str(BIN / "hvdlm"), "generate", str(stopped), "--prompt", "def ", "--tokens", "20"], deadline=60)
     assert sample.status == 0 and "def " in sample.output, sample.output
-
-
-def test_sums_of_tensors(tmp_path: Path) -> None:
-    """allreduce.py checks each sum by itself."""
-    words = [sys.executable, str(ROOT / "benchmarks" / "allreduce.py"), "--device", "cuda", "--largest", "16mb"]
-    words += ["--output", str(tmp_path), "--name", "gpu"]
-    result = run([*launcher_command("mpirun", 2), *words], deadline=150)
-    assert result.status == 0, result.output
-    assert json.loads((tmp_path / "allreduce-gpu.json").read_text())
-
-
-def test_trace_of_a_step(data: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "benchmarks" / "timeline.py"), str(QUICKSTART), "--data.path", str(data)]
-    words += ["--train.device", "cuda", "--compression.codec", "fp16", "--output", str(tmp_path / "trace.json")]
-    result = run([*launcher_command("mpirun", 2), *words], deadline=150)
-    assert result.status == 0, result.output
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert {event["pid"] for event in events if event["ph"] == "X"} == {0, 1}
