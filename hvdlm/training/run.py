@@ -21,7 +21,7 @@ from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
-from hvdlm.training.model import check_compiler
+from hvdlm.training.model import check_compiler, check_deterministic
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
@@ -61,6 +61,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
         on_all_ranks(communicator, lambda: check_compiler(config, device))
+        on_all_ranks(communicator, lambda: check_deterministic(config, device))
         check_devices_match(communicator, device, config)
         threads = share_cores(config.train.threads, communicator)
         with out_of_memory_errors(_LESS_MEMORY):
