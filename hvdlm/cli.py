@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -231,23 +230,12 @@ def _path(text: str) -> Path:
     return Path(_not_empty(text))
 
 
-def _finite(text: str) -> float:
-    """A number that is not infinite or NaN, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return number
-
-
-def _seconds(text: str) -> float:
-    """Seconds of a wait, for argparse; more than a million is no wait that a library could be given."""
-    seconds = _finite(text)
-    if not 0 < seconds <= 1e6:
+def seconds(text: str) -> float:
+    """Seconds of a wait, for argparse, which says this function's name; more than a million is no wait of a library."""
+    number = float(text)
+    if not 0 < number <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r}: give seconds above 0, at most 1000000")
-    return seconds
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -328,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         "--hostfile", type=_path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
     )
     doctor.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
-    doctor.add_argument("--timeout", type=_seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
+    doctor.add_argument("--timeout", type=seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
     doctor.set_defaults(run=_doctor)
 
     slurm = commands.add_parser(
@@ -379,7 +367,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--batch-size-per-rank", type=int, metavar="N", help="sequences of a rank in a step (default: 32)"
     )
     predict.add_argument(
-        "--rank-flops", type=_finite, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
+        "--rank-flops", type=float, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
     )
     predict.set_defaults(run=_predict)
 

@@ -90,7 +90,7 @@ def predict(
     """
     model = read_model(file)
     for option, value in (("--per-node", ranks_per_host), ("--rank-flops", rank_flops)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise HvdlmError(f"{option} {value:g}: give a number above 0")
     if rank_flops is not None:
         model = with_flops(model, rank_flops)

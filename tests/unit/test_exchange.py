@@ -95,7 +95,7 @@ def test_seconds_of_encoding_are_the_codec_s_and_not_those_of_the_exchange() -> 
         def state(self) -> dict[str, Tensor]:
             return {}
 
-    one = Channel(TwoRanks(), None, own, torch.device("cpu"))
+    one = Channel(TwoRanks(), None, own, torch.device("cpu"), owns_communicator=False)
     one.reduce_(Cast(), torch.zeros(10), 0, "bucket 1")
     assert own.seconds == 5
     assert one.codec_seconds == 0.5 + 2 + 1

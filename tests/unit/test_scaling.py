@@ -192,7 +192,11 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
     assert "64 ranks take about 67 s to start" in said  # as planted: 3 s, and 1 s a rank
-    for bad, sentence in (({"ranks_per_host": 0}, "--per-node 0"), ({"rank_flops": -1.0}, "--rank-flops -1")):
+    for bad, sentence in (
+        ({"ranks_per_host": 0}, "--per-node 0"),
+        ({"rank_flops": -1.0}, "--rank-flops -1"),
+        ({"rank_flops": float("nan")}, "--rank-flops nan"),
+    ):
         with pytest.raises(HvdlmError, match=sentence):
             asked = {"ranks": "8", "ranks_per_host": 1, "link": None, "codecs": [], **options, **bad}
             predict(tmp_path / "fit.json", **asked)
