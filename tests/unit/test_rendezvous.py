@@ -107,6 +107,16 @@ def test_what_an_earlier_attempt_has_left_in_torchruns_store_is_not_read_again()
     assert second.get("address") == b"of the next command"
 
 
+def test_each_start_under_torchrun_has_a_store_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = TCPStore(LOOPBACK, 0, 1, is_master=True, wait_for_workers=False)  # torchrun's
+    monkeypatch.setenv("MASTER_ADDR", LOOPBACK)
+    monkeypatch.setenv("MASTER_PORT", str(kept.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    join("torchrun", 0, 1, timeout=5).set("address", "of the first start")
+    assert not join("torchrun", 0, 1, timeout=5).check(["address"])
+
+
 @pytest.mark.parametrize("value", ["False", None])
 def test_rank_0_listens_where_torchrun_does_not(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
