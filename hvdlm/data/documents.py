@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
 from hvdlm.data.json_records import MAX_DOCUMENT_BYTES, json_values
 from hvdlm.data.sources import UNREADABLE, Holds, Source
 from hvdlm.data.splitting import BLOCK_BYTES, Piece, Split, split_into_parts, split_text
@@ -252,6 +253,8 @@ def _decode(path: Path, piece: Piece) -> str | BadDocument:
     if len(content) > MAX_DOCUMENT_BYTES:
         place = str(path) if piece.line == 1 else where(0)
         return BadDocument(place, f"{_TOO_LONG} with --split")
+    if piece.line == 1 and is_lfs_pointer(content):
+        return BadDocument(where(0), LFS_POINTER)
     if (nul := content.find(b"\0")) >= 0:
         return BadDocument(where(nul), "holds a NUL byte, so this is a binary file, not text")
     try:
@@ -267,7 +270,7 @@ def _read_record(line: bytes, where: str, text_key: str) -> str | BadDocument:
     except UnicodeDecodeError as error:
         return BadDocument(where, f"is not UTF-8 ({error.reason}); convert the file")
     except (ValueError, RecursionError) as error:
-        return BadDocument(where, f"is not JSON ({error})")
+        return BadDocument(where, LFS_POINTER if is_lfs_pointer(line) else f"is not JSON ({error})")
     if not isinstance(record, dict):
         return BadDocument(where, 'is not a JSON object; each record must be one, as in {"text": "..."}')
     if text_key not in record:

@@ -59,3 +59,11 @@ def _remedy(number: int) -> str:
     if number in _GONE:
         return "it was moved or deleted, or its file system is not mounted here"
     return "that is an error of the disk or the network file system (see dmesg), the file itself may be whole"
+
+
+LFS_POINTER = "is a Git LFS pointer, not the file: run `git lfs pull`"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file is what a clone without git-lfs has in place of a large one."""
+    return content.startswith(b"version https://git-lfs.github.com/spec/")

@@ -15,12 +15,16 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
 from hvdlm.errors import HvdlmError
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Names of the token that ends a document, in published tokenizers.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
+
+# What ends a process, and is no failure of the library.
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: enough to encode any text
 LARGEST_VOCABULARY = 1_000_000  # the library reserves memory for as many before it learns
@@ -47,6 +51,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # of merges while training a tokenizer: equal text must give equal tokens
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         end_of_text = next((token for token in KNOWN_END_OF_TEXT if token in vocabulary), None)
         if end_of_text is None:
@@ -96,9 +102,13 @@ class Tokenizer:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise HvdlmError(f"cannot read the tokenizer {path}: {error}") from None
+        if is_lfs_pointer(content.encode()):
+            raise HvdlmError(f"{path} {LFS_POINTER}")
         try:
             backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no more specific type
+        except _ENDS:
+            raise
+        except BaseException as error:  # the library raises no more specific type, and panics that are no Exception
             raise HvdlmError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
         return cls(backend, str(path))
 
@@ -116,10 +126,21 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each of `texts`, in order."""
+        """Ids of each of `texts`, in order. Raises HvdlmError for a text that the tokenizer has no tokens for."""
         if self._ids_are_bytes:  # 50 times as fast as the library
             return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except _ENDS:
+            raise
+        except BaseException as error:
+            if len(texts) > 1:  # one by one, to find the one
+                return [self.encode(text) for text in texts]
+            raise HvdlmError(
+                f"the tokenizer cannot encode the text that begins with {texts[0][:40]!r} ({error}); take one that "
+                "encodes any text, as byte or bpe:VOCAB"
+            ) from None
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""

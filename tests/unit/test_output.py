@@ -41,10 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     ("name", "redirection"),
     [
         ("full", "2>/dev/full"),
-        ("closed", "2>&-"),
         ("both closed", ">&- 2>&-"),
         ("gone", "2> >(head -n 1 >/dev/null)"),
-        ("both full", ">/dev/full 2>&1"),
     ],
 )
 def test_training_goes_on_whatever_becomes_of_its_output(name: str, redirection: str, folder: Path) -> None:
@@ -60,7 +58,7 @@ def test_a_product_that_is_lost_is_said(small_data: Path, tmp_path: Path) -> Non
 
 def test_a_reader_that_has_gone_is_no_error(small_data: Path, tmp_path: Path) -> None:
     """The reader closes the pipe before anything is written, which is what `head` does at some time."""
-    done = shell(f"(sleep 5; python -m hvdlm inspect {small_data}; echo $? >status) | true", tmp_path)
+    done = shell(f"(sleep 1; python -m hvdlm inspect {small_data}; echo $? >status) | true", tmp_path)
     assert done.stderr == ""
     assert (tmp_path / "status").read_text() == "141\n"
 

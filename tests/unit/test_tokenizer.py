@@ -142,3 +142,37 @@ def test_bad_choice_is_one_sentence(tokenizer: str, message: str, tmp_path: Path
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def saved(tmp_path: Path, backend: tokenizers.Tokenizer) -> Path:
+    backend.save(str(tmp_path / "own.json"))
+    return tmp_path / "own.json"
+
+
+def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
+    """With it a text has other tokens each time."""
+    words = {character: index for index, character in enumerate(["a", "b", "ab", "abab", "<|endoftext|>"])}
+    path = saved(tmp_path, tokenizers.Tokenizer(models.BPE(words, [("a", "b"), ("ab", "ab")], dropout=0.5)))
+    tokenizer = Tokenizer.load(path)
+    assert {tuple(tokenizer.encode("abababab")) for _ in range(50)} == {(3, 3)}
+    tokenizer.save(tmp_path / "again.json")
+    assert Tokenizer.load(tmp_path / "again.json").encode("abab") == [3]
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="[UNK]"))
+    tokenizer = Tokenizer.load(saved(tmp_path, backend))
+    assert tokenizer.encode_batch(["a", "a"]) == [[0], [0]]
+    with pytest.raises(HvdlmError, match=r"cannot encode the text that begins with 'b' \(.*UNK.*; take one that"):
+        tokenizer.encode_batch(["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_not_the_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 330454481\n")
+    words = ["--tokenizer", name] if name == "tokenizer.json" else ["--input", name]
+    done = hvdlm("prepare", "--input", "good.txt", *words, "--output", "out", "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"{name}" in done.stderr and "is a Git LFS pointer, not the file: run `git lfs pull`" in done.stderr
+    assert not (tmp_path / "out").exists()
