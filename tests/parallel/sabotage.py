@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,10 @@ def stopped() -> None:
     """Stops, as a debugger or a suspended machine would, in the middle of a backward pass."""
     forward = Trainer._forward
 
-    def stopping_forward(self: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
+    def stopping_forward(self: Trainer, *arguments: Any) -> Tensor:
         if self.step == 12:
             self.model.final_norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
-        return forward(self, inputs, targets)
+        return forward(self, *arguments)
 
     Trainer._forward = stopping_forward  # type: ignore[method-assign]
 
