@@ -24,10 +24,14 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup data train test quick lint types unit parallel integration gpu clean distclean
+# What `make gpu-kit` gathers packages for: the Python and the machine that will run benchmarks/gpu_check.sh
+KIT_PYTHON ?= 3.12
+KIT_MACHINE ?= x86_64
+
+.PHONY: help setup data train test quick lint types unit parallel integration gpu gpu-kit clean distclean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/horovod.stamp ## install hvdlm, MPI and Horovod into .venv
 
@@ -69,12 +73,16 @@ parallel: ## run the tests of ranks on this machine
 integration: ## run the tests of hosts, Slurm, installation and faults
 gpu: ## run the tests that need a GPU
 
+gpu-kit: $(VENV)/package.stamp ## gather what a machine with GPUs but no network needs to be checked, in gpu-kit/
+	@echo "== Gathering gpu-kit for Python $(KIT_PYTHON) on $(KIT_MACHINE)"
+	@benchmarks/gpu_kit.sh gpu-kit $(KIT_PYTHON) $(KIT_MACHINE)
+
 clean: ## remove caches and build leftovers; leaves .venv, data and runs
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) .venv-gpu gpu-kit
 
 $(VENV)/bin/python:
 	@echo "== Making a virtual environment in $(VENV)"
@@ -90,7 +98,7 @@ $(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_build/patches/*.patch)
 	@echo "== Installing Horovod"
-	@PIP_CONSTRAINT=$(CURDIR)/constraints.txt hvdlm install-horovod
+	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" hvdlm install-horovod
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/horovod.stamp

@@ -21,8 +21,9 @@ from pathlib import Path
 from common.conditions import describe_run
 from common.results import markdown_table, write_results, write_text
 from common.script import RESULTS, absolute_path, run_script
-from hvdlm.data.documents import find_sources, read_blocks, read_documents
+from hvdlm.data.documents import read_blocks, read_documents
 from hvdlm.data.manifest import TOKENIZER
+from hvdlm.data.sources import find_sources
 from hvdlm.errors import HvdlmError
 
 _MAP = """
@@ -48,9 +49,10 @@ def measure(options: argparse.Namespace) -> None:
     except ImportError:
         raise HvdlmError('Hugging Face\'s datasets is not installed: pip install -e ".[benchmarks]"') from None
     tokenizer = options.data / TOKENIZER
+    sources, _ = find_sources([options.input])
     texts = [
         document
-        for block in read_blocks(find_sources([options.input]))
+        for block in read_blocks(sources)
         for document in read_documents(block, "text")
         if isinstance(document, str)
     ]

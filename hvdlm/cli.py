@@ -7,30 +7,45 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import hvdlm
+from hvdlm.arguments import finite, path, path_text, seconds, split_overrides
 from hvdlm.errors import HvdlmError
+from hvdlm.output import product_status, tolerant_output
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after an error sentence, 130 after Ctrl-C."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "slurm", "predict"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    _set_up_logging(options.traceback)
-    try:
-        status: int = options.run(options, rest)
-        return status
-    except HvdlmError as error:
-        logger.error("%s", error, exc_info=options.traceback)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with tolerant_output() as stdout:
+        overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        parser = _parser()
+        options, rest = parser.parse_known_args(words)
+        takes_overrides = options.command in ("train", "slurm", "predict")
+        if not takes_overrides and (overrides or rest):
+            parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
+        _set_up_logging(options.traceback)
+        try:
+            status: int = options.run(options, [*rest, *overrides])
+        except HvdlmError as error:
+            logger.error("%s", error, exc_info=options.traceback)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        if options.command in _PRINTS_ON_THE_WAY and not getattr(options, "dry_run", False):
+            return status
+        lost, sentence = product_status(stdout)
+        if sentence:
+            logger.error("%s", sentence)
+        return status or lost
+
+
+# Commands whose product is not what they print
+_PRINTS_ON_THE_WAY = ("train", "prepare", "slurm", "install-horovod", "fabric")
 
 
 def _set_up_logging(show_tracebacks: bool) -> None:
@@ -50,7 +65,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load(options.config, overrides, PRESETS)
     if options.dry_run:
         return dry_run(config)
-    return train(config, options.resume)
+    return train(config, options.resume, options.config)
 
 
 def _prepare(options: argparse.Namespace, _: list[str]) -> int:
@@ -61,11 +76,13 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> int:
         output=options.output,
         tokenizer=options.tokenizer,
         shards=options.shards,
-        validation=options.validation,
+        validation=(0.0 if options.validation_input else 0.01) if options.validation is None else options.validation,
         workers=options.workers,
         text_key=options.text_key,
         seed=options.seed,
         skip_bad=options.skip_bad,
+        split=options.split,
+        validation_inputs=options.validation_input,
     )
     return 0
 
@@ -185,29 +202,28 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
         allow_abbrev=False,
     )
-    train.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of settings")
-    train.add_argument("--resume", metavar="latest|PATH", help="go on from a checkpoint; latest: the run directory's")
+    train.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    train.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
     train.set_defaults(run=_train)
 
     prepare = commands.add_parser("prepare", help="turn text into a data set of HDF5 shards")
-    prepare.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, directories, globs, or python-stdlib"
-    )
-    prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="the data set's directory")
+    paths: dict[str, Any] = {"type": path_text, "nargs": "+", "action": "extend", "metavar": "PATH"}
+    prepare.add_argument("--input", **paths, required=True, help="files, directories, globs, or python-stdlib")
+    prepare.add_argument("--output", type=path, required=True, metavar="DIR", help="the data set's directory")
     prepare.add_argument("--tokenizer", default="byte", metavar="byte|bpe:VOCAB|FILE", help="default: byte")
     prepare.add_argument("--shards", type=int, default=8, metavar="N", help="training shards (default: 8)")
-    prepare.add_argument(
-        "--validation", type=float, default=0.01, metavar="FRACTION", help="of the documents (default: 0.01)"
-    )
+    prepare.add_argument("--validation", type=float, metavar="FRACTION", help="of documents, or of one (default: 0.01)")
+    prepare.add_argument("--validation-input", **paths, default=[], help="files for validation, in place of a fraction")
+    prepare.add_argument("--split", metavar="blank-lines|lines|BYTES", help="divide text files into documents")
     prepare.add_argument("--workers", type=int, default=0, metavar="W", help="processes (default: one a core)")
-    prepare.add_argument("--text-key", default="text", metavar="KEY", help="of JSON Lines records (default: text)")
+    prepare.add_argument("--text-key", default="text", metavar="KEY", help="of JSON records (default: text)")
     prepare.add_argument("--seed", type=int, default=0, help="of the split into shards and validation")
     prepare.add_argument("--skip-bad", action="store_true", help="count bad documents and go on")
     prepare.set_defaults(run=_prepare)
 
     inspect = commands.add_parser("inspect", help="print what a data set holds")
-    inspect.add_argument("data", type=Path, metavar="DIR")
+    inspect.add_argument("data", type=path, metavar="DIR")
     inspect.add_argument("--verify", action="store_true", help="read everything and check every hash")
     inspect.set_defaults(run=_inspect)
 
@@ -215,10 +231,10 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"
     )
     evaluate.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
     )
     evaluate.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="data set whose validation split is read"
+        "--data", type=path, required=True, metavar="DIR", help="data set whose validation split is read"
     )
     evaluate.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
     evaluate.add_argument(
@@ -228,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
     )
     generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     generate.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)")
@@ -246,10 +262,10 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="say whether this machine, these ranks or these hosts can train")
     doctor.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
+        "--hostfile", type=path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
     )
     doctor.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
-    doctor.add_argument("--timeout", type=float, default=20, metavar="SECONDS", help="for each wait (default: 20)")
+    doctor.add_argument("--timeout", type=seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
     doctor.set_defaults(run=_doctor)
 
     slurm = commands.add_parser(
@@ -258,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
         allow_abbrev=False,
     )
-    slurm.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")
+    slurm.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")
     slurm.add_argument("--nodes", type=int, required=True, metavar="N")
     slurm.add_argument("--ranks-per-node", type=int, required=True, metavar="R")
     slurm.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0, for training on CPUs")
@@ -267,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help='more for sbatch, as in "--partition=gpu"'
     )
-    slurm.add_argument("--output", type=Path, metavar="DIR", help="the job's directory (default: RUN_DIR.slurm)")
+    slurm.add_argument("--output", type=path, metavar="DIR", help="the job's directory (default: RUN_DIR.slurm)")
     slurm.add_argument("--submit", action="store_true", help="submit it too")
     slurm.set_defaults(run=_slurm)
 
@@ -278,8 +294,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fit = commands.add_parser("fit", help="make a performance model of a scaling study, and say how good it is")
-    fit.add_argument("results", type=Path, metavar="RESULTS", help="a directory of benchmarks/scaling.py")
-    fit.add_argument("--output", type=Path, required=True, metavar="FILE", help="for hvdlm predict")
+    fit.add_argument("results", type=path, metavar="RESULTS", help="a directory of benchmarks/scaling.py")
+    fit.add_argument("--output", type=path, required=True, metavar="FILE", help="for hvdlm predict")
     fit.set_defaults(run=_fit)
 
     predict = commands.add_parser(
@@ -288,7 +304,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Any setting is overridden by --section.key value, as in --compression.matrix_rank 8.",
         allow_abbrev=False,
     )
-    predict.add_argument("fit", type=Path, metavar="FIT", help="a file of hvdlm fit")
+    predict.add_argument("fit", type=path, metavar="FIT", help="a file of hvdlm fit")
     predict.add_argument("--ranks", required=True, metavar="N..M|N,M", help="N..M doubles from N to M")
     predict.add_argument("--per-node", type=int, metavar="R", help="ranks a host (default: as measured)")
     predict.add_argument("--link", metavar="RATE", help="of each host, as 100gbit (default: the fastest measured)")
@@ -300,7 +316,7 @@ def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--batch-size-per-rank", type=int, metavar="N", help="sequences of a rank in a step (default: 32)"
     )
     predict.add_argument(
-        "--rank-flops", type=float, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
+        "--rank-flops", type=finite, metavar="FLOPS", help="FLOP/s that a rank achieves (default: as measured)"
     )
     predict.set_defaults(run=_predict)
 
@@ -309,7 +325,7 @@ def _add_fabric(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     fabric = commands.add_parser("fabric", help="an emulated cluster on this machine, for tests")
     fabric.add_argument(
         "--state",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="its directory (default: HVDLM_FABRIC, or /var/lib/hvdlm/fabric)",
     )

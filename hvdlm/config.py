@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hvdlm.errors import HvdlmError
+from hvdlm.paths import expand_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,11 +28,13 @@ else:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+UserPath = Annotated[str, AfterValidator(expand_path)]
+
 
 class Section(BaseModel):
     """A group of settings; immutable, and strict about names and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -72,7 +75,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """`[data]`: where the tokens come from."""
 
-    path: str = Field("data/python-stdlib", description="directory written by `hvdlm prepare`")
+    path: UserPath = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
     read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
 
 
@@ -86,12 +89,18 @@ class TrainSection(Section):
     )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
-    run_dir: str = Field("runs/default", description="where config, metrics, checkpoints and pictures go")
+    run_dir: UserPath = Field(
+        "runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
     compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
     activation_checkpointing: bool = Field(
         False, description="blocks keep only their input and are computed again in the backward pass"
+    )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that sum in one order: bit-for-bit resuming on GPUs needs it, and it costs time",
     )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
@@ -129,7 +138,11 @@ class CommSection(Section):
         "auto", description="what sums gradients: our ring, the engine's all-reduce, or whichever costs less at start"
     )
     timeout: float = Field(
-        300.0, gt=0, description="seconds that a rank waits for another before the job ends with an error"
+        300.0,
+        gt=0,
+        le=1e6,
+        description="seconds that a rank waits for another before the job ends with an error; those in which it is "
+        "suspended itself do not count",
     )
 
 
@@ -240,10 +253,12 @@ def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Con
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark at the beginning
     except OSError as error:
         raise HvdlmError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise HvdlmError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
         raise HvdlmError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -260,6 +275,8 @@ def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if not rest:
                 raise HvdlmError(f"--{name} needs a value: --{name} VALUE")
             value = rest.pop(0)
+        if not value.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+            raise HvdlmError(f"--{name} is not UTF-8: {value!r}")  # bytes that Python could not decode
         pairs.append((name, value))
     return pairs
 
@@ -289,8 +306,11 @@ def _sentence(detail: Any) -> str:
         return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.model_fields), prefix)}"
     if detail["type"] == "model_type":
         return f"{key} must be a section, [{key}]"
+    if detail["type"] == "string_too_short":
+        return f"{key} is empty: give a path, or leave it out"
     if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
+        said = str(detail["ctx"]["error"])
+        return f"{key} = {said}" if len(detail["loc"]) > 1 else said  # of one setting, or of several together
     return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 

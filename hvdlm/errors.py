@@ -1,4 +1,6 @@
-"""The one exception that is meant for the user rather than for a developer."""
+"""The one exception that is meant for the user rather than for a developer, and what its sentence says of files."""
+
+import errno
 
 
 class HvdlmError(Exception):
@@ -11,3 +13,21 @@ class HvdlmError(Exception):
 
 class JobError(HvdlmError):
     """An error that every rank of a job raises at the same place, so that one rank can speak for all."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within your quota",
+    errno.EACCES: "give yourself the permission",
+    errno.EPERM: "give yourself the permission",
+    errno.EROFS: "choose a file system that can be written",
+    errno.EFBIG: "raise the limit of file sizes, ulimit -f",
+    errno.EMFILE: "raise the limit of open files, ulimit -n",
+}
+
+
+def write_failure(error: OSError) -> str:
+    """Why a file could not be written, and the remedy where there is one, as the end of a sentence."""
+    reason = str(error.strerror or error)
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{reason}; {remedy}" if remedy else reason

@@ -50,7 +50,7 @@ class SimulatedTrainer(Trainer):
             for name, group in groups.items()
         ]
 
-    def _forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         seconds = inputs.numel() / self.tokens_per_second
         backward = (1 - _FORWARD_SHARE) * seconds
         clock = _Clock()
@@ -60,10 +60,10 @@ class SimulatedTrainer(Trainer):
             chain = _Block.apply(chain, clock, backward * share, gradients, *parameters)
         return _Output.apply(chain, clock, backward * self._output_share)
 
-    def _norm(self, unscale: float) -> float:
-        return 0.0  # arithmetic of the device that is simulated
+    def _norm(self, unscale: float) -> Tensor:
+        return torch.zeros(())  # arithmetic of the device that is simulated
 
-    def _scale_and_clip(self, unscale: float, norm: float) -> None:
+    def _scale_and_clip(self, unscale: float, norm: Tensor) -> None:
         pass  # likewise
 
     def _update(self, rate: float) -> None:

@@ -9,6 +9,7 @@ Data that is only moved is sent as bytes, so only reductions depend on dtypes.
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import socket
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from hvdlm.comm.failure import wait_until
 from hvdlm.errors import HvdlmError
 
 logger = logging.getLogger(__name__)
@@ -72,18 +74,6 @@ def part_lengths(length: int, parts: int) -> list[int]:
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
-def group_by_color(colors_and_keys: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    """The groups of a split: ranks by color, ordered by key, then by rank; `colors_and_keys[r]` is that of rank r."""
-    ranks = sorted(range(len(colors_and_keys)), key=lambda rank: (*colors_and_keys[rank], rank))
-    colors = sorted({color for color, _ in colors_and_keys})
-    return {color: [rank for rank in ranks if colors_and_keys[rank][0] == color] for color in colors}
-
-
-def group_ranks(members: Sequence[int]) -> list[int]:
-    """The rank that an engine gives each member of a group: engines number members in rising order of global rank."""
-    return [sorted(members).index(member) for member in members]
-
-
 class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
@@ -106,6 +96,11 @@ class Communicator(ABC):
     node_count: int
     hosts: list[str]
     capabilities: frozenset[str]
+    _timeout: float = math.inf  # seconds that a rank waits for another
+
+    def __init__(self) -> None:
+        self._groups: list[Communicator] = []  # that were split off
+        self._is_closed = False
 
     # ---- collective operations
 
@@ -160,16 +155,35 @@ class Communicator(ABC):
         byte_lengths = [length * row_bytes for length in lengths]
         if sum(byte_lengths) == 0:
             return Work.done([tensor.new_empty(length, *row_shape) for length in lengths])
+        work = self._all_gather(self._as_bytes(tensor), byte_lengths)
+        return work.then(lambda gathered: _as_rows(gathered.split(byte_lengths), lengths, tensor))
 
-        def split(gathered: Tensor) -> list[Tensor]:
-            pieces = torch.split(gathered.to(tensor.device), byte_lengths)
-            # clone(): a piece may start anywhere, but a view of a wider dtype must be aligned
-            return [
-                piece.clone().view(tensor.dtype).reshape(length, *row_shape)
-                for piece, length in zip(pieces, lengths, strict=True)
-            ]
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> list[Tensor]:
+        """What each rank has for this one, in the order of ranks: `parts[r]` is sent to rank r.
 
-        return self._all_gather(self._as_bytes(tensor), byte_lengths).then(split)
+        All parts have one dtype and, but for the first dimension, one shape. `lengths[r]`: rows of what rank r sends to
+        this one; without `lengths` they are exchanged first, which costs one more message.
+        """
+        return self.all_to_all_async(parts, lengths).wait()
+
+    def all_to_all_async(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> Work[list[Tensor]]:
+        if len(parts) != self.size:
+            raise ValueError(f"{len(parts)} parts for {self.size} ranks: one for each is needed")
+        like = parts[self.rank]
+        _check_dtype(like)
+        row_shape = like.shape[1:]
+        if any(part.dtype != like.dtype or part.shape[1:] != row_shape for part in parts):
+            raise ValueError("parts for different ranks differ in dtype, or in shape beyond the first dimension")
+        own = [part.shape[0] if part.dim() else 1 for part in parts]
+        if lengths is None:
+            lengths = [int(each) for each in self.all_to_all([torch.tensor([n]) for n in own], [1] * self.size)]
+        if lengths[self.rank] != own[self.rank]:
+            raise ValueError(f"lengths[{self.rank}] = {lengths[self.rank]}, but that part has {own[self.rank]} rows")
+        row_bytes = row_shape.numel() * like.element_size()
+        if row_bytes == 0:
+            return Work.done([like.new_empty(length, *row_shape) for length in lengths])
+        work = self._all_to_all([self._as_bytes(part) for part in parts], [length * row_bytes for length in lengths])
+        return work.then(lambda received: _as_rows(received, lengths, like))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
@@ -229,19 +243,54 @@ class Communicator(ABC):
         """Whether the engine has one of the capabilities that the class docstring lists."""
         return capability in self.capabilities
 
-    @abstractmethod
+    def arrival(self, device: torch.device) -> Work[None]:
+        """Work that ends when `device` has done what its current stream has been given so far.
+
+        On a GPU an operation may only order streams, so that a rank that has died would be noticed nowhere, and the
+        first number that the host reads would hang: `wait` polls, and raises LostRankError after `comm.timeout`.
+        """
+        if device.type != "cuda":
+            return Work.done(None)
+        event = torch.cuda.Event()
+        event.record()
+        return Work(lambda: wait_until(event.query, self._timeout, self.rank, "the other ranks"))
+
     def split(self, color: int, key: int) -> Communicator:
-        """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective."""
+        """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective.
+
+        It is closed with this one, if not before.
+        """
+        group = self._split(color, key)
+        self._groups.append(group)
+        return group
 
     @abstractmethod
     def abort(self, reason: str) -> NoReturn:
-        """Ends the whole job at once, with a non-zero exit status on every rank; prints `reason` to stderr."""
+        """Ends the whole job at once, with a non-zero exit status on every rank.
 
-    @abstractmethod
+        Prints `reason` to stderr, unless it is empty.
+        """
+
     def close(self) -> None:
-        """Shuts the engine down. Collective; no operation may follow."""
+        """Closes the groups that were split off, the last one first, then this one. Collective.
+
+        All ranks have split in one order, so each group is closed by its ranks at the same place. No operation may
+        follow; a second call does nothing.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        while self._groups:
+            self._groups.pop().close()
+        self._close()
 
     # ---- primitives of an engine: tensors are contiguous, 1-D, with at least one element on some rank
+
+    @abstractmethod
+    def _split(self, color: int, key: int) -> Communicator: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
 
     @abstractmethod
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool: ...
@@ -254,6 +303,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
+
+    @abstractmethod
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        """`parts[r]` is sent to rank r; `lengths[r]` bytes come from it. All may be empty on all ranks."""
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> Work[None]: ...
@@ -314,6 +367,16 @@ def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
     if flat.data_ptr() != target.data_ptr():
         target.copy_(flat.view(target.shape))
     return tensor
+
+
+def _as_rows(pieces: Sequence[Tensor], lengths: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Bytes as tensors on the device of `like`, of its dtype and, but for their `lengths`, of its shape."""
+    # a piece may start anywhere, but a view of a wider dtype must be aligned
+    aligned = [piece.clone() if piece.storage_offset() % like.element_size() else piece for piece in pieces]
+    return [
+        piece.to(like.device).view(like.dtype).reshape(length, *like.shape[1:])
+        for piece, length in zip(aligned, lengths, strict=True)
+    ]
 
 
 def _pickled(value: Any) -> Tensor:

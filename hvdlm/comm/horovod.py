@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, group_by_color, group_ranks
-from hvdlm.comm.failure import lost_rank_errors, wait_until
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.failure import ENGINE_TIMEOUT, end_process, lost_rank_errors, wait_until
+from hvdlm.comm.groups import group_by_color, group_ranks
 from hvdlm.comm.startup import STARTUP_TIMEOUT, startup_deadline
 from hvdlm.errors import HvdlmError
 
@@ -52,6 +50,7 @@ class HorovodCommunicator(Communicator):
 
     def __init__(self, process_set: Any, members: Sequence[int], timeout: float) -> None:
         """`members`: the ranks of `process_set` as Horovod numbers them, in our order. `start` makes the first one."""
+        super().__init__()
         self._timeout = timeout
         self._set = process_set
         self._members = list(members)
@@ -65,12 +64,12 @@ class HorovodCommunicator(Communicator):
     @classmethod
     def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
         """Initialises Horovod; `timeout`: seconds that `rank` waits for another."""
-        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(math.ceil(timeout)))
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(ENGINE_TIMEOUT))
         # Buckets are large already; which of them Horovod fuses would depend on timing, and with it the order of sums
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-        # Horovod's start over Gloo has that deadline; over MPI it would wait for ever.
+        # Over Gloo it waits for ranks that are still being started; over MPI they have all come by now.
         over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-        with nullcontext() if over_gloo else startup_deadline(rank, min(timeout, STARTUP_TIMEOUT)):
+        with startup_deadline(rank, timeout if over_gloo else min(timeout, STARTUP_TIMEOUT)):
             hvd.init()
         return cls(hvd.global_process_set, range(hvd.size()), timeout)
 
@@ -78,7 +77,7 @@ class HorovodCommunicator(Communicator):
     def _is_whole_job(self) -> bool:
         return self._set is hvd.global_process_set
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         if not self.supports("split"):
             raise HvdlmError(
                 "engine horovod can split a job only if HOROVOD_DYNAMIC_PROCESS_SETS=1 is in the environment of all "
@@ -97,10 +96,10 @@ class HorovodCommunicator(Communicator):
         return HorovodCommunicator(*own, self._timeout)
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
-        os._exit(1)  # the launcher ends the other ranks when one exits non-zero
+        end_process(reason)  # the launcher ends the other ranks when one exits non-zero
 
-    def close(self) -> None:
+    def _close(self) -> None:
+        # Process sets end with the job: removing one is collective over all ranks, members or not
         if self._is_whole_job:
             hvd.shutdown()
 
@@ -113,7 +112,7 @@ class HorovodCommunicator(Communicator):
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
         if op is ReduceOp.SUM and min(lengths) > 0 and self._group_ranks == sorted(self._group_ranks):
-            return self._start(_kind("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum)
+            return self._start(_kind("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum).then(_owned)
         # Horovod scatters only sums, in its own order of ranks and with no part empty.
         reduced = flat.clone()
         return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
@@ -122,29 +121,49 @@ class HorovodCommunicator(Communicator):
         lengths_by_group_rank = [lengths[self._group_ranks.index(each)] for each in range(self.size)]
 
         def in_rank_order(gathered: Tensor) -> Tensor:
-            pieces = torch.split(gathered, lengths_by_group_rank)
+            pieces = torch.split(_owned(gathered), lengths_by_group_rank)
             return torch.cat([pieces[each] for each in self._group_ranks])
 
         return self._start(f"all_gather.{sum(lengths)}", hvd.allgather_async, data).then(in_rank_order)
+
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]
+        sent = torch.cat([parts[each] for each in by_group_rank])
+        splits = torch.tensor([len(parts[each]) for each in by_group_rank], dtype=torch.int32)
+
+        def in_rank_order(result: tuple[Tensor, Tensor]) -> list[Tensor]:
+            arrived = _owned(result[0]).split([lengths[each] for each in by_group_rank])
+            return [arrived[each] for each in self._group_ranks]
+
+        return self._start("all_to_all", hvd.alltoall_async, sent, splits).then(in_rank_order)
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return self._start(_kind("broadcast", data), hvd.broadcast_async_, data, self._members[root]).then(
             lambda _: None
         )
 
-    def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Tensor]:
+    def _start(self, kind: str, operation: Callable[..., int], *arguments: Any, **options: Any) -> Work[Any]:
         name, release = self._names.acquire(kind)
         with lost_rank_errors(self.engine, self.rank, hvd.HorovodInternalError):
             handle = operation(*arguments, **options, name=name, process_set=self._set)
 
-        def finish() -> Tensor:
+        def finish() -> Any:
             wait_until(lambda: hvd.poll(handle), self._timeout, self.rank, "the other ranks")
             with lost_rank_errors(self.engine, self.rank, hvd.HorovodInternalError):
-                result: Tensor = hvd.synchronize(handle)
+                result = hvd.synchronize(handle)
             release()
             return result
 
         return Work(finish)
+
+
+def _owned(output: Tensor) -> Tensor:
+    """An output that Horovod has allocated, on its thread and so in the memory of the default stream: it is kept from
+    other uses until the stream that reads it here has done so.
+    """
+    if output.is_cuda:
+        output.record_stream(torch.cuda.current_stream(output.device))
+    return output
 
 
 def _kind(kind: str, flat: Tensor) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import platform
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import hvdlm
+from hvdlm.comm.launcher_process import watch_launcher
 from hvdlm.comm.startup import exclude_guest_bridges, start_mpi
-from hvdlm.errors import HvdlmError, JobError
+from hvdlm.errors import HvdlmError
 
 if TYPE_CHECKING:
     from hvdlm.comm.communicator import Communicator
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Launch:
     """What the environment says of the job: its launcher, this process's rank and the number of ranks."""
 
-    launcher: str  # "horovodrun", "mpirun", "srun", "torchrun", or "none" for a process started by itself
+    launcher: str  # "horovodrun", "mpirun", "srun", "flux", "jsrun", "torchrun", or "none": started by itself
     rank: int
     size: int
 
@@ -37,22 +37,64 @@ class Launch:
 _VARIABLES = (
     ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE"),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
+    ("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("torchrun", "RANK", "WORLD_SIZE"),
 )
 
+# Ranks as launchers set them that do not say how many there are: prterun and other starters of PMIx, HPE's PALS and
+# ALPS, Intel MPI, Open MPI, MVAPICH, PBS's pbsdsh.
+_RANKS_WITHOUT_SIZE = (
+    "PMIX_RANK",
+    "PALS_RANKID",
+    "ALPS_APP_PE",
+    "PMI_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "FLUX_TASK_RANK",
+    "JSM_NAMESPACE_RANK",
+    "HOROVOD_RANK",
+    "MPI_LOCALRANKID",
+    "PBS_TASKNUM",
+)
+
 
 def detect(environment: Mapping[str, str]) -> Launch:
-    """Reads the launcher, rank and size from environment variables; MPI itself is not touched."""
+    """Reads the launcher, rank and size from environment variables; MPI itself is not touched.
+
+    Raises HvdlmError if they are no rank and number of ranks, or if they say that there are others but not how many:
+    such a process would take itself for a job of its own, as all others would.
+    """
     # torchrun inside a Slurm step: Slurm counts the torchruns, not the ranks that they have started.
     variables = _VARIABLES[::-1] if "TORCHELASTIC_RUN_ID" in environment else _VARIABLES
     for launcher, rank, size in variables:
         if rank in environment and size in environment:
+            if launcher == "srun" and not environment.get("PMIX_NAMESPACE", "slurm").startswith("slurm"):
+                continue  # prterun inside a step of srun, whose variables are still there
             if environment.get("HOROVOD_CONTROLLER") == "mpi":
                 launcher = "horovodrun"
-            return Launch(launcher, int(environment[rank]), int(environment[size]))
+            return Launch(launcher, *_rank_and_size(environment, rank, size))
+    for rank in _RANKS_WITHOUT_SIZE:
+        if rank in environment:
+            raise HvdlmError(
+                f"{rank}={environment[rank]} says that a launcher started this process as one of several ranks, but "
+                "not of how many: start them with mpirun, horovodrun, srun or torchrun, or unset it to train alone"
+            )
     return Launch("none", 0, 1)
+
+
+def _rank_and_size(environment: Mapping[str, str], rank: str, size: str) -> tuple[int, int]:
+    """The numbers in two variables. Raises HvdlmError if they are none, or do not fit each other."""
+    texts = environment[rank], environment[size]
+    if all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts) and int(texts[0]) < int(texts[1]):
+        return int(texts[0]), int(texts[1])
+    raise HvdlmError(
+        f"{rank}={texts[0]} and {size}={texts[1]} are no rank and number of ranks: unset both to train alone, or leave "
+        "them to the launcher"
+    )
 
 
 def choose_engine(launch: Launch, requested: str) -> tuple[str, str]:
@@ -78,6 +120,7 @@ def connect(engine: str, timeout: float) -> Communicator:
     Raises HvdlmError on a rank that cannot, or that finds itself in another job than its launcher started.
     """
     launch = detect(os.environ)
+    watch_launcher(launch)
     # With this, waits of Open MPI yield their core to processes that compute (a small all-reduce with more ranks than
     # cores: 14 ms instead of 100). Read by MPI_Init; the user's own setting wins.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
@@ -87,9 +130,12 @@ def connect(engine: str, timeout: float) -> Communicator:
         os.environ.setdefault(f"OMPI_MCA_btl_tcp_{name}", str(320 * 1024))
     if launch.size > 1:
         exclude_guest_bridges(os.environ)
+    # The choice depends on whether this rank finds a GPU, as the others may not
+    is_free = engine == "auto" and launch.launcher in ("mpirun", "srun") and torch.backends.cuda.is_built()
     engine, reason = choose_engine(launch, engine)
     try:
-        communicator = _start(engine, launch, timeout)
+        store = _agree(engine, launch, timeout) if is_free and launch.size > 1 else None
+        communicator = _start(engine, launch, timeout, store)
     except (RuntimeError, ImportError, OSError) as error:  # each library has errors of its own; these are their bases
         reason = str(error).strip().partition("\n")[0]
         raise HvdlmError(
@@ -106,7 +152,17 @@ def connect(engine: str, timeout: float) -> Communicator:
     return communicator
 
 
-def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
+def _agree(engine: str, launch: Launch, timeout: float) -> Any:
+    """The store of all ranks, once it is known that they start the same engine."""
+    from hvdlm.comm.engine_agreement import check_engines_match
+    from hvdlm.comm.rendezvous import rendezvous
+
+    store = rendezvous(launch.launcher, launch.rank, launch.size, timeout)
+    check_engines_match(store, launch.rank, launch.size, engine)
+    return store
+
+
+def _start(engine: str, launch: Launch, timeout: float, store: Any) -> Communicator:
     # An engine's module is imported only where it is used: importing mpi4py starts MPI.
     if engine == "solo":
         from hvdlm.comm.solo import SoloCommunicator
@@ -123,7 +179,7 @@ def _start(engine: str, launch: Launch, timeout: float) -> Communicator:
     from hvdlm.comm.rendezvous import rendezvous
     from hvdlm.comm.torch import TorchCommunicator
 
-    store = rendezvous(launch.launcher, launch.rank, launch.size, timeout)
+    store = store or rendezvous(launch.launcher, launch.rank, launch.size, timeout)
     return TorchCommunicator.start(store, launch.rank, launch.size, timeout)
 
 
@@ -144,27 +200,3 @@ def _size_remedy(engine: str) -> str:
     if engine == "solo":
         return "leave comm.engine at auto, or start one process"
     return "start the job with one launcher only, and build the engine for its MPI"
-
-
-def check_ranks_match(communicator: Communicator, config_digest: str) -> None:
-    """Raises JobError on every rank unless all run the same software with equal `config_digest`s. Collective."""
-    own = {
-        "hvdlm": hvdlm.__version__,
-        "torch": str(torch.__version__),
-        "Python": platform.python_version(),
-        "settings": config_digest[:12],
-    }
-    everyone = communicator.all_gather_object(own)
-    for subject, expected in everyone[0].items():
-        different = [rank for rank in range(communicator.size) if everyone[rank][subject] != expected]
-        if different:
-            examples = ", ".join(
-                f"rank {r} on {communicator.hosts[r]} has {everyone[r][subject]}" for r in different[:8]
-            )
-            remedy = (
-                "give all ranks the same configuration" if subject == "settings" else "install one version on all hosts"
-            )
-            raise JobError(
-                f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {examples}"
-                f"{' and so on' if len(different) > 8 else ''}; {remedy}"
-            )

@@ -5,17 +5,34 @@ from __future__ import annotations
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+# Seconds for the client to say something or to close the connection; clients of ours do one of both at once.
+_CLIENT_TIMEOUT = 1.0
 
 
 class LivenessServer:
-    """Sends its token to whoever connects, from now until `close`."""
+    """Sends its token, then its `state` and the end of the line, to whoever connects, from now until `close`."""
 
-    def __init__(self, token: str, poll_interval: float = 0.5) -> None:
-        """`poll_interval`: seconds between checks whether to stop, and so the longest time that `close` takes."""
+    def __init__(
+        self, token: str, poll_interval: float = 0.5, password: str = "", on_end: Callable[[], None] | None = None
+    ) -> None:
+        """`poll_interval`: seconds between checks whether to stop, and so the longest time that `close` takes.
+
+        `on_end`: called when a client sends `password`, which is how it asks this process to end.
+        """
+        self.state = ""
+        liveness = self
 
         class Answer(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                self.request.sendall(token.encode())
+                with suppress(OSError):
+                    self.request.sendall(f"{token}{liveness.state}\n".encode())
+                    if on_end is not None:
+                        self.request.settimeout(_CLIENT_TIMEOUT)
+                        if self.request.recv(len(password), socket.MSG_WAITALL) == password.encode():
+                            on_end()
 
         class Server(socketserver.TCPServer):
             request_queue_size = 4096  # all ranks may connect at once
@@ -33,8 +50,20 @@ class LivenessServer:
 
 def is_alive(address: str, port: int, token: str, timeout: float) -> bool:
     """Whether the server at `address` and `port` answers with `token`; `timeout`: seconds for each wait."""
+    return ask_state(address, port, token, timeout) is not None
+
+
+def ask_state(address: str, port: int, token: str, timeout: float, password: str = "") -> str | None:
+    """The state of the server at `address` and `port`; None if nobody there answers with `token` within `timeout`
+    seconds for each wait. With its `password`, its process is then asked to end."""
     try:
         with socket.create_connection((address, port), timeout=timeout) as connection:
-            return connection.recv(len(token), socket.MSG_WAITALL) == token.encode()
+            if connection.recv(len(token), socket.MSG_WAITALL) != token.encode():
+                return None
+            state = b""
+            while not state.endswith(b"\n") and (part := connection.recv(64)):
+                state += part
+            connection.sendall(password.encode())
+            return state.decode().rstrip("\n")
     except OSError:
-        return False
+        return None

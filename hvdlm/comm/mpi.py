@@ -6,15 +6,17 @@ overlap with computation and every rank runs them in the same order. Messages be
 A blocking MPI call spins on its core until the slowest rank has called it, and where the cores also compute,
 spinning slows down the rank it waits for. So before each collective the ranks enter a non-blocking barrier that
 is polled with short sleeps; the collective itself runs when all ranks have entered it.
+
+MPI counts in 32 bits, so longer messages go in pieces.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as WaitTimeout  # the built-in one from Python 3.11 on
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.failure import lost_rank_errors, timeout_error, wait_until
+from hvdlm.comm.failure import lost_rank_errors, result_within, say, wait_until
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
@@ -31,6 +33,23 @@ _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX}
 
 # MPI has neither IEEE half nor bfloat16 among its standard datatypes.
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
+
+# Bytes of one call of MPI. Counts and displacements end at 2**31 - 1, of elements or bytes; Open MPI 5.0 has none of
+# the calls of MPI 4 with longer ones.
+LARGEST_MESSAGE = 2**30
+
+# Classes of errors that MPI finds in the arguments of a call, whatever other ranks do: bugs.
+_WRONG_ARGUMENTS = frozenset(
+    {
+        *(MPI.ERR_BUFFER, MPI.ERR_COUNT, MPI.ERR_TYPE, MPI.ERR_TAG, MPI.ERR_COMM, MPI.ERR_RANK, MPI.ERR_ROOT),
+        *(MPI.ERR_GROUP, MPI.ERR_OP, MPI.ERR_ARG, MPI.ERR_REQUEST),
+    }
+)
+
+# Bytes of a message of all-to-all, below Open MPI's eager limit as launch.py sets it; and the tag of these messages,
+# which keeps them apart from those of `send`.
+_MESSAGE = 256 * 1024
+_TAG = 1
 
 
 class MPICommunicator(Communicator):
@@ -46,6 +65,7 @@ class MPICommunicator(Communicator):
                 f"{MPI.Get_library_version().splitlines()[0]} gives no MPI_THREAD_MULTIPLE, which engine mpi needs to "
                 "communicate while it computes: use an MPI built with threads, or comm.engine = 'torch'"
             )
+        super().__init__()
         # A duplicate keeps our messages apart from those of other MPI code in this process.
         self._group = MPI.COMM_WORLD.Dup() if group is None else group
         self._timeout = timeout
@@ -53,15 +73,15 @@ class MPICommunicator(Communicator):
         self.rank, self.size = self._group.Get_rank(), self._group.Get_size()
         self._locate()
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         return MPICommunicator(self._timeout, self._submit(lambda: self._group.Split(color, key)).wait())
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
+        say(reason)
         MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # MPI_Abort may return before the launcher's signal arrives
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._submit(lambda: None).wait()
         self._thread.shutdown()
         self._group.Free()
@@ -70,13 +90,24 @@ class MPICommunicator(Communicator):
         return dtype in _REDUCIBLE
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
-        return self._submit(lambda: self._group.Allreduce(MPI.IN_PLACE, flat.numpy(), _OPS[op]))
+        def run() -> None:
+            for piece in _pieces(flat):
+                self._group.Allreduce(MPI.IN_PLACE, piece.numpy(), _OPS[op])
+
+        return self._submit(run)
 
     def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
         part = flat.new_empty(lengths[self.rank])
 
         def run() -> Tensor:
-            self._group.Reduce_scatter(flat.numpy(), part.numpy(), list(lengths), _OPS[op])
+            if flat.nbytes <= LARGEST_MESSAGE:
+                self._group.Reduce_scatter(flat.numpy(), part.numpy(), list(lengths), _OPS[op])
+                return part
+            for owner, theirs in enumerate(flat.split(list(lengths))):
+                # all ranks have as many pieces of the owner's part as the owner itself
+                for piece, target in zip(_pieces(theirs), _pieces(part if owner == self.rank else theirs), strict=True):
+                    received = target.numpy() if owner == self.rank else None
+                    self._group.Reduce(piece.numpy(), received, _OPS[op], owner)
             return part
 
         return self._submit(run)
@@ -85,42 +116,112 @@ class MPICommunicator(Communicator):
         gathered = data.new_empty(sum(lengths))
 
         def run() -> Tensor:
-            self._group.Allgatherv(data.numpy(), [gathered.numpy(), list(lengths)])
+            if gathered.nbytes <= LARGEST_MESSAGE:
+                self._group.Allgatherv(data.numpy(), [gathered.numpy(), list(lengths)])
+                return gathered
+            parts = gathered.split(list(lengths))
+            parts[self.rank].copy_(data)
+            for owner, part in enumerate(parts):
+                for piece in _pieces(part):
+                    self._group.Bcast(piece.numpy(), owner)
             return gathered
 
         return self._submit(run)
 
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        """By messages of at most `_MESSAGE` bytes between all pairs: `Alltoallv` took up to twice as long, and spins.
+
+        Each rank begins with the next one, so that not all send to the same rank at a time.
+        """
+        received = [parts[self.rank].new_empty(length) for length in lengths]
+        received[self.rank].copy_(parts[self.rank])
+        works: list[Work[None]] = []
+        for distance in range(1, self.size):
+            source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+            for piece in _messages(received[source]):
+                works.append(self._poll([self._group.Irecv(piece.numpy(), source, _TAG)], f"rank {source} to send"))
+            for piece in _messages(parts[target]):
+                works.append(self._poll([self._group.Isend(piece.numpy(), target, _TAG)], f"rank {target} to receive"))
+
+        def finish() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
+
+        return Work(finish)
+
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
-        return self._submit(lambda: self._group.Bcast(data.numpy(), root))
+        def run() -> None:
+            for piece in _pieces(data):
+                self._group.Bcast(piece.numpy(), root)
+
+        return self._submit(run)
 
     def _send(self, data: Tensor, destination: int) -> Work[None]:
-        return self._poll(self._group.Isend(data.numpy(), destination), f"rank {destination} to receive")
+        with self._errors():
+            requests = [self._group.Isend(piece.numpy(), destination) for piece in _pieces(data)]
+        return self._poll(requests, f"rank {destination} to receive")
 
     def _receive(self, data: Tensor, source: int) -> Work[None]:
-        return self._poll(self._group.Irecv(data.numpy(), source), f"rank {source} to send")
+        with self._errors():
+            requests = [self._group.Irecv(piece.numpy(), source) for piece in _pieces(data)]
+        return self._poll(requests, f"rank {source} to send")
 
     def _submit(self, collective: Callable[[], T]) -> Work[T]:
         """Queues a collective for the communication thread."""
 
         def run() -> T:
-            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
+            with self._errors():
                 wait_until(self._group.Ibarrier().Test, self._timeout, self.rank, "the other ranks")
                 return collective()
 
         future = self._thread.submit(run)
+        # The barrier has its own deadline; this one is for the collective, where a rank has stopped after the barrier
+        return Work(lambda: result_within(future, self._timeout, self.rank, "the other ranks"))
 
-        def finish() -> T:
-            try:
-                return future.result(self._timeout)
-            except WaitTimeout:  # in the collective itself: a rank has stopped after the barrier
-                raise timeout_error(self._timeout, self.rank, "the other ranks") from None
-
-        return Work(finish)
-
-    def _poll(self, request: MPI.Request, what: str) -> Work[None]:
+    def _poll(self, requests: Sequence[MPI.Request], what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
         def finish() -> None:
-            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
-                wait_until(request.Test, self._timeout, self.rank, what)
+            with self._errors():
+                for request in requests:
+                    wait_until(request.Test, self._timeout, self.rank, what)
 
         return Work(finish)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Says what an error of MPI means: a lost rank, ranks that disagree, no memory; one of a bug stays as it is."""
+        try:
+            yield
+        except MPI.Exception as error:
+            here = f"rank {self.rank} on {socket.gethostname()}"
+            kind = error.Get_error_class()
+            if kind in _WRONG_ARGUMENTS:
+                raise
+            if kind == MPI.ERR_NO_MEM:
+                raise HvdlmError(
+                    f"{here}: MPI has no memory left for a message ({_first_line(error)}): start fewer ranks on this "
+                    "host, or lower train.micro_batch_size"
+                ) from error
+            if kind == MPI.ERR_TRUNCATE:
+                raise HvdlmError(
+                    f"{here} received a longer message than it expects ({_first_line(error)}): another rank is not at "
+                    "the same place; if all ranks have the same settings, data set and hvdlm, this is a bug in hvdlm"
+                ) from error
+            with lost_rank_errors(self.engine, self.rank, MPI.Exception):
+                raise
+
+
+def _pieces(data: Tensor) -> Sequence[Tensor]:
+    """`data`, (n,), in pieces of LARGEST_MESSAGE bytes, the last one shorter; views of it."""
+    if data.nbytes <= LARGEST_MESSAGE:
+        return [data]
+    return list(data.split(LARGEST_MESSAGE // data.element_size()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _messages(data: Tensor) -> tuple[Tensor, ...]:
+    return data.split(_MESSAGE) if len(data) else ()

@@ -7,6 +7,7 @@ job's token, since an address may be unreachable, or belong to another host too 
 
 from __future__ import annotations
 
+import http
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # it fills itself in at run time
 
+from hvdlm.comm.failure import RunningTime
 from hvdlm.comm.interfaces import interface_towards, own_interfaces
 from hvdlm.comm.liveness import LivenessServer, is_alive
-from hvdlm.comm.startup import start_mpi
+from hvdlm.comm.startup import STARTUP_TIMEOUT, start_mpi
 from hvdlm.errors import HvdlmError
 
 LOOPBACK = "127.0.0.1"
@@ -53,8 +55,10 @@ def rendezvous(launcher: str, rank: int, size: int, timeout: float) -> Store:
     limit = timedelta(seconds=timeout)
     known = _known_endpoint(launcher, os.environ)
     if known:
-        is_server = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # there torchrun itself listens
-        store = TCPStore(*known, size, is_master=is_server, timeout=limit)
+        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it listens itself
+        store: Store = TCPStore(*known, size, is_master=rank == 0 and not by_torchrun, timeout=limit)
+        if by_torchrun:
+            store = _store_of_this_start(store, rank, os.environ)
         _use_network(store, rank, size, _resolve(known[0]))
     elif rank == 0:
         store = TCPStore(LOOPBACK, 0, size, is_master=True, wait_for_workers=False, timeout=limit)
@@ -64,8 +68,7 @@ def rendezvous(launcher: str, rank: int, size: int, timeout: float) -> Store:
             _broadcast_text(json.dumps(asdict(endpoint)), rank, timeout)
             _use_network(store, rank, size, LOOPBACK)  # returns when all ranks have connected
     else:
-        endpoint = _Endpoint(**json.loads(_broadcast_text("", rank, timeout)))
-        address = _reachable_address(endpoint, rank)
+        endpoint, address = _find_rank_0(rank, timeout)
         store = TCPStore(address, endpoint.store_port, size, wait_for_workers=False, timeout=limit)
         _use_network(store, rank, size, address)
     return store
@@ -76,7 +79,13 @@ def _known_endpoint(launcher: str, environment: Mapping[str, str]) -> tuple[str,
     if launcher == "none":
         return LOOPBACK, 0
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) >= 2**16:
+            raise HvdlmError(
+                f"MASTER_ADDR={host} and MASTER_PORT={port} are no host and port of rank 0: unset both, or leave them "
+                "to the launcher"
+            )
+        return host, int(port)
     if launcher == "srun" and "PMIX_RANK" not in environment:
         return slurm_endpoint(environment)
     return None
@@ -84,10 +93,41 @@ def _known_endpoint(launcher: str, environment: Mapping[str, str]) -> tuple[str,
 
 def slurm_endpoint(environment: Mapping[str, str]) -> tuple[str, int]:
     """The first node of the step, and a port derived from the numbers of job and step: no message is needed."""
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    if not all(environment.get(name) for name in names) or not all(environment[name].isdigit() for name in names[1:]):
+        said = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+        raise HvdlmError(f"Slurm's variables do not say where rank 0 is ({said}): start the ranks with srun")
     # gpu-a[03-10,12],b7: each bracket by its first number, then the first name
     first = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
     number = int(environment["SLURM_JOB_ID"]) * 8 + int(environment["SLURM_STEP_ID"]) % 8
     return first, 20000 + number % 12000
+
+
+def _store_of_this_start(store: Store, rank: int, environment: Mapping[str, str]) -> Store:
+    """The part of torchrun's store that belongs to this start: what an earlier one has left there would be read again.
+
+    torchrun keeps its store when it starts all ranks again, and so does a script of several commands under it, which
+    every rank runs in one order.
+    """
+    attempt = PrefixStore(f"hvdlm/attempt_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"start_{attempt.add(f'starts_of_{rank}', 1)}", attempt)
+
+
+def _find_rank_0(rank: int, timeout: float) -> tuple[_Endpoint, str]:
+    """Where rank 0 serves the store, and the address of it that answers this rank.
+
+    horovodrun's store may still have the endpoint of a command that has ended: then it is read again until rank 0 has
+    written its own.
+    """
+    clock = RunningTime()
+    while True:
+        endpoint = _Endpoint(**json.loads(_broadcast_text("", rank, timeout)))
+        try:
+            return endpoint, _reachable_address(endpoint, rank)
+        except HvdlmError:
+            if "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ or clock.seconds() > min(timeout, STARTUP_TIMEOUT):
+                raise
+            time.sleep(0.5)
 
 
 def _broadcast_text(text: str, rank: int, timeout: float) -> str:
@@ -108,16 +148,32 @@ def _broadcast_by_horovodrun(environment: Mapping[str, str], text: str, rank: in
     """By the key-value store that horovodrun serves over HTTP to its ranks: PUT a value, GET it, 404 until then."""
     server = f"{environment['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{environment['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     url = f"http://{server}/hvdlm/rank_0"
-    if rank == 0:
-        urllib.request.urlopen(urllib.request.Request(url, text.encode(), method="PUT"), timeout=timeout)
-        return text
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=timeout) as answer:
-                return str(answer.read().decode())
-        except urllib.error.HTTPError:
-            time.sleep(0.05)
+    # No proxy, whatever http_proxy says: the store is on a host of this job
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    try:
+        if rank == 0:
+            ask(urllib.request.Request(url, text.encode(), method="PUT"), timeout=timeout)
+            return text
+        clock = RunningTime()
+        while clock.seconds() < timeout:
+            try:
+                with ask(url, timeout=timeout) as answer:
+                    return str(answer.read().decode())
+            except urllib.error.HTTPError as error:
+                if error.code != http.HTTPStatus.NOT_FOUND:
+                    raise
+                time.sleep(0.05)
+    except urllib.error.HTTPError as error:
+        raise HvdlmError(
+            f"rank {rank} asked {server} for horovodrun's key-value store, which answers {error.code} {error.reason}: "
+            "something else listens there"
+        ) from None
+    except OSError as error:  # urllib's are such errors
+        reason = getattr(error, "reason", error)
+        raise HvdlmError(
+            f"rank {rank} on {socket.gethostname()} does not reach horovodrun's key-value store at {server} "
+            f"({reason}): look for a firewall between the hosts, or give --network-interfaces to horovodrun"
+        ) from None
     raise HvdlmError(f"rank {rank} received nothing from rank 0 at {server} within {timeout:g} s (comm.timeout)")
 
 

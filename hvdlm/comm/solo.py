@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.failure import end_process
 
 
 class SoloCommunicator(Communicator):
@@ -20,17 +19,17 @@ class SoloCommunicator(Communicator):
     capabilities = frozenset({"float16", "bfloat16", "split", "cuda"})
 
     def __init__(self) -> None:
+        super().__init__()
         self.rank, self.size = 0, 1
         self._locate()
 
-    def split(self, color: int, key: int) -> Communicator:
+    def _split(self, color: int, key: int) -> Communicator:
         return SoloCommunicator()
 
     def abort(self, reason: str) -> NoReturn:
-        print(reason, file=sys.stderr, flush=True)
-        os._exit(1)
+        end_process(reason)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Nothing was opened."""
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
@@ -43,7 +42,10 @@ class SoloCommunicator(Communicator):
         return Work.done(flat.clone())
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
-        return Work.done(data)
+        return Work.done(data.clone())
+
+    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
+        return Work.done([parts[0].clone()])
 
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         return Work.done(None)

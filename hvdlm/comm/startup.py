@@ -21,6 +21,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hvdlm.comm.failure import LONGEST_STEP, RunningTime
 from hvdlm.comm.interfaces import Interface, own_interfaces
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def startup_deadline(rank: int, seconds: float) -> Iterator[None]:
     writer.setblocking(False)
 
     def watch() -> None:
-        while select.select([reader], [], [], seconds)[0]:
+        clock = RunningTime()
+        while clock.seconds() <= seconds:
+            if not select.select([reader], [], [], min(seconds, LONGEST_STEP / 2))[0]:
+                continue
             number = reader.recv(1)[0]
             if number == signal.SIGTERM:
                 logger.error(

@@ -2,62 +2,70 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
 import io
 import json
-import os
-import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvdlm.errors import HvdlmError
+from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
+from hvdlm.data.json_records import MAX_DOCUMENT_BYTES, json_values
+from hvdlm.data.sources import UNREADABLE, Holds, Source
+from hvdlm.data.splitting import BLOCK_BYTES, Piece, Split, split_into_parts, split_text
 
-PYTHON_STDLIB = "python-stdlib"
-BLOCK_BYTES = 2**20  # size of a work item: large enough to outweigh the cost of sending it, small in memory
 SMALLEST_FILE_BYTES = 2**12  # a file counts as at least this large, since opening one costs as much as reading this
-MAX_DOCUMENT_BYTES = 64 * 2**20  # bounds memory: whole documents are held in memory, a few at a time
-
-UNREADABLE = (OSError, EOFError, zlib.error)  # the last two are raised for a truncated or damaged .gz file
 
 
-@dataclass(frozen=True)
-class Source:
-    """An input file. `lenient`: if it is not text, it is skipped silently, not reported as a bad document."""
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A work item of some documents.
 
-    path: Path
-    size: int  # bytes
-    modified: int  # nanoseconds since the epoch
-    lenient: bool = False
+    Attributes:
+        input_bytes: as stored on disk, before decompression.
+        shard: to which all its documents belong, or None if each is assigned by its own bytes.
+        is_continued: the last document goes on in the next block of the same shard.
+    """
 
-    @property
-    def holds_lines(self) -> bool:
-        """True for a JSON Lines file, False for a file that is a single document."""
-        return Path(self.path.name.removesuffix(".gz")).suffix in (".jsonl", ".ndjson")
+    input_bytes: int
+    shard: int | None = None
+    is_continued: bool = False
+
+    def belonging_to(self, shard: int) -> Block:
+        """This block with all its documents in one shard."""
+        return replace(self, shard=shard)
 
 
-@dataclass(frozen=True)
-class FileBlock:
+@dataclass(frozen=True, kw_only=True)
+class FileBlock(Block):
     """Files of one document each, which are only read by `read_documents`."""
 
     sources: tuple[Source, ...]
-    input_bytes: int
 
 
-@dataclass(frozen=True)
-class LineBlock:
-    """Lines of a JSON Lines file. `first`: number of the first line, from 1. `failure`: why reading stopped, or ""."""
+@dataclass(frozen=True, kw_only=True)
+class RecordBlock(Block):
+    """Records of a JSON Lines file or of a JSON array.
+
+    Attributes:
+        first: number of the first record, from 1.
+        unit: what is numbered, in messages: ":" before the number of a line, ", record " of a record.
+        failure: why reading stopped after these, or "".
+    """
 
     path: Path
     first: int
-    lines: tuple[bytes, ...]
-    input_bytes: int  # as stored on disk, before decompression
+    records: tuple[bytes, ...]
+    unit: str = ":"
     failure: str = ""
 
 
-Block = FileBlock | LineBlock
+@dataclass(frozen=True, kw_only=True)
+class TextBlock(Block):
+    """Documents of a text file that is divided into several. `failure`: why reading stopped after these, or ""."""
+
+    source: Source
+    pieces: tuple[Piece, ...]
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,149 +76,192 @@ class BadDocument:
     problem: str
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that `inputs` name, in the order given; the files of a directory or a glob are sorted.
+def read_blocks(sources: Sequence[Source], split: Split = None) -> Iterator[Block]:
+    """The input in order, in blocks of about BLOCK_BYTES; `split`: how text files are divided into documents.
 
-    A file named twice counts once. In directories, hidden names are skipped and links to directories not followed.
-
-    Raises HvdlmError for an input that matches no file, or a file whose size cannot be read.
+    Text files that are one document are not read here.
     """
-    found: dict[Path, Source] = {}
-    for name in inputs:
-        lenient = name == PYTHON_STDLIB
-        paths = _standard_library() if lenient else _expand(name)
-        for path in paths:
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise HvdlmError(f"cannot read the input {path}: {error.strerror}") from None
-            found.setdefault(path.resolve(), Source(path, status.st_size, status.st_mtime_ns, lenient))
-    return list(found.values())
-
-
-def read_blocks(sources: Sequence[Source]) -> Iterator[Block]:
-    """The input in order, in blocks of about BLOCK_BYTES. Only JSON Lines files are read here, not single documents."""
     files: list[Source] = []
     size = 0
     for source in sources:
-        if not source.holds_lines:
+        is_whole = source.holds == Holds.OBJECT or (source.holds == Holds.TEXT and split is None)
+        if is_whole:
             files.append(source)
             size += max(source.size, SMALLEST_FILE_BYTES)
-        if files and (source.holds_lines or size >= BLOCK_BYTES):
+        if files and (not is_whole or size >= BLOCK_BYTES):
             yield _file_block(files)
             files, size = [], 0
-        if source.holds_lines:
-            yield from _line_blocks(source)
+        if source.holds == Holds.TEXT and not is_whole:
+            yield from _text_blocks(source, split)
+        elif not is_whole:
+            yield from _record_blocks(source)
     if files:
         yield _file_block(files)
+
+
+def read_parts(source: Source, ends: Sequence[int], shards: Sequence[int]) -> Iterator[Block]:
+    """A text file that is one document, divided at the bytes `ends` into parts: one for each of `shards`."""
+    position = 0
+    try:
+        with source.open() as (raw, stream):
+            for part in split_into_parts(stream, ends):
+                yield TextBlock(
+                    source=source,
+                    pieces=(part.piece,),
+                    input_bytes=raw.tell() - position,
+                    shard=shards[part.index],
+                    is_continued=not part.is_last,
+                )
+                position = raw.tell()
+    except UNREADABLE as error:
+        yield TextBlock(source=source, pieces=(), input_bytes=source.size - position, failure=_unreadable(error))
+
+
+def content_bytes(source: Source) -> int:
+    """The size of a file's content, decompressed. Raises one of UNREADABLE."""
+    if not source.is_compressed:
+        return source.size
+    with source.open() as (_, stream):
+        return sum(iter(lambda: len(stream.read(BLOCK_BYTES)), 0))
 
 
 def read_documents(block: Block, text_key: str) -> Iterator[str | BadDocument]:
     """The text of each document of a block, in order, or a BadDocument if it cannot be used."""
     if isinstance(block, FileBlock):
         for source in block.sources:
-            document = _read_file(source)
+            document = _read_file(source, text_key)
             if not (source.lenient and isinstance(document, BadDocument)):
                 yield document
-        return
-    for number, line in enumerate(block.lines, start=block.first):
-        if line.strip():
-            yield _read_record(line, f"{block.path}:{number}", text_key)
-    if block.failure:
-        yield BadDocument(f"{block.path}:{block.first + len(block.lines)}", block.failure)
-
-
-def _standard_library() -> Iterator[Path]:
-    """The .py files of the running Python's standard library, without installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root):
-        if path.suffix == ".py" and not {"site-packages", "dist-packages"} & set(path.parts[len(root.parts) :]):
-            yield path
-
-
-def _expand(name: str) -> Iterator[Path]:
-    path = Path(name)
-    if path.is_file():
-        yield path
-        return
-    # pathlib's glob would also match hidden names.
-    matches = [path] if path.is_dir() else [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
-    if not matches:
-        raise HvdlmError(f"--input {name}: no such file, directory or glob match; check the path")
-    for match in matches:
-        if match.is_dir():
-            yield from _walk(match)
-        elif match.is_file():
-            yield match
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """The files below a directory, sorted, without hidden ones. Raises HvdlmError for an unreadable directory."""
-
-    def fail(error: OSError) -> None:
-        raise HvdlmError(f"cannot read the input directory {error.filename}: {error.strerror}")
-
-    for directory, subdirectories, files in os.walk(root, onerror=fail):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
+    elif isinstance(block, TextBlock):
+        for piece in block.pieces:
+            document = _decode(block.source.path, piece)
+            if not (block.source.lenient and isinstance(document, BadDocument)):
+                yield document
+        if block.failure and not block.source.lenient:
+            yield BadDocument(str(block.source.path), block.failure)
+    elif isinstance(block, RecordBlock):
+        for number, record in enumerate(block.records, start=block.first):
+            if record.strip():
+                yield _read_record(record, f"{block.path}{block.unit}{number}", text_key)
+        if block.failure:
+            yield BadDocument(f"{block.path}{block.unit}{block.first + len(block.records)}", block.failure)
 
 
 def _file_block(files: Sequence[Source]) -> FileBlock:
-    return FileBlock(tuple(files), sum(file.size for file in files))
+    return FileBlock(sources=tuple(files), input_bytes=sum(file.size for file in files))
 
 
-def _line_blocks(source: Source) -> Iterator[LineBlock]:
-    lines: list[bytes] = []
-    first = 1  # number of the first of `lines`
-    size = 0  # bytes of `lines`
-    block_start = 0  # in the file on disk
+def _text_blocks(source: Source, split: Split) -> Iterator[TextBlock]:
+    pieces: list[Piece] = []
+    size = position = 0
+    failure = ""
+    try:
+        with source.open() as (raw, stream):
+            is_empty = True
+            for piece in split_text(stream, split):
+                is_empty = False
+                pieces.append(piece)
+                size += len(piece.content)
+                if size >= BLOCK_BYTES:
+                    yield TextBlock(source=source, pieces=tuple(pieces), input_bytes=raw.tell() - position)
+                    pieces, size, position = [], 0, raw.tell()
+            if is_empty:
+                pieces.append(Piece(1, b""))
+    except UNREADABLE as error:
+        failure = _unreadable(error)
+    yield TextBlock(source=source, pieces=tuple(pieces), input_bytes=source.size - position, failure=failure)
 
-    def block(position: int, failure: str = "") -> LineBlock:
-        nonlocal lines, first, size, block_start
-        made = LineBlock(source.path, first, tuple(lines), position - block_start, failure)
-        first += len(lines) + bool(failure)
-        lines, size, block_start = [], 0, position
-        return made
+
+def _record_blocks(source: Source) -> Iterator[RecordBlock]:
+    made = RecordBlock(path=source.path, first=1, records=(), input_bytes=0)
+    if source.holds == Holds.VALUES:
+        made = replace(made, unit=", record ")
+    records: list[bytes] = []
+    size = position = 0
+
+    def block(end: int, failure: str = "") -> RecordBlock:
+        nonlocal made, records, size, position
+        whole = replace(made, records=tuple(records), input_bytes=end - position, failure=failure)
+        made = replace(made, first=made.first + len(records) + bool(failure))
+        records, size, position = [], 0, end
+        return whole
 
     try:
-        with source.path.open("rb") as raw:
-            stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if source.path.suffix == ".gz" else raw
-            while line := stream.readline(MAX_DOCUMENT_BYTES):
-                if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(MAX_DOCUMENT_BYTES)
+        with source.open() as (raw, stream):
+            for record in _values(stream) if source.holds == Holds.VALUES else _lines(stream):
+                if record is None:
                     yield block(raw.tell(), _TOO_LONG)
                     continue
-                lines.append(line)
-                size += len(line)
+                records.append(record)
+                size += len(record)
                 if size >= BLOCK_BYTES:
                     yield block(raw.tell())
     except UNREADABLE as error:
-        yield block(source.size, f"cannot be read ({error})")
+        yield block(source.size, _unreadable(error))
+    except (ValueError, RecursionError) as error:
+        yield block(source.size, f"is not JSON, so neither it nor what follows can be read ({error})")
     else:
         yield block(source.size)
+
+
+def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
+    """The lines of a file, None for one that is too long."""
+    while line := stream.readline(MAX_DOCUMENT_BYTES):
+        if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_DOCUMENT_BYTES)
+            yield None
+        else:
+            yield line
+
+
+def _values(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
+    return (value.encode(errors="surrogatepass") for value in json_values(stream))
 
 
 _TOO_LONG = f"is longer than {MAX_DOCUMENT_BYTES // 2**20} MiB; split it into several documents"
 
 
-def _read_file(source: Source) -> str | BadDocument:
+def _unreadable(error: Exception) -> str:
+    return f"cannot be read ({error})"
+
+
+def _read_file(source: Source, text_key: str) -> str | BadDocument:
     try:
-        with gzip.open(source.path) if source.path.suffix == ".gz" else source.path.open("rb") as stream:
+        with source.open() as (_, stream):
             content = stream.read(MAX_DOCUMENT_BYTES + 1)
     except UNREADABLE as error:
-        return BadDocument(str(source.path), f"cannot be read ({error})")
+        return BadDocument(str(source.path), _unreadable(error))
+    document = _decode(source.path, Piece(1, content))
+    if source.holds == Holds.OBJECT and isinstance(document, str):
+        try:
+            record = json.loads(document)
+        except (ValueError, RecursionError):
+            return document
+        if isinstance(record, dict) and text_key in record:
+            return _read_record(content, str(source.path), text_key)
+    return document
+
+
+def _decode(path: Path, piece: Piece) -> str | BadDocument:
+    content = piece.content
+
+    def where(position: int) -> str:
+        line = piece.line + content.count(b"\n", 0, position)
+        return f"{path}:{line}"
+
     if len(content) > MAX_DOCUMENT_BYTES:
-        return BadDocument(str(source.path), _TOO_LONG)
+        place = str(path) if piece.line == 1 else where(0)
+        return BadDocument(place, f"{_TOO_LONG} with --split")
+    if piece.line == 1 and is_lfs_pointer(content):
+        return BadDocument(where(0), LFS_POINTER)
     if (nul := content.find(b"\0")) >= 0:
-        line = content.count(b"\n", 0, nul) + 1
-        return BadDocument(f"{source.path}:{line}", "holds a NUL byte, so this is a binary file, not text")
+        return BadDocument(where(nul), "holds a NUL byte, so this is a binary file, not text")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return BadDocument(f"{source.path}:{line}", f"is not UTF-8 ({error.reason}); convert the file")
-    return text or BadDocument(str(source.path), "is empty")
+        return BadDocument(where(error.start), f"is not UTF-8 ({error.reason}); convert the file")
+    return text or BadDocument(str(path), "is empty")
 
 
 def _read_record(line: bytes, where: str, text_key: str) -> str | BadDocument:
@@ -219,9 +270,9 @@ def _read_record(line: bytes, where: str, text_key: str) -> str | BadDocument:
     except UnicodeDecodeError as error:
         return BadDocument(where, f"is not UTF-8 ({error.reason}); convert the file")
     except (ValueError, RecursionError) as error:
-        return BadDocument(where, f"is not JSON ({error})")
+        return BadDocument(where, LFS_POINTER if is_lfs_pointer(line) else f"is not JSON ({error})")
     if not isinstance(record, dict):
-        return BadDocument(where, 'is not a JSON object; each line must be one, as in {"text": "..."}')
+        return BadDocument(where, 'is not a JSON object; each record must be one, as in {"text": "..."}')
     if text_key not in record:
         keys = ", ".join(map(repr, list(record)[:10])) or "none"
         return BadDocument(where, f"has no key {text_key!r} (its keys: {keys}); name the right one with --text-key")

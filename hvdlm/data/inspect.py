@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hvdlm.data.file_errors import UnreadableFileError, unreadable
 from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
 from hvdlm.data.shard import DataSet, Split, check_shard
 from hvdlm.errors import HvdlmError
@@ -62,18 +63,25 @@ def _figures(shards: list[ShardRecord]) -> list[str]:
 
 
 def _find_damage(path: Path, manifest: Manifest) -> list[str]:
-    """One sentence for each file that is missing, unreadable or changed since it was written."""
+    """One sentence for each file that is missing or changed since it was written.
+
+    Raises UnreadableFileError at the first that the system does not let this process read.
+    """
     damage: list[str] = []
     try:
         if hashlib.sha256((path / TOKENIZER).read_bytes()).hexdigest() != manifest.tokenizer_sha256:
             damage.append(f"{path / TOKENIZER} is not the tokenizer that the tokens were made with")
-    except OSError as error:
+    except FileNotFoundError as error:
         damage.append(f"{path / TOKENIZER} cannot be read ({error.strerror})")
+    except OSError as error:
+        raise unreadable(path / TOKENIZER, error) or HvdlmError(f"{path / TOKENIZER}: {error.strerror}") from None
     for shards in (manifest.train, manifest.validation):
         for index, record in enumerate(shards):
             try:
                 check_shard(path, manifest, shards, index)
                 _check_contents(path, record)
+            except UnreadableFileError:
+                raise  # that says nothing of what the file holds
             except HvdlmError as error:
                 damage.append(str(error))
     return damage

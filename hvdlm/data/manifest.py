@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hvdlm.data.file_errors import unreadable
 from hvdlm.errors import HvdlmError
 
 FORMAT = "hvdlm-data-set"
@@ -71,7 +72,7 @@ class Manifest(BaseModel):
         except (FileNotFoundError, NotADirectoryError):
             raise _no_data_set(directory) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise HvdlmError(f"cannot read {path}: {error}") from None
+            raise unreadable(path, error) or HvdlmError(f"cannot read {path}: {error}") from None
         try:
             content = json.loads(text)
             if content.get("format") != FORMAT:

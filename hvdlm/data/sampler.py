@@ -15,6 +15,8 @@ from hvdlm.errors import HvdlmError
 # Of the Feistel network. 4 are enough with random round functions (Luby & Rackoff 1988); `_mix` is only a hash.
 ROUNDS = 8
 
+TOLERANCE = 0.05  # by which the largest group may have more windows than the smallest
+
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
@@ -25,35 +27,40 @@ def rank_part(batch_size: int, rank: int, size: int) -> range:
 
 
 class Sampler:
-    """The sample order of a training split.
+    """The sample order of a training split: each window once an epoch, in a new pseudo-random permutation each epoch.
 
     The shards are divided into groups of consecutive shards, and every batch into as many runs of consecutive
     indices; the number of groups is the greatest common divisor of the batch size and the number of shards. Each
-    group fills its own run of every batch with its windows, in a new pseudo-random permutation each epoch.
+    group fills its own run of every batch with its own windows.
 
-    The order does not depend on the number of ranks. But if that number divides the number of groups, each rank
-    reads only the shards of its own groups.
+    That draws windows in proportion only if all groups have as many. Where they differ by more than TOLERANCE, there
+    is one permutation of all windows instead, and the windows of a batch are sorted, so that each part of a batch
+    lies in few shards even so.
+
+    The order does not depend on the number of ranks. If that number divides the number of groups, each rank reads
+    only the shards of its own groups; without groups it reads mainly shards that no other rank reads.
     """
 
     def __init__(self, windows: Sequence[int], batch_size: int, seed: int, fingerprint: str) -> None:
         """`windows[s]` is the number of windows in shard s.
 
-        Raises HvdlmError if a group has no window.
+        Raises HvdlmError if there is no window.
         """
-        self._groups = math.gcd(batch_size, len(windows))
-        self._group_batch_size = batch_size // self._groups  # sequences of each group in a batch
         self._key = f"{fingerprint} {seed}"
         self._shard_ends = np.cumsum(windows, dtype=np.int64)  # (S,)
-        shards = len(windows) // self._groups
-        group_ends = self._shard_ends[shards - 1 :: shards]  # (groups,)
-        self._group_starts = np.concatenate([np.zeros(1, dtype=np.int64), group_ends[:-1]])
-        self._group_windows = group_ends - self._group_starts
-        if not self._group_windows.all():
-            group = int(np.argmin(self._group_windows))
+        if not sum(windows):
             raise HvdlmError(
-                f"training shards {group * shards} to {(group + 1) * shards - 1} hold no whole sequence; "
+                "the training shards hold no whole sequence; "
                 "shorten model.context_length, or prepare the data set with more text or fewer --shards"
             )
+        groups = math.gcd(batch_size, len(windows))
+        shards = len(windows) // groups
+        in_groups = np.asarray(windows, dtype=np.int64).reshape(groups, shards).sum(axis=1)  # (groups,)
+        self._is_sorted = bool(in_groups.max() > (1 + TOLERANCE) * in_groups.min())
+        self._groups = 1 if self._is_sorted else groups
+        self._group_windows = in_groups.sum(keepdims=True) if self._is_sorted else in_groups
+        self._group_starts = np.cumsum(self._group_windows) - self._group_windows
+        self._group_batch_size = batch_size // self._groups  # sequences of each group in a batch
 
     def batch(self, k: int) -> tuple[Integers, Integers]:
         """Shard and window of each sequence of global batch `k`: two (batch_size,) int64 arrays."""
@@ -69,6 +76,8 @@ class Sampler:
             ]
         )
         windows = self._group_starts[groups] + permute(positions, sizes, keys)  # numbered across all shards
+        if self._is_sorted:
+            windows.sort()
         shards = np.searchsorted(self._shard_ends, windows, side="right")
         return shards, windows - np.concatenate([np.zeros(1, dtype=np.int64), self._shard_ends])[shards]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import resource
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +16,23 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from hvdlm.data.file_errors import OUT_OF_DESCRIPTORS, TRANSIENT, error_number, unreadable
 from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
 from hvdlm.data.shard_writer import CHUNK_TOKENS, SHARD_FORMAT, SHARD_VERSION
 from hvdlm.errors import HvdlmError
 
-# Cache of verified chunks, divided among the shards of a split; a data set that fits in it is checked only once.
+logger = logging.getLogger(__name__)
+
+# Cache of verified chunks, divided among the open shards of a split; a data set that fits in it is checked only once.
 CACHE_BYTES = 64 * 2**20
 CHUNK_BYTES = CHUNK_TOKENS * 4
+# More than that would not have a chunk each. Fewer where the process may not have many files open.
+OPEN_SHARDS = CACHE_BYTES // CHUNK_BYTES
 BLOCK_TOKENS = 2**22  # read at a time when a whole shard is read
+
+# How often a shard is read before an error that may pass ends the job, and the seconds between.
+ATTEMPTS = 4
+PAUSE = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,15 @@ class Shard:
 class Split:
     """The shards of the training or the validation split.
 
-    A file is opened at its first read, and again in each forked process: HDF5 handles do not survive a fork.
+    A file is opened at its first read, and again in each forked process: HDF5 handles do not survive a fork. Of many
+    shards those that were read last stay open, at most OPEN_SHARDS and a quarter of the files that a process may open.
     """
 
     def __init__(self, directory: Path, records: Sequence[ShardRecord]) -> None:
         """`records`: the split's shards in the manifest of `directory`."""
         self.shards = tuple(Shard(directory / r.file, **r.model_dump(exclude={"file"})) for r in records)
         self._directory = directory
-        self._files: dict[int, h5py.File] = {}
+        self._files: dict[int, h5py.File] = {}  # by shard, the one that was read last at the end
         self._process = os.getpid()
 
     def read(self, shard: int, start: int, count: int) -> npt.NDArray[Any]:
@@ -56,11 +70,9 @@ class Split:
         if not 0 <= start <= start + count <= info.n_tokens:
             raise IndexError(f"tokens {start} to {start + count} of {info.n_tokens} in {info.path}")
         try:
-            tokens: npt.NDArray[Any] = self._file(shard)["tokens"][start : start + count]
-        except (OSError, KeyError) as error:
-            where = f"chunk {self._bad_chunk(shard, start, count)} of its tokens"
-            raise self._unreadable(shard, where, error) from None
-        return tokens
+            return self._values(shard, "tokens", slice(start, start + count))
+        except (OSError, KeyError, RuntimeError) as error:
+            raise self._read_error(shard, error, (start, count)) from None
 
     def document_offsets(self, shard: int) -> npt.NDArray[np.uint64]:
         """The index of the first token of each document of a shard, and n_tokens at the end: (n_docs + 1,) uint64.
@@ -68,10 +80,9 @@ class Split:
         Raises HvdlmError if the file cannot be read or a checksum fails.
         """
         try:
-            offsets: npt.NDArray[np.uint64] = self._file(shard)["doc_offsets"][:]
-        except (OSError, KeyError) as error:
-            raise self._unreadable(shard, "its document offsets", error) from None
-        return offsets
+            return self._values(shard, "doc_offsets", slice(None))
+        except (OSError, KeyError, RuntimeError) as error:
+            raise self._read_error(shard, error) from None
 
     def blocks(self, shard: int, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:
         """A whole shard in order, in blocks of bounded size; each block repeats the `overlap` tokens before it."""
@@ -80,13 +91,59 @@ class Split:
             begin = max(start - overlap, 0)
             yield self.read(shard, begin, min(start + BLOCK_TOKENS, n_tokens) - begin)
 
+    def _values(self, shard: int, name: str, part: slice, attempts: int = ATTEMPTS) -> npt.NDArray[Any]:
+        """A part of an HDF5 data set of a shard; after an error that may pass, it is opened and read again."""
+        try:
+            values: npt.NDArray[Any] = self._file(shard)[name][part]
+            return values
+        except (OSError, KeyError, RuntimeError) as error:
+            number = error_number(error)
+            if number not in TRANSIENT or attempts == 1:
+                raise
+            logger.warning("%s: %s; trying again", self.shards[shard].path, os.strerror(number))
+        self._close(shard)
+        time.sleep(PAUSE)
+        return self._values(shard, name, part, attempts - 1)
+
     def _file(self, shard: int) -> h5py.File:
         if self._process != os.getpid():
             self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            cache = max(CACHE_BYTES // len(self.shards), CHUNK_BYTES)
-            self._files[shard] = _open(self.shards[shard].path, rdcc_nbytes=cache)
-        return self._files[shard]
+        file = self._files.pop(shard, None) or self._open(shard)
+        self._files[shard] = file
+        return file
+
+    def _open(self, shard: int) -> h5py.File:
+        most = _most_open_shards()
+        while len(self._files) >= most:
+            self._close(next(iter(self._files)))
+        cache = max(CACHE_BYTES // min(len(self.shards), most), CHUNK_BYTES)
+        while True:
+            try:
+                return _open(self.shards[shard].path, rdcc_nbytes=cache)
+            except OSError as error:
+                if error_number(error) not in OUT_OF_DESCRIPTORS or not self._files:
+                    raise
+                # Something else in this process, or on this host, has more files open than there is room for
+                for least_used in list(self._files)[: len(self._files) // 2 + 1]:
+                    self._close(least_used)
+
+    def _close(self, shard: int) -> None:
+        file = self._files.pop(shard, None)
+        if file is not None:
+            with contextlib.suppress(OSError, RuntimeError):  # its descriptor may be what does not work
+                file.close()
+
+    def _read_error(self, shard: int, error: Exception, tokens: tuple[int, int] | None = None) -> HvdlmError:
+        """The error of a shard that could not be read: at `tokens`, their start and count, or at its offsets."""
+        path = self.shards[shard].path
+        obstacle = unreadable(path, error)
+        if obstacle is not None:
+            return obstacle
+        where = f"chunk {self._bad_chunk(shard, *tokens)} of its tokens" if tokens else "its document offsets"
+        return HvdlmError(
+            f"{path} cannot be read at {where} ({error}); see how much is damaged with "
+            f"`hvdlm inspect {self._directory} --verify`, and prepare the data set again"
+        )
 
     def _bad_chunk(self, shard: int, start: int, count: int) -> int:
         """The number of the first chunk in this range of tokens that cannot be read."""
@@ -94,15 +151,9 @@ class Split:
         for chunk in range(first, last):
             try:
                 self._file(shard)["tokens"][chunk * CHUNK_TOKENS]
-            except (OSError, KeyError):
+            except (OSError, KeyError, RuntimeError):
                 return chunk
         return last
-
-    def _unreadable(self, shard: int, where: str, error: Exception) -> HvdlmError:
-        return HvdlmError(
-            f"{self.shards[shard].path} cannot be read at {where} ({error}); see how much is damaged with "
-            f"`hvdlm inspect {self._directory} --verify`, and prepare the data set again"
-        )
 
 
 class DataSet:
@@ -142,8 +193,10 @@ def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], 
     again = f"restore it, or prepare {directory} again"
     try:
         size = path.stat().st_size
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise HvdlmError(f"the shard {path} is missing ({error.strerror}); {again}") from None
+    except OSError as error:
+        raise unreadable(path, error) or HvdlmError(f"{path} cannot be read: {error.strerror}") from None
     if size != record.size:
         raise HvdlmError(f"{path} has {size:,} bytes where the manifest says {record.size:,}; {again}")
     try:
@@ -151,7 +204,7 @@ def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], 
             found = {name: _plain(value) for name, value in file.attrs.items()}
             lengths = file["tokens"].shape[0], file["doc_offsets"].shape[0]
     except (OSError, KeyError, RuntimeError) as error:
-        raise HvdlmError(f"{path} is damaged ({error}); {again}") from None
+        raise unreadable(path, error) or HvdlmError(f"{path} is damaged ({error}); {again}") from None
     if not found.get("complete"):
         raise HvdlmError(f"{path} is unfinished: it is not marked complete; {again}")
     if lengths != (record.n_tokens, record.n_docs + 1):
@@ -172,6 +225,12 @@ def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], 
                 f"{path} belongs elsewhere: its {name} is {found.get(name)} where the manifest says {value}, "
                 f"so shards were swapped or come from another data set; {again}"
             )
+
+
+def _most_open_shards() -> int:
+    """How many shards a split may have open: the rest of a process's files are sockets to other ranks and the like."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(OPEN_SHARDS, limit // 4))
 
 
 def _open(path: Path, **options: int) -> h5py.File:

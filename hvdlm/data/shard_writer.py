@@ -76,17 +76,20 @@ class ShardWriter:
         self._hdf5.close()
         self._stream.close()
 
-    def append(self, tokens: npt.NDArray[Any], n_bytes: int) -> None:
+    def append(self, tokens: npt.NDArray[Any], n_bytes: int, is_continued: bool = False) -> None:
         """Adds a document: `tokens` (n,), ending with the end of text; `n_bytes`: UTF-8 bytes of its text.
+
+        With `is_continued` it does not end yet, and the next call adds more of it.
 
         Raises OSError if the file cannot be written.
         """
         self._tokens.append(tokens)
         self._sha256.update(tokens.astype(self._tokens.dtype, copy=False).tobytes())
-        self.n_docs += 1
         self._n_tokens += len(tokens)
         self._n_bytes += n_bytes
-        self._offsets.append(np.array([self._n_tokens], dtype="<u8"))
+        if not is_continued:
+            self.n_docs += 1
+            self._offsets.append(np.array([self._n_tokens], dtype="<u8"))
         self._stream.check()
 
     def finish(self) -> ShardRecord:

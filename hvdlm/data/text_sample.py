@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from hvdlm.data.assignment import VALIDATION, ShardAssignment
-from hvdlm.data.documents import BadDocument, Block, Source, read_blocks, read_documents
+from hvdlm.data.corpus import Corpus
+from hvdlm.data.documents import BadDocument, Block, read_documents
 from hvdlm.data.progress import InputProgress
 from hvdlm.data.worker_pool import WorkerPool
 
@@ -23,7 +24,7 @@ class _Candidates:
 
 
 def sample_training_text(
-    sources: Sequence[Source],
+    corpus: Corpus,
     pool: WorkerPool,
     text_key: str,
     assignment: ShardAssignment,
@@ -38,10 +39,10 @@ def sample_training_text(
     bound = 2**64  # documents with this sort key or a higher one are not in the sample
 
     def jobs() -> Iterator[tuple[Block, int]]:
-        return ((block, bound) for block in read_blocks(sources))
+        return ((block, bound) for block in corpus.blocks())
 
     find = partial(_candidates, text_key=text_key, assignment=assignment)
-    with InputProgress("reading a sample", sum(source.size for source in sources)) as progress:
+    with InputProgress("reading a sample", corpus.size) as progress:
         for found in pool.map(find, jobs()):
             refuse(found.bad)
             for key, text in found.documents:
@@ -66,6 +67,7 @@ def _candidates(job: tuple[Block, int], text_key: str, assignment: ShardAssignme
             continue
         content = document.encode()
         key = assignment.sort_key(content)
-        if key < bound and assignment.shard(content) != VALIDATION:
+        shard = assignment.shard(content) if block.shard is None else block.shard
+        if key < bound and shard != VALIDATION:
             documents.append((key, document))
     return _Candidates(documents, bad, block.input_bytes)

@@ -7,13 +7,15 @@ tool that reads that format can use the tokenizer of an hvdlm data set.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
 from hvdlm.errors import HvdlmError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -21,7 +23,13 @@ END_OF_TEXT = "<|endoftext|>"
 # Names of the token that ends a document, in published tokenizers.
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")
 
+# What ends a process, and is no failure of the library.
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
 SMALLEST_VOCABULARY = 257  # 256 byte values and the end of text: enough to encode any text
+LARGEST_VOCABULARY = 1_000_000  # the library reserves memory for as many before it learns
+
+LONGEST_RUN = 1000  # characters of a word, a number, punctuation or blanks from which `Tokenizer.train` learns at once
 
 
 class Tokenizer:
@@ -43,6 +51,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # of merges while training a tokenizer: equal text must give equal tokens
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         end_of_text = next((token for token in KNOWN_END_OF_TEXT if token in vocabulary), None)
         if end_of_text is None:
@@ -68,7 +78,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019) trained on `texts`.
 
-        The vocabulary is smaller than `vocab_size` if the texts have too few repeated pairs to merge.
+        The vocabulary is smaller than `vocab_size` if the texts have too few repeated pairs to merge. Runs of more than
+        LONGEST_RUN letters, digits, blanks or other characters are learnt from in pieces of that length: the library
+        takes a time that grows with the square of their length.
         """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +92,7 @@ class Tokenizer:
             initial_alphabet=sorted(_byte_vocabulary()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((piece for text in texts for piece in _without_long_runs(text)), trainer)
         return cls(backend, "the trained tokenizer")
 
     @classmethod
@@ -90,9 +102,13 @@ class Tokenizer:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise HvdlmError(f"cannot read the tokenizer {path}: {error}") from None
+        if is_lfs_pointer(content.encode()):
+            raise HvdlmError(f"{path} {LFS_POINTER}")
         try:
             backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises no more specific type
+        except _ENDS:
+            raise
+        except BaseException as error:  # the library raises no more specific type, and panics that are no Exception
             raise HvdlmError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
         return cls(backend, str(path))
 
@@ -110,10 +126,21 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each of `texts`, in order."""
+        """Ids of each of `texts`, in order. Raises HvdlmError for a text that the tokenizer has no tokens for."""
         if self._ids_are_bytes:  # 50 times as fast as the library
             return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except _ENDS:
+            raise
+        except BaseException as error:
+            if len(texts) > 1:  # one by one, to find the one
+                return [self.encode(text) for text in texts]
+            raise HvdlmError(
+                f"the tokenizer cannot encode the text that begins with {texts[0][:40]!r} ({error}); take one that "
+                "encodes any text, as byte or bpe:VOCAB"
+            ) from None
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -124,6 +151,28 @@ class Tokenizer:
     def _content(self) -> bytes:
         text: str = self._backend.to_str(pretty=True)
         return text.encode()
+
+
+# Characters of a kind that a byte-level tokenizer keeps apart from others; a run begins where another kind ends.
+_LONG_RUN = re.compile(
+    "|".join(rf"(?<!{kind}){kind}{{{LONGEST_RUN + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """The text in one piece, or in several if it has runs of more than LONGEST_RUN characters of one kind."""
+    start = 0
+    for run in _LONG_RUN.finditer(text) if _may_have_long_runs(text) else ():
+        for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
+def _may_have_long_runs(text: str) -> bool:
+    """Much faster than to look for them: a long run fills one of these slices with blanks, or with none."""
+    half = LONGEST_RUN // 2
+    return any(len(text[start : start + half].split()) < 2 for start in range(0, len(text) - half + 1, half))
 
 
 def _byte_vocabulary() -> dict[str, int]:

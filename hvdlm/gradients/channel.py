@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,13 +24,31 @@ class Channel:
     """Sums buckets over all ranks by a codec, one at a time, in the order in which they are submitted."""
 
     def __init__(
-        self, communicator: Communicator, hierarchy: Hierarchy | None, exchange: Exchange, device: torch.device
+        self,
+        communicator: Communicator,
+        hierarchy: Hierarchy | None,
+        exchange: Exchange,
+        device: torch.device,
+        owns_communicator: bool,
     ) -> None:
-        """`communicator`: all ranks, for this channel alone if the engine can split. `exchange`: they or leaders."""
+        """`communicator`: all ranks. `exchange`: they or leaders. `owns_communicator`: it was split off for this."""
         self.communicator, self.hierarchy, self.exchange = communicator, hierarchy, exchange
+        self._owns_communicator = owns_communicator
         self.spans: list[Span] = []  # of codecs at work, exchange included, since `reset_counters`
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-gradients")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # A thread begins with GPU 0: what it allocates there, pinned memory too, would cost that GPU a context a rank
+        begin = None if self._stream is None else partial(torch.cuda.set_device, device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hvdlm-gradients", initializer=begin)
+
+    def close(self) -> None:
+        """Ends the thread once it has done what was submitted, then closes the groups of ranks that were split off for
+        this channel. Collective.
+        """
+        self._thread.shutdown()
+        if self.hierarchy is not None:
+            self.hierarchy.close()
+        if self._owns_communicator:
+            self.communicator.close()
 
     def reset_counters(self) -> None:
         """Counts bytes and seconds from zero."""
@@ -102,9 +121,10 @@ def open_channels(
         among = hierarchy.leaders if hierarchy else own
         ring = _make_ring(among, comm.algorithm, device)
         costs = channels[0].exchange.algorithm_costs if channels else []
-        if ring is not None and comm.algorithm == "auto" and not channels:
+        takes_part = hierarchy is None or hierarchy.is_leader  # the others send nothing between nodes
+        if ring is not None and comm.algorithm == "auto" and not channels and takes_part:
             costs = probe_algorithms(among, ring, largest)
-        channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device))
+        channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device, own is not communicator))
     return channels
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +16,24 @@ from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.ring import Ring, SegmentEncoding
 from hvdlm.timing import Span, total_seconds
 
-# Elements of a message of `all_to_all`: of bytes, as codecs send, below Open MPI's eager limit (see comm/launch.py).
-_MESSAGE = 256 * 1024
+
+class _TimedEncoding:
+    """A segment encoding, and the seconds that it has taken: the ring calls it in the midst of the exchange."""
+
+    def __init__(self, encoding: SegmentEncoding) -> None:
+        self._encoding = encoding
+        self.nbytes = encoding.nbytes
+        self.seconds = 0.0
+
+    def encode(self, values: Tensor, message: Tensor, residual: Tensor | None) -> None:
+        begin = time.perf_counter()
+        self._encoding.encode(values, message, residual)
+        self.seconds += time.perf_counter() - begin
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        begin = time.perf_counter()
+        self._encoding.decode(message, values)
+        self.seconds += time.perf_counter() - begin
 
 
 class Exchange:
@@ -30,13 +46,16 @@ class Exchange:
         self.algorithm_costs = algorithm_costs
         self.rank, self.size = communicator.rank, communicator.size
         self.has_ring = ring is not None
+        # The communication thread and the backward pass, which gives buckets to the engine, both count
+        self._counters = threading.Lock()
         self.wire_bytes = 0  # sent by this rank since `reset_counters`
-        self.spans: list[Span] = []  # of sending, receiving and waiting since `reset_counters`
+        self.spans: list[Span] = []  # of operations since `reset_counters`
+        self._encoding_seconds = 0.0  # of these spans
         self.first_sent: float | None = None  # time.perf_counter() of the first message since `reset_counters`
 
     def reset_counters(self) -> None:
         """Counts bytes and seconds from zero."""
-        self.wire_bytes, self.spans, self.first_sent = 0, [], None
+        self.wire_bytes, self.spans, self.first_sent, self._encoding_seconds = 0, [], None, 0.0
 
     def prefers_ring(self, elements: int) -> bool:
         """Whether the ring, and not the engine, sums `elements` numbers."""
@@ -44,8 +63,8 @@ class Exchange:
 
     @property
     def seconds(self) -> float:
-        """Sending, receiving and waiting since `reset_counters`."""
-        return total_seconds(self.spans)
+        """Sending, receiving and waiting since `reset_counters`, without what a ring's encoding has taken."""
+        return total_seconds(self.spans) - self._encoding_seconds
 
     def all_reduce_(
         self,
@@ -64,22 +83,23 @@ class Exchange:
                 raise ValueError("only a ring can sum what is sent by an encoding: ask has_ring first")
             can_ring = values.dtype is torch.float32 and op is ReduceOp.SUM
             if self._ring is not None and can_ring and (encoding or self.prefers_ring(values.numel())):
-                self.wire_bytes += self._ring.all_reduce_(values, encoding, residual)
+                timed = None if encoding is None else _TimedEncoding(encoding)
+                self._count(self._ring.all_reduce_(values, timed, residual))
+                self._encoding_seconds += timed.seconds if timed else 0.0
                 return
             self._communicator.all_reduce_(values, op)
             self._count_all_reduce(values)
 
     def all_reduce_by_engine_async_(self, values: Tensor) -> Work[Any]:
         """Starts the engine's own all-reduce; several may be in progress, which the engine keeps in order."""
-        if self.first_sent is None:
-            self.first_sent = time.perf_counter()
+        self._note_first_message()
         self._count_all_reduce(values)
         return self._communicator.all_reduce_async_(values)
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted("all-gather"):
-            self.wire_bytes += (self.size - 1) * message.nbytes
+            self._count((self.size - 1) * message.nbytes)
             if self._ring is not None:  # it sleeps while it waits, where engines spin
                 return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
             return self._communicator.all_gather_v(message, [len(message)] * self.size)
@@ -87,27 +107,11 @@ class Exchange:
     def all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
         """What each rank sends to this one, in the order of ranks, where `messages[r]` is sent to rank r.
 
-        All messages of all ranks have one length and dtype. Engines without point-to-point messages gather all of them.
+        All messages of all ranks have one length and dtype.
         """
         with self._counted("all-to-all"):
-            if not self._communicator.supports("send"):
-                rows = self._communicator.all_gather(torch.stack(list(messages)))  # (from, to, length)
-                self.wire_bytes += (self.size - 1) * self.size * messages[0].nbytes
-                return list(rows[:, self.rank])
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            received = [torch.empty_like(messages[self.rank]) for _ in range(self.size)]
-            received[self.rank].copy_(messages[self.rank])
-            handles: list[Work[Any]] = []
-            for rank in others:
-                for piece, target in zip(messages[rank].split(_MESSAGE), received[rank].split(_MESSAGE), strict=True):
-                    send = partial(self._communicator.send_async, piece, rank)
-                    receive = partial(self._communicator.receive_async_, target, rank)
-                    # NCCL runs operations between two ranks in order: one of them sends first, the other receives first
-                    handles += [start() for start in ((send, receive) if self.rank < rank else (receive, send))]
-            for handle in handles:
-                handle.wait()
-            self.wire_bytes += sum(messages[rank].nbytes for rank in others)
-            return received
+            self._count(sum(messages[rank].nbytes for rank in range(self.size) if rank != self.rank))
+            return self._communicator.all_to_all(messages, [len(messages[self.rank])] * self.size)
 
     def _count_all_reduce(self, values: Tensor) -> None:
         """A ring sends each byte to the next rank twice, except this rank's part (Patarasuk & Yuan, JPDC 2009,
@@ -116,12 +120,20 @@ class Exchange:
         """
         is_half = values.dtype in (torch.float16, torch.bfloat16)
         is_widened = is_half and not self._communicator.supports(str(values.dtype).removeprefix("torch."))
-        self.wire_bytes += 2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size
+        self._count(2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size)
+
+    def _count(self, nbytes: int) -> None:
+        with self._counters:
+            self.wire_bytes += nbytes
+
+    def _note_first_message(self) -> None:
+        with self._counters:
+            if self.first_sent is None:
+                self.first_sent = time.perf_counter()
 
     @contextmanager
     def _counted(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
-        if self.first_sent is None:
-            self.first_sent = begin
+        self._note_first_message()
         yield
         self.spans.append(Span(name, begin, time.perf_counter()))

@@ -24,6 +24,11 @@ class Hierarchy:
         self.is_leader = self._node.rank == 0
         self.leaders = communicator.split(int(not self.is_leader), communicator.rank)
 
+    def close(self) -> None:
+        """Closes both groups. Collective."""
+        self.leaders.close()
+        self._node.close()
+
     def move_to_leader_(self, values: Tensor) -> None:
         """Replaces `values` by their sum over this node on its leader, and by zeros on the other ranks."""
         self._node.all_reduce_(values)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.auto.forecast import Cost
@@ -65,7 +65,8 @@ class GradientSync:
         """Takes over `.grad` of every trainable parameter of `module`. Collective."""
         parameters = dict(module.named_parameters())
         self._device = next(p for p in parameters.values() if p.requires_grad).device
-        nbytes = bucket_bytes(comm, compression, communicator.node_count)
+        nodes, device = communicator.node_count, self._device.type
+        nbytes = bucket_bytes(comm, compression, nodes, device)
         sizes = bucket_sizes(parameters, nbytes)
         self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
         self._communicator = self.channels[0].communicator
@@ -76,7 +77,7 @@ class GradientSync:
             # Nothing is sent between nodes; a switchable codec delivers residuals that a run on several nodes has saved
             plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
-            candidates = candidate_codecs(comm, compression, communicator.node_count)
+            candidates = candidate_codecs(comm, compression, nodes, device)
             self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
             plan = self._tuner.plan
         self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
@@ -88,6 +89,7 @@ class GradientSync:
         self._is_last_micro_batch = False
         self._ready = 0  # buckets 0 .. ready-1 are ready to be reduced
         self._handles: list[Work[Any]] = []  # of the buckets that are being reduced, 0 .. len-1
+        self._arrival: Work[None] = Work.done(None)  # ends when the last step's sums are there, on a GPU too
         self._index_slots()
         for parameter in self._slots:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -139,16 +141,41 @@ class GradientSync:
             with self._naming_bucket(index):
                 handle.wait()
         self._handles.clear()
+        self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
+        self._arrival = self._communicator.arrival(self._device)
         self.traffic = self._measure_traffic()
         self.step += 1
         if self._tuner:
             self._tuner.gradients_arrived(self._probe)
 
+    def synchronize(self) -> None:
+        """Returns when all that was queued on the device has ended, the sums of the last `wait` and `norm` among it.
+
+        On a GPU `wait` returns earlier. Whoever then reads a number that depends on them without this waits for ever
+        for a rank that has died; this raises LostRankError after `comm.timeout`. For gradients on a CPU it returns at
+        once.
+        """
+        self._communicator.arrival(self._device).wait()
+
+    def close(self) -> None:
+        """Closes channels and their groups of ranks, in the order in which all ranks have opened them. Collective."""
+        for channel in self.channels:
+            channel.close()
+
     def norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a float32 scalar on their device."""
-        norms = torch.stack([torch.linalg.vector_norm(bucket.buffer) for bucket in self.buckets])
-        total: Tensor = torch.linalg.vector_norm(norms)
-        return total
+        """Euclidean norm of all gradients together, a float32 scalar on their device. Collective.
+
+        Each rank takes that of its part of every bucket. So the result is equal on all ranks, bit for bit, also where
+        their processors add in different orders.
+        """
+        size, rank = self._communicator.size, self._communicator.rank
+        parts = [bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets]
+        own = _norm(parts)
+        if size == 1:
+            return own
+        norms = self._communicator.all_gather(own.reshape(1)).flatten()
+        # On GPUs, which are all of one model, without waiting for them; elsewhere in one order, whatever the processor
+        return _norm([norms]) if norms.is_cuda else torch.tensor(math.sqrt(math.fsum(n * n for n in norms.tolist())))
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -253,8 +280,11 @@ class GradientSync:
         return is_dense and reaches_device and channel.hierarchy is None
 
     def _is_finite_everywhere(self) -> bool:
-        overflow = torch.tensor([float(not math.isfinite(float(self.norm())))])
-        self._communicator.all_reduce_(overflow)
+        # Found where the gradients are, and read once: the host waits for a GPU once, not twice
+        norms = torch.stack([torch.linalg.vector_norm(bucket.buffer) for bucket in self.buckets])
+        overflow = norms.isfinite().all().logical_not().int().reshape(1)
+        self._communicator.all_reduce_(overflow, ReduceOp.MAX)
+        self._communicator.arrival(self._device).wait()
         return not overflow.any()
 
     @contextmanager
@@ -293,3 +323,10 @@ class GradientSync:
             return channel.codec_seconds - before
 
         return probe_codec(self._communicator, self.buckets[index].buffer, reduce)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of tensors together, a scalar of their dtype on their device."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total

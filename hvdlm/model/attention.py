@@ -20,8 +20,8 @@ ATTENTION_BLOCK = 256
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V, where no query looks at later keys.
 
-    queries: (B, H, T, E). keys, values: (B, K, S, E), H a multiple of K. mask: (B or 1, 1, T, S) bool, True where a
-    query may look; None for all that is not later. Returns (B, H, T, E).
+    queries: (B, H, T, E). keys, values: (B, K, S, E), H a multiple of K. mask: (B or 1, 1, T, S), bool, True where a
+    query may look, or added to its scores, in their dtype; None for all that is not later. Returns (B, H, T, E).
 
     PyTorch's scaled_dot_product_attention, but for short sequences in 16 bits on a CPU: its kernel there takes so few
     rows at once that forward and backward took up to 2.8 times as long as the plain products here (benchmarks/LOG.md).
@@ -34,6 +34,12 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
             keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
         attended: Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return attended
+    is_grouped = keys.shape[1] != heads
+    if is_grouped and (
+        repeats_key_value_heads(queries.device.type, is_low, mask is not None) or not _has_flash_attention(queries)
+    ):
+        keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        is_grouped = False
     return functional.scaled_dot_product_attention(
         queries,
         keys,
@@ -41,8 +47,25 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None and length > 1,
-        enable_gqa=keys.shape[1] != heads,
+        enable_gqa=is_grouped,
     )
+
+
+def repeats_key_value_heads(device: str, is_low: bool, has_mask: bool) -> bool:
+    """Whether each key and value head is copied for the query heads that it serves, on a "cpu" or "cuda" device.
+
+    On GPUs only PyTorch's flash attention takes several query heads to one of keys, in 16 bits and without a mask.
+    What remains otherwise makes all probabilities, (B, H, T, S) in fp32: 4.3 GB a layer for 8 sequences of llama-1b.
+    With copies its memory-efficient attention does it.
+    """
+    return device == "cuda" and (not is_low or has_mask)
+
+
+def _has_flash_attention(queries: Tensor) -> bool:
+    """Where it takes grouped heads: GPUs from Ampere on, and heads of at most 256 numbers; always on a CPU."""
+    if not queries.is_cuda:
+        return True
+    return torch.cuda.get_device_properties(queries.device).major >= 8 and queries.shape[-1] <= 256
 
 
 def attention_blocks(length: int) -> list[tuple[int, int]]:

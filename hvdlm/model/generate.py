@@ -21,6 +21,7 @@ def generate(
     top_p: float,
     seed: int,
     eos_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """The prompt and up to `tokens` more; fewer if `eos_id` is drawn, which is then the last.
 
@@ -28,10 +29,12 @@ def generate(
     tokens: they are drawn on the CPU by a generator seeded with `seed`. Of a prompt longer than the context
     the last `context_length` tokens are read. When the context is full, its last half is read again as the
     beginning of a new one. With `model.document_mask`, attention stays within the documents that `eos_id`
-    ends, as it did in training. Dropout is off meanwhile.
+    ends, as it did in training. Dropout is off meanwhile. Only tokens below `vocab_size` are drawn: a model's
+    vocabulary may be larger than its tokenizer's, for speed.
 
     Returns (T + n,) int64 on the prompt's device, the whole prompt included.
-    Raises HvdlmError for an empty prompt, a token outside the vocabulary or a setting out of range.
+    Raises HvdlmError for an empty prompt, a token outside the vocabulary, a setting out of range, or a model that
+    computes NaN.
     """
     _check(model, prompt, tokens, temperature, top_k, top_p)
     context = model.config.context_length
@@ -51,7 +54,10 @@ def generate(
                 window = sequence[None, -(cache.length + len(unread)) :]
                 documents = document_ids(window, eos_id)[:, cache.length :]
             hidden = model(unread[None], documents, cache)  # (1, T, D)
-            probabilities = next_token_probabilities(model.logits(hidden[0, -1]), temperature, top_k, top_p)
+            logits = model.logits(hidden[0, -1])[:vocab_size]
+            if not bool(torch.isfinite(logits).all()):
+                raise HvdlmError("the model computes NaN or infinite numbers: it has diverged; take another checkpoint")
+            probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
             unread = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(sequence.device)  # (1,)
             sequence = torch.cat([sequence, unread])
             if int(unread) == eos_id:

@@ -34,22 +34,26 @@ def token_loss(
     targets: Tensor,
     dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    grad_scale: float = 1.0,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats.
 
     hidden: (..., D). weight: (V, D). targets: (...) int64, of which those equal to `IGNORE` do not count.
     dtype: of matrix products; None: the weight's. chunk_tokens: how many tokens are taken at once; None chooses by
-    memory.
+    memory. grad_scale: by what the gradient of the logits is multiplied before it is rounded to `dtype`, and what
+    results divided again: about what the backward pass begins with, where that is a loss scale (Micikevicius et al.,
+    ICLR 2018, section 3.2). In fp16 a probability below 6e-8 would vanish otherwise, and an overflow in the products
+    could not be mended by a smaller loss scale.
 
     Logarithms, sums and the accumulated gradient of the weight are in fp32. Returns an fp32 scalar (fp64 for fp64
     weights). Differentiable once with respect to hidden and weight; one backward pass only, because it overwrites what
     it saved.
     """
     dtype = dtype or weight.dtype
-    chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize)
+    chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize, hidden.device.type)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        loss: Tensor = _TokenLoss.apply(rows, weight, targets.reshape(-1), dtype, chunk_tokens)  # type: ignore[no-untyped-call]
+        loss: Tensor = _TokenLoss.apply(rows, weight, targets.reshape(-1), dtype, chunk_tokens, grad_scale)  # type: ignore[no-untyped-call]
         return loss
     return token_statistics(hidden, weight, targets, dtype, chunk_tokens).loss_sum
 
@@ -68,7 +72,7 @@ def token_statistics(
     losses = torch.zeros(targets.numel(), dtype=_precise(weight), device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize)
+    chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize, hidden.device.type)
     for chunk in _chunks(rows, targets.reshape(-1), dtype, chunk_tokens):
         logits = chunk.hidden @ matrix.T  # (n, V)
         for part, log_probabilities in _log_softmax(logits, losses.dtype):
@@ -78,20 +82,29 @@ def token_statistics(
     return TokenStatistics(losses.sum(), correct, (targets != IGNORE).sum())
 
 
-def loss_chunk_tokens(vocab_size: int, item: int) -> int:
-    """How many tokens' logits, of `item` bytes a number, the loss holds at once: 128 MiB, within bounds.
+def loss_chunk_tokens(vocab_size: int, item: int, device: str = "cpu") -> int:
+    """How many tokens' logits, of `item` bytes a number, the loss holds at once: 128 MiB on a "cpu", 512 MiB on a
+    "cuda" device, within bounds.
 
     Each chunk also adds to the (V, D) gradient of the output weight, whose traffic is what small chunks pay:
-    on 2 cores, 384 wide, 50,304 words, time was level from 256 tokens on and 1.7 times as much at 64. The
-    upper bound keeps sums over a chunk within the range of fp16.
+    on 2 cores, 384 wide, 50,304 words, time was level from 256 tokens on and 1.7 times as much at 64. A GPU computes
+    so much faster than it reads memory that it takes chunks four times as large. The upper bound keeps sums over a
+    chunk within the range of fp16.
     """
-    return min(max(128 * 2**20 // (item * vocab_size), 256), 4096)
+    logits = (128 if device == "cpu" else 512) * 2**20
+    return min(max(logits // (item * vocab_size), 256), 4096)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        chunk_tokens: int,
+        grad_scale: float,
     ) -> Tensor:
         precise = _precise(weight)
         matrix = weight.to(dtype)
@@ -100,7 +113,7 @@ class _TokenLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         for chunk in _chunks(hidden, targets, dtype, chunk_tokens):
-            logits_grad = chunk.logits_grad(matrix, losses)
+            logits_grad = chunk.logits_grad(matrix, losses, grad_scale)
             if hidden_grad is not None:
                 product = (logits_grad @ matrix).masked_fill_(chunk.ignored[:, None], 0)
                 hidden_grad[chunk.tokens] = product.to(hidden_grad.dtype)
@@ -111,16 +124,18 @@ class _TokenLoss(torch.autograd.Function):
                 else:
                     weight_grad += logits_grad.T @ counted
             del logits_grad  # before the next are made
+        ctx.grad_scale = grad_scale
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         # In place, because a second (V, D) would be the largest tensor of the step. PyTorch's own check of
         # saved tensors refuses a second backward pass, which would find them scaled already.
-        hidden_grad, weight_grad = (None if grad is None else grad.mul_(loss_grad) for grad in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None
+        factor = loss_grad / ctx.grad_scale
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(factor) for grad in ctx.saved_tensors)
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class _Chunk(NamedTuple):
@@ -129,8 +144,8 @@ class _Chunk(NamedTuple):
     targets: Tensor  # (n,); 0 for ignored ones, which is a valid index
     ignored: Tensor  # (n,) bool
 
-    def logits_grad(self, matrix: Tensor, losses: Tensor) -> Tensor:
-        """(n, V): of the loss with respect to the logits, in their place; writes the losses on the way.
+    def logits_grad(self, matrix: Tensor, losses: Tensor, scale: float) -> Tensor:
+        """(n, V): of `scale` times the loss with respect to the logits, in their place; writes the losses on the way.
 
         d loss / d logits = softmax - one-hot. Ignored tokens are left out of the products that follow, whose rows have
         D numbers, and not here, where they have V.
@@ -140,7 +155,8 @@ class _Chunk(NamedTuple):
             self.write_losses(losses, part, log_probabilities)
             probabilities = log_probabilities.exp_()
             ones = probabilities.new_full((len(probabilities), 1), -1.0)
-            logits[part] = probabilities.scatter_add_(1, self.targets[part, None], ones)
+            gradient = probabilities.scatter_add_(1, self.targets[part, None], ones)
+            logits[part] = gradient if scale == 1 else gradient.mul_(scale)
         return logits
 
     def write_losses(self, losses: Tensor, part: slice, log_probabilities: Tensor) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from hvdlm.config import ModelSection, Precision
-from hvdlm.model.attention import ATTENTION_BLOCK, LONGEST_PLAIN_ATTENTION, attention_blocks
+from hvdlm.model.attention import (
+    ATTENTION_BLOCK,
+    LONGEST_PLAIN_ATTENTION,
+    attention_blocks,
+    repeats_key_value_heads,
+)
 from hvdlm.model.loss import loss_chunk_tokens
 from hvdlm.model.size import key_value_heads, matmul_parameters, mlp_width, parameter_count, qkv_width
 
@@ -59,6 +64,8 @@ def training_memory_bytes(
 
     Where attention is made of plain products (`hvdlm.model.attention`) it keeps a (5 D + H S) instead: queries, keys
     and values of each query head, its output twice, and probabilities for the S keys that a token meets on average.
+    Where key and value heads are copied for their query heads, these copies, 2 a D, are kept in place of what they were
+    made of. All blocks share the mask of documents, a bytes for each pair of tokens of a sequence.
     On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
     silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
     input, 4 D, and only one of them all the rest.
@@ -72,6 +79,9 @@ def training_memory_bytes(
     rotated = width + key_value_width if config.position == "rope" else 0
     activated = 2 if config.activation == "gelu" else 3 if compiled else 4
     attention = qkv_width(config) + rotated + width
+    is_grouped = key_value_heads(config) != heads
+    if is_grouped and repeats_key_value_heads(device, low, config.document_mask):
+        attention = (width if rotated else qkv_width(config)) + 2 * width + width
     temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
     if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
         blocks = attention_blocks(config.context_length)
@@ -82,7 +92,8 @@ def training_memory_bytes(
     token = 8 * width + item * (2 * width + attention + activated * hidden_width)
     if device == "cpu" and config.norm == "rmsnorm" and not compiled:
         token += 12 * width
-    chunk = min(tokens, loss_chunk_tokens(vocab_size, item))
+    mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
+    chunk = min(tokens, loss_chunk_tokens(vocab_size, item, device))
     block_parameters = matmul_parameters(config, vocab_size) - vocab_size * width
     copies = 2 * item if low else 0  # of the output weight, and its gradient of one chunk
     exponents = 0 if device == "cpu" else 4  # on a CPU only of a few tokens at once
@@ -91,8 +102,8 @@ def training_memory_bytes(
         "gradients": 4 * count,
         "moments": 8 * count,
         "cast_parameters": item * block_parameters if low else 0,
-        "activations": tokens
-        * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),
+        "activations": mask
+        + tokens * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),
         "temporary": temporary,
         "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
     }

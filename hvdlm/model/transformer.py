@@ -120,7 +120,7 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(positions)
         else:
             rotation = _rotation(positions, config.width // config.heads, config.rope_theta)
-        mask = _attention_mask(positions, documents, cache)
+        mask = _attention_mask(positions, documents, cache, self.dtype)
         x = self.dropout(x)
         # Chen et al. 2016, arXiv:1604.06174
         recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
@@ -195,7 +195,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (B, T, D) to (B, T, D).
 
-        mask: (B or 1, 1, T, S) bool, True where a query may look, or None for plain causal attention.
+        mask: (B or 1, 1, T, S), added to the scores of queries, or None for plain causal attention.
         cached: keys and values (B, K, S, E) whose last T places these tokens fill.
         """
         batch, length, _ = x.shape
@@ -289,8 +289,14 @@ def _norm(config: ModelSection) -> nn.Module:
     return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
 
 
-def _attention_mask(positions: Tensor, documents: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
-    """(B or 1, 1, T, S) bool, or None where attention is plainly causal or one query sees all keys."""
+def _attention_mask(
+    positions: Tensor, documents: Tensor | None, cache: KeyValueCache | None, dtype: torch.dtype
+) -> Tensor | None:
+    """(B or 1, 1, T, S), 0 where a query may look and -inf elsewhere; None where attention is plainly causal or one
+    query sees all keys.
+
+    Numbers, because PyTorch would make them of a bool mask in each layer, and keep those of all for the backward pass.
+    """
     start, length = cache.length if cache else 0, len(positions)
     if documents is None and (start == 0 or length == 1):
         return None
@@ -302,7 +308,8 @@ def _attention_mask(positions: Tensor, documents: Tensor | None, cache: KeyValue
             cache.documents[:, start : start + length] = documents
             key_documents = cache.documents[:, : start + length]
         mask = mask & (documents[:, :, None] == key_documents[:, None, :])  # (B, T, S)
-    return mask[:, None]
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return added[:, None]
 
 
 def _rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:

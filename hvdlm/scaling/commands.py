@@ -21,6 +21,9 @@ from hvdlm.scaling.performance_model import PerformanceModel, read_model
 from hvdlm.scaling.point import read_points, write_record
 from hvdlm.scaling.scenario import Scenario, of_config
 
+# The most ranks of a forecast: its time grows with their number
+_MOST_RANKS = 16384
+
 # A forecast is called an extrapolation beyond this many times the measured ranks, or rates of links.
 _RANGE = 4
 
@@ -130,17 +133,16 @@ def parse_counts(text: str) -> list[int]:
     """Numbers of ranks: "8..64" is 8, 16, 32, 64. Raises HvdlmError for anything else."""
     first, dots, last = text.partition("..")
     try:
-        if not dots:
-            counts = [int(each) for each in text.split(",")]
-        else:
-            counts = [int(first)]
-            while counts[-1] * 2 <= int(last):
-                counts.append(counts[-1] * 2)
+        ends = [int(first), int(last)] if dots else [int(each) for each in text.split(",")]
     except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
+        ends = []
+    if not ends or min(ends) < 1 or (dots and ends[0] > ends[1]):
         raise HvdlmError(f"--ranks {text}: give numbers as in 8,16,32, or 8..2048, which doubles")
-    return counts
+    if max(ends) > _MOST_RANKS:
+        raise HvdlmError(f"--ranks {text}: forecasts go to {_MOST_RANKS:,} ranks")
+    if not dots:
+        return ends
+    return [ends[0] * 2**doubling for doubling in range((ends[1] // ends[0]).bit_length())]
 
 
 def interval(model: PerformanceModel, ranks: int) -> float:

@@ -19,9 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from torch import Tensor
 
 import hvdlm
 from hvdlm.data.staging import make_durable
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, write_failure
 
 logger = logging.getLogger(__name__)
 
@@ -43,30 +46,51 @@ _RANKS = "ranks"
 _PARTIAL = ".partial"
 
 
+class RemovedCheckpointError(HvdlmError):
+    """A checkpoint was there, and its job has removed it since."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been verified."""
+    """A checkpoint that has been verified. Reading it raises RemovedCheckpointError if it is not there any more."""
 
     path: Path
 
     @property
     def state(self) -> dict[str, Any]:
         """Step, data position, loss scale, settings, world size, fingerprint of the data, versions."""
-        state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        with self._noticing_removal():
+            state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         return state
 
     def model(self) -> dict[str, Tensor]:
-        """Parameters by name, float32, on the CPU."""
-        return safetensors.torch.load_file(self.path / "model.safetensors")
+        """Parameters by name, float32, on the CPU. Raises HvdlmError if some are NaN or infinite."""
+        with self._noticing_removal():
+            tensors = safetensors.torch.load_file(self.path / "model.safetensors")
+        if name := not_finite(tensors):
+            raise HvdlmError(
+                f"checkpoint {self.path} is of no use: {name} holds NaN or infinite numbers; take an earlier one"
+            )
+        return tensors
 
     def optimizer(self) -> dict[str, Tensor]:
         """The optimizer's state by name, on the CPU."""
-        return safetensors.torch.load_file(self.path / "optimizer.safetensors")
+        with self._noticing_removal():
+            return safetensors.torch.load_file(self.path / "optimizer.safetensors")
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """The tensors of that rank alone, on the CPU; none if ranks did not differ."""
         file = self.path / _RANKS / f"rank_{rank:05d}.safetensors"
         return safetensors.torch.load_file(file) if file.exists() else {}
+
+    @contextmanager
+    def _noticing_removal(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise RemovedCheckpointError(
+                f"checkpoint {self.path} was removed while it was read: take a newer one, or raise checkpoint.keep"
+            ) from None
 
 
 def save(
@@ -75,13 +99,14 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    tokenizer: Path,
+    tokenizer: bytes,
     keep: int,
     ranks: Path | None = None,
 ) -> Path:
     """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest up to it.
 
-    `ranks`: a directory in `parent` of files by rank, which becomes a part of the checkpoint.
+    `tokenizer`: the content of a tokenizer.json. `ranks`: a directory in `parent` of files by rank, which becomes a
+    part of the checkpoint.
 
     Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
@@ -90,14 +115,16 @@ def save(
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(f"step_*{_PARTIAL}"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=stale != partial)
         partial.mkdir()
         safetensors.torch.save_file(_plain(model), partial / "model.safetensors")
         safetensors.torch.save_file(_plain(optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        shutil.copyfile(tokenizer, partial / "tokenizer.json")
+        (partial / "tokenizer.json").write_bytes(tokenizer)
         if ranks is not None:
             ranks.rename(partial / _RANKS)
+        for file in partial.rglob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
+            shutil.copymode(partial / "state.json", file)
         files = {
             str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(partial.rglob("*"))
@@ -112,15 +139,31 @@ def save(
         partial.rename(path)
         _write_latest(path)
         make_durable(parent.parent)
-        for old in [each for each in _by_step(parent) if each <= path][:-keep]:
-            _remove(old)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise HvdlmError(
-            f"cannot write the checkpoint {path}: {_reason(error)}; make room or choose another train.run_dir, "
-            "then resume from the checkpoint before it"
+            f"cannot write the checkpoint {path}: {save_failure(error)} or choose another train.run_dir, then resume "
+            "from the checkpoint before it"
         ) from error
+    for old in [each for each in _by_step(parent) if each <= path][:-keep]:
+        try:
+            _remove(old)
+        except OSError as error:  # files that somebody has open on NFS, a mount: the next save tries again
+            logger.warning("cannot remove the old checkpoint %s: %s", old, _reason(error))
     return path
+
+
+def save_failure(error: OSError | safetensors.SafetensorError) -> str:
+    """`write_failure` of an error of writing tensors; the library tells of the system's as "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return write_failure(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return write_failure(OSError(int(number[1]), os.strerror(int(number[1])))) if number else str(error)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinite number, or None."""
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def versions() -> dict[str, str]:
@@ -144,10 +187,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path)
     parent = directory(path) if directory(path).is_dir() else path
     damaged = None
-    for candidate in _best_first(parent):
+    candidates = _best_first(parent)
+    while candidates:
+        candidate = candidates.pop(0)
         try:
             _verify(candidate)
         except HvdlmError as error:
+            if not candidate.exists():  # a job that saves has removed it meanwhile, and made a newer one
+                candidates = _best_first(parent)
+                continue
             logger.warning("%s; trying the one before it", error)
             damaged = error
             continue

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.data.loader import validation_batches
+from hvdlm.data.loader import Batch, validation_batches
 from hvdlm.data.shard import DataSet
-from hvdlm.errors import JobError
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
-from hvdlm.training.rank_errors import on_all_ranks
+from hvdlm.training.rank_errors import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,58 @@ def evaluate(
     communicator: Communicator,
     micro_batch_size: int,
     limit: int = 0,
-) -> Evaluation:
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks.
 
-    Sums are added in the order of ranks, so all ranks return the same. Collective. Raises JobError if the split
-    is empty or cannot be read.
+    Sums are added in the order of ranks, so all ranks return the same. None if `stop_requested` says so on some rank
+    before the end. After each micro-batch the ranks exchange a message: none waits longer for a slower one.
+    Collective. Raises JobError if the split is empty or cannot be read.
     """
-
-    def own_part() -> tuple[float, int, int]:
-        device = model.output_weight.device
-        loss, correct, count = 0.0, 0, 0
-        length = model.config.context_length
-        for batch in validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit):
-            inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-            documents = document_ids(inputs, data.eos_id) if model.config.document_mask else None
-            sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
-            loss += float(sums.loss_sum)
-            correct += int(sums.correct_count)
-            count += int(sums.target_count)
-        return loss, correct, count
-
+    own = _Sums()
+    length = model.config.context_length
+    batches = validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        parts = communicator.all_gather_object(on_all_ranks(communicator, own_part))
-    model.train(was_training)
+    try:
+        running = 1
+        while running:
+            error, batch = None, None
+            try:
+                batch = next(batches, None)
+            except HvdlmError as failure:
+                error = str(failure)
+            if batch is not None:
+                own.add(model, batch, data.eos_id)
+            flags = torch.tensor([batch is not None, stop_requested(), error is not None], dtype=torch.int32)
+            running, stops, errors = communicator.all_reduce_(flags).tolist()
+            if errors:
+                raise_on_all_ranks(communicator, communicator.all_gather_object(error))
+            if stops:
+                return None
+    finally:
+        model.train(was_training)
+    parts = communicator.all_gather_object((own.loss, own.correct, own.count))
     loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
     if not count:
         raise JobError(f"{data.path} has no validation tokens: prepare it with a larger --validation")
     return Evaluation(loss / count, correct / count, int(count))
+
+
+@dataclass
+class _Sums:
+    """Over the tokens that one rank has predicted."""
+
+    loss: float = 0.0
+    correct: int = 0
+    count: int = 0
+
+    @torch.no_grad()
+    def add(self, model: Transformer, batch: Batch, eos_id: int) -> None:
+        device = model.output_weight.device
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+        documents = document_ids(inputs, eos_id) if model.config.document_mask else None
+        sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
+        self.loss += float(sums.loss_sum)
+        self.correct += int(sums.correct_count)
+        self.count += int(sums.target_count)

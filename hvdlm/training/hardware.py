@@ -6,15 +6,23 @@ import ctypes
 import os
 import resource
 import time
+from collections.abc import Sequence
 
 import psutil
 import torch
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.errors import HvdlmError
+from hvdlm.comm.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
+from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
+from hvdlm.cores import usable_cores
+from hvdlm.errors import JobError
+from hvdlm.training.compile_cache import avoid_unusable_cache
+from hvdlm.training.rank_errors import raise_on_all_ranks
 
 # mallopt's names of settings (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+_MAX_NAMED_RANKS = 4
 
 
 def device_type(wanted: str) -> str:
@@ -23,35 +31,79 @@ def device_type(wanted: str) -> str:
 
 
 def choose_device(wanted: str, communicator: Communicator) -> torch.device:
-    """The device for "auto", "cpu" or "cuda": the GPU with this rank's number on its node, or the CPU.
+    """The device for "auto", "cpu" or "cuda": a GPU, this rank's own where there are as many, or the CPU. Collective.
 
-    Where a node has fewer GPUs than ranks they share them, if the engine sends its messages through the host.
+    Where a node has fewer GPUs than ranks they share them, if the engine sends its messages through the host. Raises
+    JobError on all ranks where only some find a GPU, or where one cannot compute: on CPUs and GPUs ranks would exchange
+    different messages.
     """
-    if device_type(wanted) == "cpu":
+    if wanted == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise HvdlmError("train.device = 'cuda', but PyTorch finds no GPU here: install its CUDA build, or set 'cpu'")
-    gpus, ranks = torch.cuda.device_count(), communicator.local_size
-    if ranks > gpus and communicator.supports("cuda"):
-        raise HvdlmError(
-            f"{ranks} ranks on {communicator.hosts[communicator.rank]} share {gpus} GPUs, which NCCL refuses: "
+    visible = communicator.all_gather_object(visible_gpus())
+    without = [rank for rank, gpus in enumerate(visible) if not gpus]
+    if without and wanted == "auto" and len(without) == communicator.size:
+        return torch.device("cpu")
+    if without:
+        raise JobError(_no_gpu(wanted, communicator, without))
+    shared = shared_gpus(visible)
+    if shared and communicator.supports("cuda"):
+        ranks = next(iter(shared.values()))
+        raise JobError(
+            f"ranks {', '.join(map(str, ranks))} on {communicator.hosts[ranks[0]]} share one GPU, which NCCL refuses: "
             "start one rank a GPU, or set comm.engine = 'mpi'"
         )
-    device = torch.device("cuda", communicator.local_rank % gpus)
-    torch.cuda.set_device(device)
+    device = torch.device("cuda", deal_gpus(visible)[communicator.rank])
+    raise_on_all_ranks(communicator, communicator.all_gather_object(_use_gpu(device)))
+    if communicator.engine == "horovod" and communicator.supports("cuda"):
+        # Where Horovod's thread allocates what it gathers it waits for the default stream, and so for a backward pass
+        # that runs there (horovod/torch/adapter_v2.cc, AllocateOutput)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     return device
+
+
+def _no_gpu(wanted: str, communicator: Communicator, without: Sequence[int]) -> str:
+    if len(without) == communicator.size:
+        return "train.device = 'cuda', but PyTorch finds no GPU here: install its CUDA build, or set 'cpu'"
+    named = ", ".join(f"rank {rank} on {communicator.hosts[rank]}" for rank in without[:_MAX_NAMED_RANKS])
+    more = f" and {len(without) - _MAX_NAMED_RANKS} more" if len(without) > _MAX_NAMED_RANKS else ""
+    return (
+        f"train.device = '{wanted}', and PyTorch finds a GPU on some ranks but none for {named}{more}: see what "
+        "nvidia-smi says there, leave those hosts out, or set train.device = 'cpu'"
+    )
+
+
+def _use_gpu(device: torch.device) -> str | None:
+    """Makes `device` the current one of this thread; returns why it cannot compute, or None."""
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"GPU {device.index} cannot compute: {reason}; see who uses it by nvidia-smi, or leave out this host"
+    return None
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """The UUID of a GPU, by which ranks find out whether they share it."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def share_cores(wanted: int, communicator: Communicator) -> int:
     """Sets and returns the CPU threads: `wanted` if above 0, else OMP_NUM_THREADS, else this rank's share of its cores.
 
-    Ranks that a launcher has bound to different cores do not share them. Collective.
+    Ranks that a launcher has bound to different cores do not share them; a CPU quota that allows fewer is shared by all
+    ranks of a host. Rank 0 warns where a launcher or OpenMP leaves cores of a host without work. Collective.
     """
-    own = (communicator.hosts[communicator.rank], sorted(os.sched_getaffinity(0)))
+    remark, bound_by = drop_unchosen_threads(os.environ), release_cores(os.environ)
+    cores, usable = sorted(os.sched_getaffinity(0)), usable_cores()
+    own = (communicator.hosts[communicator.rank], cores)
     sharing = communicator.all_gather_object(own).count(own)
-    share = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else max(1, len(own[1]) // sharing)
+    if usable < len(cores):
+        sharing = communicator.local_size
+    share = torch.get_num_threads() if os.environ.get("OMP_NUM_THREADS") else max(1, usable // sharing)
     threads = wanted or share
     torch.set_num_threads(threads)
+    warn_of_bindings(communicator, bound_by, remark)
     return threads
 
 
@@ -76,6 +128,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def libraries_bytes() -> int:
     """Host memory that this process holds before it has a model, with all libraries loaded that training loads."""
+    avoid_unusable_cache()
     weight = torch.zeros(1)
     weight.grad = torch.zeros(1)
     torch.optim.AdamW([weight], fused=True).step()  # imports further libraries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,41 @@ from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint, evaluation
+from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.replicas import broadcast_tensors
 
+# How often a newer checkpoint is looked for, while a job removes old ones
+_TRIES = 5
+
 
 def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) -> int:
     """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines."""
-    with job(engine, timeout=300, config_digest=str((path, data_path, micro_batch_size))) as communicator:
+    digest = hashlib.sha256(repr((str(path), str(data_path), micro_batch_size)).encode()).hexdigest()
+    with job(engine, timeout=300, config_digest=digest) as communicator:
         if micro_batch_size < 1:
             raise JobError(f"--micro-batch-size {micro_batch_size}: give 1 or more")
         data = on_all_ranks(communicator, lambda: DataSet(data_path))
+        check_data_matches(communicator, data)
         state = on_rank_0(communicator, lambda: _open_for(data, path))
         config = Config.model_validate(state["config"])
         device = choose_device("auto", communicator)
+        check_devices_match(communicator, device)
         share_cores(0, communicator)
         model = _load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
-        result = evaluation.evaluate(model, data, communicator, micro_batch_size)
+        with out_of_memory_errors("lower --micro-batch-size"):
+            result = evaluation.evaluate(model, data, communicator, micro_batch_size)
+        assert result is not None  # nobody asks it to stop
+        if not math.isfinite(result.loss):
+            raise JobError(
+                f"the validation loss of {state['path']} is {result.loss}: its numbers overflow in "
+                f"{config.train.precision}, or the model has diverged; take an earlier checkpoint"
+            )
         baselines = on_rank_0(communicator, lambda: ngram_baselines(data))
         if communicator.rank == 0:
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
@@ -61,13 +77,30 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
 
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
     """Prints a continuation of `prompt`; an empty prompt begins a new document."""
-    state = checkpoint.open_state(path)
-    tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
-    model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+    model, tokenizer = _open_newest(path)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise HvdlmError(f"--prompt is not UTF-8: {prompt!r}") from None  # bytes that Python could not decode
     ids = torch.tensor(tokenizer.encode(prompt) or [tokenizer.eos_id])
-    ids = continue_prompt(model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id)
+    ids = continue_prompt(
+        model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id, vocab_size=tokenizer.vocab_size
+    )
     print(tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eos_id]))
     return 0
+
+
+def _open_newest(path: Path) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint; of a newer one, where a job that trains removes it meanwhile."""
+    for _ in range(_TRIES):
+        state = checkpoint.open_state(path)
+        try:
+            model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+            return model, Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+        except HvdlmError:
+            if Path(state["path"]).exists():
+                raise
+    raise HvdlmError(f"checkpoints of {path} are removed faster than they can be read: raise checkpoint.keep")
 
 
 def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
@@ -80,10 +113,19 @@ def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
 
 
 def _load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
-    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others."""
+    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others.
+
+    Raises HvdlmError, JobError with a communicator, if its weights are of no use.
+    """
     model = Transformer(config, state["vocab_size"])
-    if communicator is None or communicator.rank == 0:
-        model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
-    if communicator is not None:
+
+    def read() -> None:
+        if communicator is None or communicator.rank == 0:
+            model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+
+    if communicator is None:
+        read()
+    else:
+        on_all_ranks(communicator, read)
         broadcast_tensors(communicator, model.parameters())
     return model.eval()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.failure import LostRankError
-from hvdlm.comm.launch import check_ranks_match, connect
+from hvdlm.comm.failure import LostRankError, say
+from hvdlm.comm.launch import connect, detect
+from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
 
@@ -20,14 +23,19 @@ logger = logging.getLogger(__name__)
 # Seconds in which all ranks that have lost another can print that, before the first of them ends the job.
 _SECONDS_TO_PRINT = 1.0
 
+# Seconds within which ranks reach an error that all of them raise; after that a rank has raised it alone.
+_SECONDS_TO_AGREE = 3.0
+
 
 @contextmanager
 def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicator]:
     """The communicator of this job: `connect(engine, timeout)`, once `check_ranks_match` has passed.
 
     An error that all ranks raise together (JobError) is printed by rank 0, and all ranks shut down. One that a rank
-    raises alone is printed by that rank, which then aborts the job: the others may be waiting for it for ever.
+    raises alone is printed by that rank, which then aborts the job: the others may be waiting for it for ever. A
+    JobError that not all ranks raise is treated so too, by the lowest rank that has raised it.
     """
+    refuse_ranks_that_seem_alone(detect(os.environ))
     communicator = connect(engine, timeout)
     where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
     reporter = None
@@ -39,22 +47,52 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
         reporter.close()
         communicator.close()
     except JobError as error:
-        if communicator.rank == 0:
-            logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
-        communicator.barrier()  # rank 0 has printed the error before another rank's exit makes the launcher end rank 0
-        communicator.close()
-        raise SystemExit(1) from None
+        _end_by_job_error(communicator, reporter, error)
     except LostRankError as error:
         missing = f"; {reporter.report()}" if reporter else ""
-        print(f"hvdlm: error: {error}{missing}", file=sys.stderr, flush=True)
+        say(f"hvdlm: error: {error}{missing}")
         time.sleep(_SECONDS_TO_PRINT)
         communicator.abort(f"hvdlm: {where} ends the job")
     except HvdlmError as error:
         if communicator.size == 1:
             raise
         logger.debug("where the error arose", exc_info=True)
-        communicator.abort(f"hvdlm: error: {where}: {error}")
+        _end_all(communicator, reporter, f"hvdlm: error: {where}: {error}")
     except Exception:
         if communicator.size == 1:
             raise
-        communicator.abort(f"rank {communicator.rank} met a bug in hvdlm:\n{traceback.format_exc()}")
+        _end_all(communicator, reporter, f"rank {communicator.rank} met a bug in hvdlm:\n{traceback.format_exc()}")
+
+
+def _end_by_job_error(communicator: Communicator, reporter: MissingRankReporter | None, error: JobError) -> NoReturn:
+    """Ends this rank with status 1, after the error has been printed once; and the others, if they have not raised it.
+
+    That is found out by the reporter's connections: a rank that has not raised it is in the middle of a collective
+    operation, which the messages of another would spoil.
+    """
+    if communicator.rank == 0:
+        logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+    if reporter is not None:  # without it the error comes from the comparison of all ranks, which all have made
+        if communicator.rank == 0:
+            if not reporter.have_all_failed(_SECONDS_TO_AGREE):
+                _end_all(communicator, reporter, "")
+        else:
+            is_shared = reporter.has_rank_0_seen_all_fail(_SECONDS_TO_AGREE)
+            if is_shared is None:
+                os._exit(1)
+            if not is_shared:
+                where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+                _end_all(communicator, reporter, f"hvdlm: error: {where}: {error}")
+    communicator.barrier()  # rank 0 has printed the error before another rank's exit makes the launcher end rank 0
+    if reporter is not None:
+        reporter.close()
+    communicator.close()
+    raise SystemExit(1) from None
+
+
+def _end_all(communicator: Communicator, reporter: MissingRankReporter | None, reason: str) -> NoReturn:
+    """Prints `reason`, unless it is empty, and ends all ranks with status 1."""
+    say(reason)
+    if reporter is not None:
+        reporter.end_others()
+    communicator.abort("")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.training.console import View
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -18,11 +21,18 @@ class MetricsLog:
     def __init__(self, run_dir: Path, start: int, view: View) -> None:
         """`start`: the step a resumed run goes on from; later lines, of steps that are run again, are dropped."""
         self._path = run_dir / "metrics.jsonl"
-        if self._path.exists():
-            _drop_after(self._path, start)
-        # Unbuffered: close() must not raise the error of a full disk again
-        self._file = self._path.open("ab", buffering=0)
         self._view = view
+        try:
+            kept = _drop_after(self._path, start) if self._path.exists() else []
+            # Unbuffered: close() must not raise the error of a full disk again
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._write_error(write_failure(error)) from error
+        self._validated = {record["step"] for record in kept if record["kind"] == "eval"}
+
+    def is_validated(self, step: int) -> bool:
+        """Whether there is a validation loss of a step."""
+        return step in self._validated
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none."""
@@ -31,19 +41,22 @@ class MetricsLog:
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise self._write_error(error.strerror) from error
+            raise self._write_error(write_failure(error)) from error
         if written != len(line):
-            raise self._write_error("only a part of the line fits")
+            raise self._write_error("only a part of the line fits; make room")
         self._view.show(record)
 
-    def _write_error(self, reason: str | None) -> HvdlmError:
-        return HvdlmError(f"cannot write {self._path}: {reason}; make room, then go on with --resume latest")
+    def _write_error(self, reason: str) -> HvdlmError:
+        return HvdlmError(f"cannot write {self._path}: {reason}, then go on with --resume latest")
 
     def close(self) -> None:
-        """Makes the file durable and ends the view."""
+        """Makes the file durable and ends the view. A failure is a warning: every line has been written before."""
         self._view.close()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            logger.warning("%s may be lost if this machine crashes now: %s", self._path, error.strerror)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -61,8 +74,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leaves only the records up to a step in the file, and returns them."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
+    return kept

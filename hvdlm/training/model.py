@@ -11,13 +11,27 @@ import torch
 
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.loss import token_loss
+from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.training.compile_cache import (
+    avoid_precompiled_headers,
+    avoid_unusable_cache,
+    check_compile_cache,
+    try_compiler,
+)
 from hvdlm.training.precision import DTYPES
 
 
 def check_compiler(config: Config, device: torch.device) -> None:
-    """Raises HvdlmError where blocks are to be compiled for the CPU and this host lacks what that takes."""
-    if not config.train.compile or device.type != "cpu":
+    """Raises HvdlmError where blocks are to be compiled and this host lacks what that takes.
+
+    That is a cache in which code can be written and executed, and for the CPU a compiler that works.
+    """
+    if not config.train.compile:
+        avoid_unusable_cache()
+        return
+    if device.type != "cpu":
+        check_compile_cache()
         return
     compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -34,10 +48,50 @@ def check_compiler(config: Config, device: torch.device) -> None:
             f"train.compile finds no {' and no '.join(missing)}: install them (Debian, Ubuntu: g++ and python3-dev), "
             "name another compiler in CXX, or set train.compile = false"
         )
+    try_compiler(compiler, check_compile_cache())
+    avoid_precompiled_headers()
+
+
+def check_deterministic(config: Config, device: torch.device) -> None:
+    """Raises HvdlmError where `train.deterministic` is set and PyTorch has no such kernel for a part of this model.
+
+    A step of a small model of the same kind is tried: which kernels there are depends on PyTorch, device and precision.
+    """
+    if not config.train.deterministic:
+        return
+    width = 16 * config.model.heads
+    small = {"layers": 1, "width": width, "mlp_width": width, "context_length": 32}
+    train = config.train.model_copy(update={"compile": False})
+    model_section = config.model.model_copy(update=small)
+    model = make_model(config.model_copy(update={"model": model_section, "train": train}), 64, device)
+    tokens = torch.arange(32, device=device)[None]
+    documents = document_ids(tokens, 16) if config.model.document_mask else None
+    try:
+        token_loss(model(tokens, documents), model.output_weight, tokens, model.dtype).backward()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).strip().partition(", but you set")[0].partition("\n")[0]
+        raise HvdlmError(
+            f"train.deterministic = true, but not on {device.type} with this PyTorch: {reason}; set it to false, or "
+            "change the setting of [model] or train.precision that needs this kernel"
+        ) from error
+
+
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Makes PyTorch, torch.compile and cuBLAS use only kernels that give the same bits each time, or any. Call it
+    before the first matrix product on a GPU: cuBLAS reads its variable then.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read none
+    if wanted != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted)
 
 
 def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
     """The same model on every rank. Blocks are compiled at their first use."""
+    use_deterministic_kernels(config.train.deterministic)
     model = Transformer(config.model, vocab_size)
     model.initialise(config.train.seed)
     model.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from hvdlm.config import OptimizerSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Parameters whose square roots of second moments a frozen step holds at once
+_RUN_BYTES = 32 * 2**20
 
 
 class FrozenVarianceAdamW(torch.optim.AdamW):
@@ -40,19 +43,33 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
             super().step(closure)
             return
         for group in self.param_groups:
-            self._frozen_step(group)
+            for parameters in _runs(group["params"]):
+                self._frozen_step(parameters, group)
 
-    def _frozen_step(self, group: dict[str, Any]) -> None:
-        parameters, (beta1, beta2), rate = group["params"], group["betas"], group["lr"]
+    def _frozen_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        (beta1, beta2), rate = group["betas"], group["lr"]
         states = [self.state[parameter] for parameter in parameters]
         first = [state["exp_avg"] for state in states]
         scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
         torch._foreach_div_(scales, (1 - beta2**self._freeze_variance_after) ** 0.5)
         torch._foreach_add_(scales, group["eps"])
         torch._foreach_add_([state["step"] for state in states], 1)
-        torch._foreach_lerp_(first, [parameter.grad for parameter in parameters], 1 - beta1)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         torch._foreach_addcdiv_(parameters, first, scales, -rate / (1 - beta1**self._steps))
+
+
+def _runs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in their order, of which as many at once as together have `_RUN_BYTES`, or one that has more."""
+    run: list[Tensor] = []
+    for parameter in parameters:
+        if run and sum(each.nbytes for each in run) + parameter.nbytes > _RUN_BYTES:
+            yield run
+            run = []
+        run.append(parameter)
+    if run:
+        yield run
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:

@@ -9,6 +9,7 @@ from hvdlm.config import Precision
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _GROWTH_INTERVAL = 1000
+_LEAST = 1.0
 
 
 class LossScale:
@@ -23,12 +24,17 @@ class LossScale:
         self.factor = 2.0**16 if self.is_dynamic else 1.0
         self._good_steps = 0
 
+    @property
+    def is_least(self) -> bool:
+        """Whether it can be halved no more."""
+        return self.factor <= _LEAST
+
     def update(self, overflowed: bool) -> float:
         """Learns of one step, every rank the same, and returns by what the factor has been multiplied."""
         before = self.factor
         self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:
-            self.factor = max(1.0, self.factor / 2)
+            self.factor = max(_LEAST, self.factor / 2)
         elif self.is_dynamic and self._good_steps % _GROWTH_INTERVAL == 0:
             self.factor *= 2
         return self.factor / before

@@ -1,26 +1,28 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C become a request to stop, which the trainer obeys after the current step."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C become a request to stop, which the trainer obeys after the current step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-# SIGUSR1 is the one that launchers pass on to their ranks without killing them.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# SIGUSR1 is the one that launchers pass on to their ranks without killing them; SIGHUP comes when a terminal is closed.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Preemption:
-    """While entered, `requested` becomes True at the first SIGTERM, SIGINT or SIGUSR1 instead of ending the process.
+    """While entered, `requested` becomes True at the first of these signals instead of ending the process.
 
-    If a stop was requested, these signals are ignored after the block: launchers send them again while ranks exit, and
-    Python would restore its own handlers on the way out, by which they kill.
+    A SIGHUP that was ignored at the start, as nohup does, stays ignored. If a stop was requested, these signals are
+    ignored after the block: launchers send them again while ranks exit, and Python would restore its own handlers on
+    the way out, by which they kill.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Preemption:
-        self._previous = {number: signal.signal(number, self._request) for number in _SIGNALS}
+        numbers = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
     def __exit__(

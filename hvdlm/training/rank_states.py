@@ -6,7 +6,8 @@ Only rank 0 reads and writes files, since hosts need not share a file system.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.errors import HvdlmError
-from hvdlm.training.checkpoint import Checkpoint
-from hvdlm.training.rank_errors import on_all_ranks
+from hvdlm.training.checkpoint import Checkpoint, save_failure
+from hvdlm.training.rank_errors import on_rank_0
 
 
 def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], parent: Path) -> Path | None:
@@ -28,25 +29,18 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
     if not own:
         return None
     directory = parent / "ranks.partial"
-    failure: HvdlmError | None = None
+
+    def begin() -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+
+    _on_rank_0(communicator, directory, begin)
     for rank in range(communicator.size):
         tensors = {name: _move(communicator, tensor, rank, 0) for name, tensor in own.items()}
-        if communicator.rank == 0 and failure is None:
-            try:
-                if rank == 0:
-                    shutil.rmtree(directory, ignore_errors=True)
-                    directory.mkdir(parents=True)
-                plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-                safetensors.torch.save_file(plain, directory / f"rank_{rank:05d}.safetensors")
-            except (OSError, safetensors.SafetensorError) as error:
-                # the others continue to send; they learn of the error when all have sent
-                failure = HvdlmError(f"cannot write {directory}: {error}; make room, then go on with --resume latest")
-
-    def raise_failure() -> None:
-        if failure is not None:
-            raise failure
-
-    on_all_ranks(communicator, raise_failure)
+        communicator.arrival(next(iter(own.values())).device).wait()  # for a rank that has died, with a deadline
+        plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        write = partial(safetensors.torch.save_file, plain, directory / f"rank_{rank:05d}.safetensors")
+        _on_rank_0(communicator, directory, write)
     return directory
 
 
@@ -61,22 +55,42 @@ def scatter_from_checkpoint(
     """
     if old_size == communicator.size:
         for rank in range(communicator.size):
-            saved = source.rank_state(rank) if source is not None else {}
+            saved = _read(communicator, source, rank)
             for name, tensor in own.items():
                 moved = _move(communicator, saved.get(name, tensor).to(tensor.device), 0, rank)
                 if communicator.rank == rank:
                     tensor.copy_(moved)
         return
-    if source is not None:
-        sums: dict[str, Tensor] = {}
-        for rank in range(old_size):
-            saved = source.rank_state(rank)
-            for name in own.keys() & saved.keys():
-                sums[name] = sums[name] + saved[name] if name in sums else saved[name]
-        for name, total in sums.items():
-            own[name].copy_(total / communicator.size)
+    sums: dict[str, Tensor] = {}
+    for rank in range(old_size):
+        saved = _read(communicator, source, rank)
+        for name in own.keys() & saved.keys():
+            sums[name] = sums[name] + saved[name] if name in sums else saved[name]
+    for name, total in sums.items():
+        own[name].copy_(total / communicator.size)
     for tensor in own.values():
         communicator.broadcast_(tensor)
+
+
+def _read(communicator: Communicator, source: Checkpoint | None, rank: int) -> dict[str, Tensor]:
+    """What a checkpoint holds of a rank; on rank 0, and nothing on the others. Collective."""
+    saved: dict[str, Tensor] = {}
+    on_rank_0(communicator, lambda: saved.update(source.rank_state(rank) if source else {}))
+    return saved
+
+
+def _on_rank_0(communicator: Communicator, directory: Path, write: Callable[[], None]) -> None:
+    """Writes on rank 0, for which the others wait however slow its disk is. Collective."""
+
+    def try_to_write() -> None:
+        try:
+            write()
+        except (OSError, safetensors.SafetensorError) as error:
+            raise HvdlmError(
+                f"cannot write {directory}: {save_failure(error)}, then go on with --resume latest"
+            ) from error
+
+    on_rank_0(communicator, try_to_write)
 
 
 def _move(communicator: Communicator, tensor: Tensor, source: int, destination: int) -> Tensor:

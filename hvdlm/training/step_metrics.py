@@ -11,7 +11,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Precision
 from hvdlm.gradients.sync import Traffic
 from hvdlm.timing import StepTimer
-from hvdlm.training.hardware import peak_memory_bytes
+from hvdlm.training.hardware import gpu_uuid, peak_memory_bytes
 from hvdlm.training.peak import peak_flops
 
 
@@ -72,10 +72,9 @@ class StepMetrics:
         }
 
     def _own_peak(self) -> float | None:
-        sharing = 1
-        if self._device.type == "cuda":  # as choose_device deals ranks to GPUs
-            gpus = torch.cuda.device_count()
-            sharing = len(range(self._communicator.local_rank % gpus, self._communicator.local_size, gpus))
+        """Collective."""
+        own = gpu_uuid(self._device) if self._device.type == "cuda" else None
+        sharing = self._communicator.all_gather_object(own).count(own) if own is not None else 1
         return peak_flops(self._device, self._precision, sharing)
 
 

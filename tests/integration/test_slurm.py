@@ -236,7 +236,9 @@ def test_a_job_that_is_there_is_not_overwritten_and_can_be_submitted_again(
     refused = queue.command(*words)
     assert refused.status == 1
     assert f"{job} exists: submit the job in it by `sbatch {job}/job.sh`" in refused.output
-    accepted = queue.run(*words, "--output", str(tmp_path / "other"))
+    # As inside another job: with both of the first, srun ends; with the third it binds all ranks to one core
+    inside = ["SLURM_MEM_PER_CPU=100", "SLURM_MEM_PER_NODE=200", "SLURM_CPU_BIND=mask_cpu:0x1", "PMIX_RANK=0"]
+    accepted = queue.run("env", *inside, *words, "--launcher", "srun", "--output", str(tmp_path / "other"))
     number = accepted.partition("submitted as job ")[2].partition(";")[0]
     assert queue.wait(number)["JobState"] == "COMPLETED", log(tmp_path / "other", number)
     again = queue.sbatch(job)

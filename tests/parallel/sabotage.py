@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import hvdlm
 from hvdlm.cli import main
+from hvdlm.errors import JobError
 from hvdlm.training.trainer import Trainer
 
 
@@ -34,6 +36,15 @@ def diverging_parameter() -> None:
     Trainer._update = update_wrongly  # type: ignore[method-assign]
 
 
+def own_error() -> None:
+    """An error that all ranks raise at one place, raised by one."""
+
+    def update_never(self: Trainer, rate: float) -> None:
+        raise JobError("the gradient norm is nan at step 1: lower optimizer.lr")
+
+    Trainer._update = update_never  # type: ignore[method-assign]
+
+
 def bug() -> None:
     def update_never(self: Trainer, rate: float) -> None:
         raise ZeroDivisionError("a bug for the test")
@@ -45,10 +56,10 @@ def stopped() -> None:
     """Stops, as a debugger or a suspended machine would, in the middle of a backward pass."""
     forward = Trainer._forward
 
-    def stopping_forward(self: Trainer, inputs: Tensor, targets: Tensor) -> Tensor:
+    def stopping_forward(self: Trainer, *arguments: Any) -> Tensor:
         if self.step == 12:
             self.model.final_norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
-        return forward(self, inputs, targets)
+        return forward(self, *arguments)
 
     Trainer._forward = stopping_forward  # type: ignore[method-assign]
 

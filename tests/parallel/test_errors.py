@@ -56,13 +56,13 @@ def test_flipped_byte_in_a_shard(own_data: Path, tmp_path: Path) -> None:
     Every rank of a launched job says nothing more and exits; the other tests of what all ranks find out together use
     ranks of the pool.
     """
-    file = own_data / "shard_00004.h5"
+    file = own_data / "shard_00005.h5"
     offset, size = chunk_of_middle(file)
     content = bytearray(file.read_bytes())
     content[offset + size // 2] ^= 0xFF
     file.write_bytes(content)
     with start_training("mpirun", 2, own_data, tmp_path / "run", train__steps=2000) as job:
-        assert_said_once(job.finish(deadline=120), "shard_00004.h5", "chunk", "rank 1")
+        assert_said_once(job.finish(deadline=120), "shard_00005.h5", "chunk", "rank 1")
 
 
 def test_truncated_shard(ranks: Ranks, own_data: Path, tmp_path: Path) -> None:
@@ -181,6 +181,39 @@ def test_resuming_what_is_not_there(ranks: Ranks, small_data: Path, tmp_path: Pa
 def test_vocabulary_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     result = ranks.train(2, small_data, tmp_path / "run", model__vocab_size=100)
     assert_said_once(result, "model.vocab_size = 100 is less than the 257")
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"train__precision": "fp16"}, "fp16 gradients overflow at step 18 even with the least loss scale, 1"),
+        ({"train__precision": "fp16", "train__steps": 2}, "the validation loss is"),
+        ({"train__precision": "fp32", "train__steps": 1}, "the validation loss is"),
+    ],
+)
+def test_a_run_that_diverges_in_its_first_step(
+    settings: dict[str, object], part: str, ranks: Ranks, small_data: Path, tmp_path: Path
+) -> None:
+    """Weights become 1e30, which is finite. It takes 17 overflows from loss scale 65,536 to 1 and beyond."""
+    settings |= {"optimizer__lr": 1e30, "optimizer__warmup_steps": 0}
+    assert_said_once(ranks.train(2, small_data, tmp_path / "run", **settings), part, "optimizer.lr")
+
+
+def test_weights_that_are_not_finite_are_not_saved(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """A rate that overflows fp32 itself makes them infinite in the one step that there is."""
+    settings = {"optimizer__lr": 1e39, "optimizer__warmup_steps": 0, "train__steps": 1}
+    result = ranks.train(2, small_data, tmp_path / "run", **settings)
+    assert_said_once(result, "holds NaN or infinite numbers after step 1, which is not saved", "optimizer.lr")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_no_loss_scale_helps(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Every step overflows: 16 halvings bring the loss scale from 65,536 to 1."""
+    steps = range(1, 31)
+    result = ranks.train(2, small_data, tmp_path / "run", overflow_at=steps, train__steps=30, train__precision="fp16")
+    assert_said_once(
+        result, "fp16 gradients overflow at step 17 even with the least loss scale, 1: set train.precision"
+    )
 
 
 def test_divergence(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 import codecs_body
 import communicator_body
 import gradients_body
+import mpi_body
 import pytest
 import ring_body
 import training_body
@@ -42,6 +43,7 @@ CASES = [
             *groups("horovod", OVER_MPI, [1, 2, 3]),
         ],
     ),
+    *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
         ring_body,
         [*groups("solo", "none", [1]), *groups("mpi", "mpirun", [2, 3, 4]), *groups("torch", "mpirun", [3])],
@@ -69,9 +71,8 @@ CASES = [
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
 ]
 
-# One pool after the other, so that each starts once, and large groups first: torch.distributed names a new group by how
-# many its ranks have made before, so a group whose ranks differ in that cannot be split any more.
-CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool, -case.group.size))
+# One pool after the other, so that each starts once.
+CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.pool))
 
 
 def marks(case: Case) -> list[pytest.MarkDecorator]:

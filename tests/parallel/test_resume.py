@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import h5py
 import pytest
 from jobs import Ranks, assert_same_curve, losses, records, start_training
 from launcher import Job
@@ -167,3 +168,93 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(ranks: Ranks, sm
     assert result.status == 0, result.output
     assert "all 50 steps are done: nothing to train" in result.output
     assert (run_dir / "metrics.jsonl").read_text(encoding="utf-8") == before  # a finished run is not changed
+
+
+# ---- what is done is saved before anything else may fail
+
+# A validation of some seconds, so that there is time to end it
+LONG_VALIDATION = {"train__evaluate_sequences": 0, "train__micro_batch_size": 1, "train__steps": 3}
+LONG_VALIDATION |= {"optimizer__warmup_steps": 0}
+
+
+def wait_for_validation(job: Job, run_dir: Path) -> None:
+    """Until the last step is saved, after which a validation begins."""
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "latest").exists():
+        assert job.process.poll() is None and time.monotonic() < deadline, "the job ended or saved nothing"
+        time.sleep(0.01)
+
+
+def test_killed_in_the_last_validation(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Nothing that was trained is lost, and the validation is made up for."""
+    run_dir = tmp_path / "run"
+    with start_training("none", 1, small_data, run_dir, **LONG_VALIDATION) as job:
+        wait_for_validation(job, run_dir)
+        job.process.kill()
+        job.finish(deadline=60)
+    assert not records(run_dir, "eval")
+    settings = {**LONG_VALIDATION, "train__evaluate_sequences": 8}
+    result = ranks.train(2, small_data, run_dir, "--resume", "latest", **settings)
+    assert result.status == 0, result.output
+    assert [record["step"] for record in records(run_dir, "eval")] == [3]
+    assert sorted(losses(run_dir)) == [1, 2, 3]
+
+
+def test_asked_to_stop_in_a_validation(small_data: Path, tmp_path: Path) -> None:
+    """It is broken off; on the way there all ranks have saved the step before it."""
+    run_dir = tmp_path / "run"
+    with start_training("mpirun", 2, small_data, run_dir, **LONG_VALIDATION) as job:
+        wait_for_validation(job, run_dir)
+        job.ranks()[1].send_signal(signal.SIGUSR1)
+        result = job.finish(deadline=60)
+    assert result.status == 75, result.output
+    assert not records(run_dir, "eval")
+    assert (run_dir / "checkpoints" / "step_00000003" / "manifest.json").exists()
+
+
+def test_data_that_moves_while_a_job_runs(small_data: Path, tmp_path: Path) -> None:
+    """What has been trained is saved, and the sentence names what cannot be read: here the validation split."""
+    data, run_dir = Path(shutil.copytree(small_data, tmp_path / "data")), tmp_path / "run"
+    with start_training("none", 1, data, run_dir, train__steps=200) as job:
+        wait_for_step(job, run_dir, 20)
+        data.rename(tmp_path / "moved")
+        result = job.finish(deadline=60)
+    assert result.status == 1, result.output
+    (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    assert f"{data}/val/shard_00000.h5" in said and "No such file" in said
+    assert (run_dir / "checkpoints" / "step_00000200" / "manifest.json").exists()
+
+
+def test_a_shard_that_breaks_in_mid_run_costs_no_step(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    data, run_dir = Path(shutil.copytree(small_data, tmp_path / "data")), tmp_path / "run"
+    with h5py.File(data / "shard_00003.h5") as shard:  # its last chunk, which few sequences are in
+        info = shard["tokens"].id.get_chunk_info(shard["tokens"].id.get_num_chunks() - 1)
+    with (data / "shard_00003.h5").open("r+b") as file:
+        file.seek(info.byte_offset + 9)
+        flipped = bytes([file.read(1)[0] ^ 1])
+        file.seek(info.byte_offset + 9)
+        file.write(flipped)
+    result = ranks.train(2, data, run_dir, train__steps=2000, train__global_batch_size=2)
+    assert result.status == 1, result.output
+    done = max(losses(run_dir))
+    assert done > 1
+    (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    assert "shard_00003.h5" in said and f"step {done} was saved: go on with --resume latest" in said
+    assert (run_dir / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
+
+
+def test_fewer_steps_than_are_done(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """The run is done, which is no reason to begin it again."""
+    assert ranks.train(2, small_data, tmp_path / "run", train__steps=8).status == 0
+    result = ranks.train(2, small_data, tmp_path / "run", "--resume", "latest", train__steps=6)
+    assert result.status == 0, result.output
+    assert "all 6 steps are done: nothing to train" in result.output
+    assert "stopped" not in result.output
+
+
+def test_a_picture_that_cannot_be_written(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+    result = ranks.train(1, small_data, tmp_path / "run", train__steps=5)
+    assert result.status == 0, result.output
+    assert f"hvdlm: warning: cannot draw {tmp_path / 'run' / 'loss.png'}: " in result.output
+    assert "Traceback" not in result.output

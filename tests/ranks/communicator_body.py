@@ -6,6 +6,7 @@ Expected values are worked out here from integers that add exactly in every dtyp
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
@@ -107,6 +108,37 @@ def check_all_gather(comm: Communicator) -> None:
                     same(part, expected)
 
 
+def check_all_to_all(comm: Communicator) -> None:
+    """Rank r sends `rows(r, s)` rows to rank s: as many to all, unequal, empty for some, and none at all."""
+    layouts: list[Callable[[int, int], int]] = [
+        lambda source, target: 3,
+        lambda source, target: 1 + 2 * source + target,
+        lambda source, target: source * target,  # rank 0 sends and receives nothing
+        lambda source, target: 70_000 if source != target else 5,  # several messages on engine mpi
+        lambda source, target: 2 * int(target == comm.size - 1),
+        lambda source, target: 0,
+    ]
+    everyone = range(comm.size)
+    kinds = [(torch.float32, rows, shape) for rows in layouts for shape in ((), (3,), (2, 0))]
+    kinds += [(dtype, layouts[1], (3,)) for dtype in DTYPES]  # parts that begin anywhere
+    for dtype, rows, row_shape in kinds:
+        parts = [values(comm.rank, (rows(comm.rank, r), *row_shape), dtype, salt=r) for r in everyone]
+        lengths = [rows(source, comm.rank) for source in everyone]
+        for known in (None, lengths):
+            received = comm.all_to_all_async(parts, known).wait()
+            assert len(received) == comm.size
+            for source, part in enumerate(received):
+                same(part, values(source, (lengths[source], *row_shape), dtype, salt=comm.rank))
+    # of no dimension, strided, and several under way
+    scalars = [torch.tensor(10 * comm.rank + target) for target in everyone]
+    assert [int(each) for each in comm.all_to_all(scalars)] == [10 * source + comm.rank for source in everyone]
+    columns = values(comm.rank, (5, comm.size), torch.float32)
+    works = [comm.all_to_all_async(list(columns.t()), [5] * comm.size) for _ in range(3)]
+    for work in reversed(works):
+        for source, part in enumerate(work.wait()):
+            same(part, values(source, (5, comm.size), torch.float32)[:, comm.rank])
+
+
 def check_broadcast(comm: Communicator) -> None:
     for dtype in DTYPES:
         for shape in SHAPES:
@@ -185,10 +217,37 @@ def check_split(comm: Communicator) -> None:
         sent = group.send_async(torch.tensor([comm.rank]), peer)
         assert group.receive_(torch.zeros(1, dtype=torch.int64), peer).item() == members[peer]
         sent.wait()
+    swapped = group.all_to_all([torch.tensor([10 * comm.rank + member]) for member in members])
+    assert [int(each) for each in swapped] == [10 * member + comm.rank for member in members]
     comm.barrier()
     again = comm.split(color=0, key=comm.rank)
     assert (again.size, again.rank) == (comm.size, comm.rank)
     assert again.all_gather_object(comm.rank) == list(range(comm.size))
+
+
+@check(sizes=[2, 3, 4], engines=["mpi", "torch"])
+def check_groups_of_ranks_that_have_made_unlike_numbers_of_groups(comm: Communicator) -> None:
+    alone = comm.split(color=int(comm.rank > 0), key=comm.rank)
+    if comm.rank == 0:
+        for _ in range(3):
+            alone.split(0, 0)
+    for _ in range(2):
+        group = comm.split(color=0, key=-comm.rank)
+        assert group.all_gather_object(comm.rank) == list(reversed(range(comm.size)))
+
+
+@check(engines=["mpi", "torch", "solo"])
+def check_closing_with_groups(comm: Communicator) -> None:
+    """Groups of groups, some closed before: the rest are closed with the whole, and nothing else is."""
+    own = comm.split(0, comm.rank)
+    pairs = own.split(own.rank // 2, own.rank)
+    odd = own.split(own.rank % 2, -own.rank)
+    inner = odd.split(0, odd.rank)
+    same(inner.all_reduce_(torch.ones(1)), torch.full((1,), float(odd.size)))
+    pairs.close()
+    own.close()
+    own.close()
+    same(comm.all_reduce_(torch.ones(2)), torch.full((2,), float(comm.size)))
 
 
 @check(engines=["horovod"])
@@ -209,6 +268,9 @@ def check_mistakes(comm: Communicator) -> None:
         (lambda: comm.broadcast_(torch.zeros(2), root=comm.size), ValueError),
         (lambda: comm.send(torch.zeros(2), comm.rank), ValueError),
         (lambda: comm.all_gather_v(torch.zeros(2), [5] * comm.size), ValueError),
+        (lambda: comm.all_to_all([torch.zeros(2)] * (comm.size + 1)), ValueError),
+        (lambda: comm.all_to_all([torch.zeros(2)] * comm.size, [5] * comm.size), ValueError),
+        (lambda: comm.all_to_all([torch.zeros(2, 1 + rank) for rank in range(2)] * 2), ValueError),
     ):
         try:
             mistake()

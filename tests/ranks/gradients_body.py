@@ -71,6 +71,22 @@ def check_joined_batch(comm: Communicator, algorithm: str) -> None:
             assert torch.allclose(sync.norm(), norm, rtol=1e-5)
 
 
+def check_norm(comm: Communicator, algorithm: str) -> None:
+    """Equal on all ranks, bit for bit, even where their buckets are not; each looks at its own part alone."""
+    model = make_model()
+    sync = make_sync(model, comm, algorithm)
+    backward_pass(model, sync)
+    expected = torch.cat([bucket.buffer for bucket in sync.buckets]).norm()
+    for bucket in sync.buckets:
+        parts = bucket.buffer.tensor_split(comm.size)
+        for rank, part in enumerate(parts):
+            if rank != comm.rank:
+                part.fill_(float("nan"))
+    norm = sync.norm()
+    assert torch.allclose(norm, expected, rtol=1e-6)
+    assert len(set(comm.all_gather_object(float(norm)))) == 1
+
+
 @check(is_timing=True)
 def check_overlap(comm: Communicator, algorithm: str) -> None:
     """The first bucket leaves while the backward pass has half of the gradients still to make."""

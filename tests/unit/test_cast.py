@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvdlm.gradients.codecs.cast import add_residual, narrow, power_of_two, widen
+from hvdlm.gradients.codecs import cast
+from hvdlm.gradients.codecs.cast import (
+    SegmentedEncoding,
+    add_residual,
+    narrow,
+    power_of_two,
+    powers_of_two,
+    widen,
+)
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -71,3 +79,51 @@ def test_the_residual_is_added_and_the_largest_is_found() -> None:
 def test_the_scale(largest: float, expected: float) -> None:
     assert power_of_two(2.0**15, largest) == expected
     assert power_of_two(2.0**15, np.nan) == 1.0
+
+
+def test_scales_of_many_segments_are_those_of_each() -> None:
+    bits = np.random.default_rng(3).integers(0, 2**31, 20_000, dtype=np.uint32).view(np.float32)
+    powers = (2.0 ** np.arange(-149, 128)).astype(np.float32)
+    below = np.nextafter(powers, np.float32(0))
+    largest = np.concatenate([bits, powers, below, np.array([0.0, np.inf, np.nan], np.float32)])
+    scales = powers_of_two(2.0**15, torch.from_numpy(largest))
+    assert scales.tolist() == [power_of_two(2.0**15, float(each)) for each in largest]
+
+
+@HALVES
+@pytest.mark.parametrize("length", [0, 1, 7, 64, 65, 192, 200])
+def test_segments_by_loops_and_by_torch_are_equal(
+    dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of 64: none, a part of one, some with and without a shorter one behind them."""
+    generator = torch.Generator().manual_seed(length)
+    drawn = torch.randn(length, generator=generator) * torch.logspace(-30, 30, length)
+    if length > 64:
+        drawn[3], drawn[64] = np.nan, np.inf
+    outcomes = []
+    for by_loops in (True, False):
+        monkeypatch.setattr(cast, "uses_loops", lambda _, by_loops=by_loops: by_loops)
+        encoding = SegmentedEncoding(dtype, segment=64)
+        values, residual = drawn.clone(), torch.full((length,), 1e-3)
+        message = torch.zeros(encoding.nbytes(length) + 8, dtype=torch.uint8)  # it may be longer
+        encoding.encode(values, message, residual)
+        decoded = torch.empty(length)
+        encoding.decode(message, decoded)
+        outcomes.append((message, residual, decoded))
+    assert torch.equal(outcomes[0][0], outcomes[1][0]) or length > 64  # bits of NaN may differ
+    for by_loops_, by_torch in zip(outcomes[0][1:], outcomes[1][1:], strict=True):
+        assert equal(by_loops_, by_torch)
+    assert not outcomes[0][0][encoding.nbytes(length) :].any()
+    if length <= 64:
+        assert torch.equal(outcomes[0][2] + outcomes[0][1], drawn + 1e-3)  # nothing is lost
+
+
+@HALVES
+def test_a_segment_of_small_numbers_beside_one_of_large_ones_keeps_its_precision(dtype: torch.dtype) -> None:
+    """With one scale for both, fp16 would make zeros of the small ones: 1e-10 of the largest."""
+    encoding = SegmentedEncoding(dtype, segment=64)
+    values = torch.cat([torch.full((64,), 1e4), torch.linspace(1e-6, 2e-6, 64)])
+    message, decoded = torch.zeros(encoding.nbytes(128), dtype=torch.uint8), torch.empty(128)
+    encoding.encode(values.clone(), message, None)
+    encoding.decode(message, decoded)
+    assert (decoded / values - 1).abs().max() <= 2.0 ** -(11 if dtype == torch.float16 else 8)

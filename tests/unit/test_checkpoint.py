@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.training import checkpoint
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
@@ -27,7 +30,6 @@ TOKENIZER = '{"kind": "byte"}'
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Path:
-    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     return tmp_path / "run" / "checkpoints"
 
 
@@ -42,7 +44,7 @@ def save(parent: Path, step: int, keep: int = 3, numbers: int = 6) -> Path:
         model_at(step, numbers),
         {"step.weight": torch.tensor(float(step)), "exp_avg.weight": torch.full((2, 3), -float(step))},
         {"step": step, "data": {"seed": 5, "batch": step}, "text": "ü"},
-        parent.parent.parent / "tokenizer.json",
+        TOKENIZER.encode(),
         keep,
     )
 
@@ -95,8 +97,7 @@ def test_the_safetensors_library_itself_reads_the_files(parent: Path) -> None:
 def test_parameters_and_strided_tensors_are_saved_as_they_are(parent: Path) -> None:
     strided = torch.arange(12.0).view(3, 4).t()
     parameter = torch.nn.Parameter(torch.ones(2))
-    tokenizer = parent.parent.parent / "tokenizer.json"
-    path = checkpoint.save(parent, 1, {"a": parameter}, {"b": strided}, {}, tokenizer, keep=1)
+    path = checkpoint.save(parent, 1, {"a": parameter}, {"b": strided}, {}, TOKENIZER.encode(), keep=1)
     opened = checkpoint.open_checkpoint(path)
     assert torch.equal(opened.model()["a"], torch.ones(2))
     assert torch.equal(opened.optimizer()["b"], strided)
@@ -133,8 +134,9 @@ def test_what_a_user_puts_beside_them_is_left_alone(parent: Path) -> None:
 
 def test_the_same_step_is_saved_again(parent: Path) -> None:
     save(parent, 1)
-    tokenizer = parent.parent.parent / "tokenizer.json"
-    path = checkpoint.save(parent, 1, {"a": torch.ones(1)}, {"b": torch.ones(1)}, {"again": True}, tokenizer, keep=3)
+    path = checkpoint.save(
+        parent, 1, {"a": torch.ones(1)}, {"b": torch.ones(1)}, {"again": True}, TOKENIZER.encode(), keep=3
+    )
     assert names(parent) == ["latest", "step_00000001"]
     assert checkpoint.open_checkpoint(path).state == {"again": True}
 
@@ -291,7 +293,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 def test_a_write_that_fails_in_the_middle_leaves_the_checkpoint_before_it_whole(parent: Path) -> None:
     save(parent, 10)
-    with pytest.raises(HvdlmError, match=r"cannot write the checkpoint .*make room or choose another train\.run_dir"):
+    with pytest.raises(HvdlmError, match=r"cannot write .*File too large; raise .* or choose another train\.run_dir"):
         save(parent, 20, numbers=10_000)
     assert names(parent) == ["latest", "step_00000010"]
     assert_whole(checkpoint.open_checkpoint(parent).path)
@@ -354,7 +356,7 @@ while status:
     if child == 0:
         counting = True
         model = {"weight": torch.arange(6).float().view(2, -1) + step, "bias": torch.full((3,), step / 7)}
-        checkpoint.save(victim, step, model, {"b": torch.ones(2)}, {"step": step}, base.parent / "t.json", keep)
+        checkpoint.save(victim, step, model, {"b": torch.ones(2)}, {"step": step}, b"{}", keep)
         counting = False
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -368,11 +370,8 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_done(
     tmp_path: Path, step: int, keep: int, left: set[int]
 ) -> None:
     base, work = tmp_path / "base", tmp_path / "work"
-    (tmp_path / "t.json").write_text(TOKENIZER)
     for earlier in (10, 20):
-        checkpoint.save(
-            base, earlier, model_at(earlier), {"b": torch.ones(2)}, {"step": earlier}, tmp_path / "t.json", keep=3
-        )
+        checkpoint.save(base, earlier, model_at(earlier), {"b": torch.ones(2)}, {"step": earlier}, b"{}", keep=3)
     arguments = [str(base), str(work), str(step), str(keep)]
     subprocess.run([sys.executable, "-c", KILLER, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -389,7 +388,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_done(
         assert newest.state["step"] in (max(steps), 20 if 20 in steps else max(steps))
         outcomes.append(step in steps and newest.state["step"] == step)
         # the next one clears away what is left
-        checkpoint.save(victim, 40, model_at(40), {"b": torch.ones(2)}, {"step": 40}, tmp_path / "t.json", keep=1)
+        checkpoint.save(victim, 40, model_at(40), {"b": torch.ones(2)}, {"step": 40}, b"{}", keep=1)
         assert names(victim) == ["latest", "step_00000040"]
     assert outcomes[-1]
     if step == 30:
@@ -404,3 +403,84 @@ def test_what_a_crash_has_left_is_cleared_by_the_next_save(parent: Path) -> None
     assert not checkpoint.exists_in(parent.parent)
     save(parent, 10)
     assert names(parent) == ["latest", "step_00000010"]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_of_no_use_are_named(parent: Path, number: float) -> None:
+    tensors = {"good": torch.zeros(3), "bad": torch.tensor([0.0, number])}
+    path = checkpoint.save(parent, 5, tensors, tensors, {}, TOKENIZER.encode(), keep=1)
+    with pytest.raises(HvdlmError, match="step_00000005 is of no use: bad holds NaN or infinite numbers"):
+        checkpoint.open_checkpoint(path).model()
+
+
+def test_whoever_may_read_the_state_may_read_the_weights(parent: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(parent, 5)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((path / name).stat().st_mode) for name in FILES} == {0o640}
+
+
+@pytest.mark.needs_root
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(parent: Path, caplog: pytest.LogCaptureFixture) -> None:
+    busy = save(parent, 5) / "busy"
+    busy.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(busy)], check=True)
+    try:
+        for step in (6, 7):
+            assert_whole(save(parent, step, keep=1))
+        assert "cannot remove the old checkpoint" in caplog.text and "Device or resource busy" in caplog.text
+    finally:
+        subprocess.run(["umount", *[str(path) for path in parent.glob("*/busy")]], check=True)
+    assert_whole(save(parent, 8, keep=1))
+    assert names(parent) == ["latest", "step_00000008"]
+
+
+@pytest.mark.parametrize(("number", "is_lost"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_directories(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_lost: bool
+) -> None:
+    sync = os.fsync
+
+    def refuse_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    with pytest.raises(HvdlmError, match="Input/output error") if is_lost else nullcontext():
+        assert_whole(save(parent, 5))
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "No space left on device; make room"),
+        (errno.EDQUOT, "Disk quota exceeded; make room within your quota"),
+        (errno.EROFS, "Read-only file system; choose a file system that can be written"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_the_cause_named_is_the_cause(number: int, sentence: str) -> None:
+    assert write_failure(OSError(number, os.strerror(number))) == sentence
+
+
+def test_a_checkpoint_that_its_job_removes_meanwhile(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the newest is verified, it makes way for a newer one; read later, it is said to be gone."""
+    save(parent, 5)
+    verify = checkpoint._verify
+    newer = iter([6])
+
+    def verify_late(path: Path) -> None:
+        if step := next(newer, None):
+            save(parent, step, keep=1)
+        verify(path)
+
+    monkeypatch.setattr(checkpoint, "_verify", verify_late)
+    opened = checkpoint.open_checkpoint(parent)
+    assert opened.path.name == "step_00000006"
+    save(parent, 7, keep=1)
+    for read in (opened.model, opened.optimizer, lambda: opened.state):
+        with pytest.raises(checkpoint.RemovedCheckpointError, match="step_00000006 was removed while it was read"):
+            read()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from thread_rank import on_threads
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs import blockwise, cast, integer, low_rank, powersgd, topk
+from hvdlm.gradients.codecs import codec as codec_module
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.low_rank import (
     Matrices,
@@ -189,6 +193,90 @@ def test_what_is_not_finite_reaches_all_and_is_owed_by_none(
         assert not delivered.isfinite().any()
         assert torch.equal(before, after)
         assert healed.isfinite().all()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a number of a gradient is read, for which the host would wait for a GPU. Sizes, int64, lie there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_read = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.int64
+        assert not is_read, "a number of a tensor was read"
+        return func(*args, **(kwargs or {}))
+
+
+ALL = [
+    *LOSSY.args[1],
+    ("none", {}),
+    ("fp16", {}),
+    ("bf16", {}),
+    ("topk", {"warmup_steps": 1}),
+    ("powersgd", {"warmup_steps": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), ALL)
+@pytest.mark.parametrize("size", [1, 4])
+def test_elsewhere_than_on_a_cpu_the_same_without_reading_a_number(
+    name: str, settings: dict[str, object], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's operations beside the loops: three steps, of which the second is not finite."""
+    is_by_loops = True
+
+    def body(codec: Codec, exchange: ThreadExchange) -> list[Tensor]:
+        after = []
+        for step in range(4):
+            gradients = drawn(exchange.rank, step)
+            if step == 2 and exchange.rank == size - 1:
+                gradients[100] = math.nan
+            with nullcontext() if is_by_loops else NothingIsRead():
+                codec.reduce_(gradients, exchange, step)
+            after += [gradients, *(tensor.clone() for tensor in {**codec.state(), **codec.extra_state()}.values())]
+        return after
+
+    by_loops = on_ranks(size, name, body, **settings)
+    is_by_loops = False
+    for module in (blockwise, cast, codec_module, integer, low_rank, powersgd, topk):
+        monkeypatch.setattr(module, "uses_loops", lambda _: False)
+    by_torch = on_ranks(size, name, body, **settings)
+    tolerance = 1e-4 if name == "powersgd" else 0.0  # whose sums have another order
+    for one, other in zip(by_loops, by_torch, strict=True):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_16_bits_without_a_ring_are_summed_in_float32_and_lose_nothing(name: str, size: int) -> None:
+    def body(codec: Codec, exchange: ThreadExchange) -> tuple[list[Tensor], Tensor, list[int]]:
+        delivered = [drawn(exchange.rank, step) for step in range(3)]
+        for step, gradients in enumerate(delivered):
+            codec.reduce_(gradients, exchange, step)
+        return delivered, codec.state()["residual"], exchange.messages
+
+    results = on_ranks(size, name, body)
+    first = results[0][0]
+    assert all(torch.equal(a, b) for delivered, _, _ in results for a, b in zip(delivered, first, strict=True))
+    residual_sum = sum(residual.double() for _, residual, _ in results)
+    made = sum(drawn(rank, step).double() for rank in range(size) for step in range(3))
+    assert (sum(each.double() for each in first) + residual_sum - made).abs().max() <= 1e-5
+    # a message to each owner, and one of its own sum: a scale and 2 bytes for each of the longest part's numbers
+    longest = -(-LENGTH // size)
+    message = 4 + -(-2 * longest // 4) * 4
+    assert results[0][2] == [message] * 6
+
+
+def test_1024_and_a_half_from_each_of_four_ranks() -> None:
+    """In fp16 each half would vanish beside 1024, as 1024.5 is no number of that type: together they are 2."""
+
+    def body(codec: Codec, exchange: ThreadExchange) -> float:
+        gradients = torch.full((LENGTH,), 0.5)
+        if exchange.rank == 0:
+            gradients.fill_(1024.0)
+        codec.reduce_(gradients, exchange, 0)
+        return float(gradients[0])
+
+    assert on_ranks(5, "fp16", body, error_feedback=False) == [1026.0] * 5
 
 
 @LOSSY

@@ -122,6 +122,11 @@ def test_a_section_that_is_no_section_is_told_before_it_is_overridden(tmp_path: 
         ("optimizer.beta2", "1", "0.999"),
         ("optimizer.final_lr_ratio", "1.1", "1"),
         ("comm.timeout", "0", "0.5"),
+        ("comm.timeout", "1e308", "1e6"),
+        ("comm.timeout", "inf", "300"),
+        ("comm.timeout", "nan", "300"),
+        ("optimizer.lr", "nan", "1e30"),
+        ("optimizer.clip_norm", "inf", "0"),
         ("checkpoint.keep", "0", "1"),
         ("log.every", "0", "1"),
     ],
@@ -131,6 +136,13 @@ def test_bounds(key: str, refused: str, taken: str) -> None:
     section, name = key.split(".")
     value = getattr(getattr(configure(f"--{key}", taken), section), name)
     assert value == float(taken) or value == int(taken)
+
+
+@pytest.mark.parametrize("key", ["data.path", "train.run_dir"])
+def test_an_empty_path_is_refused(key: str, tmp_path: Path) -> None:
+    assert f"the command line: {key} is empty: give a path, or leave it out" in refusal(f"--{key}", "")
+    section, name = key.split(".")
+    assert f"{key} is empty: " in refusal_of_file(tmp_path / "a.toml", f'[{section}]\n{name} = ""')
 
 
 # ---- settings that do not go together
@@ -183,7 +195,7 @@ def test_overrides_take_the_type_of_their_setting() -> None:
     assert config.train.seed == 1000
 
 
-@pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", "", '"quoted"', "-x", "café ☕", "a\\b"])
+@pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", " ", '"quoted"', "-x", "café ☕", "a\\b"])
 def test_a_text_setting_takes_any_text_as_it_is(path: str) -> None:
     assert configure("--data.path", path).data.path == path
     assert configure(f"--data.path={path}").data.path == path
@@ -277,7 +289,6 @@ def test_a_configuration_cannot_be_changed() -> None:
     [
         (b"[train\nsteps = 3", "line 1"),
         (b"[train]\nsteps = 3\nsteps = 4", "overwrite"),
-        (b"\xff\xfe[train]", "utf-8"),
     ],
 )
 def test_a_broken_file_is_named_with_the_place(tmp_path: Path, content: bytes, part: str) -> None:
@@ -324,3 +335,29 @@ def test_a_traceback_is_shown_on_request(tmp_path: Path) -> None:
     assert done.stderr.startswith("hvdlm: error: x.toml: unknown key train.step")
     assert "Traceback (most recent call last)" in done.stderr
     assert "HvdlmError" in done.stderr
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf[train]\nseed = 3\n")
+    assert load(tmp_path / "x.toml", [], PRESETS).train.seed == 3
+
+
+def test_what_is_not_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes("[train]\nsteps = 3\n".encode("utf-16"))
+    with pytest.raises(HvdlmError, match=r"x.toml is not UTF-8 \(invalid start byte\): save it as UTF-8 text"):
+        load(tmp_path / "x.toml", [], PRESETS)
+    assert refusal("--train.run_dir", "caf\udce9") == "--train.run_dir is not UTF-8: 'caf\\udce9'"
+
+
+def test_the_home_of_a_user_stands_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = configure("--train.run_dir", "~/runs/x", "--data.path", "data~")
+    assert (config.train.run_dir, config.data.path) == ("/home/me/runs/x", "data~")
+    assert "a user who is not there" in refusal("--train.run_dir", "~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("path", ["$SCRATCH/run", "a/${USER}/b"])
+def test_a_variable_that_no_shell_has_replaced_is_refused(path: str) -> None:
+    variable = path[path.index("$") :].partition("/")[0]
+    sentence = f"train.run_dir = {path!r} holds {variable}, which hvdlm does not replace: write the path itself"
+    assert refusal("--train.run_dir", path).endswith(sentence)

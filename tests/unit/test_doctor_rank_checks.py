@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from ipaddress import IPv4Interface
 from typing import Any
 
@@ -15,15 +16,18 @@ from hvdlm.cluster.doctor.rank_checks import (
     check_ranks,
     crowded_cores,
     different_gpus,
+    different_instructions,
     different_software,
     little_shared_memory,
     name_ranks,
     number_ranges,
     slow_networks,
+    uncompiled_codecs,
     unsupported_gpus,
     wrong_interface_variables,
 )
 from hvdlm.cluster.doctor.rank_report import RankReport
+from hvdlm.comm.core_binding import Binding
 from hvdlm.comm.interfaces import Interface
 
 GIB = 2**30
@@ -40,6 +44,11 @@ def interface(name: str, host: int) -> Interface:
     return Interface(name, IPv4Interface(address), speed)
 
 
+def binding(host: int, cores: Iterable[int], bound_by: str = "") -> Binding:
+    """Of a rank of mpirun's on a host with 16 cores of one CPU each."""
+    return Binding(f"n{host}", frozenset(cores), frozenset(cores), "prterun", 16, bound_by, "")
+
+
 def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **changes: Any) -> list[RankReport]:
     """Ranks with nothing wrong: 16 cores a host, `gpus` A100s, the networks of `names`; `changes` on all of them."""
     reports = [
@@ -50,6 +59,7 @@ def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **chang
             launcher="mpirun",
             engine="mpi",
             gpus=("A100",) * gpus,
+            gpu_uuids=tuple(f"GPU-{host}-{number}" for number in range(gpus)),
             supports_gpus=bool(gpus),
             cores=frozenset(range(16)),
             launcher_cores=frozenset(range(16)),
@@ -60,6 +70,7 @@ def cluster(hosts: int, ranks_per_host: int, *names: str, gpus: int = 0, **chang
             shared_memory=32 * GIB,
             parent="prterun",
             siblings=ranks_per_host,
+            binding=binding(host + 1, range(16)),
         )
         for host in range(hosts)
         for local_rank in range(ranks_per_host)
@@ -97,6 +108,23 @@ def test_only_those_that_share_a_core_are_named() -> None:
 def test_each_rank_may_be_bound_to_a_core_of_its_own() -> None:
     reports = [dataclasses.replace(each, cores=frozenset({each.local_rank})) for each in cluster(1, 16)]
     assert crowded_cores(reports) == []
+
+
+def test_cores_that_no_rank_may_use() -> None:
+    """As mpirun binds one or two ranks by itself; not said beside the error that ranks share a core."""
+    bound = dataclasses.replace(cluster(1, 1)[0], cores=frozenset({3}), binding=binding(1, {3}))
+    (finding,) = check_ranks([bound])
+    assert finding == Finding("warning", "1 rank on n1 may use 1 of its 16 cores", "start mpirun with --bind-to none")
+    shared = cluster(1, 2, cores=frozenset({3}), binding=binding(1, {3}))
+    assert [finding.severity for finding in check_ranks(shared)] == ["error"]
+
+
+def test_openmp_binds_ranks_to_the_same_cores() -> None:
+    (finding,) = check_ranks(cluster(1, 2, binding=binding(1, range(16), "OMP_PROC_BIND=true")))
+    assert finding == Finding(
+        "warning", "OMP_PROC_BIND=true binds threads of all ranks on n1 to the same cores", "unset OMP_PROC_BIND"
+    )
+    assert check_ranks(cluster(1, 1, binding=binding(1, range(16), "OMP_PROC_BIND=true"))) == []
 
 
 def test_more_ranks_than_cores() -> None:
@@ -154,6 +182,13 @@ def test_gpu_tensors_copied_through_host_memory(engine: str, gpus: int, what: st
     assert remedy in finding.remedy
 
 
+def test_one_visible_gpu_a_rank_is_shared_only_where_it_is_the_same() -> None:
+    """As `srun --gpus-per-task=1` arranges it on n1; on n2 both ranks see one GPU."""
+    reports = cluster(2, 2, gpus=1, engine="torch", supports_gpus=False)
+    (finding,) = unsupported_gpus(changed(reports, {1}, gpu_uuids=("GPU-0-1",)))
+    assert finding.what.endswith("more ranks than GPUs on n2 make NCCL unusable")
+
+
 @pytest.mark.parametrize(
     ("free", "gpus", "ranks", "severity"),
     [
@@ -193,6 +228,50 @@ def test_a_variable_that_names_a_network_that_does_not_join_the_hosts(variable: 
         f"{variable}={value} on {host} is on 172.17.0.0/16, which does not join all hosts" for host in ("n1", "n2")
     ]
     assert findings[0].remedy == "name the interface on 10.0.0.0/24: eth0"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_named"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth", True),  # NCCL takes the beginning of a name
+        ("NCCL_SOCKET_IFNAME", "ib,eth", True),
+        ("NCCL_SOCKET_IFNAME", "=eth", False),
+        ("NCCL_SOCKET_IFNAME", "=eth0", True),
+        ("NCCL_SOCKET_IFNAME", "l", True),  # lo
+        ("NCCL_SOCKET_IFNAME", "th0", False),
+        ("GLOO_SOCKET_IFNAME", "eth", False),
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("OMPI_MCA_btl_tcp_if_include", "eth", False),
+    ],
+)
+def test_which_names_a_variable_takes(variable: str, value: str, is_named: bool) -> None:
+    findings = wrong_interface_variables(cluster(2, 1, variables={variable: value}))
+    assert bool(findings) != is_named
+
+
+def test_a_cpu_quota_counts_as_few_cores() -> None:
+    assert crowded_cores(cluster(1, 2, usable_cores=2)) == []
+    (finding,) = crowded_cores(cluster(1, 2, usable_cores=1))
+    assert finding.what == "n1 has 2 ranks and 1 core for them, by its CPU quota"
+
+
+def test_cpus_that_round_otherwise() -> None:
+    reports = changed(cluster(2, 2, cpu_capability="AVX512"), {3}, cpu_capability="AVX2")
+    (finding,) = different_instructions(reports)
+    assert finding.severity == "error"
+    assert finding.what.endswith(": AVX512 on ranks 0-1 on n1 and 2 on n2; AVX2 on rank 3 on n2")
+    assert different_instructions(cluster(2, 2, cpu_capability="AVX512")) == []
+    assert different_instructions(changed(cluster(2, 2, gpus=2), {3}, cpu_capability="AVX2")) == []
+
+
+def test_codecs_that_cannot_be_kept_compiled() -> None:
+    assert uncompiled_codecs(cluster(2, 2)) == []
+    problem = "Numba can write nowhere"
+    (finding,) = uncompiled_codecs(changed(cluster(2, 2), {2, 3}, compiler_problem=problem))
+    assert (finding.severity, finding.what) == ("warning", f"{problem}, on ranks 2-3 on n2")
+    assert "NUMBA_CACHE_DIR" in finding.remedy
+    (finding,) = uncompiled_codecs(cluster(1, 1, compiler_problem="Numba cannot be imported (needs NumPy 2.3)"))
+    assert finding.severity == "error"
 
 
 @pytest.mark.parametrize("value", ["eth0", "docker0,eth0", "10.0.0.0/24", "=eth0"])

@@ -14,7 +14,7 @@ import torch
 from thread_rank import on_threads
 from torch.nn import functional
 
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.communicator import Communicator, ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import ModelSection
 from hvdlm.data.prepare import prepare
@@ -215,3 +215,30 @@ def test_a_shard_that_was_damaged_meanwhile_is_named(tmp_path: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(JobError, match=r"shard_00000\.h5 cannot be read at chunk 0"):
         evaluate(model, data, SoloCommunicator(), 4)
+
+
+class Counting(SoloCommunicator):
+    """Counts how often ranks would have met."""
+
+    meetings = 0
+
+    def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
+        self.meetings += 1
+        return super().all_reduce_(tensor, op)
+
+
+def test_ranks_meet_after_each_micro_batch(path: Path) -> None:
+    """So that a rank need not wait longer than for one, however many there are."""
+    data, communicator = DataSet(path), Counting()
+    evaluate(make_model(data), data, communicator, 2, limit=7)
+    assert communicator.meetings == 4 + 1  # 2 + 2 + 2 + 1 sequences, and that there are no more
+
+
+@pytest.mark.parametrize("asked", [1, 3])
+def test_it_stops_on_all_ranks_when_one_is_asked_to(path: Path, asked: int) -> None:
+    def run(communicator: Communicator) -> Evaluation | None:
+        data, batches = DataSet(path), iter(range(100))
+        is_asked = communicator.rank == 1
+        return evaluate(make_model(data), data, communicator, 2, 0, lambda: is_asked and next(batches) >= asked)
+
+    assert on_threads(2, run) == [None, None]

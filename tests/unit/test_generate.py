@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.generate import generate, next_token_probabilities
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.training import checkpoint
 
 VOCABULARY = 61
 GPT2 = ModelSection(layers=2, heads=2, width=16, context_length=16)
@@ -247,3 +249,54 @@ def test_command_names_the_bad_value(trained, flag, value, message):
     assert len(lines) == 1
     assert "error: " in lines[0]
     assert f"{message} = {value}" in lines[0]
+
+
+def test_only_words_of_the_tokenizer_are_drawn():
+    """A vocabulary of 61, of which the tokenizer has 7: without the limit nearly all tokens would be above."""
+    settings = {"tokens": 30, "temperature": 5.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    drawn = generate(make(GPT2), torch.tensor([1]), **settings, vocab_size=7)
+    assert len(drawn) == 31
+    assert int(drawn.max()) < 7
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_s(trained):
+    """Of bytes, 257: all 40 tokens are text."""
+    options = ["--model.vocab_size", "5056", "--train.run_dir", "large"]
+    training = hvdlm("train", "config.toml", *options, cwd=trained)
+    assert training.returncode == 0, training.stderr
+    done = hvdlm("generate", "large", "--prompt", "a", "--tokens", "40", "--seed", "3", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    # at most 3 bytes make a character, and one token may be the end of text
+    assert len(done.stdout) > 40 / 4
+
+
+def test_a_prompt_that_is_not_utf_8(trained):
+    result = hvdlm("generate", "run", "--prompt", "caf\udce9", cwd=trained)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "hvdlm: error: --prompt is not UTF-8: 'caf\\udce9'\n"
+
+
+def test_a_model_that_has_diverged(trained):
+    """Weights that are not finite are refused by name; so is what overflows on the way."""
+    model = make(GPT2)
+    with torch.no_grad():
+        model.output_weight.fill_(1e38)
+    settings = {"tokens": 3, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    with pytest.raises(HvdlmError, match="NaN or infinite numbers: it has diverged"):
+        generate(model, torch.tensor([1]), **settings)
+    shutil.copytree(trained / "run", trained / "diverged")
+    parent = trained / "diverged" / "checkpoints"
+    (path,) = parent.glob("step_*")
+    opened = checkpoint.Checkpoint(path)
+    weights = {name: tensor.fill_(math.nan) for name, tensor in opened.model().items()}
+    tokenizer = (path / "tokenizer.json").read_bytes()
+    checkpoint.save(parent, 1, weights, opened.optimizer(), opened.state, tokenizer, keep=1)
+    commands = [["generate", "diverged"], ["evaluate", "diverged", "--data", "data"]]
+    commands.append(["train", "config.toml", "--train.run_dir", "diverged", "--resume", "latest"])
+    for words in commands:
+        result = hvdlm(*words, cwd=trained)
+        assert (result.returncode, result.stdout) == (1, "")
+        errors = [line for line in result.stderr.splitlines() if "error: " in line]
+        assert len(errors) == 1, result.stderr
+        assert "step_00000001 is of no use: " in errors[0] and "holds NaN" in errors[0]
+        assert "Traceback" not in result.stderr

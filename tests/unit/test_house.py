@@ -11,13 +11,17 @@ import hvdlm
 HOUSE = Path(hvdlm.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 
-EVERYONE = {"config", "errors", "exit_status", "targets", "timing"}
+EVERYONE = {"config", "cores", "errors", "exit_status", "targets", "timing"}
 MAY_IMPORT = {
+    "cores": set(),
     "errors": set(),
     "exit_status": set(),
     "targets": set(),
-    "config": {"errors"},
+    "paths": set(),
+    "arguments": {"paths"},
+    "config": {"errors", "paths"},
     "timing": set(),
+    "output": set(),
     "comm": EVERYONE,
     "gradients": {*EVERYONE, "comm"},
     "data": EVERYONE,
@@ -25,7 +29,7 @@ MAY_IMPORT = {
     "training": {*EVERYONE, "comm", "gradients", "data", "model"},
     "scaling": {*EVERYONE, "comm", "gradients", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
-    "cli": {*EVERYONE, "training", "cluster", "scaling", "data", "model"},
+    "cli": {*EVERYONE, "arguments", "output", "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},
     "__init__": set(),
 }

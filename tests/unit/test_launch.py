@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hvdlm.comm import launch
-from hvdlm.comm.launch import Launch, check_ranks_match, choose_engine, connect, detect
+from hvdlm.comm.agreement import check_ranks_match
+from hvdlm.comm.launch import Launch, choose_engine, connect, detect
 from hvdlm.comm.rendezvous import slurm_endpoint
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.errors import HvdlmError, JobError
@@ -21,6 +22,12 @@ HOROVODRUN = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_CONTROLLER": "g
 # A batch script is process 0 of a step of its own, whose size Slurm does not tell; srun's steps have one.
 SBATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}
 SRUN = {**SBATCH, "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_ID": "0"}
+FLUX = {"FLUX_TASK_RANK": "2", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "0"}
+JSRUN = {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_SIZE": "12", "PMIX_RANK": "3"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}
+# As prterun 3 sets them, and Slurm's PMIx
+PRTERUN = {"PMIX_RANK": "1", "PMIX_NAMESPACE": "prterun-n1-417@1"}
+SRUN_PMIX = {"PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.pmix.77.0"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 
 
@@ -35,6 +42,9 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "n
         (HOROVODRUN, Launch("horovodrun", 1, 2)),
         (SRUN, Launch("srun", 5, 8)),
         (TORCHRUN, Launch("torchrun", 1, 3)),
+        (FLUX, Launch("flux", 2, 4)),
+        (JSRUN, Launch("jsrun", 3, 12)),
+        (MVAPICH, Launch("mpirun", 1, 2)),
     ],
 )
 def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], expected: Launch) -> None:
@@ -55,6 +65,8 @@ def test_each_launcher_is_known_by_its_variables(environment: dict[str, str], ex
         # Many a job script exports these for other tools.
         (SRUN | TORCHRUN, Launch("srun", 5, 8)),
         (MPIRUN | TORCHRUN, Launch("mpirun", 3, 4)),
+        (SRUN | SRUN_PMIX, Launch("srun", 5, 8)),
+        (SRUN | PRTERUN | MPIRUN, Launch("mpirun", 3, 4)),
     ],
 )
 def test_of_several_launchers_the_one_that_started_this_process_counts(
@@ -62,6 +74,52 @@ def test_of_several_launchers_the_one_that_started_this_process_counts(
 ) -> None:
     assert detect(environment) == expected
     assert detect(dict(reversed(environment.items()))) == expected
+
+
+@pytest.mark.parametrize("outside", [{}, SBATCH, SRUN])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        PRTERUN,
+        {"PALS_RANKID": "3", "PALS_NODEID": "1"},
+        {"MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+        {"MV2_COMM_WORLD_RANK": "0"},
+        {"OMPI_COMM_WORLD_RANK": "1"},
+    ],
+)
+def test_a_rank_that_is_not_told_of_how_many_does_not_train_alone(
+    environment: dict[str, str], outside: dict[str, str]
+) -> None:
+    """prterun leaves the variables of the Slurm step in which it runs; for the others there is no such step."""
+    if outside is SRUN and environment is not PRTERUN:
+        return
+    name = next(iter(environment))
+    with pytest.raises(HvdlmError) as caught:
+        detect(outside | environment)
+    assert str(caught.value) == (
+        f"{name}={environment[name]} says that a launcher started this process as one of several ranks, but not of how "
+        "many: start them with mpirun, horovodrun, srun or torchrun, or unset it to train alone"
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("HOROVOD_RANK", "HOROVOD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [("", ""), ("a", "2"), ("0", ""), ("2", "2"), ("-1", "2"), ("0", "0"), ("1.5", "2"), ("1_0", "20"), ("٣", "4")],
+)
+def test_what_is_no_rank_is_named_with_its_variables(names: tuple[str, str], rank: str, size: str) -> None:
+    with pytest.raises(HvdlmError) as caught:
+        detect(dict(zip(names, (rank, size), strict=True)))
+    assert str(caught.value).startswith(f"{names[0]}={rank} and {names[1]}={size} are no rank and number of ranks: ")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +187,8 @@ def test_concurrent_steps_have_different_ports() -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for names in launch._VARIABLES:
-        for name in names[1:]:
-            monkeypatch.delenv(name, raising=False)
+    for name in [*launch._RANKS_WITHOUT_SIZE, *(name for names in launch._VARIABLES for name in names[1:])]:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.usefixtures("alone")

@@ -220,3 +220,38 @@ def test_a_target_outside_the_vocabulary_is_an_error():
     targets[3] = 30
     with pytest.raises(RuntimeError, match="out of bounds"):
         token_loss(hidden, weight, targets)
+
+
+def test_small_probabilities_of_fp16_are_scaled_before_they_are_rounded():
+    """A token of probability e^-18 = 1.5e-8, below the least number of fp16, 6e-8."""
+    weight = torch.tensor([[18.0], [0.0]], requires_grad=True)
+    hidden = torch.ones(1, 1, requires_grad=True)
+    scale = 2.0**12
+    for grad_scale, expected in ((1.0, 0.0), (scale, math.exp(-18))):
+        weight.grad = None
+        loss = token_loss(hidden, weight, torch.tensor([0]), torch.float16, grad_scale=grad_scale)
+        (loss * scale).backward()
+        assert weight.grad[1].item() / scale == pytest.approx(expected, rel=0.01)
+
+
+def test_a_smaller_scale_mends_an_overflow_of_fp16():
+    """1,024 tokens, whose hidden numbers of 500 each sum to 512,000: fp16 ends at 65,504."""
+    weight = torch.zeros(2, 1, requires_grad=True)
+    hidden = torch.full((1024, 1), 500.0, requires_grad=True)
+    targets = torch.zeros(1024, dtype=torch.int64)
+    for grad_scale, is_finite in ((1.0, False), (2.0**-5, True)):
+        weight.grad = None
+        (token_loss(hidden, weight, targets, torch.float16, grad_scale=grad_scale) * grad_scale).backward()
+        assert bool(torch.isfinite(weight.grad).all()) == is_finite
+    # (1/2 - 1) for the target, 1/2 for the other
+    torch.testing.assert_close(weight.grad, 2.0**-5 * torch.tensor([[-256_000.0], [256_000.0]]))
+
+
+@pytest.mark.parametrize("grad_scale", [2.0**-9, 0.25, 2.0**14])
+def test_a_scale_changes_nothing_in_fp32(grad_scale):
+    hidden, weight, targets = make(100, 16, 211)
+    plain, scaled = (
+        torch.autograd.grad(0.37 * token_loss(hidden, weight, targets, grad_scale=each), (hidden, weight))
+        for each in (1.0, grad_scale)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, scaled, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
-from hvdlm.model.attention import causal_attention
+from hvdlm.model.attention import _has_flash_attention, causal_attention, repeats_key_value_heads
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import KeyValueCache, Transformer, document_ids
 
@@ -324,3 +325,50 @@ def test_plain_attention_against_pytorchs_in_fp32(length, key_value_heads, dtype
     assert (ours.float() - theirs).norm() < 4 * torch.finfo(dtype).eps * theirs.norm()
     for mine, exact in zip(low, high, strict=True):
         assert (mine.grad.float() - exact.grad).norm() < 8 * torch.finfo(dtype).eps * exact.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("device", "is_low", "has_mask", "repeats"),
+    [
+        ("cpu", False, True, False),
+        ("cuda", True, False, False),
+        ("cuda", True, True, True),
+        ("cuda", False, False, True),
+    ],
+)
+def test_where_key_and_value_heads_are_copied(device, is_low, has_mask, repeats):
+    assert repeats_key_value_heads(device, is_low, has_mask) == repeats
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_copied_heads_attend_as_grouped_ones_do(has_mask, monkeypatch):
+    """And PyTorch is not asked for grouped heads, for which its efficient kernels would not serve."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn((2, heads, 24, 8), generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    mask = torch.zeros(2, 1, 24, 24).masked_fill_(torch.ones(24, 24).triu(1).bool(), -torch.inf) if has_mask else None
+    asked, outcomes = [], []
+    plain = functional.scaled_dot_product_attention
+
+    def noted(*arguments, enable_gqa, **options):
+        asked.append(enable_gqa)
+        return plain(*arguments, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    for repeats in (False, True):
+        monkeypatch.setattr("hvdlm.model.attention.repeats_key_value_heads", lambda *_, repeats=repeats: repeats)
+        attended = causal_attention(*tensors, mask=mask, dropout=0.0)
+        outcomes.append([attended, *torch.autograd.grad(attended.square().sum(), tensors)])
+    assert asked == [True, False]
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*outcomes, strict=True))
+
+
+def test_a_gpu_without_flash_attention_is_given_copies(monkeypatch):
+    """Before Ampere, and for heads of more than 256 numbers."""
+    properties = SimpleNamespace(major=8)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    queries = SimpleNamespace(is_cuda=True, device="cuda:0", shape=(1, 4, 16, 64))
+    assert _has_flash_attention(queries)
+    queries.shape = (1, 4, 16, 320)
+    assert not _has_flash_attention(queries)
+    properties.major, queries.shape = 7, (1, 4, 16, 64)
+    assert not _has_flash_attention(queries)

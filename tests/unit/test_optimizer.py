@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdlm.config import ModelSection, OptimizerSection
 from hvdlm.model.transformer import Transformer
@@ -163,3 +165,23 @@ def test_frozen_second_moments() -> None:
         weight = weight * (1 - 0.1 * settings.weight_decay) - 0.1 * unbiased[0] / (unbiased[1].sqrt() + settings.eps)
         assert torch.allclose(model.weight.double(), weight, rtol=1e-5, atol=1e-7)
     assert optimizer.state[model.weight]["step"] == 5
+
+
+def test_frozen_steps_hold_no_copy_of_all_second_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four matrices of 4 KB each, two at once where 8 KB are allowed."""
+    monkeypatch.setattr("hvdlm.training.optimizer._RUN_BYTES", 8192)
+    model = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
+    optimizer = make_optimizer(model, OptimizerSection(lr=0.1, freeze_variance_after=1))
+    lengths = []
+    root = torch._foreach_sqrt
+
+    def count(tensors: list[Tensor]) -> Any:
+        lengths.append(sum(tensor.nbytes for tensor in tensors))
+        return root(tensors)
+
+    monkeypatch.setattr(torch, "_foreach_sqrt", count)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert lengths == [8192, 8192]

@@ -13,7 +13,7 @@ import pytest
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.training.preemption import Preemption
 
-NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 CHILD = """
 import sys, time
@@ -69,7 +69,7 @@ def test_after_a_signal_more_of_them_are_ignored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.requested
     # not by a handler of Python's, which it takes away on its way out
-    assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_IGN] * 3
+    assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_IGN] * 4
     os.kill(os.getpid(), signal.SIGTERM)  # would end this process
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -89,6 +89,16 @@ def test_a_child_ends_in_good_order_however_often_it_is_told(number: int) -> Non
             child.stdin.flush()
     _, errors = child.communicate(timeout=60)
     assert (child.returncode, errors) == (7, "")
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not preemption.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_the_exit_status_of_a_run_that_stopped_early_is_sysexits_s() -> None:

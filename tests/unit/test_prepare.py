@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from forked import hvdlm
 
+from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
@@ -116,6 +118,20 @@ def test_workers_do_not_change_a_byte(tokenizer: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
 
 
+def test_an_option_for_input_may_be_given_twice(tmp_path: Path) -> None:
+    texts = make_texts(40)
+    for number in range(4):
+        write_lines(tmp_path / f"{number}.jsonl", texts[number::4])
+    held_out = ("--validation-input", "2.jsonl", "--validation-input", "3.jsonl")
+    options = ("--output", "out", "--shards", "1", "--workers", "1")
+    done = hvdlm("prepare", "--input", "0.jsonl", "--input", "1.jsonl", *held_out, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert stored_documents(tmp_path / "out") == {
+        "shard_00000.h5": texts[0::4] + texts[1::4],
+        "val/shard_00000.h5": texts[2::4] + texts[3::4],
+    }
+
+
 def test_seed_changes_the_split(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(200))
     for seed in ("0", "1"):
@@ -155,6 +171,77 @@ def test_own_tokenizer_file(tmp_path: Path) -> None:
     assert sorted(text for shard in stored_documents(tmp_path / "out").values() for text in shard) == sorted(
         make_texts(100)
     )
+
+
+@pytest.mark.parametrize("target", ["disk/data", "disk/empty"], ids=["dangling", "empty directory"])
+def test_output_that_is_a_link(target: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", make_texts(100))
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(target)
+    command = ("prepare", "--input", "a.jsonl", "--output", "out", "--validation", "0.1", "--workers", "1")
+    done = hvdlm(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / target / "manifest.json").is_file()
+    assert "is there already" in hvdlm(*command, cwd=tmp_path).stdout
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"empty", Path(target).name}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("loop", "cannot write loop: "),
+        ("unmounted", "unmounted is a symbolic link, but there is no directory "),
+        ("disk/data", "disk is a symbolic link, but there is no directory "),
+        (".", ". is the current directory or the root: name a directory to be made within it"),
+        ("deeper/..", "deeper/.. is the current directory or the root"),
+        ("x" * 300, "cannot write xxx"),
+        ("x" * 250, "cannot write xxx"),
+    ],
+)
+def test_output_that_cannot_be_is_refused_before_any_work(output: str, message: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [*make_texts(100), ""])  # the last one is bad, as would be found by working
+    folder = tmp_path / "here"
+    folder.mkdir()
+    if output == "loop":
+        (folder / "loop").symlink_to("loop")
+    if output == "disk/data":
+        (folder / "disk").symlink_to(tmp_path / "lost")
+    if output == "unmounted":
+        (folder / "unmounted").symlink_to(tmp_path / "lost" / "data")
+    before = {path.name for path in folder.iterdir()}
+    done = hvdlm("prepare", "--input", "../a.jsonl", "--output", output, "--validation", "0.1", cwd=folder)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"hvdlm: error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == before
+    assert not (tmp_path / "lost").exists()
+
+
+def test_output_where_a_volume_is_mounted_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [*make_texts(100), ""])
+    (tmp_path / "volume").mkdir()
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if target == tmp_path / "volume":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(HvdlmError, match=r"volume cannot be replaced \(Device or resource busy\), as where a disk"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "volume", "byte", 2, 0.1, 1, "text", 0, skip_bad=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "volume"}
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", make_texts(1000))
+    command = f"exec {sys.executable} -m hvdlm prepare --input a.jsonl --output out --shards 70 --workers 1"
+    done = subprocess.run(["sh", "-c", f"ulimit -Sn 64; {command}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(DataSet(tmp_path / "out").train.shards) == 70
 
 
 GOOD = b'{"text": "good"}\n'
@@ -222,11 +309,23 @@ def test_a_document_that_is_too_long_is_left_out(tmp_path: Path) -> None:
         (("--input", "*.md"), "--input *.md: no such file, directory or glob match; check the path"),
         (("--input", "nothing"), "the input holds no documents; check --input"),
         (("--input", "a.jsonl", "--validation", "0"), "5 documents are too few:"),
+        (("--input", "one.txt", "two.txt"), "2 documents are too few: 8 of 9 shards (validation included) got none; "
+         "give more documents, divide text files with --split blank-lines (or lines, or a number of bytes), or fewer"),
+        (("--input", "one.txt", "--split", "lines"), "1 document is too few: 8 of 9 shards (validation included) got"),
+        (("--input", "one.txt"), "one.txt is one document of 4 bytes, too few for 8 training shards and validation;"),
+        (("--input", "one.txt", "--split", "0"), "--split 0: give blank-lines, lines, or a number of bytes from 1 to"),
+        (("--input", "one.txt", "--split", "words"), "--split words: give blank-lines, lines, or a number of bytes"),
+        (("--input", "a.jsonl", "--split", "lines"), "--split lines divides text files, but the input has none"),
+        (("--input", "one.txt", "--validation-input", "*.txt"), "--validation-input names all files of --input"),
+        (("--input", "one.txt", "--validation-input", "lost"), "--validation-input lost: no such file, directory"),
+        (("--input", "one.txt", "--validation-input", "two.txt", "--validation", "0.1"), "--validation 0.1 and "),
         (("--input", "a.jsonl", "--shards", "1"), "none of the 5 documents fell into validation; give more documents"),
         (("--input", "a.jsonl", "--shards", "0"), "--shards 0: there must be at least 1"),
         (("--input", "a.jsonl", "--validation", "1"), "--validation 1.0: the fraction must be at least 0 and below 1"),
         (("--input", "a.jsonl", "--validation", "nan"), "--validation nan: the fraction must be at least 0"),
-        (("--input", "a.jsonl", "--workers", "-1"), "--workers -1: give a number of processes, or 0"),
+        (("--input", "a.jsonl", "--workers", "-1"), "--workers -1: give a number of processes, at most 1,024, or 0"),
+        (("--input", "a.jsonl", "--workers", "9999"), "--workers 9999: give a number of processes, at most 1,024"),
+        (("--input", "a.jsonl", "--shards", str(10**9)), "--shards 1000000000: a process may open "),
         (("--input", ".",), "--output out lies in the input directory ., so it would be read as input"),
         (("--input", "a.jsonl", "--output", "taken"), "taken exists and is not a data set; remove it, or choose"),
         (("--input", "a.jsonl", "--output", "a.jsonl/out"), "cannot write a.jsonl/out"),
@@ -234,13 +333,15 @@ def test_a_document_that_is_too_long_is_left_out(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", make_texts(5))
+    (tmp_path / "one.txt").write_text("text")
+    (tmp_path / "two.txt").write_text("text")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("do not lose me")
     done = hvdlm("prepare", "--output", "out", "--workers", "1", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"hvdlm: error: {message}")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "nothing", "taken"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "one.txt", "two.txt", "nothing", "taken"}
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "do not lose me"
 
 
@@ -255,12 +356,15 @@ def long_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start_prepare(source: Path, cwd: Path) -> subprocess.Popen[str]:
+def start_prepare(
+    source: Path, cwd: Path, stdout: int | None = None, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Starts `hvdlm prepare` with two workers and waits until it writes shards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hvdlm", "prepare", "--input", source, "--output", "out", "--workers", "2"],
         cwd=cwd,
-        stderr=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )

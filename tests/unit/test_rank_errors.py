@@ -14,7 +14,7 @@ import pytest
 import torch
 from thread_rank import on_threads
 
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
@@ -199,3 +199,26 @@ def test_alone_a_broadcast_changes_nothing() -> None:
     given = parameters()
     broadcast_tensors(SoloCommunicator(), given.values())
     assert parameter_hash(given) == parameter_hash(parameters())
+
+
+def test_what_is_broadcast_is_not_all_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that stages tensors of a GPU, that is what it holds of pinned memory for ever."""
+    under_way: list[int] = []
+    most, sizes = 0, []
+
+    def broadcast(_: SoloCommunicator, tensor: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        nonlocal most
+        sizes.append(tensor.nbytes)
+        under_way.append(tensor.nbytes)
+        most = max(most, sum(under_way))
+        tensor.add_(1)
+        return Work(lambda: under_way.pop(0) and tensor)  # type: ignore[arg-type,return-value]
+
+    monkeypatch.setattr(SoloCommunicator, "broadcast_async_", broadcast)
+    mebi = 2**20
+    tensors = [torch.zeros(9 * mebi), torch.zeros(3), torch.zeros(3 * mebi, 2).t(), torch.zeros((), dtype=torch.int64)]
+    broadcast_tensors(SoloCommunicator(), tensors)
+    assert all((tensor == 1).all() for tensor in tensors)
+    # pieces of 16 MiB; the one that is not contiguous, as it is
+    assert sizes == [16 * mebi, 16 * mebi, 4 * mebi, 12, 24 * mebi, 8]
+    assert not under_way and most == 32 * mebi

@@ -257,7 +257,8 @@ def test_ranges() -> None:
     model = fit(PLANTED).model_copy(update={"residual": 0.01})
     assert parse_counts("8..70") == [8, 16, 32, 64]
     assert parse_counts("3,5") == [3, 5]
-    for text in ("8..x", "", "0"):
+    assert parse_counts("8..8") == [8]
+    for text in ("8..x", "", "0", "0..8", "-1..8", "8..2", "65536", "8..999999999"):
         with pytest.raises(HvdlmError, match="--ranks"):
             parse_counts(text)
     assert not is_extrapolated(model, 32, 1e9) and is_extrapolated(model, 33, 1e9)

@@ -138,6 +138,76 @@ def test_submitting_where_there_is_no_slurm(folder: Path) -> None:
     assert not (folder / "runs").exists()
 
 
+# What a process finds in its environment inside a step of srun's, under mpirun, horovodrun and torchrun.
+INSIDE_A_JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_CPU_BIND": "mask_cpu:0x1",
+    "SLURM_CPU_BIND_LIST": "0x1",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_MEM_PER_NODE": "200",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURMD_NODENAME": "n1",
+    "SBATCH_MEM_BIND": "local",
+    "SBATCH_TIMELIMIT": "1",
+    "PMI_RANK": "1",
+    "PMIX_RANK": "1",
+    "PMIX_NAMESPACE": "prterun-n1",
+    "PMIX_SERVER_URI41": "prterun-n1;tcp4://10.0.0.1:40000",
+    "PRTE_LAUNCHED": "1",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "HOROVOD_RANK": "1",
+    "HOROVOD_SIZE": "4",
+    "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1",
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "1",
+}
+# What users set for all their jobs.
+OF_THE_USER = {
+    "SLURM_CONF": "/etc/slurm/slurm.conf",
+    "SBATCH_ACCOUNT": "physics",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_MCA_btl_tcp_if_include": "eth0",
+    "HOROVOD_CYCLE_TIME": "2",
+    "RANKS": "8",
+}
+
+
+def test_a_job_that_is_submitted_inside_another_gets_nothing_of_it(folder: Path, tmp_path: Path) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/bash\nenv -0 > {tmp_path}/environment\necho 18\n")
+    sbatch.chmod(0o755)
+    words = ["config.toml", "--nodes", "2", "--ranks-per-node", "3", "--submit"]
+    variables = {**INSIDE_A_JOB, **OF_THE_USER, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    done = hvdlm("slurm", *words, cwd=folder, **variables)
+    assert done.returncode == 0, done.stderr
+    assert "submitted as job 18" in done.stdout
+    received = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().split("\0") if line)
+    assert sorted(INSIDE_A_JOB.keys() & received.keys()) == []
+    assert {name: received.get(name) for name in OF_THE_USER} == OF_THE_USER
+    assert received["PATH"] == variables["PATH"]
+
+
+def test_a_script_that_is_submitted_by_hand_inside_another_job_forgets_its_ranks(folder: Path) -> None:
+    assert hvdlm_slurm(folder).status == 0
+    text = (folder / "runs" / "mine.slurm" / "job.sh").read_text()
+    before_the_supervisor = text.partition("# The supervisor")[0]
+    # Of these Slurm sets its own in the new job
+    of_the_new_job = {"SLURM_JOB_ID", "SLURM_MEM_PER_NODE", "SLURM_EXPORT_ENV", "SLURMD_NODENAME"}
+    left = {**dict.fromkeys(of_the_new_job, "18"), **OF_THE_USER}
+    result = run(["bash", "-c", f"{before_the_supervisor}env"], extra={**INSIDE_A_JOB, **left})
+    assert result.status == 0, result.output
+    received = dict(line.split("=", 1) for line in result.output.splitlines() if "=" in line)
+    ranks = {name for name in INSIDE_A_JOB if not name.startswith(("SLURM_MEM", "SBATCH_"))} - of_the_new_job
+    assert sorted(ranks & received.keys()) == []
+    assert {name: received.get(name) for name in left} == left
+
+
 def test_another_version_does_not_start(folder: Path) -> None:
     assert hvdlm_slurm(folder).status == 0
     other = folder / "other" / "hvdlm"
@@ -152,11 +222,9 @@ def test_another_version_does_not_start(folder: Path) -> None:
 
 def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint_step(tmp_path) == 0
-    tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.touch()
     tensors = {"a": torch.zeros(1)}
     for step in (7, 12):
-        checkpoint.save(checkpoint.directory(tmp_path), step, tensors, tensors, {}, tokenizer, keep=2)
+        checkpoint.save(checkpoint.directory(tmp_path), step, tensors, tensors, {}, b"", keep=2)
     assert newest_checkpoint_step(tmp_path) == 12
 
 

@@ -33,8 +33,8 @@ class ThreadRank(SoloCommunicator):
         return self.all_gather_object(value)[root]
 
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
-        assert op is ReduceOp.MAX
-        return tensor.copy_(torch.stack(self.all_gather_object(tensor.clone())).amax(0))
+        everyone = torch.stack(self.all_gather_object(tensor.clone()))
+        return tensor.copy_(everyone.amax(0) if op is ReduceOp.MAX else everyone.sum(0))
 
 
 def on_threads(size: int, body: Callable[[Communicator], T]) -> list[T]:

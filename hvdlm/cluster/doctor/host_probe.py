@@ -22,6 +22,7 @@ import psutil
 from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.cluster.versions import output_of
 from hvdlm.comm.interfaces import Interface, own_interfaces
+from hvdlm.cores import usable_cores
 
 # The variable with the PATH of the ssh session, before doctor replaced it by the PATH of the launching machine.
 SESSION_PATH = "HVDLM_SESSION_PATH"
@@ -40,7 +41,7 @@ class HostReport:
     own_address: str  # to which it resolves its own name; "" if that fails
     software: dict[str, str]
     interfaces: list[Interface]
-    cores: int  # in the CPU affinity of the probe
+    cores: int  # that the probe may use, by its CPU affinity and quota
     gpus: int
     shared_memory: int  # bytes free in /dev/shm
     programs: dict[str, str]  # paths of PROGRAMS on the PATH of an ssh session; "" if not found
@@ -55,7 +56,7 @@ def report() -> HostReport:
         own_address=_resolve(hostname),
         software=installed_software(),
         interfaces=own_interfaces(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         gpus=_gpus(),
         shared_memory=psutil.disk_usage("/dev/shm").free,
         programs={name: shutil.which(name, path=session) or "" for name in PROGRAMS},

@@ -20,9 +20,13 @@ def interface_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in values.items() if value and not value.startswith("^")}
 
 
-def named_interfaces(value: str, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those of `interfaces` that a variable's value names, by interface name or by network (10.0.0.0/24)."""
-    return [each for entry in value.lstrip("=").split(",") if entry for each in interfaces if _is_named(entry, each)]
+def named_interfaces(variable: str, value: str, interfaces: Sequence[Interface]) -> list[Interface]:
+    """Those of `interfaces` that the value of `variable` names, by interface name or by network (10.0.0.0/24).
+
+    NCCL takes the beginning of a name, so eth names eth0 and eth1, unless the value begins with = (its environment
+    variables, NCCL_SOCKET_IFNAME).
+    """
+    return [each for entry in _entries(value) for each in interfaces if _is_named(variable, value, entry, each)]
 
 
 def misnamed_interfaces(host: str, variables: Mapping[str, str], interfaces: Sequence[Interface]) -> list[Finding]:
@@ -35,14 +39,25 @@ def misnamed_interfaces(host: str, variables: Mapping[str, str], interfaces: Seq
             f"unset {variable}, or name the interface that joins the hosts",
         )
         for variable, value in variables.items()
-        if not named_interfaces(value, interfaces) and _LOOPBACK not in value.lstrip("=").split(",")
+        if not named_interfaces(variable, value, interfaces)
+        and not any(_has_name(variable, value, entry, _LOOPBACK) for entry in _entries(value))
     ]
 
 
-def _is_named(entry: str, interface: Interface) -> bool:
+def _entries(value: str) -> list[str]:
+    return [entry for entry in value.lstrip("=").split(",") if entry]
+
+
+def _is_named(variable: str, value: str, entry: str, interface: Interface) -> bool:
     if "/" in entry:
         try:
             return interface.address.ip in IPv4Network(entry, strict=False)
         except ValueError:
             return False
-    return interface.name == entry
+    return _has_name(variable, value, entry, interface.name)
+
+
+def _has_name(variable: str, value: str, entry: str, name: str) -> bool:
+    """Whether an entry of a variable's value means the interface called `name`."""
+    takes_prefixes = variable.startswith("NCCL_") and not value.startswith("=")
+    return name.startswith(entry) if takes_prefixes else name == entry

@@ -10,8 +10,11 @@ from typing import TypeVar
 from hvdlm.cluster.doctor.findings import Finding, counted
 from hvdlm.cluster.doctor.host_checks import DOCKER_SHARED_MEMORY
 from hvdlm.cluster.doctor.interface_variables import misnamed_interfaces, named_interfaces
-from hvdlm.cluster.doctor.rank_report import MPI_LAUNCHERS, RankReport, one_rank_per_host
+from hvdlm.cluster.doctor.rank_report import RankReport, one_rank_per_host
+from hvdlm.comm.core_binding import idle_cores, same_cores
+from hvdlm.comm.gpus import shared_gpus
 from hvdlm.comm.interfaces import joining_networks
+from hvdlm.comm.launcher_process import MPI_LAUNCHERS
 
 V = TypeVar("V")
 
@@ -28,10 +31,13 @@ def check_ranks(reports: list[RankReport]) -> list[Finding]:
     checks: list[Callable[[list[RankReport]], list[Finding]]] = [
         alone_under_a_launcher,
         different_software,
+        different_instructions,
         crowded_cores,
+        bound_cores,
         different_gpus,
         unsupported_gpus,
         little_shared_memory,
+        uncompiled_codecs,
         wrong_interface_variables,
         slow_networks,
     ]
@@ -64,13 +70,26 @@ def different_software(reports: list[RankReport]) -> list[Finding]:
     return findings
 
 
+def different_instructions(reports: list[RankReport]) -> list[Finding]:
+    """Ranks without GPUs whose CPUs round otherwise, which training refuses."""
+    computing = [each for each in reports if not each.gpus]
+    by_capability = _grouped(computing, [each.cpu_capability for each in computing])
+    if len(by_capability) < 2:
+        return []
+    kinds = "; ".join(f"{capability} on {name_ranks(ranks)}" for capability, ranks in by_capability.items())
+    remedy = "set ATEN_CPU_CAPABILITY to the least of these on all ranks (mpirun -x ATEN_CPU_CAPABILITY=avx2)"
+    return [Finding("error", f"PyTorch computes with unlike instructions: {kinds}", remedy)]
+
+
 def crowded_cores(reports: list[RankReport]) -> list[Finding]:
     """A host with more ranks than cores, or with ranks bound to too few of its cores."""
     findings = []
     for host, ranks in _by_host(reports).items():
         cores = frozenset().union(*(each.launcher_cores | each.cores for each in ranks))
-        if len(ranks) > len(cores):
-            what = f"{host} has {len(ranks)} ranks and {counted(len(cores), 'core')} for them"
+        quotas = [each.usable_cores for each in ranks if 0 < each.usable_cores < len(each.cores)]
+        if len(ranks) > (usable := min([len(cores), *quotas])):
+            allowed = ", by its CPU quota" if usable < len(cores) else ""
+            what = f"{host} has {len(ranks)} ranks and {counted(usable, 'core')} for them{allowed}"
             findings.append(Finding("warning", what, "start fewer ranks there, unless this is only a test"))
             continue
         for bound in sorted({each.cores for each in ranks}, key=lambda each: (len(each), sorted(each))):
@@ -81,6 +100,13 @@ def crowded_cores(reports: list[RankReport]) -> list[Finding]:
                 findings.append(Finding("error", what, _unbind(sharing[0])))
                 break
     return findings
+
+
+def bound_cores(reports: list[RankReport]) -> list[Finding]:
+    """Cores that no rank of a host may use, or that OpenMP gives to several ranks while others are idle."""
+    ranks = [each.binding for each in reports]
+    problems = same_cores(ranks) + ([] if crowded_cores(reports) else idle_cores(ranks))
+    return [Finding("warning", what, remedy) for what, remedy in problems]
 
 
 def different_gpus(reports: list[RankReport]) -> list[Finding]:
@@ -105,7 +131,7 @@ def unsupported_gpus(reports: list[RankReport]) -> list[Finding]:
     ranks = [each for each in reports if each.gpus and not each.supports_gpus]
     if not ranks or len(reports) == 1:
         return []
-    crowded = [host for host, own in _by_host(ranks).items() if len(own) > len(own[0].gpus)]
+    crowded = [host for host, own in _by_host(ranks).items() if shared_gpus([each.gpu_uuids for each in own])]
     why = {
         "mpi": "engine mpi has no CUDA support",
         "horovod": f"Horovod {ranks[0].software['Horovod']} is built without NCCL",
@@ -140,6 +166,22 @@ def little_shared_memory(reports: list[RankReport]) -> list[Finding]:
     return findings
 
 
+def uncompiled_codecs(reports: list[RankReport]) -> list[Finding]:
+    """Ranks on which codecs cannot be compiled, or are compiled anew at each start."""
+    findings = []
+    with_problem = [each for each in reports if each.compiler_problem]
+    for problem, ranks in _grouped(with_problem, [each.compiler_problem for each in with_problem]).items():
+        is_missing = str(problem).startswith("Numba cannot be imported")
+        remedy = (
+            "install hvdlm with its requirements, without which it does not train"
+            if is_missing
+            else "set NUMBA_CACHE_DIR to a directory that can be written; now each start compiles its codec anew"
+        )
+        what = f"{problem}, on {name_ranks(ranks)}"
+        findings.append(Finding("error" if is_missing else "warning", what, remedy))
+    return findings
+
+
 def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     """Variables that name an interface that a host does not have, or one on a network that does not join all hosts."""
     hosts = one_rank_per_host(reports)
@@ -148,7 +190,7 @@ def wrong_interface_variables(reports: list[RankReport]) -> list[Finding]:
     for each in hosts:
         findings += misnamed_interfaces(each.host, each.variables, each.interfaces)
         for variable, value in each.variables.items():
-            named = named_interfaces(value, each.interfaces)
+            named = named_interfaces(variable, value, each.interfaces)
             if len(hosts) > 1 and networks and named and not {i.address.network for i in named} & set(networks):
                 what = (
                     f"{variable}={value} on {each.host} is on {named[0].address.network}, which does not join all hosts"

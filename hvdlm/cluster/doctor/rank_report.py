@@ -12,13 +12,11 @@ import torch
 from hvdlm.cluster.doctor.interface_variables import named_interfaces
 from hvdlm.cluster.doctor.software import installed_software
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.core_binding import Binding, own_binding, release_cores
+from hvdlm.comm.gpus import visible_gpus
 from hvdlm.comm.interfaces import Interface, interface_towards, own_interfaces
-
-# Names of the processes that start ranks: of Open MPI 5 and 4, MPICH and its derivatives; then Slurm, Horovod, PyTorch.
-MPI_LAUNCHERS = frozenset(
-    ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy")
-)
-_LAUNCHERS = MPI_LAUNCHERS | {"slurmstepd", "horovodrun", "torchrun"}
+from hvdlm.comm.launcher_process import launcher_processes
+from hvdlm.cores import usable_cores
 
 # The environment variable that selects an engine's interface for CPU tensors.
 _INTERFACE_VARIABLE = {
@@ -38,6 +36,7 @@ class RankReport:
     launcher: str  # as in comm.launch.Launch
     engine: str
     gpus: tuple[str, ...]  # names of the visible GPUs
+    gpu_uuids: tuple[str, ...]  # of the same
     supports_gpus: bool  # the engine communicates GPU tensors directly, not by a copy in host memory
     cores: frozenset[int]  # CPU affinity of this process
     launcher_cores: frozenset[int]  # CPU affinity of the launcher's process on this host; all cores without a launcher
@@ -48,6 +47,10 @@ class RankReport:
     shared_memory: int  # bytes free in /dev/shm before the engine started
     parent: str  # name of the parent process if it is a launcher's, else ""
     siblings: int  # children of the parent process, including this one
+    binding: Binding
+    usable_cores: int = 0  # fewer than `cores` where a control group has a CPU quota; 0: not known
+    cpu_capability: str = ""  # the instruction set of PyTorch's loops, such as AVX512
+    compiler_problem: str | None = None  # why codecs cannot be compiled here, or not be kept
 
     @property
     def device(self) -> str:
@@ -62,16 +65,19 @@ def gather_reports(
 
     `variables` and `shared_memory`: as they were before the engine started, which changes both.
     """
-    parent, launcher_process = _parent_and_launcher()
+    parent = psutil.Process().parent()
+    launcher_process = next(iter(launcher_processes()), None)
+    binding = own_binding(communicator, release_cores(os.environ))
     own = RankReport(
         rank=communicator.rank,
         host=communicator.hosts[communicator.rank],
         local_rank=communicator.local_rank,
         launcher=launcher,
         engine=communicator.engine,
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(len(visible_gpus()))),
+        gpu_uuids=tuple(visible_gpus()),
         supports_gpus=communicator.supports("cuda"),
-        cores=frozenset(os.sched_getaffinity(0)),
+        cores=binding.cpus,
         launcher_cores=frozenset(launcher_process.cpu_affinity() if launcher_process else range(os.cpu_count() or 1)),
         software=installed_software(),
         interfaces=tuple(own_interfaces()),
@@ -80,6 +86,10 @@ def gather_reports(
         shared_memory=shared_memory,
         parent=parent.name() if parent and parent == launcher_process else "",
         siblings=len(parent.children()) if parent else 1,
+        binding=binding,
+        usable_cores=usable_cores(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        compiler_problem=_compiler_problem(),
     )
     return communicator.all_gather_object(own)
 
@@ -92,10 +102,13 @@ def one_rank_per_host(reports: list[RankReport]) -> list[RankReport]:
     return list(firsts.values())
 
 
-def _parent_and_launcher() -> tuple[psutil.Process | None, psutil.Process | None]:
-    """The parent of this process, and its nearest ancestor that belongs to a launcher."""
-    ancestors = psutil.Process().parents()
-    return next(iter(ancestors), None), next((each for each in ancestors if each.name() in _LAUNCHERS), None)
+def _compiler_problem() -> str | None:
+    """What Numba, by which codecs are compiled, cannot do here."""
+    try:
+        from hvdlm.gradients.codecs.compiled import cache_problem
+    except ImportError as error:  # it also refuses versions of NumPy that it does not know
+        return f"Numba cannot be imported ({error})"
+    return cache_problem()
 
 
 def _towards_next_node(communicator: Communicator) -> Interface | None:
@@ -103,8 +116,8 @@ def _towards_next_node(communicator: Communicator) -> Interface | None:
     others = [host for host in communicator.hosts if host != communicator.hosts[communicator.rank]]
     if not others:
         return None
-    value = os.environ.get(_INTERFACE_VARIABLE.get(communicator.engine, ""), "")
-    named = named_interfaces(value, own_interfaces())
+    variable = _INTERFACE_VARIABLE.get(communicator.engine, "")
+    named = named_interfaces(variable, os.environ.get(variable, ""), own_interfaces())
     if named:
         return named[0]
     nodes = list(dict.fromkeys(communicator.hosts))

@@ -49,6 +49,12 @@ fail() {
     exit 1
 }
 
+# Where sbatch was called inside another job: its steps, its ranks, and the cores to which these were bound. Slurm sets
+# none of this in a batch script.
+unset ${!SLURM_STEP*} ${!SLURM_CPU_BIND*} ${!SLURM_MEM_BIND*} ${!PMI_*} PMIX_RANK PMIX_NAMESPACE
+unset ${!PMIX_SERVER_*} PRTE_LAUNCHED ${!OMPI_COMM_WORLD_*} HOROVOD_RANK HOROVOD_SIZE ${!HOROVOD_GLOO_RENDEZVOUS_*}
+unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT ${!TORCHELASTIC_*}
+
 cd "$job" || fail "$(hostname) does not see $job: write the job into a directory that all nodes share"
 installed=$("$python" -c 'import hvdlm; print(hvdlm.__version__)') ||
     fail "on $(hostname) there is no hvdlm at $python any more: install hvdlm $version there again"

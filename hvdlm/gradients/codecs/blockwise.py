@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import part_lengths
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.codec import Codec, uses_loops
 from hvdlm.gradients.exchange import Exchange
 
 # An index within a block is sent as one byte.
@@ -105,8 +105,8 @@ class BlockEncoding(ABC):
         """
 
     @abstractmethod
-    def is_finite(self, part: Part, message: Tensor) -> bool:
-        """Whether all encoded numbers were finite."""
+    def is_finite(self, part: Part, message: Tensor) -> Tensor:
+        """Whether all encoded numbers were finite: a bool scalar on their device."""
 
     @abstractmethod
     def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
@@ -178,13 +178,24 @@ class BlockwiseCodec(Codec):
 
         A step with NaN is not applied, so all ranks then restore the residuals that they had before it.
         """
-        if all(_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)):
-            gradients.zero_()
-            for part, message in zip(parts, messages, strict=True):
-                _add(encoding, part, message, gradients)
+        if uses_loops(gradients):
+            if all(bool(_is_finite(encoding, part, message)) for part, message in zip(parts, messages, strict=True)):
+                _set_to_sum(encoding, parts, messages, gradients)
+            else:
+                self._residual.copy_(gradients)
+                gradients.fill_(math.nan)
             return
-        self._residual.copy_(gradients)
-        gradients.fill_(math.nan)
+        is_finite = [_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)]
+        all_finite = torch.stack(is_finite).all()
+        self._residual.copy_(torch.where(all_finite, self._residual, gradients))
+        _set_to_sum(encoding, parts, messages, gradients)
+        gradients.copy_(torch.where(all_finite, gradients, math.nan))
+
+
+def _set_to_sum(encoding: BlockEncoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor) -> None:
+    gradients.zero_()
+    for part, message in zip(parts, messages, strict=True):
+        _add(encoding, part, message, gradients)
 
 
 def _nbytes(encoding: BlockEncoding, part: Part) -> int:
@@ -198,9 +209,9 @@ def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
     return message[:length].view(torch.float32), message[length:]
 
 
-def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> bool:
+def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> Tensor:
     dense, blocks = _sections(part, message)
-    return bool(dense.isfinite().all()) and encoding.is_finite(part, blocks)
+    return dense.isfinite().all() & encoding.is_finite(part, blocks)
 
 
 def _add(encoding: BlockEncoding, part: Part, message: Tensor, gradients: Tensor) -> None:

@@ -1,27 +1,30 @@
 """Codecs `fp16` and `bf16`: half as many bits for each number.
 
-On our ring each segment has a scale of its own, so that no finite gradient overflows and the whole range of the type
-lies below the largest magnitude of the segment; sums are float32. Where there is no ring the engine sums numbers of
-that type, scaled so that no sum overflows.
+Each segment has a scale of its own, so that no finite gradient overflows and the whole range of the type lies below the
+largest magnitude of the segment; sums are float32. On our ring a segment is encoded anew at each hop. Where there is no
+ring, each rank owns a part of the bucket: the others send it theirs of that part, it adds them in float32, encodes the
+sum and sends that to all. Both send 2 n (P-1)/P bytes for n encoded ones on P ranks, whatever the engine can sum.
 
 Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU, which add, round and subtract
-in one pass over memory, and PyTorch operations for other devices. Numba has no 16-bit floats on CPUs, so the loops
-compute their bits.
+in one pass over memory, and PyTorch operations for other devices, all segments of one length at once and without a
+number that the host would have to wait for. Numba has no 16-bit floats on CPUs, so the loops compute their bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import ReduceOp
+from hvdlm.comm.communicator import part_lengths
+from hvdlm.comm.ring import SEGMENT
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.codec import Codec, Residual
+from hvdlm.gradients.codecs.codec import Codec, Residual, uses_loops
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -42,21 +45,55 @@ class CastEncoding:
         self._dtype = dtype
 
     def nbytes(self, elements: int) -> int:
-        return _SCALE_BYTES + (elements * self._dtype.itemsize + 3) // 4 * 4  # messages begin at multiples of 4
+        return _SCALE_BYTES + _padded(elements * self._dtype.itemsize)
 
     def encode(self, values: Tensor, message: Tensor, residual: Tensor | None = None) -> None:
-        largest = add_residual(values, residual)
-        scale = power_of_two(_TOP, largest)
-        message[:_SCALE_BYTES].view(torch.float32).fill_(scale)
-        narrow(values, scale, self._numbers(message, len(values)), residual)
+        _encode(values, *self._sections(message, len(values)), residual)
 
     def decode(self, message: Tensor, values: Tensor) -> None:
-        scale = float(message[:_SCALE_BYTES].view(torch.float32))
-        factor = 1 / scale if scale else math.nan  # no encoder writes scale 0
-        widen(self._numbers(message, len(values)), factor, values)
+        _decode(*self._sections(message, len(values)), values)
 
-    def _numbers(self, message: Tensor, length: int) -> Tensor:
-        return message[_SCALE_BYTES:].view(self._dtype)[:length]
+    def _sections(self, message: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        scale, numbers = message[:_SCALE_BYTES], message[_SCALE_BYTES:]
+        return scale.view(torch.float32), numbers.view(self._dtype)[:length]
+
+
+class SegmentedEncoding:
+    """Consecutive segments: the scales of all of them, then the numbers of all."""
+
+    def __init__(self, dtype: torch.dtype, segment: int = SEGMENT) -> None:
+        """`segment`: elements of a segment; the last one may have fewer."""
+        self._dtype, self._segment = dtype, segment
+
+    def nbytes(self, elements: int) -> int:
+        return self._scale_bytes(elements) + _padded(elements * self._dtype.itemsize)
+
+    def encode(self, values: Tensor, message: Tensor, residual: Tensor | None) -> None:
+        """As `CastEncoding.encode`; `message` may be longer than `nbytes`."""
+        for span, which, scales, numbers in self._runs(message, len(values)):
+            _encode(values[span], scales[which], numbers[span], None if residual is None else residual[span])
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        for span, which, scales, numbers in self._runs(message, len(values)):
+            _decode(scales[which], numbers[span], values[span])
+
+    def _scale_bytes(self, elements: int) -> int:
+        return _SCALE_BYTES * -(-elements // self._segment)
+
+    def _runs(self, message: Tensor, length: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Segments that are encoded in one call, and which scales are theirs; then all scales, and all numbers.
+
+        On a CPU these are single segments, which its cache holds; elsewhere all of one length.
+        """
+        scales = message[: self._scale_bytes(length)].view(torch.float32)
+        numbers = message[self._scale_bytes(length) :].view(self._dtype)[:length]
+        whole = length // self._segment
+        at_once = 1 if uses_loops(message) else max(1, whole)
+        bounds = [*range(0, whole, at_once), *([whole] if length % self._segment else [])]
+        for first in bounds:
+            last = first + (at_once if first < whole else 1)
+            span = slice(first * self._segment, min(last * self._segment, length))
+            yield span, slice(first, last), scales, numbers
 
 
 class Cast(Codec):
@@ -64,8 +101,7 @@ class Cast(Codec):
 
     def __init__(self, dtype: torch.dtype, bucket: Bucket, settings: CompressionSection) -> None:
         super().__init__(bucket, settings)
-        self._dtype = dtype
-        self._encoding = CastEncoding(dtype)
+        self._encoding, self._segments = CastEncoding(dtype), SegmentedEncoding(dtype)
         self._residual = Residual(bucket, settings.error_feedback)
         if bucket.buffer.is_cpu:
             compile_for_cpu()
@@ -73,32 +109,63 @@ class Cast(Codec):
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         if exchange.has_ring:
             exchange.all_reduce_(gradients, self._encoding, self._residual.values)
-            return
-        self._residual.add_to_(gradients)
-        largest = largest_of(gradients).reshape(1)
-        exchange.all_reduce_(largest, op=ReduceOp.MAX)
-        scale = power_of_two(_TOP / exchange.size, float(largest))
-        numbers = (gradients * scale).to(self._dtype)
-        self._residual.update(gradients, lambda: numbers.float() * (1 / scale))
-        exchange.all_reduce_(numbers)
-        gradients.copy_(numbers).mul_(1 / scale)
+        else:
+            self._reduce_by_owners(gradients, exchange)
+
+    def _reduce_by_owners(self, gradients: Tensor, exchange: Exchange) -> None:
+        """Each rank encodes each number once, the others' or its own sum, so its residual is added once."""
+        lengths = part_lengths(len(gradients), exchange.size)
+        parts = gradients.split(lengths)
+        residual = self._residual.values
+        residuals = [None] * exchange.size if residual is None else residual.split(lengths)
+        nbytes = self._segments.nbytes(max(lengths))
+
+        def encoded(part: Tensor, error: Tensor | None) -> Tensor:
+            message = part.new_zeros(nbytes, dtype=torch.uint8)
+            self._segments.encode(part, message, error)
+            return message
+
+        rank = exchange.rank
+        unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
+        messages = [unused if own == rank else encoded(parts[own], residuals[own]) for own in range(exchange.size)]
+        decoded = torch.empty_like(parts[rank])
+        for source, message in enumerate(exchange.all_to_all(messages)):
+            if source != rank:
+                self._segments.decode(message, decoded)
+                parts[rank].add_(decoded)
+        for part, message in zip(parts, exchange.all_gather(encoded(parts[rank], residuals[rank])), strict=True):
+            self._segments.decode(message, part)
 
     def state(self) -> dict[str, Tensor]:
         return self._residual.state()
 
 
+def _padded(nbytes: int) -> int:
+    """Messages begin at multiples of 4."""
+    return (nbytes + 3) // 4 * 4
+
+
+def _encode(values: Tensor, scales: Tensor, numbers: Tensor, residual: Tensor | None) -> None:
+    """Encodes segments of equal length, as many as there are `scales`; where loops do it, one."""
+    if uses_loops(values):
+        scale = power_of_two(_TOP, add_residual(values, residual))
+        scales.fill_(scale)
+        narrow(values, scale, numbers, residual)
+    else:
+        encode_with_torch(values, scales, numbers, residual)
+
+
+def _decode(scales: Tensor, numbers: Tensor, values: Tensor) -> None:
+    if uses_loops(values):
+        scale = float(scales)
+        widen(numbers, 1 / scale if scale else math.nan, values)  # no encoder writes scale 0
+    else:
+        decode_with_torch(scales, numbers, values)
+
+
 def add_residual(values: Tensor, residual: Tensor | None) -> float:
     """Adds `residual`, if any, to `values`, and returns the largest magnitude of the sums; NaN if one is NaN."""
-    if values.is_cpu:
-        return float(_add_residual(values.numpy(), _NONE if residual is None else residual.numpy()))
-    if residual is not None:
-        values.add_(residual)
-    return float(largest_of(values))
-
-
-def largest_of(values: Tensor) -> Tensor:
-    """The largest magnitude; NaN if one is NaN. It takes a tenth of the time of torch.linalg.vector_norm."""
-    return torch.stack(torch.aminmax(values)).abs().amax()
+    return float(_add_residual(values.numpy(), _NONE if residual is None else residual.numpy()))
 
 
 def narrow(values: Tensor, scale: float, numbers: Tensor, residual: Tensor | None) -> None:
@@ -106,26 +173,37 @@ def narrow(values: Tensor, scale: float, numbers: Tensor, residual: Tensor | Non
 
     The residual of a number that is not finite is zero.
     """
-    if values.is_cpu:
-        bits = numbers.view(torch.int16).numpy().view(np.uint16)
-        errors = _NONE if residual is None else residual.numpy()
-        factors = np.float32(scale), np.float32(1 / scale)
-        _narrow(values.numpy(), *factors, numbers.dtype == torch.float16, bits, errors)
-        return
-    torch.mul(values, scale, out=numbers)
-    if residual is not None:
-        torch.sub(values, numbers.float().mul_(1 / scale), out=residual)
-        residual.nan_to_num_(0.0, 0.0, 0.0)
+    bits = numbers.view(torch.int16).numpy().view(np.uint16)
+    errors = _NONE if residual is None else residual.numpy()
+    factors = np.float32(scale), np.float32(1 / scale)
+    _narrow(values.numpy(), *factors, numbers.dtype == torch.float16, bits, errors)
 
 
 def widen(numbers: Tensor, factor: float, values: Tensor) -> None:
     """Writes `numbers` (fp16 or bf16) x `factor`, a power of two, to `values`."""
-    if values.is_cpu:
-        bits = numbers.view(torch.int16).numpy().view(np.uint16)
-        _widen(bits, np.float32(factor), numbers.dtype == torch.float16, values.numpy())
-        return
-    # Widened before it is multiplied: PyTorch would round, and overflow, in the smaller type
-    values.copy_(numbers).mul_(factor)
+    bits = numbers.view(torch.int16).numpy().view(np.uint16)
+    _widen(bits, np.float32(factor), numbers.dtype == torch.float16, values.numpy())
+
+
+def encode_with_torch(values: Tensor, scales: Tensor, numbers: Tensor, residual: Tensor | None) -> None:
+    """Encodes as many segments of equal length as there are `scales`, on any device."""
+    if residual is not None:
+        values.add_(residual)
+    rows = values.view(len(scales), -1)  # (segments, length)
+    least, greatest = torch.aminmax(rows, dim=1)
+    scales.copy_(powers_of_two(_TOP, torch.maximum(greatest, -least)))
+    factors = scales[:, None]
+    torch.mul(rows, factors, out=numbers.view(rows.shape))  # in float32, then rounded
+    if residual is not None:
+        torch.sub(rows, numbers.view(rows.shape).float().div_(factors), out=residual.view(rows.shape))
+        residual.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def decode_with_torch(scales: Tensor, numbers: Tensor, values: Tensor) -> None:
+    """Decodes as many segments of equal length as there are `scales`, on any device; NaN by a scale of 0."""
+    # Widened before they are multiplied: PyTorch would round, and overflow, in the smaller type
+    factors = torch.where(scales != 0, scales.reciprocal(), math.nan)
+    torch.mul(numbers.view(len(scales), -1).float(), factors[:, None], out=values.view(len(scales), -1))
 
 
 def compile_for_cpu() -> None:
@@ -136,7 +214,7 @@ def compile_for_cpu() -> None:
     widen(numbers, 1.0, values)
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
     if len(residual):
         for index in range(len(values)):
@@ -149,7 +227,7 @@ def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
     return np.int32(largest).view(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _narrow(
     values: np.ndarray, scale: np.float32, factor: np.float32, is_fp16: bool, numbers: np.ndarray, errors: np.ndarray
 ) -> None:
@@ -164,7 +242,7 @@ def _narrow(
         errors[index] = error if is_finite else np.float32(0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _widen(numbers: np.ndarray, factor: np.float32, is_fp16: bool, values: np.ndarray) -> None:
     for index in range(len(values)):
         number = np.int32(numbers[index])
@@ -172,7 +250,7 @@ def _widen(numbers: np.ndarray, factor: np.float32, is_fp16: bool, values: np.nd
         values[index] = np.float32(wide * factor)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _fp16_bits(bits: np.int32) -> np.uint16:
     """IEEE 754 binary16 nearest to a float32 of these bits, ties to even."""
     magnitude = np.int32(bits & _MAGNITUDE)
@@ -186,7 +264,7 @@ def _fp16_bits(bits: np.int32) -> np.uint16:
     return np.uint16(number | ((bits >> np.int32(16)) & np.int32(0x8000)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _float_of_fp16(number: np.int32) -> np.float32:
     magnitude = np.int32((number & np.int32(0x7FFF)) << np.int32(13))
     # As a float32 its exponent is 112 too small, also where it is subnormal
@@ -195,7 +273,7 @@ def _float_of_fp16(number: np.int32) -> np.float32:
     return np.int32(scaled | ((number & np.int32(0x8000)) << np.int32(16))).view(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _bf16_bits(bits: np.int32) -> np.uint16:
     """The nearest number that is the upper half of a float32, ties to even."""
     rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
@@ -203,7 +281,7 @@ def _bf16_bits(bits: np.int32) -> np.uint16:
     return np.uint16(np.int32(0x7FC0) if is_nan else rounded)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _float_of_bf16(number: np.int32) -> np.float32:
     return np.int32(number << np.int32(16)).view(np.float32)
 
@@ -214,3 +292,12 @@ def power_of_two(top: float, largest: float) -> float:
         return 1.0
     exponent = math.floor(math.log2(top) - math.log2(largest))
     return 2.0 ** max(-120, min(exponent, 120))  # it and its inverse are normal float32 numbers
+
+
+def powers_of_two(top: float, largest: Tensor) -> Tensor:
+    """`power_of_two` of each number, on its device."""
+    top_mantissa, top_exponent = math.frexp(top)
+    mantissa, exponent = torch.frexp(largest)  # mantissa x 2**exponent, the mantissa from 1/2 to below 1
+    exponent = (top_exponent - exponent - (mantissa > top_mantissa).int()).clamp(-120, 120)
+    power = ((exponent + 127) << 23).view(torch.float32)  # its bits as a float32
+    return torch.where((largest > 0) & largest.isfinite(), power, 1.0)

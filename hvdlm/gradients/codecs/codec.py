@@ -73,12 +73,26 @@ class Residual:
         return {} if self.values is None else {"residual": self.values}
 
 
+def uses_loops(values: Tensor) -> bool:
+    """Whether loops compiled for the CPU do the work on `values`.
+
+    Elsewhere PyTorch operations do, and nothing is decided by a number that lies there: reading one would make the host
+    wait for the device.
+    """
+    return values.is_cpu
+
+
 def reduce_dense_(gradients: Tensor, residual: Tensor, exchange: Exchange) -> None:
     """Replaces `gradients` by their dense sum, to which this rank adds its whole `residual`.
 
-    Where the residual is zero, the result is bit for bit the dense sum. Afterwards it is zero, unless the sum is not
-    finite.
+    Where the residual is zero, the result is the dense sum, on a CPU bit for bit. Afterwards it is zero, unless the sum
+    is not finite.
     """
+    if not uses_loops(gradients):
+        gradients.add_(residual)
+        exchange.all_reduce_(gradients)
+        residual.copy_(torch.where(gradients.isfinite().all(), torch.zeros_like(residual), residual))
+        return
     has_residual = bool(residual.any())
     if has_residual:
         gradients.add_(residual)

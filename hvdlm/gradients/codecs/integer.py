@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +24,8 @@ from torch import Tensor
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
+from hvdlm.gradients.codecs.codec import uses_loops
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -67,9 +68,9 @@ class _IntegerEncoding(BlockEncoding):
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
         round_blocks(part, self._bits, gradients, residual, *self._sections(part, message))
 
-    def is_finite(self, part: Part, message: Tensor) -> bool:
+    def is_finite(self, part: Part, message: Tensor) -> Tensor:
         scales, _ = self._sections(part, message)
-        return bool(scales.isfinite().all())
+        return scales.isfinite().all()
 
     def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
         add_blocks(part, self._bits, *self._sections(part, message), gradients)
@@ -100,7 +101,7 @@ def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, sca
     The scale of a block is NaN if a number in it is not finite, or 2**127 or more. `residual` is overwritten by the
     rounding error, `gradients` by the old residual.
     """
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         arrays = gradients.numpy(), residual.numpy(), scales.numpy(), integers.numpy()
         _round_blocks(part.block, part.spans.numpy(), bits, np.float32(largest_integer(bits)), *arrays)
     else:
@@ -109,7 +110,7 @@ def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, sca
 
 def add_blocks(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
     """Decodes scales and integers and adds them to the blocks of `target`."""
-    if target.is_cpu:
+    if uses_loops(target):
         _add_blocks(part.block, part.spans.numpy(), bits, scales.numpy(), integers.numpy(), target.numpy())
     else:
         add_blocks_with_torch(part, bits, scales, integers, target)
@@ -123,7 +124,7 @@ def compile_for_cpu(bits: int) -> None:
     add_blocks(part, bits, scales, integers, torch.zeros(2))
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _round_blocks(
     block: int,
     spans: np.ndarray,
@@ -172,7 +173,7 @@ def _round_blocks(
                 first += len(residual_block)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_to_bytes(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
     for index in range(len(residual_block)):
         rounded = np.rint(np.float32(residual_block[index] * inverse))
@@ -180,7 +181,7 @@ def _round_to_bytes(residual_block: np.ndarray, scale: np.float32, inverse: np.f
         out[index] = np.uint8(np.int32(rounded))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_to_nibbles(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
     """The first half of a block in the low four bits, the second half in the high ones."""
     half = len(out)
@@ -194,7 +195,7 @@ def _round_to_nibbles(residual_block: np.ndarray, scale: np.float32, inverse: np
         out[index - half] = np.uint8(np.int32(out[index - half]) + (np.int32(rounded) << np.int32(4)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _add_blocks(
     block: int, spans: np.ndarray, bits: int, scales: np.ndarray, integers: np.ndarray, target: np.ndarray
 ) -> None:
@@ -232,7 +233,7 @@ def round_blocks_with_torch(
         largest = rows.abs().amax(1, keepdim=True)
         is_finite = largest < 2.0**127
         is_used = (largest >= float(_TINY)) & is_finite
-        top = largest.new_tensor(largest_integer(bits))
+        top = torch.full_like(largest, largest_integer(bits))  # a tensor from a number would be copied, and waited for
         scale = torch.where(is_used, largest / top, 0.0)
         inverse = torch.where(is_used, top / largest, 0.0)
         rounded = torch.where(is_used, (rows * inverse).round(), 0.0)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from hvdlm.gradients.codecs.codec import uses_loops
+from hvdlm.gradients.codecs.compiled import compiled
 
 # A vector that keeps at most this share of its squared length is linearly dependent on those before it.
 _NEGLIGIBLE = 2.0**-32
@@ -60,7 +62,7 @@ class Matrices(NamedTuple):
 
 def multiply(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Tensor, lefts: Tensor) -> None:
     """Writes M times the right vectors into `lefts`."""
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _multiply(*_arrays(matrices, gradients, residual, rights, lefts))
     else:
         multiply_with_torch(matrices, gradients, residual, rights, lefts)
@@ -68,7 +70,7 @@ def multiply(matrices: Matrices, gradients: Tensor, residual: Tensor, rights: Te
 
 def multiply_transposed(matrices: Matrices, gradients: Tensor, residual: Tensor, lefts: Tensor, rights: Tensor) -> None:
     """Writes M, transposed, times the left vectors into `rights`."""
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _multiply_transposed(*_arrays(matrices, gradients, residual, lefts, rights))
     else:
         multiply_transposed_with_torch(matrices, gradients, residual, lefts, rights)
@@ -81,7 +83,7 @@ def reconstruct(
 
     Equal `lefts` and `rights` give equal `gradients`, bit for bit, on every CPU.
     """
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         _reconstruct(*_arrays(matrices, gradients, residual, lefts, own_rights, rights))
     else:
         reconstruct_with_torch(matrices, gradients, residual, lefts, own_rights, rights)
@@ -92,7 +94,7 @@ def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
 
     Gram-Schmidt, each vector twice, which is enough (Giraud et al., Numerische Mathematik 2005), in float64.
     """
-    if lefts.is_cpu:
+    if uses_loops(lefts):
         _orthonormalise(*_arrays(matrices, lefts))
     else:
         orthonormalise_with_torch(matrices, lefts)
@@ -118,7 +120,7 @@ def _arrays(matrices: Matrices, *tensors: Tensor) -> tuple[Any, ...]:
     return (matrices.matrix_rank, matrices.layout.numpy(), *(tensor.numpy() for tensor in tensors))
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
+@compiled(fastmath=_FREE_ORDER)
 def _multiply(
     matrix_rank: int,
     layout: np.ndarray,
@@ -143,7 +145,7 @@ def _multiply(
                 lefts[left + which * rows + row] = total
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FREE_ORDER)
+@compiled(fastmath=_FREE_ORDER)
 def _multiply_transposed(
     matrix_rank: int,
     layout: np.ndarray,
@@ -177,7 +179,7 @@ def _multiply_transposed(
                     vector[column] += a * first[column] + b * second[column] + c * third[column] + d * fourth[column]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _reconstruct(
     matrix_rank: int,
     layout: np.ndarray,
@@ -204,7 +206,7 @@ def _reconstruct(
                     gradient_row[column] += factor * total[column]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> None:
     for matrix in range(len(layout)):
         rows, left = layout[matrix, 1], layout[matrix, 3]
@@ -223,7 +225,7 @@ def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> 
             lefts[left + which * rows : left + (which + 1) * rows] = done[which]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
     """Four independent sums, since an addition takes longer than it takes to issue the next one."""
     first, second, third, fourth = 0.0, 0.0, 0.0, 0.0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.blockwise import is_large_matrix
-from hvdlm.gradients.codecs.codec import Codec, reduce_dense_
+from hvdlm.gradients.codecs.codec import Codec, reduce_dense_, uses_loops
 from hvdlm.gradients.codecs.low_rank import (
     Matrices,
     compile_for_cpu,
@@ -74,19 +74,29 @@ class PowerSGD(Codec):
         torch.add(gradients[self._dense], residual[self._dense], out=dense)
         multiply(matrices, gradients, residual, self._basis, self._lefts)
         exchange.all_reduce_(self._first_message)
-        is_finite = bool(self._first_message.isfinite().all())
-        if is_finite and len(self._lefts):
+        is_finite = self._first_message.isfinite().all()
+        # All ranks see what is not finite: the step is not applied, and residuals stay as they were
+        reads_numbers = uses_loops(gradients)
+        if reads_numbers and not is_finite:
+            gradients.fill_(math.nan)
+            return
+        if len(self._lefts):
             orthonormalise(matrices, self._lefts)
             multiply_transposed(matrices, gradients, residual, self._lefts, self._own_rights)
             self._rights.copy_(self._own_rights)
             exchange.all_reduce_(self._rights)
-            is_finite = bool(self._rights.isfinite().all())
-        if not is_finite:
-            gradients.fill_(math.nan)  # all ranks see it: the step is not applied, and residuals stay as they were
-            return
+            is_finite = is_finite & self._rights.isfinite().all()
+            if reads_numbers and not is_finite:
+                gradients.fill_(math.nan)
+                return
+        old_residual = residual if reads_numbers else residual.clone()
         reconstruct(matrices, gradients, residual, self._lefts, self._own_rights, self._rights)
         gradients[self._dense] = dense
         residual[self._dense] = 0
+        if not reads_numbers:
+            gradients.copy_(torch.where(is_finite, gradients, math.nan))
+            residual.copy_(torch.where(is_finite, residual, old_residual))
+            self._rights.copy_(torch.where(is_finite, self._rights, 0.0))  # which leaves the basis as it is
         for basis, rights in zip(self._basis_of.values(), matrices.split_rights(self._rights), strict=True):
             set_directions(basis, rights)
 

@@ -40,16 +40,24 @@ _BUCKET_MB_ON_ONE_NODE = 16.0
 _BUCKET_MB = {"int8": 8.0, "int4": 8.0, "topk": 32.0, "powersgd": 32.0}
 _DEFAULT_BUCKET_MB = 4.0
 
+# The least on GPUs, as DistributedDataParallel's: no cache holds a bucket there, and a codec starts as many kernels for
+# a small bucket as for a large one.
+_BUCKET_MB_ON_GPUS = 25.0
 
-def bucket_bytes(comm: CommSection, compression: CompressionSection, node_count: int) -> int:
-    """Approximate bytes of a bucket."""
+
+def bucket_bytes(comm: CommSection, compression: CompressionSection, node_count: int, device: str = "cpu") -> int:
+    """Approximate bytes of a bucket, for gradients on a "cpu" or "cuda" device."""
     megabytes = _BUCKET_MB.get(compression.codec, _DEFAULT_BUCKET_MB)
     if node_count == 1:
         megabytes = max(megabytes, _BUCKET_MB_ON_ONE_NODE)
+    if device == "cuda":
+        megabytes = max(megabytes, _BUCKET_MB_ON_GPUS)
     return int((comm.bucket_mb or megabytes) * 2**20)
 
 
-def candidate_codecs(comm: CommSection, compression: CompressionSection, node_count: int) -> dict[str, int]:
+def candidate_codecs(
+    comm: CommSection, compression: CompressionSection, node_count: int, device: str = "cpu"
+) -> dict[str, int]:
     """The codecs of `compression.candidates`, and the bytes of the buckets that suit each.
 
     Raises HvdlmError if one is unknown.
@@ -57,7 +65,7 @@ def candidate_codecs(comm: CommSection, compression: CompressionSection, node_co
     sizes = {}
     for name in (each.strip() for each in compression.candidates.split(",")):
         codec_factory(name)
-        sizes[name] = bucket_bytes(comm, compression.model_copy(update={"codec": name}), node_count)
+        sizes[name] = bucket_bytes(comm, compression.model_copy(update={"codec": name}), node_count, device)
     return sizes
 
 

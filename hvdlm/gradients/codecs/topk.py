@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
-from hvdlm.gradients.codecs.codec import reduce_dense_
+from hvdlm.gradients.codecs.codec import reduce_dense_, uses_loops
+from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
 _FP16 = cast.CastEncoding(torch.float16)
@@ -84,8 +84,8 @@ class _TopKEncoding(BlockEncoding):
             _FP16.decode(numbers, values)
         add_chosen(part, self._kept, values.neg_(), chosen, residual)
 
-    def is_finite(self, part: Part, message: Tensor) -> bool:
-        return bool(self._values(part, message).isfinite().all())
+    def is_finite(self, part: Part, message: Tensor) -> Tensor:
+        return self._values(part, message).isfinite().all()
 
     def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
         _, indices = self._sections(part, message)
@@ -115,7 +115,7 @@ def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[
     """
     values = gradients.new_empty(part.chosen_count(kept))
     indices = torch.empty_like(values, dtype=torch.uint8)
-    if gradients.is_cpu:
+    if uses_loops(gradients):
         arrays = gradients.numpy(), residual.numpy(), values.numpy(), indices.numpy()
         _choose(part.block, part.spans.numpy(), kept, *arrays)
     else:
@@ -125,7 +125,7 @@ def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[
 
 def add_chosen(part: Part, kept: int, values: Tensor, indices: Tensor, target: Tensor) -> None:
     """Adds each of `values` to `target` where `choose` has found it."""
-    if target.is_cpu:
+    if uses_loops(target):
         _add_chosen(part.block, part.spans.numpy(), kept, values.numpy(), indices.numpy(), target.numpy())
     else:
         add_chosen_with_torch(part, kept, values, indices, target)
@@ -138,7 +138,7 @@ def compile_for_cpu() -> None:
     add_chosen(part, 1, values, indices, torch.zeros(1))
 
 
-@numba.njit(cache=True, nogil=True)  # nogil: the backward pass runs at the same time
+@compiled()
 def _choose(
     block: int,
     spans: np.ndarray,
@@ -173,7 +173,7 @@ def _choose(
                 entry += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _add_chosen(
     block: int, spans: np.ndarray, kept: int, values: np.ndarray, indices: np.ndarray, target: np.ndarray
 ) -> None:

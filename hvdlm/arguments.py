@@ -1,0 +1,67 @@
+"""Words of a command line: paths, numbers, and settings among the options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvdlm.paths import expand_path
+
+_OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
+
+
+def path_text(text: str) -> str:
+    """A path; an empty one is that of a shell variable which nobody has set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path (was a shell variable not set?)")
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    return Path(path_text(text))  # an empty path would mean the current directory
+
+
+def finite(text: str) -> float:
+    """A number that is not infinite or NaN, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Seconds of a wait, for argparse; more than a million is no wait that a library could be given."""
+    number = finite(text)
+    if not 0 < number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds above 0, at most 1000000")
+    return number
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings, `--section.key value` or `--section.key=value`, and the other words of a command line.
+
+    argparse knows no settings: it would take the value of one for the configuration, if that follows.
+    """
+    overrides, words = [], []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            words += [word, *rest]
+            break
+        if not _OVERRIDE.fullmatch(word):
+            words.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not _OVERRIDE.fullmatch(rest[0]):
+            overrides.append(rest.pop(0))
+    return overrides, words

@@ -1,0 +1,119 @@
+"""`hvdlm train` on GPUs: its curve beside that of one process on a CPU in fp32, stopping and resuming."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import assert_same_curve, losses, records
+from launcher import BIN, launcher_command, run, start
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart.toml"
+STEPS = 20
+STOPPED_EARLY = 75  # exit status
+
+
+def command(data: Path, run_dir: Path, *options: str) -> list[str]:
+    """`hvdlm train` of the quickstart in 20 steps on a GPU; later `options` win."""
+    settings = {
+        "data.path": data,
+        "train.run_dir": run_dir,
+        "train.steps": STEPS,
+        "train.device": "cuda",
+        "train.evaluate_sequences": 64,
+        "train.check_replicas_every": 5,
+        "optimizer.warmup_steps": 5,
+        "log.every": 1,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [str(BIN / "hvdlm"), "train", str(QUICKSTART), *words, *options]
+
+
+def train(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str) -> dict[int, float]:
+    """Trains, and returns the training loss by step, which must be finite."""
+    result = run([*launcher_command(launcher, ranks), *command(data, run_dir, *options)], deadline=150)
+    assert result.status == 0, result.output
+    curve = losses(run_dir)
+    assert sorted(curve) == list(range(1, STEPS + 1))
+    assert all(math.isfinite(loss) for loss in curve.values()), curve
+    return curve
+
+
+@pytest.fixture(scope="module")
+def cpu_curve(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Of one process on the CPU, in fp32."""
+    return train("none", 1, data, tmp_path_factory.mktemp("cpu") / "run", "--train.device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "engine"),
+    [
+        ("none", 1, "auto"),
+        ("mpirun", 2, "torch"),
+        ("mpirun", 4, "mpi"),
+        ("torchrun", 1, "torch"),
+    ],
+)
+def test_the_curve_is_that_of_the_cpu(
+    launcher: str, ranks: int, engine: str, data: Path, tmp_path: Path, cpu_curve: dict[int, float]
+) -> None:
+    curve = train(launcher, ranks, data, tmp_path / "run", "--comm.engine", engine)
+    assert_same_curve(curve, cpu_curve, relative=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "codec"), [("bf16", "int4"), ("fp16", "fp16")])
+def test_the_curve_in_16_bits(
+    precision: str, codec: str, data: Path, tmp_path: Path, cpu_curve: dict[int, float]
+) -> None:
+    options = ["--comm.engine", "mpi", "--compression.codec", codec, "--train.precision", precision]
+    curve = train("mpirun", 2, data, tmp_path / "run", *options)
+    assert_same_curve(curve, cpu_curve, relative=3e-2)
+
+
+def test_activation_checkpointing(data: Path, tmp_path: Path, cpu_curve: dict[int, float]) -> None:
+    curve = train("none", 1, data, tmp_path / "run", "--train.activation_checkpointing", "true")
+    assert_same_curve(curve, cpu_curve, relative=1e-3)
+
+
+def test_one_visible_gpu_a_rank(data: Path, tmp_path: Path, cpu_curve: dict[int, float]) -> None:
+    """As Slurm arranges it: on one GPU both see the same one, and share it and its peak; on more, each has its own."""
+    gpus, ranks = torch.cuda.device_count(), 2
+    own = f"CUDA_VISIBLE_DEVICES=$((OMPI_COMM_WORLD_RANK % {gpus})) exec "
+    words = command(data, tmp_path / "run", "--comm.engine", "torch", "--train.precision", "bf16")
+    result = run([*launcher_command("mpirun", ranks), "bash", "-c", own + shlex.join(words)], deadline=150)
+    assert result.status == 0, result.output
+    assert ("staged through pinned host memory" in result.output) == (gpus == 1)
+    assert_same_curve(losses(tmp_path / "run"), cpu_curve, relative=3e-2)
+    utilisation = records(tmp_path / "run")[-1]["utilisation"]
+    assert utilisation is None or 0 < float(str(utilisation)) < 1
+
+
+def test_stopped_and_resumed_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """With deterministic kernels the run that was stopped ends with the bits of the one that was not."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ["--train.deterministic", "true", "--train.precision", "bf16", "--train.compile", "false"]
+    train("none", 1, data, whole, *options)
+    with start(command(data, stopped, "--checkpoint.every", "1", *options)) as job:
+        deadline = time.monotonic() + 100
+        while not (stopped / "checkpoints" / "latest").exists():
+            assert time.monotonic() < deadline and job.process.poll() is None, "no checkpoint"
+            time.sleep(0.01)
+        job.process.send_signal(signal.SIGTERM)
+        result = job.finish(deadline=60)
+    assert result.status == STOPPED_EARLY, result.output
+    assert 1 <= max(losses(stopped)) < STEPS
+    train("none", 1, data, stopped, "--resume", "latest", *options)
+    last = [load_file(each / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors") for each in (whole, stopped)]
+    assert last[0].keys() == last[1].keys() and last[0]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    sample = run([str(BIN / "hvdlm"), "generate", str(stopped), "--prompt", "def ", "--tokens", "20"], deadline=60)
+    assert sample.status == 0 and "def " in sample.output, sample.output

@@ -1,0 +1,86 @@
+"""How ranks end, and when they must not: real launchers, signals and kills."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import command, records, start_training
+from launcher import Job, launcher_command, run
+
+SABOTAGE = Path(__file__).with_name("sabotage.py")
+
+DEADLINE = 90.0  # seconds
+
+
+def wait_for(condition: Callable[[], bool], job: Job) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, job.members()
+        time.sleep(0.05)
+
+
+def steps_done(run_dir: Path) -> int:
+    return len(records(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def test_an_error_of_one_rank_alone(small_data: Path, tmp_path: Path) -> None:
+    """It waits in a collective operation for nobody, and the rank that has raised it says it."""
+    words = command(small_data, tmp_path / "run")[1:]
+    result = run([*launcher_command("mpirun", 2), sys.executable, str(SABOTAGE), "own_error", "1", *words])
+    assert result.status == 1, result.output
+    said = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    assert len(said) == 1, result.output
+    assert re.search(r"hvdlm: error: rank 1 on \S+: the gradient norm is nan at step 1: lower optimizer.lr", said[0])
+    assert "Traceback" not in result.output
+
+
+def test_ranks_that_are_suspended_together(small_data: Path, tmp_path: Path) -> None:
+    """For longer than comm.timeout, as a gang scheduler does; by engine torch, since Gloo has a clock of its own."""
+    run_dir = tmp_path / "run"
+    settings = {"train__steps": 100_000, "comm__timeout": 2, "comm__engine": "torch"}
+    with start_training("mpirun", 2, small_data, run_dir, **settings) as job:
+        wait_for(lambda: steps_done(run_dir) > 3, job)
+        ranks = job.ranks()
+        assert len(ranks) == 2
+        for process in ranks:
+            process.suspend()
+        time.sleep(4)
+        before = steps_done(run_dir)
+        for process in ranks:
+            process.resume()
+        wait_for(lambda: steps_done(run_dir) > before + 20, job)
+        ranks[0].send_signal(signal.SIGTERM)
+        result = job.finish(DEADLINE)
+    assert result.status == 75, result.output
+    assert "hvdlm: error" not in result.output
+
+
+def test_ranks_whose_launcher_is_killed(small_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with start_training("horovodrun --gloo", 2, small_data, run_dir, train__steps=100_000) as job:
+        wait_for(lambda: steps_done(run_dir) > 3, job)
+        job.process.kill()
+        wait_for(lambda: not any(process.is_running() for process in job.members()), job)
+        saved = steps_done(run_dir)
+    assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == [f"step_{saved:08}"]
+
+
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="PyTorch has one kind of loops here")
+def test_ranks_with_unlike_instruction_sets(small_data: Path, tmp_path: Path) -> None:
+    words = command(small_data, tmp_path / "run")
+    own = torch.backends.cpu.get_cpu_capability()
+    first = [*launcher_command("mpirun", 1), *words]
+    result = run([*first, ":", "-np", "1", "env", "ATEN_CPU_CAPABILITY=default", *words])
+    assert result.status == 1, result.output
+    (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
+    host = os.uname().nodename
+    assert f"ranks differ in CPU capability: rank 0 on {host} has {own}, rank 1 on {host} has DEFAULT; " in said
+    assert not (tmp_path / "run").exists()
