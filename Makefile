@@ -60,10 +60,13 @@ unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two a
 	@echo "== Tests of single functions and modules"
 	@python -m pytest tests/unit --numprocesses 2
 
-# Two workers, each with pools of ranks and an emulated cluster of its own; a file's tests stay on one of them
+# Workers of pytest-xdist, each with pools of ranks and an emulated cluster of its own; a file's tests stay on one of
+# them. Tests of hosts and Slurm wait for half of their time, so there is one more worker than cores of a small machine.
+parallel: WORKERS := 2
+integration: WORKERS := 3
 parallel integration: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
-	@python -m pytest tests/$@ --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	@python -m pytest tests/$@ --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
