@@ -72,7 +72,7 @@ gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@
 
-parallel: ## run the tests of ranks on this machine
+parallel: ## run the tests of ranks and other processes on this machine
 integration: ## run the tests of hosts, Slurm, installation and faults
 gpu: ## run the tests that need a GPU
 
