@@ -127,6 +127,9 @@ def _kill(executor: ProcessPoolExecutor) -> None:
     """For when what the workers do is of no use any more: it might take for ever, as on a file system that hangs."""
     for process in list((vars(executor)["_processes"] or {}).values()):
         process.kill()
+    # The executor may be reading a result of which its worker has written a part: it is to see the end of the pipe, of
+    # which this process holds the writing side too
+    vars(executor)["_result_queue"]._writer.close()
     _let_go_of_dead_workers(executor)
     executor.shutdown(cancel_futures=True)
 
