@@ -42,11 +42,16 @@ def check_devices_match(communicator: Communicator, device: torch.device, config
     """Raises JobError on every rank unless all compute on one type of device and, with the `config` of a training run,
     update parameters alike. Collective."""
     remedy = "set train.device = 'cpu', or ask nvidia-smi on the hosts without a GPU why they have none"
-    check_alike(communicator, {"the type of device": Shared(device.type, remedy)})
+    own = {"the type of device": Shared(device.type, remedy)}
+    if config is not None:
+        own |= _what_rounds(device, config)
+    check_alike(communicator, own)
     if device.type == "cuda":
         _report_unlike_gpus(communicator, torch.cuda.get_device_name(device))
-    if config is None:
-        return
+
+
+def _what_rounds(device: torch.device, config: Config) -> dict[str, Shared]:
+    """What decides how this rank updates parameters, by subject."""
     own = {}
     if device.type == "cpu":
         remedy = (
@@ -60,7 +65,7 @@ def check_devices_match(communicator: Communicator, device: torch.device, config
     own["how they round the learning rate"] = Shared(rates, remedy)
     for file, digest in codec_digests(config.compression).items():
         own[f"the codec {file}"] = Shared(digest, "copy one file to all hosts")
-    check_alike(communicator, own)
+    return own
 
 
 def update_digest(device: torch.device, settings: OptimizerSection) -> str:

@@ -155,7 +155,7 @@ class RunDirectory:
 
 def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab_size: int) -> None:
     """Raises HvdlmError unless model, data and order of samples are those of the checkpoint; the rest may differ."""
-    saved, now = from_dict(state["config"], state["path"], PRESETS).model_dump(), config.model_dump()
+    saved, now = _settings(state), config.model_dump()
     fixed = [("model", name) for name in now["model"] if name != "preset"]
     fixed += [("train", "seed"), ("train", "global_batch_size")]
     for section, name in fixed:
@@ -170,7 +170,7 @@ def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab
 
 def _changed_settings(state: dict[str, Any], config: Config) -> list[str]:
     """A sentence for each setting of the mathematics of training that differs from the checkpoint's."""
-    saved, now = from_dict(state["config"], state["path"], PRESETS).model_dump(), config.model_dump()
+    saved, now = _settings(state), config.model_dump()
     names = [(section, name) for section in ("optimizer", "compression") for name in now[section]]
     names += [("train", "steps"), ("train", "precision")]
     return [
@@ -178,3 +178,8 @@ def _changed_settings(state: dict[str, Any], config: Config) -> list[str]:
         for section, name in names
         if saved[section][name] != now[section][name]
     ]
+
+
+def _settings(state: dict[str, Any]) -> dict[str, Any]:
+    """With which a checkpoint was made, by section. Raises HvdlmError if some are not known any more."""
+    return from_dict(state["config"], state["path"], PRESETS).model_dump()

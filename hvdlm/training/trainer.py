@@ -150,9 +150,9 @@ class Trainer:
         self.sync.zero_grad()
         losses = []
         micro_batches = self._micro_batches(batch)
+        # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
+        factor = self.loss_scale.factor / self.nominal_tokens
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
-            # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
-            factor = self.loss_scale.factor / self.nominal_tokens
             loss = self._forward(inputs, targets, factor)
             losses.append(loss.detach())
             timer.end_phase("forward")

@@ -68,14 +68,15 @@ def gather_reports(
     parent = psutil.Process().parent()
     launcher_process = next(iter(launcher_processes()), None)
     binding = own_binding(communicator, release_cores(os.environ))
+    uuids = visible_gpus()
     own = RankReport(
         rank=communicator.rank,
         host=communicator.hosts[communicator.rank],
         local_rank=communicator.local_rank,
         launcher=launcher,
         engine=communicator.engine,
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(len(visible_gpus()))),
-        gpu_uuids=tuple(visible_gpus()),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(len(uuids))),
+        gpu_uuids=tuple(uuids),
         supports_gpus=communicator.supports("cuda"),
         cores=binding.cpus,
         launcher_cores=frozenset(launcher_process.cpu_affinity() if launcher_process else range(os.cpu_count() or 1)),
