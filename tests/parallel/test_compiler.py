@@ -103,11 +103,11 @@ def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path
         check_compiler(compiled(), CPU)
 
 
+@torch._inductor.config.patch(cpp_cache_precompile_headers=True)  # restored, which monkeypatch cannot do to this module
 def test_no_room_for_precompiled_headers_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They have a directory of their own, with the default name, and need openssl."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     config = torch._inductor.config
-    monkeypatch.setattr(config, "cpp_cache_precompile_headers", True)
     headers = tmp_path / "temporary" / "torchinductor_me" / "precompiled_headers"
     monkeypatch.setattr(
         "torch._inductor.runtime.cache_dir_utils.default_cache_dir", lambda: str(headers.parent), raising=True
