@@ -56,6 +56,9 @@ types: $(VENV)/test.stamp ## check types with mypy
 	@echo "== Types"
 	@mypy
 
+# Two workers share the cores: a second thread of PyTorch in each would only wait for a core.
+unit parallel integration: export OMP_NUM_THREADS := 1
+
 unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two at a time
 	@echo "== Tests of single functions and modules"
 	@python -m pytest tests/unit --numprocesses 2

@@ -122,7 +122,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("chunk_tokens", [32, None], ids=["explicit", "default"])
 def test_never_holds_all_logits(chunk_tokens):
     """By default 256 tokens of so large a vocabulary are taken at once."""
-    tokens, width, vocabulary = 512, 4, 140_000
+    tokens, width, vocabulary = 257, 4, 140_000
     hidden, weight, targets = make(tokens, width, vocabulary)
     with LargestTensor() as largest:
         token_loss(hidden, weight, targets, chunk_tokens=chunk_tokens).backward()
