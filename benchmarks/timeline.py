@@ -23,12 +23,12 @@ import torch
 from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
-from hvdlm.training.replicas import broadcast_tensors
 from hvdlm.training.trainer import Trainer
 
 _MICROSECONDS = 1e6

@@ -167,6 +167,29 @@ class CompressionSection(Section):
     matrix_rank: int = Field(4, gt=0, description="rank of the matrices by which powersgd approximates gradients")
 
 
+class LocalStepsSection(Section):
+    """`[local_steps]`: ranks train on their own for some steps, and average what they have learned."""
+
+    every: int = Field(0, ge=0, description="steps of a rank from one average to the next; 0: gradients every step")
+    warmup_steps: int = Field(0, ge=0, description="first steps of a run, whose gradients are combined every step")
+    lr: float = Field(1.0, gt=0, description="learning rate of the outer optimizer; 1: the average as it is")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov momentum of the outer optimizer")
+    fragments: int = Field(1, gt=0, description="parts of the model, averaged one after the other within `every` steps")
+    overlap: int = Field(0, ge=0, description="steps that go on while a fragment is being averaged; at most `every`")
+    merge: Literal["add", "mix"] = Field(
+        "add",
+        description="add: a rank's parameters become the averaged ones, and steps that it has made while these were on "
+        "their way are added; mix: parts of both, by alpha",
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="share of a rank's own parameters where merge = 'mix'")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LocalStepsSection:
+        if self.every and self.overlap > self.every:
+            raise ValueError(f"local_steps.overlap = {self.overlap} is more than local_steps.every = {self.every}")
+        return self
+
+
 class CheckpointSection(Section):
     """`[checkpoint]`: when checkpoints are written, and how many are kept."""
 
@@ -189,6 +212,7 @@ class Config(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     comm: CommSection = Field(default_factory=CommSection)
     compression: CompressionSection = Field(default_factory=CompressionSection)
+    local_steps: LocalStepsSection = Field(default_factory=LocalStepsSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
 
@@ -202,6 +226,10 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.decay_steps = {self.optimizer.decay_steps} does not fit between optimizer.warmup_steps = "
                 f"{self.optimizer.warmup_steps} and train.steps = {self.train.steps}"
+            )
+        if self.local_steps.every and self.compression.codec == "auto":
+            raise ValueError(
+                "compression.codec = 'auto' chooses by the gradients of every step: name a codec for local_steps.every"
             )
         return self
 

@@ -12,10 +12,10 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from compare.systems import System
+from hvdlm.comm.replicas import parameter_hash
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
-from hvdlm.training.replicas import parameter_hash
 
 
 @dataclass(frozen=True)

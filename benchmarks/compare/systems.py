@@ -22,7 +22,7 @@ from hvdlm.config import Config, Precision
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
-from hvdlm.training.optimizer import make_optimizer, set_learning_rate
+from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.trainer import Trainer

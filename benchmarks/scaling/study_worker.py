@@ -24,6 +24,7 @@ import torch
 from common.conditions import describe_machine, describe_versions
 from common.results import write_results
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.replicas import broadcast_tensors, parameter_hash
 from hvdlm.config import Config, from_dict
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
@@ -32,7 +33,6 @@ from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.hardware import choose_device, keep_memory, seconds_alive, share_cores
 from hvdlm.training.job import job
-from hvdlm.training.replicas import broadcast_tensors, parameter_hash
 from hvdlm.training.trainer import Trainer
 from scaling.simulated_compute import SimulatedTrainer
 

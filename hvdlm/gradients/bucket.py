@@ -1,4 +1,5 @@
-"""Flat buffers whose views are the parameters' `.grad`, so that gradients are added, sent and used in place.
+"""Flat buffers of numbers that are sent together; of gradients, their views are the parameters' `.grad`, so that
+gradients are added, sent and used in place.
 
 Autograd allocates a step's first gradient of a parameter itself. It is copied into its slot of the buffer while it is
 in the cache: one pass over the buffer, where clearing the buffer and adding to it would be three.
@@ -13,19 +14,14 @@ from torch import Tensor, nn
 
 
 class Bucket:
-    """Parameters whose gradients lie one behind the other in `buffer` (float32, 1-D) and are sent together."""
+    """Parameters of each of which as many numbers lie in `buffer` (float32, 1-D), one behind the other."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """`parameters` by name; their gradients lie in `buffer` in this order."""
+        """`parameters` by name; their numbers lie in `buffer` in this order."""
         self.names = list(parameters)
         self.parameters = list(parameters.values())
         total = sum(parameter.numel() for parameter in self.parameters)
         self.buffer = torch.zeros(total, dtype=torch.float32, device=self.parameters[0].device)
-        self.pending = len(self.parameters)  # gradients that are not final in this step
-        self._slots = self.split(self.buffer)
-        self._is_stored = [False] * len(self.parameters)
-        for parameter, slot in zip(self.parameters, self._slots, strict=True):
-            parameter.grad = slot
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a tensor as long as `buffer`, one for each parameter and of its shape."""
@@ -35,6 +31,18 @@ class Bucket:
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.buffer.numel() * self.buffer.element_size()
+
+
+class GradientBucket(Bucket):
+    """Parameters whose `.grad` lie in `buffer`."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.pending = len(self.parameters)  # gradients that are not final in this step
+        self._slots = self.split(self.buffer)
+        self._is_stored = [False] * len(self.parameters)
+        for parameter, slot in zip(self.parameters, self._slots, strict=True):
+            parameter.grad = slot
 
     def zero_grad(self) -> None:
         """Sets every `.grad` to None and counts all gradients as pending."""
@@ -65,9 +73,9 @@ class Bucket:
         return all(p.grad is slot for p, slot in zip(self.parameters, self._slots, strict=True))
 
 
-def make_buckets(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[Bucket]:
+def make_buckets(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[GradientBucket]:
     """Buckets of about `bucket_bytes`, grouped by `group_parameters`."""
-    return [Bucket(group) for group in group_parameters(parameters, bucket_bytes)]
+    return [GradientBucket(group) for group in group_parameters(parameters, bucket_bytes)]
 
 
 def bucket_sizes(parameters: Mapping[str, nn.Parameter], bucket_bytes: int) -> list[int]:

@@ -27,7 +27,7 @@ from hvdlm.gradients.auto.forecast import Cost
 from hvdlm.gradients.auto.plan import CodecPlan
 from hvdlm.gradients.auto.probe import probe_codec
 from hvdlm.gradients.auto.tuner import CodecTuner
-from hvdlm.gradients.bucket import Bucket, bucket_sizes
+from hvdlm.gradients.bucket import GradientBucket, bucket_sizes
 from hvdlm.gradients.bucket_codecs import BucketCodecs
 from hvdlm.gradients.channel import open_channels
 from hvdlm.gradients.codecs.codec import Codec
@@ -96,7 +96,7 @@ class GradientSync:
         self.traffic = self._measure_traffic()  # of the last step
 
     @property
-    def buckets(self) -> list[Bucket]:
+    def buckets(self) -> list[GradientBucket]:
         """In the order in which they are reduced."""
         return self._bucket_codecs.buckets
 
@@ -148,6 +148,22 @@ class GradientSync:
         if self._tuner:
             self._tuner.gradients_arrived(self._probe)
 
+    def keep_local(self) -> None:
+        """Instead of `set_last_micro_batch` and `wait`: this rank's gradients are complete, and stay its own."""
+        for bucket in self.buckets:
+            bucket.fill_missing()
+
+    def add_residuals_(self) -> None:
+        """Adds to the gradients what codecs have not delivered of earlier ones, and keeps none of it."""
+        for bucket, codec in zip(self.buckets, self.codecs, strict=True):
+            for residual in codec.state().values():
+                bucket.buffer.add_(residual)
+                residual.zero_()
+
+    def measure_traffic(self) -> None:
+        """Sets `traffic` to what was sent since `zero_grad`, by whomever on the channels."""
+        self.traffic = self._measure_traffic()
+
     def synchronize(self) -> None:
         """Returns when all that was queued on the device has ended, the sums of the last `wait` and `norm` among it.
 
@@ -169,13 +185,16 @@ class GradientSync:
         their processors add in different orders.
         """
         size, rank = self._communicator.size, self._communicator.rank
-        parts = [bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets]
-        own = _norm(parts)
         if size == 1:
-            return own
+            return self.local_norm()
+        own = _norm([bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets])
         norms = self._communicator.all_gather(own.reshape(1)).flatten()
         # On GPUs, which are all of one model, without waiting for them; elsewhere in one order, whatever the processor
         return _norm([norms]) if norms.is_cuda else torch.tensor(math.sqrt(math.fsum(n * n for n in norms.tolist())))
+
+    def local_norm(self) -> Tensor:
+        """Euclidean norm of this rank's gradients together, a float32 scalar on their device."""
+        return _norm([bucket.buffer for bucket in self.buckets])
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -267,7 +286,7 @@ class GradientSync:
 
     def _index_slots(self) -> None:
         """Maps each parameter to its bucket and the index of its slot there."""
-        self._slots: dict[Tensor, tuple[Bucket, int]] = {
+        self._slots: dict[Tensor, tuple[GradientBucket, int]] = {
             parameter: (bucket, slot) for bucket in self.buckets for slot, parameter in enumerate(bucket.parameters)
         }
 

@@ -21,7 +21,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CompressionSection, Config, OptimizerSection
 from hvdlm.data.shard import DataSet
 from hvdlm.gradients.codecs.registry import AUTO
-from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
+from hvdlm.strategies.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
 from hvdlm.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)

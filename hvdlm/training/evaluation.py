@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.data.loader import Batch, validation_batches
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
-from hvdlm.training.rank_errors import raise_on_all_ranks
 
 
 @dataclass(frozen=True)

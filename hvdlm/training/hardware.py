@@ -14,10 +14,10 @@ import torch
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.core_binding import drop_unchosen_threads, release_cores, warn_of_bindings
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
+from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.cores import usable_cores
 from hvdlm.errors import JobError
 from hvdlm.training.compile_cache import avoid_unusable_cache
-from hvdlm.training.rank_errors import raise_on_all_ranks
 
 # mallopt's names of settings (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

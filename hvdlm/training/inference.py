@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
+from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config, ModelSection, from_dict
 from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.shard import DataSet
@@ -26,8 +28,6 @@ from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
-from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
-from hvdlm.training.replicas import broadcast_tensors
 
 # How often a newer checkpoint is looked for, while a job removes old ones
 _TRIES = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hvdlm.config import Precision
 
@@ -38,6 +39,14 @@ class LossScale:
         elif self.is_dynamic and self._good_steps % _GROWTH_INTERVAL == 0:
             self.factor *= 2
         return self.factor / before
+
+    def tensor(self) -> Tensor:
+        """The factor and the good steps since it changed, (2,) float32, for ranks whose scales differ."""
+        return torch.tensor([self.factor, self._good_steps], dtype=torch.float32)
+
+    def load_tensor(self, state: Tensor) -> None:
+        """Restores what `tensor` has returned."""
+        self.factor, self._good_steps = float(state[0]), int(state[1])
 
     def state_dict(self) -> dict[str, float]:
         return {"is_dynamic": self.is_dynamic, "factor": self.factor, "good_steps": self._good_steps}

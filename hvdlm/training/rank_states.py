@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.errors import HvdlmError
+from hvdlm.strategies.strategy import RankState
 from hvdlm.training.checkpoint import Checkpoint, save_failure
-from hvdlm.training.rank_errors import on_rank_0
 
 
 def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], parent: Path) -> Path | None:
@@ -44,31 +45,55 @@ def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], paren
     return directory
 
 
+def read_equal_state(source: Checkpoint | None, tensors: Mapping[str, Tensor], old_size: int) -> None:
+    """Fills tensors that are equal on all ranks, parameters and optimizer state, from a checkpoint. For rank 0.
+
+    What each rank had of its own then becomes the mean. Tensors that the checkpoint does not hold stay as they are.
+    """
+    assert source is not None
+    saved = {**source.model(), **source.optimizer()}
+    missing = tensors.keys() - saved.keys()
+    states = (source.rank_state(rank) for rank in range(old_size)) if missing else iter(())
+    means: dict[str, Tensor] = {}
+    for state in states:
+        for name in missing & state.keys():
+            means[name] = means.get(name, 0) + state[name] / old_size
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            found = saved.get(name, means.get(name))
+            if found is not None:
+                tensor.copy_(found)
+
+
 def scatter_from_checkpoint(
-    communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], old_size: int
+    communicator: Communicator, source: Checkpoint | None, own: RankState, old_size: int
 ) -> None:
     """Fills `own` on every rank from the checkpoint that rank 0 has open.
 
-    On as many ranks as before, each gets its own tensors. On another number, each gets an equal part of the sum over
-    the old ranks, so that the sum of residuals is preserved. Tensors that the checkpoint does not hold stay as they
-    are. Collective.
+    On as many ranks as before, each gets its own tensors; on another number, what `RankState` says. What was equal on
+    all ranks then becomes each rank's own. Tensors that the checkpoint does not hold stay as they are. Collective.
     """
+    equal = source.optimizer() if source is not None else {}
     if old_size == communicator.size:
         for rank in range(communicator.size):
             saved = _read(communicator, source, rank)
-            for name, tensor in own.items():
-                moved = _move(communicator, saved.get(name, tensor).to(tensor.device), 0, rank)
+            for name, tensor in own.tensors().items():
+                found = saved.get(name, equal.get(name, tensor))
+                moved = _move(communicator, found.to(tensor.device), 0, rank)
                 if communicator.rank == rank:
                     tensor.copy_(moved)
         return
+    shared = {**own.summed, **own.averaged}
     sums: dict[str, Tensor] = {}
     for rank in range(old_size):
         saved = _read(communicator, source, rank)
-        for name in own.keys() & saved.keys():
+        for name in shared.keys() & saved.keys():
             sums[name] = sums[name] + saved[name] if name in sums else saved[name]
-    for name, total in sums.items():
-        own[name].copy_(total / communicator.size)
-    for tensor in own.values():
+    for name, tensor in shared.items():
+        if name in sums:
+            tensor.copy_(sums[name] / (communicator.size if name in own.summed else old_size))
+        elif name in own.averaged and name in equal:
+            tensor.copy_(equal[name])
         communicator.broadcast_(tensor)
 
 

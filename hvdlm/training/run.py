@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from hvdlm.comm.launch import detect
+from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
@@ -24,7 +25,6 @@ from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import check_compiler, check_deterministic
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
-from hvdlm.training.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.trainer import Trainer
 
@@ -66,10 +66,13 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         threads = share_cores(config.train.threads, communicator)
         with out_of_memory_errors(_LESS_MEMORY):
             trainer = Trainer(config, communicator, data, vocab_size, device)
+        sentences: list[str] = []
         state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
-            trainer.restore(source, state)
+            sentences = trainer.restore(source, state)
+        else:
+            trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
         if communicator.rank == 0:
             logger.info(
@@ -84,7 +87,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             if trainer.step >= steps:
                 logger.info("all %d steps are done: nothing to train; raise train.steps to go on", steps)
             trainer.metrics = MetricsLog(run_directory.path, trainer.step, open_view(steps, trainer.step))
-            for sentence in run_directory.changed_settings:
+            for sentence in [*run_directory.changed_settings, *sentences]:
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
             with loader, out_of_memory_errors(_LESS_MEMORY):

@@ -29,18 +29,21 @@ class StepMetrics:
 
     def _clear(self) -> None:
         self._step_seconds = self._codec_seconds = 0.0
+        self._wire_bytes = self._dense_bytes = 0
         self._timers: list[StepTimer] = []
 
-    def add(self, step_seconds: float, timer: StepTimer, codec_seconds: float) -> None:
-        """One step: its seconds, their phases, and the seconds in codecs, which overlap the phases."""
+    def add(self, step_seconds: float, timer: StepTimer, traffic: Traffic) -> None:
+        """One step: its seconds, their phases, and what was sent, which overlaps the phases."""
         self._step_seconds += step_seconds
         self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
-        self._codec_seconds += codec_seconds
+        self._codec_seconds += traffic.codec_seconds
+        self._wire_bytes += traffic.wire_bytes
+        self._dense_bytes += traffic.dense_bytes
 
-    def collect(self, loss_sum: float, tokens: int, traffic: Traffic) -> dict[str, Any]:
+    def collect(self, loss_sum: float, tokens: int) -> dict[str, Any]:
         """The last step's loss over all ranks, and mean times since the last call, each of the slowest rank.
 
-        `loss_sum`: this rank's sum over its tokens, nats; `tokens`: of the whole global batch. Collective; sums
+        `loss_sum`: this rank's sum over its `tokens`, nats. Bytes are those of rank 0. Collective; sums
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
         steps = len(self._timers)
@@ -50,11 +53,13 @@ class StepMetrics:
         data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
         compute = self._step_seconds - data - exposed
         own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
+        wire_bytes, dense_bytes = self._wire_bytes, self._dense_bytes
         self._clear()
-        losses, peaks, times = zip(
-            *self._communicator.all_gather_object((loss_sum, self._peak_flops, own)), strict=True
+        losses, counts, peaks, times = zip(
+            *self._communicator.all_gather_object((loss_sum, tokens, self._peak_flops, own)), strict=True
         )
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
+        tokens = sum(counts)
         tokens_per_second = tokens * steps / whole
         return {
             "loss": sum(losses) / tokens,
@@ -65,8 +70,8 @@ class StepMetrics:
             "compute_seconds": compute / steps,
             "exposed_comm_seconds": exposed / steps,
             "codec_seconds": codec / steps,
-            "wire_bytes": traffic.wire_bytes,
-            "compression_ratio": traffic.dense_bytes / traffic.wire_bytes if traffic.wire_bytes else 1.0,
+            "wire_bytes": wire_bytes // steps,
+            "compression_ratio": dense_bytes / wire_bytes if wire_bytes else 1.0,
             "world_size": self._communicator.size,
             "memory_bytes": memory,
         }

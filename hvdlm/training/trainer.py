@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.rank_errors import on_rank_0
+from hvdlm.comm.replicas import broadcast_tensors, check_replicas
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.loss import token_loss
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
+from hvdlm.strategies import make_strategy
+from hvdlm.strategies.optimizer import make_optimizer
+from hvdlm.strategies.strategy import RankState, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
 from hvdlm.training import checkpoint
@@ -27,25 +31,11 @@ from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.late_number import LateNumber
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
-from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
-from hvdlm.training.rank_errors import on_rank_0, raise_on_all_ranks
-from hvdlm.training.rank_states import gather_to_files, scatter_from_checkpoint
-from hvdlm.training.replicas import broadcast_tensors, check_replicas
+from hvdlm.training.rank_states import gather_to_files, read_equal_state, scatter_from_checkpoint
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.step_metrics import StepMetrics
-
-
-class Totals(NamedTuple):
-    """Sums over all ranks for one step."""
-
-    tokens: int  # targets that count
-    stop: bool  # whether some rank asks to stop after this step
-
-
-class UnreadableBatchError(JobError):
-    """Some rank cannot read its part of the next batch: weights are those of the step before."""
 
 
 class Trainer:
@@ -56,12 +46,10 @@ class Trainer:
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         self.model = make_model(config, vocab_size, device)
-        self.parameters = dict(self.model.named_parameters())
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.optimizer_state = optimizer_tensors(self.optimizer, self.model)
-        self.sync = GradientSync(self.model, communicator, config.comm, config.compression)
+        optimizer = make_optimizer(self.model, config.optimizer)
+        self.strategy = make_strategy(self.model, optimizer, communicator, config)
+        self.sync = self.strategy.sync
         self.loss_scale = LossScale(config.train.precision)
-        self.sync.only_if_finite = self.loss_scale.is_dynamic and bool(self.sync.codec_state())
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self._saved_step = 0  # the last one of which there is a checkpoint
         self.metrics: MetricsLog | None = None  # rank 0 has one
@@ -72,27 +60,43 @@ class Trainer:
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length
         self._tokenizer = b""  # on rank 0, which saves, the content of the data set's tokenizer.json
         self._unchecked_norm: tuple[int, LateNumber] | None = None  # of the step before, on a GPU
+        # What waits for a step in which the ranks meet
+        self._log_is_due = self._check_is_due = False
 
-    def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> None:
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those that are validated and saved, by name; equal on all ranks."""
+        return self.strategy.parameters()
+
+    def start(self) -> None:
+        """Begins a run, with the model of rank 0 on all ranks. Collective."""
+        self.strategy.start()
+
+    def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> list[str]:
         """Restores a checkpoint, which rank 0 has open as `source`; all ranks have its `state`. Collective.
 
-        Raises JobError if its weights are of no use.
+        Returns what the user is to be told. Raises JobError if its weights are of no use.
         """
-        tensors = {**self.parameters, **self.optimizer_state}
-
-        def read() -> None:
-            assert source is not None
-            with torch.no_grad():
-                for name, tensor in {**source.model(), **source.optimizer()}.items():
-                    tensors[name].copy_(tensor)
-
-        on_rank_0(self.communicator, read)
-        broadcast_tensors(self.communicator, self.optimizer_state.values())
-        self.sync.load_state_dict(state["gradients"])
-        scatter_from_checkpoint(self.communicator, source, self.sync.codec_state(), state["world_size"])
+        size, strategy = state["world_size"], self.strategy
+        combines_alike = state["config"].get("local_steps") == self.config.model_dump()["local_steps"]
+        as_saved = combines_alike and size == self.communicator.size
+        strategy.load_state_dict(state, state["step"], as_saved)
+        equal = {**strategy.parameters(), **strategy.optimizer_state()}
+        on_rank_0(self.communicator, lambda: read_equal_state(source, equal, size))
+        broadcast_tensors(self.communicator, equal.values())
         self.loss_scale.load_state_dict(state["loss_scale"])
-        self.sync.restore_residuals_(self.loss_scale.factor / state["loss_scale"]["factor"])  # precision may differ
+        own = self._rank_state()
+        scatter_from_checkpoint(self.communicator, source, own, size)
+        if "loss_scale" in own.dropped:
+            self.loss_scale.load_tensor(own.dropped["loss_scale"])
+        strategy.restored(self.loss_scale.factor / state["loss_scale"]["factor"])  # precision may differ
         self.step = self._saved_step = state["step"]
+        if as_saved or state.get("ranks_are_equal", True):
+            return []
+        return [
+            "training goes on from the parameters that were averaged last, with the mean of the moments: the number of "
+            "ranks or [local_steps] was another, so what each rank has learned since is not used"
+        ]
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before.
@@ -105,8 +109,6 @@ class Trainer:
         train, save_every = self.config.train, self.config.checkpoint.every
         if self.communicator.rank == 0:  # now: whoever moves the data set while a job runs does not keep it from saving
             self._tokenizer = self.data.tokenizer_path.read_bytes()
-        broadcast_tensors(self.communicator, self.parameters.values())
-        self.model.update_low_precision_weights()
         first, stop = self.step + 1, False
         if self._was_killed_in_validation():
             stop = not self._validate(preemption)
@@ -117,8 +119,8 @@ class Trainer:
                 raise JobError(f"{error}{self._save_what_is_done(loader)}") from None
             if self.step == first:
                 self._write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
-            if _is_due(self.step, train.check_replicas_every):
-                check_replicas(self.communicator, self.parameters, self.step)
+            if self.step == train.steps:
+                self.strategy.finish()
             if self.step == train.steps or stop or _is_due(self.step, save_every):
                 self._save(loader)
             if self._validates() and not stop:
@@ -144,10 +146,10 @@ class Trainer:
         batch, error = self._next_batch(loader)
         timer.end_phase("data")
 
-        totals: Totals | None = None
-        reduction = self._reduce_totals_async(batch, stop_here, error)
+        tokens: int | None = None
+        own_tokens = int((batch.targets != IGNORE).sum())
+        status = self.strategy.begin_step(own_tokens, stop_here, error)
         self._seed_dropout()
-        self.sync.zero_grad()
         losses = []
         micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
@@ -157,29 +159,40 @@ class Trainer:
             losses.append(loss.detach())
             timer.end_phase("forward")
             if number == len(micro_batches):
-                totals = self._wait_for_totals(reduction, error)
-                self.sync.set_last_micro_batch()  # gradients are final from here on: buckets are reduced when ready
+                tokens = self._wait_for(status)
+                self.strategy.set_last_micro_batch()  # gradients are final from here on: they are sent when ready
             (loss * factor).backward()
             timer.end_phase("backward")
-        if totals is None:  # this rank has no sequences, and contributes zeros
-            totals = self._wait_for_totals(reduction, error)
-            self.sync.set_last_micro_batch()
-        self.sync.wait()
+        if tokens is None:  # this rank has no sequences, and contributes zeros
+            tokens = self._wait_for(status)
+            self.strategy.set_last_micro_batch()
+        self.strategy.wait()
         timer.end_phase("wait")
 
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        unscale = self.nominal_tokens / (totals.tokens * self.loss_scale.factor)  # to the mean over all tokens
-        norm = self._norm(unscale)
-        if not self._skip_step(norm):
-            self._scale_and_clip(unscale, norm)
-            self._update(rate)
+        norm = torch.zeros(())
+        if tokens:
+            unscale = self.nominal_tokens / (tokens * self.loss_scale.factor)  # to the mean over those tokens
+            norm = self._norm(unscale)
+            if not self._skip_step(norm):
+                self._scale_and_clip(unscale, norm)
+                self._update(rate)
         timer.end_phase("optimizer")
         self.step += 1
-        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.sync.traffic.codec_seconds)
-        if _is_due(self.step, self.config.log.every) or self.step == self.config.train.steps:
+        end = self.strategy.end_step()
+        timer.end_phase("wait")
+        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.sync.traffic)
+        is_last = self.step == self.config.train.steps
+        self._log_is_due |= is_last or _is_due(self.step, self.config.log.every)
+        self._check_is_due |= _is_due(self.step, self.config.train.check_replicas_every)
+        if self._log_is_due and (end.ranks_have_met or is_last):
             self.sync.synchronize()
-            self._log(sum(map(float, losses)), totals.tokens, rate, float(norm))
-        return totals.stop
+            self._log(sum(map(float, losses)), own_tokens, rate, float(norm))
+            self._log_is_due = False
+        if self._check_is_due and end.ranks_have_met:
+            check_replicas(self.communicator, self.parameters, self.step)
+            self._check_is_due = False
+        return end.stop
 
     def _next_batch(self, loader: Loader) -> tuple[Batch, str | None]:
         """This rank's part of the next global batch; or an empty one and why it cannot be read."""
@@ -197,22 +210,11 @@ class Trainer:
             return []
         return list(zip(inputs.split(size), targets.split(size), strict=True))
 
-    def _reduce_totals_async(self, batch: Batch, stop_here: bool, error: str | None) -> Work[Tensor]:
-        """Starts the sum over all ranks of tokens, requests to stop and errors, while the first passes run."""
-        tokens = int((batch.targets != IGNORE).sum())
-        counts = torch.tensor([tokens, int(stop_here), int(error is not None)])
-        return self.communicator.all_reduce_async_(counts, ReduceOp.SUM)
-
-    def _wait_for_totals(self, reduction: Work[Tensor], error: str | None) -> Totals:
-        """The totals of all ranks. Raises UnreadableBatchError on all ranks if some rank could not."""
-        tokens, stops, errors = reduction.wait().tolist()
-        if errors:
-            try:
-                raise_on_all_ranks(self.communicator, self.communicator.all_gather_object(error))
-            except JobError as failure:
-                raise UnreadableBatchError(str(failure)) from None
+    def _wait_for(self, status: Work[int]) -> int:
+        """The tokens over whose mean loss gradients are; raises UnreadableBatchError on all ranks if some could not."""
+        tokens = status.wait()
         self.timer.end_phase("wait")  # on a GPU, zero while it is busy with what the host has queued
-        return Totals(tokens, stops > 0)
+        return tokens
 
     def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats; its backward pass begins with `factor`."""
@@ -223,8 +225,8 @@ class Trainer:
         return token_loss(hidden, self.model.output_weight, targets, self.model.dtype, grad_scale=grad_scale)
 
     def _norm(self, unscale: float) -> Tensor:
-        """Global norm of the gradients of the mean loss, a scalar on their device, equal on all ranks."""
-        return self.sync.norm() * unscale
+        """Norm of the gradients of the mean loss, a scalar on their device."""
+        return self.strategy.norm() * unscale
 
     def _skip_step(self, norm: Tensor) -> bool:
         """Whether fp16 gradients overflowed, so that this step is skipped; adapts the loss scale.
@@ -238,7 +240,7 @@ class Trainer:
         skip = not math.isfinite(norm)
         if skip:
             self._check_overflow()
-        self.sync.scale_residuals_(self.loss_scale.update(skip))
+        self.strategy.scale_residuals_(self.loss_scale.update(skip))
         if skip:
             factor = self.loss_scale.factor
             self._write("event", message=f"fp16 gradients overflowed: step skipped, loss scale now {factor:g}")
@@ -263,9 +265,9 @@ class Trainer:
             )
 
     def _check_overflow(self) -> None:
-        """Raises JobError if gradients have overflowed for a reason that no loss scale mends. All ranks are alike."""
+        """Raises JobError if gradients have overflowed for a reason that no loss scale mends."""
         step = self.step + 1
-        if name := checkpoint.not_finite(self.parameters):
+        if name := checkpoint.not_finite(dict(self.model.named_parameters())):
             raise JobError(
                 f"{name} holds NaN or infinite numbers at step {step}: lower optimizer.lr or lengthen "
                 "optimizer.warmup_steps, and resume from the last checkpoint"
@@ -280,21 +282,20 @@ class Trainer:
         """Makes the summed gradients those of the mean loss, whose norm is `norm`, and clips their global norm."""
         clip_norm = self.config.optimizer.clip_norm
         if norm.is_cuda:  # the host does not wait for the norm
-            self.sync.scale_(unscale * (clip_norm / norm).clamp(max=1.0) if clip_norm else unscale)
+            self.strategy.scale_(unscale * (clip_norm / norm).clamp(max=1.0) if clip_norm else unscale)
             return
         length = float(norm)
         factor = unscale * (clip_norm / length if 0 < clip_norm < length else 1.0)
         if factor != 1.0:
-            self.sync.scale_(factor)
+            self.strategy.scale_(factor)
 
     def _update(self, rate: float) -> None:
         """The optimizer step, with learning rate `rate`."""
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.model.update_low_precision_weights()
+        self.strategy.apply(rate)
 
     def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
-        numbers = self.step_metrics.collect(loss_sum, tokens, self.sync.traffic)
+        """`loss_sum`, `tokens`: this rank's. Collective."""
+        numbers = {**self.step_metrics.collect(loss_sum, tokens), **self.strategy.log_numbers()}
         self._write("train", lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
 
     def _validate(self, preemption: Preemption) -> bool:
@@ -306,7 +307,8 @@ class Trainer:
             self._write("event", message="no validation: the data set was prepared without it")
             return True
         sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
-        result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
+        with self.strategy.evaluation_parameters():
+            result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
         if result is not None:
             self._write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
             if not math.isfinite(result.loss):
@@ -322,7 +324,8 @@ class Trainer:
             "step": self.step,
             "data": {**loader.state_dict(), "batch": self.step},
             "loss_scale": self.loss_scale.state_dict(),
-            "gradients": self.sync.state_dict(),
+            **self.strategy.state_dict(),
+            "ranks_are_equal": self.strategy.ranks_are_equal,
             "config": self.config.model_dump(),
             "vocab_size": self.model.vocab_size,
             "world_size": self.communicator.size,
@@ -332,20 +335,27 @@ class Trainer:
 
     def _save(self, loader: Loader) -> None:
         """Raises JobError, and leaves the checkpoints as they are, if the weights are of no use."""
-        if name := checkpoint.not_finite(self.parameters):
+        equal = self.parameters, self.strategy.optimizer_state()
+        if name := checkpoint.not_finite(equal[0]):
             raise JobError(
                 f"{name} holds NaN or infinite numbers after step {self.step}, which is not saved: lower optimizer.lr, "
                 "and resume from the last checkpoint"
             )
         parent, keep = checkpoint.directory(self.config.train.run_dir), self.config.checkpoint.keep
-        ranks = gather_to_files(self.communicator, self.sync.codec_state(), parent)
+        ranks = gather_to_files(self.communicator, self._rank_state().tensors(), parent)
 
         def write() -> Path:
-            tensors = self.parameters, self.optimizer_state
-            return checkpoint.save(parent, self.step, *tensors, self._state(loader), self._tokenizer, keep, ranks)
+            return checkpoint.save(parent, self.step, *equal, self._state(loader), self._tokenizer, keep, ranks)
 
         self._write("event", message=f"saved {on_rank_0(self.communicator, write)}")
         self._saved_step = self.step
+
+    def _rank_state(self) -> RankState:
+        """What each rank has of its own; its loss scale, too, where ranks step by gradients of their own."""
+        state = self.strategy.rank_state()
+        if self.loss_scale.is_dynamic and not self.strategy.ranks_are_equal:
+            state.dropped["loss_scale"] = self.loss_scale.tensor()
+        return state
 
     def _save_what_is_done(self, loader: Loader) -> str:
         """Saves the last step, unless it is saved; returns what an error message says of it."""

@@ -7,10 +7,10 @@ from codecs_body import make_model
 from communicator_body import DTYPES, same, values
 
 from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.replicas import broadcast_tensors, check_replicas
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.training.hardware import choose_device
-from hvdlm.training.replicas import broadcast_tensors, check_replicas
 
 STEPS = 20
 

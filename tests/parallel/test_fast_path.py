@@ -17,8 +17,8 @@ from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.optimizer import make_optimizer
 from hvdlm.training.model import make_model
-from hvdlm.training.optimizer import make_optimizer
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY = 300, 8, 32, 97
 LEARNING_RATE = 3e-3

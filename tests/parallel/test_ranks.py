@@ -8,6 +8,7 @@ from types import ModuleType
 import codecs_body
 import communicator_body
 import gradients_body
+import local_steps_body
 import mpi_body
 import pytest
 import ring_body
@@ -69,6 +70,7 @@ CASES = [
         ],
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
+    *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3])),
 ]
 
 # One pool after the other, so that each starts once.
@@ -91,7 +93,9 @@ def test_check(case: Case, pools: Pools) -> None:
     pool.run(case.body, case.function, group.size, can_split=group.can_split, **case.keywords)
 
 
-@pytest.mark.parametrize("body", [communicator_body, ring_body, gradients_body, codecs_body, training_body])
+@pytest.mark.parametrize(
+    "body", [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body]
+)
 def test_every_check_runs(body: ModuleType) -> None:
     assert_every_check_runs(body, CASES)
 

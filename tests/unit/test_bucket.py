@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvdlm.gradients.bucket import Bucket, make_buckets
+from hvdlm.gradients.bucket import GradientBucket, make_buckets
 from hvdlm.timing import Timestamp
 
 
@@ -20,7 +20,7 @@ def named(given: list[nn.Parameter]) -> dict[str, nn.Parameter]:
     return {f"parameter {index}": parameter for index, parameter in enumerate(given)}
 
 
-def sizes(buckets: list[Bucket]) -> list[list[int]]:
+def sizes(buckets: list[GradientBucket]) -> list[list[int]]:
     return [[parameter.numel() for parameter in bucket.parameters] for bucket in buckets]
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_trained_is_left_out() -> None:
 
 def test_gradients_are_views_that_fill_the_buffer_without_gaps() -> None:
     a, b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
-    bucket = Bucket({"a": a, "b": b})
+    bucket = GradientBucket({"a": a, "b": b})
     assert (bucket.buffer.shape, bucket.buffer.dtype, bucket.nbytes()) == ((10,), torch.float32, 40)
     assert not bucket.buffer.any()
     bucket.buffer.copy_(torch.arange(10.0))
@@ -66,7 +66,7 @@ def test_gradients_are_views_that_fill_the_buffer_without_gaps() -> None:
 
 def test_the_backward_pass_writes_into_the_buffer() -> None:
     a, b = nn.Parameter(torch.tensor([[1.0, 2.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
-    bucket = Bucket({"a": a, "b": b})
+    bucket = GradientBucket({"a": a, "b": b})
     address = bucket.buffer.data_ptr()
     for _ in range(2):  # a second micro-batch is added
         (a * b).sum().backward()
@@ -77,7 +77,7 @@ def test_the_backward_pass_writes_into_the_buffer() -> None:
 
 def test_a_step_begins_without_gradients_and_each_is_stored_once() -> None:
     a, b, c = (nn.Parameter(torch.tensor([value])) for value in (2.0, 3.0, 5.0))
-    bucket = Bucket({"a": a, "b": b, "c": c})
+    bucket = GradientBucket({"a": a, "b": b, "c": c})
     bucket.buffer.fill_(torch.nan)  # of the step before
     bucket.zero_grad()
     assert [each.grad for each in (a, b, c)] == [None] * 3
@@ -102,7 +102,7 @@ def test_a_step_begins_without_gradients_and_each_is_stored_once() -> None:
 
 def test_an_optimizer_step_reads_the_buffer() -> None:
     a = nn.Parameter(torch.tensor([1.0, 2.0]))
-    bucket = Bucket({"a": a})
+    bucket = GradientBucket({"a": a})
     bucket.buffer.copy_(torch.tensor([8.0, 16.0]))
     torch.optim.SGD([a], lr=0.125).step()
     assert a.tolist() == [0.0, 0.0]
@@ -110,14 +110,14 @@ def test_an_optimizer_step_reads_the_buffer() -> None:
 
 def test_it_notices_a_gradient_that_is_not_in_its_slot() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    bucket = Bucket(dict(module.named_parameters()))
+    bucket = GradientBucket(dict(module.named_parameters()))
     assert bucket.owns_gradients()
     module.zero_grad(set_to_none=False)
     assert bucket.owns_gradients()
     module[0].bias.grad = torch.zeros(2)
     assert not bucket.owns_gradients()
 
-    bucket = Bucket(dict(module.named_parameters()))
+    bucket = GradientBucket(dict(module.named_parameters()))
     module.zero_grad()  # sets them to None
     assert not bucket.owns_gradients()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvdlm.config import ModelSection, OptimizerSection
 from hvdlm.model.transformer import Transformer
-from hvdlm.training.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
+from hvdlm.strategies.optimizer import make_optimizer, optimizer_tensors, set_learning_rate
 
 SETTINGS = OptimizerSection(lr=0.02, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
@@ -169,7 +169,7 @@ def test_frozen_second_moments() -> None:
 
 def test_frozen_steps_hold_no_copy_of_all_second_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four matrices of 4 KB each, two at once where 8 KB are allowed."""
-    monkeypatch.setattr("hvdlm.training.optimizer._RUN_BYTES", 8192)
+    monkeypatch.setattr("hvdlm.strategies.optimizer._RUN_BYTES", 8192)
     model = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
     optimizer = make_optimizer(model, OptimizerSection(lr=0.1, freeze_variance_after=1))
     lengths = []

@@ -15,11 +15,11 @@ import torch
 from thread_rank import on_threads
 
 from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0, raise_on_all_ranks
+from hvdlm.comm.replicas import broadcast_tensors, check_replicas, parameter_hash
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.training.rank_errors import on_all_ranks, on_rank_0, raise_on_all_ranks
-from hvdlm.training.replicas import broadcast_tensors, check_replicas, parameter_hash
 
 T = TypeVar("T")
 

@@ -1,0 +1,99 @@
+"""The ranks combine the gradients of every step, so that all hold the same model: synchronous data parallelism."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.replicas import broadcast_tensors
+from hvdlm.config import Config
+from hvdlm.gradients.sync import GradientSync
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
+from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable, report
+
+
+class EveryStep(Strategy):
+    """Sums gradients by a `GradientSync`, and steps on every rank alike."""
+
+    def __init__(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+    ) -> None:
+        """Takes over `.grad` of all trainable parameters. Collective."""
+        self._model, self._optimizer, self.communicator = model, optimizer, communicator
+        self._parameters = dict(model.named_parameters())
+        self.sync = GradientSync(model, communicator, config.comm, config.compression)
+        self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
+        self._stop = False
+
+    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
+        reduction = self.communicator.all_reduce_async_(report(tokens, stop, error))  # while the first passes run
+        self.sync.zero_grad()
+        return reduction.then(partial(self._read_totals, error))
+
+    def _read_totals(self, error: str | None, totals: Tensor) -> int:
+        tokens, stops, errors = totals.tolist()
+        if errors:
+            raise_if_unreadable(self.communicator, error)
+        self._stop = stops > 0
+        return int(tokens)
+
+    def set_last_micro_batch(self) -> None:
+        self.sync.set_last_micro_batch()
+
+    def wait(self) -> None:
+        self.sync.wait()
+
+    def norm(self) -> Tensor:
+        return self.sync.norm()
+
+    def scale_residuals_(self, factor: float) -> None:
+        self.sync.scale_residuals_(factor)
+
+    def apply(self, rate: float) -> None:
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step()
+        self._model.update_low_precision_weights()
+
+    def end_step(self) -> StepEnd:
+        return StepEnd(self._stop, ranks_have_met=True)
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.sync.close()
+
+    @property
+    def ranks_are_equal(self) -> bool:
+        return True
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self._parameters)
+
+    def start(self) -> None:
+        broadcast_tensors(self.communicator, self._parameters.values())
+        self._model.update_low_precision_weights()
+
+    def log_numbers(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": self.sync.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
+        self.sync.load_state_dict(state["gradients"])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self._optimizer, self._model)
+
+    def rank_state(self) -> RankState:
+        return RankState(summed=self.sync.codec_state())
+
+    def restored(self, residual_factor: float) -> None:
+        self.sync.restore_residuals_(residual_factor)
+        self._model.update_low_precision_weights()

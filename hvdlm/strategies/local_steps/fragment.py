@@ -1,0 +1,237 @@
+"""A fragment of the model: what a round averages over the ranks at once.
+
+The way of a difference: after some local step `begin` fills the fragment's buckets with this rank's parameters minus
+the outer ones; channels (gradients/channel.py) sum them over all ranks, by codecs that keep residuals, while local
+steps go on; `end` lets the outer optimizer step by their average, and merges the outcome into this rank's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.config import CompressionSection, LocalStepsSection
+from hvdlm.gradients.bucket import Bucket, group_parameters
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
+from hvdlm.strategies.strategy import RankState, report
+
+
+class DifferenceBucket(Bucket):
+    """Parameters of which this rank's minus the outer ones lie in `buffer`."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LocalStepsSection) -> None:
+        super().__init__(parameters)
+        self.outer = torch.zeros_like(self.buffer)
+        self.velocity = torch.zeros_like(self.buffer) if settings.momentum else None
+        # This rank's parameters as they were when their round began, for a merge that keeps the steps made since
+        self.sent = torch.zeros_like(self.buffer) if settings.overlap and settings.merge == "add" else None
+        self._outer = self.split(self.outer)
+        self._differences = self.split(self.buffer)
+        self._alpha = settings.alpha if settings.merge == "mix" else 0.0
+
+    def local(self) -> list[Tensor]:
+        """This rank's parameters."""
+        return [parameter.detach() for parameter in self.parameters]
+
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a tensor as long as `buffer`, by parameter."""
+        return dict(zip(self.names, self.split(flat), strict=True))
+
+    def set_outer_(self) -> None:
+        """Sets the outer parameters to this rank's."""
+        torch._foreach_copy_(self._outer, self.local())
+
+    def set_local_(self) -> None:
+        """Sets this rank's parameters to the outer ones."""
+        torch._foreach_copy_(self.local(), self._outer)
+
+    def take_differences_(self, weight: float) -> float:
+        """Fills `buffer` with this rank's differences times `weight`; returns their squared length without it."""
+        torch._foreach_copy_(self._differences, self.local())
+        if self.sent is not None:
+            self.sent.copy_(self.buffer)
+        self.buffer.sub_(self.outer)
+        square = _square(self.buffer)
+        if weight != 1:
+            self.buffer.mul_(weight)
+        return square
+
+    def merge_(self, has_overlapped: bool) -> None:
+        """Merges the outer parameters into this rank's, which has made steps since `take_differences_` or not."""
+        if self._alpha:
+            torch._foreach_lerp_(self.local(), self._outer, 1 - self._alpha)
+        elif has_overlapped and self.sent is not None:
+            change = torch.sub(self.outer, self.sent, out=self.buffer)
+            torch._foreach_add_(self.local(), self.split(change))
+        else:
+            self.set_local_()
+
+
+class Fragment:
+    """Consecutive parameters whose differences are averaged together. For every rank: all begin and end it alike."""
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Mapping[str, nn.Parameter],
+        ranks: int,
+        bucket_bytes: int,
+        settings: LocalStepsSection,
+        compression: CompressionSection,
+    ) -> None:
+        """`name`: in what is said of it. `ranks`: among which it is averaged."""
+        self.name = name
+        groups = group_parameters(parameters, bucket_bytes)
+        self.buckets = [DifferenceBucket(group, settings) for group in groups]
+        self.codecs = [codec_factory(compression.codec)(bucket, compression) for bucket in self.buckets]
+        self.outer_optimizer = OuterOptimizer(settings.lr, settings.momentum)
+        # Whether this rank is alone and its parameters become the outer ones, bit for bit
+        self.is_own_average = ranks == 1 and self.outer_optimizer.sets_average
+        self.tokens = torch.zeros((), dtype=torch.int64)  # that this rank has trained on since its last round began
+        self.steps = 0  # since its last round began, the same on all ranks
+        self.rounds = 0  # begun
+        self.is_under_way = False
+        # Squared lengths of the last round's differences: this rank's, and their average
+        self.own_square = self.average_square = 0.0
+        self._handles: list[Work[None]] = []
+        self._totals: Work[Tensor] = Work.done(report(0, False, None))
+        self._nominal_tokens = 1.0
+        self._is_average = False  # whether the buckets hold the average already, not yet a sum that may be arriving
+
+    # ---- a round
+
+    def count(self, tokens: int) -> None:
+        """Counts a local step on `tokens` targets."""
+        self.tokens += tokens
+        self.steps += 1
+
+    def begin(
+        self, channels: Sequence[Channel], communicator: Communicator, nominal: float, stop: bool, error: str | None
+    ) -> None:
+        """Begins a round: submits this rank's differences, weighted by the tokens that it has trained on.
+
+        `nominal`: tokens of a rank in a step. Weights are over those of as many steps, so that they are about 1: what a
+        codec has not delivered counts as much in a shorter round. `stop`, `error`: what is to be told the others.
+        """
+        self._totals = communicator.all_reduce_async_(report(int(self.tokens), stop, error))
+        self._nominal_tokens = self.steps * nominal
+        self.own_square = 0.0
+        pairs = [] if self.is_own_average else zip(self.buckets, self.codecs, strict=True)
+        for index, (bucket, codec) in enumerate(pairs):
+            self.own_square += bucket.take_differences_(int(self.tokens) / self._nominal_tokens)
+            name = f"{self.name}, bucket {index + 1}"
+            channel = channels[index % len(channels)]
+            self._handles.append(channel.submit(codec, bucket.buffer, self.rounds, name))
+        self.tokens.zero_()
+        self.steps = 0
+        self.rounds += 1
+        self.is_under_way, self._is_average = True, False
+
+    def arrive(self) -> Tensor:
+        """Waits until the buckets hold the average over all ranks, and returns what these have told: tokens, requests
+        to stop and errors, (3,) int64."""
+        totals = self._totals.wait()
+        if not self._is_average:
+            for handle in self._handles:
+                handle.wait()
+            self._handles.clear()
+            factor = self._nominal_tokens / max(1, int(totals[0]))
+            for bucket in self.buckets:
+                bucket.buffer.mul_(factor)
+            self.average_square = sum(_square(bucket.buffer) for bucket in self.buckets)
+            self._is_average = True
+        return totals
+
+    def end(self, has_overlapped: bool) -> Tensor:
+        """Ends the round: the outer optimizer steps, and its outcome is merged; returns what `arrive` does.
+
+        `has_overlapped`: whether steps were made since it began.
+        """
+        totals = self.arrive()
+        with torch.no_grad():
+            for bucket in self.buckets:
+                if self.is_own_average:
+                    bucket.set_outer_()
+                    continue
+                self.outer_optimizer.step_(bucket.outer, bucket.velocity, bucket.buffer)
+                bucket.merge_(has_overlapped)
+        self.is_under_way = False
+        return totals
+
+    def resume(self) -> None:
+        """Goes on with a round that was saved under way: its buckets are to be filled with the average."""
+        self._totals = Work.done(report(0, False, None))
+        self.is_under_way = self._is_average = True
+
+    def restart(self, arrived: Container[str]) -> None:
+        """Makes the outer parameters this rank's, after a step by the average differences that have `arrived`.
+
+        Those stand in the buckets, for the parameters of these names.
+        """
+        with torch.no_grad():
+            for bucket in self.buckets:
+                velocities = [None] * len(bucket.names) if bucket.velocity is None else bucket.split(bucket.velocity)
+                pieces = zip(
+                    bucket.names, bucket.split(bucket.outer), velocities, bucket.split(bucket.buffer), strict=True
+                )
+                for name, outer, velocity, difference in pieces:
+                    if name in arrived:
+                        self.outer_optimizer.step_(outer, velocity, difference)
+                bucket.set_local_()
+        self.tokens.zero_()
+        self.steps, self.is_under_way = 0, False
+
+    # ---- state
+
+    def outer_parameters(self) -> dict[str, Tensor]:
+        """By name: views."""
+        return self._by_name(lambda bucket: bucket.outer)
+
+    def average_state(self) -> dict[str, Tensor]:
+        """What is equal on all ranks beside the outer parameters. Waits for a round that is under way."""
+        state = self._named("outer_momentum", lambda bucket: bucket.velocity)
+        if self.is_under_way:
+            self.arrive()
+            state.update(self.differences())
+        return state
+
+    def differences(self) -> dict[str, Tensor]:
+        """The buckets, as they are saved."""
+        return self._named("average_difference", lambda bucket: bucket.buffer)
+
+    def rank_state(self) -> RankState:
+        """What this rank has of its own."""
+        codec_states: dict[str, Tensor] = {}
+        for bucket, codec in zip(self.buckets, self.codecs, strict=True):
+            for kind, flat in codec.state().items():
+                codec_states.update({f"difference_{kind}.{name}": view for name, view in bucket.by_name(flat).items()})
+            codec_states.update({f"difference_{name}": tensor for name, tensor in codec.extra_state().items()})
+        own = {f"local.{name}": tensor for bucket in self.buckets for name, tensor in _named_parameters(bucket)}
+        if self.is_under_way:
+            own.update(self._named("sent", lambda bucket: bucket.sent))
+        own[f"tokens.{self.name}"] = self.tokens
+        return RankState(summed=codec_states, dropped=own)
+
+    def _named(self, kind: str, flat: Callable[[DifferenceBucket], Tensor | None]) -> dict[str, Tensor]:
+        return {f"{kind}.{name}": view for name, view in self._by_name(flat).items()}
+
+    def _by_name(self, flat: Callable[[DifferenceBucket], Tensor | None]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            tensor = flat(bucket)
+            if tensor is not None:
+                found.update(bucket.by_name(tensor))
+        return found
+
+
+def _named_parameters(bucket: DifferenceBucket) -> list[tuple[str, Tensor]]:
+    return list(zip(bucket.names, bucket.local(), strict=True))
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2

@@ -1,0 +1,239 @@
+"""Each rank trains on its own for some steps; then what they have learned is averaged: local SGD, DiLoCo.
+
+Rounds (rounds.py) of fragments of the model (fragment.py) are averaged over the ranks, and an outer optimizer
+(outer_optimizer.py) steps by the average. Between rounds no rank waits for another. Before the first local step there
+may be steps whose gradients are combined, as every_step.py does it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.config import Config
+from hvdlm.gradients.codecs.registry import bucket_bytes
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.every_step import EveryStep
+from hvdlm.strategies.local_steps.fragment import Fragment
+from hvdlm.strategies.local_steps.rounds import beginning, ending, split_into_fragments
+from hvdlm.strategies.optimizer import optimizer_tensors
+from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
+
+
+class LocalSteps(Strategy):
+    """`local_steps.warmup_steps` steps of `EveryStep`, then local steps and rounds."""
+
+    def __init__(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+    ) -> None:
+        """Takes over `.grad` of all trainable parameters. Collective."""
+        self._model, self._optimizer, self.communicator = model, optimizer, communicator
+        self._settings = settings = config.local_steps
+        self._every_step = EveryStep(model, optimizer, communicator, config)
+        self.sync = self._every_step.sync
+        device = model.output_weight.device.type
+        nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device)
+        groups = split_into_fragments(dict(model.named_parameters()), settings.fragments)
+        names = [f"fragment {index + 1} of {len(groups)}" for index in range(len(groups))]
+        self.fragments = [
+            Fragment(name, group, communicator.size, nbytes, settings, config.compression)
+            for name, group in zip(names, groups, strict=True)
+        ]
+        nominal = config.train.global_batch_size * config.model.context_length
+        self._nominal_tokens = nominal / communicator.size  # of a rank in a step
+        self._overlaps = settings.overlap > 0 and not self.fragments[0].is_own_average
+        self._step = 0  # steps done
+        self._stop = False  # whether this rank has been asked to stop
+        self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
+        self._residuals_are_due = False  # of the steps before the first local one
+        # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
+        # differences had arrived, to be used in a later step
+        self._goes_on = False
+        self._arrived: list[str] = []
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the next step is a local one, or some step before it was."""
+        return self._step >= self._settings.warmup_steps
+
+    # ---- one step
+
+    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
+        if not self.is_local:
+            return self._every_step.begin_step(tokens, stop, error)
+        if self._step == self._settings.warmup_steps:
+            self._begin_local_steps()
+        self.sync.measure_traffic()  # since the step before began: rounds go on between steps
+        self.sync.zero_grad()
+        self._stop, self._error = self._stop or stop, self._error or error
+        for fragment in self.fragments:
+            fragment.count(tokens)
+        return Work.done(tokens)
+
+    def set_last_micro_batch(self) -> None:
+        if not self.is_local:
+            self._every_step.set_last_micro_batch()
+
+    def wait(self) -> None:
+        if not self.is_local:
+            self._every_step.wait()
+            return
+        self.sync.keep_local()
+        if self._residuals_are_due:
+            self.sync.add_residuals_()
+            self._residuals_are_due = False
+
+    def norm(self) -> Tensor:
+        return self.sync.local_norm() if self.is_local else self._every_step.norm()
+
+    def scale_residuals_(self, factor: float) -> None:
+        self._every_step.scale_residuals_(factor)
+
+    def apply(self, rate: float) -> None:
+        self._every_step.apply(rate)
+
+    def end_step(self) -> StepEnd:
+        was_local = self.is_local
+        self._step += 1
+        if not was_local:
+            return self._every_step.end_step()
+        totals = []
+        for fragment in (self.fragments[index] for index in ending(self._settings, self._step)):
+            if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
+                totals.append(fragment.end(has_overlapped=True))
+        for fragment in (self.fragments[index] for index in beginning(self._settings, self._step)):
+            self._begin_round(fragment)
+            if not self._overlaps:
+                totals.append(fragment.end(has_overlapped=False))
+        return self._meet(totals)
+
+    def finish(self) -> None:
+        """Ends the rounds under way, and then has one of every fragment that has been trained since its last."""
+        if self.ranks_are_equal:
+            return
+        for fragment in self.fragments:
+            if fragment.is_under_way:
+                fragment.end(has_overlapped=True)
+        trained = [fragment for fragment in self.fragments if fragment.steps]
+        for fragment in trained:
+            self._begin_round(fragment)
+        for fragment in trained:
+            fragment.end(has_overlapped=False)
+        self._model.update_low_precision_weights()
+
+    def close(self) -> None:
+        self._every_step.close()
+
+    def _begin_local_steps(self) -> None:
+        """All ranks hold the same model: it is the first average."""
+        for fragment in self.fragments:
+            for bucket in fragment.buckets:
+                bucket.set_outer_()
+        self._residuals_are_due = True
+
+    def _begin_round(self, fragment: Fragment) -> None:
+        fragment.begin(self.sync.channels, self.communicator, self._nominal_tokens, self._stop, self._error)
+
+    def _meet(self, totals: list[Tensor]) -> StepEnd:
+        """What is known after the rounds that have ended in this step."""
+        if not totals:
+            return StepEnd(stop=False, ranks_have_met=False)
+        self._model.update_low_precision_weights()
+        if any(int(each[2]) for each in totals):
+            raise_if_unreadable(self.communicator, self._error)
+        return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True)
+
+    # ---- the parameters to keep
+
+    @property
+    def ranks_are_equal(self) -> bool:
+        return self._step <= self._settings.warmup_steps
+
+    def parameters(self) -> dict[str, Tensor]:
+        if self.ranks_are_equal:
+            return self._every_step.parameters()
+        outer = {name: view for fragment in self.fragments for name, view in fragment.outer_parameters().items()}
+        return {name: outer.get(name, parameter) for name, parameter in self._every_step.parameters().items()}
+
+    @contextmanager
+    def evaluation_parameters(self) -> Iterator[None]:
+        model = dict(self._model.named_parameters())
+        local = {name: parameter.data for name, parameter in model.items()}
+        for name, parameter in self.parameters().items():
+            model[name].data = parameter.data
+        self._model.update_low_precision_weights()
+        try:
+            yield
+        finally:
+            for name, parameter in model.items():
+                parameter.data = local[name]
+            self._model.update_low_precision_weights()
+
+    # ---- state
+
+    def start(self) -> None:
+        self._every_step.start()
+
+    def log_numbers(self) -> dict[str, float]:
+        squares = [(each.own_square, each.average_square) for each in self.fragments]
+        own, average = (sum(column) for column in zip(*squares, strict=True))
+        mean = math.fsum(self.communicator.all_gather_object(own)) / self.communicator.size
+        drift = math.sqrt(max(0.0, 1 - average / mean)) if mean else 0.0
+        return {"rounds": sum(each.rounds for each in self.fragments) / len(self.fragments), "drift": drift}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self._every_step.state_dict(),
+            "local_steps": {
+                "rounds": [fragment.rounds for fragment in self.fragments],
+                "steps": [fragment.steps for fragment in self.fragments],
+                "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
+        self._every_step.load_state_dict(state, step, as_saved)
+        self._step = step
+        saved = state.get("local_steps")
+        self._goes_on = as_saved and saved is not None
+        self._arrived = saved["under_way"] if saved is not None else []
+        if not self._goes_on or saved is None:
+            return
+        for fragment, rounds, steps in zip(self.fragments, saved["rounds"], saved["steps"], strict=True):
+            fragment.rounds, fragment.steps = rounds, steps
+            if fragment.outer_parameters().keys() & set(self._arrived):
+                fragment.resume()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if self.ranks_are_equal:
+            return self._every_step.optimizer_state()
+        state: dict[str, Tensor] = {}
+        for fragment in self.fragments:
+            state.update(fragment.average_state())
+            differences = fragment.differences()
+            arrived = [f"average_difference.{name}" for name in self._arrived]
+            state.update({name: differences[name] for name in arrived if name in differences})
+        return state
+
+    def rank_state(self) -> RankState:
+        if self.ranks_are_equal:
+            return self._every_step.rank_state()
+        states = [fragment.rank_state() for fragment in self.fragments]
+        return RankState(
+            summed={name: tensor for state in states for name, tensor in state.summed.items()},
+            averaged=optimizer_tensors(self._optimizer, self._model),
+            dropped={name: tensor for state in states for name, tensor in state.dropped.items()},
+        )
+
+    def restored(self, residual_factor: float) -> None:
+        if not self.ranks_are_equal and not self._goes_on:
+            for fragment in self.fragments:
+                fragment.restart(self._arrived)
+        self._arrived = []
+        self._every_step.restored(residual_factor)

@@ -1,0 +1,174 @@
+"""The interface between the training loop and the way in which ranks combine their work.
+
+The loop computes a loss on micro-batches, and knows of other ranks only by a `Strategy`:
+
+    tokens = strategy.begin_step(tokens of this rank, stop requested, error)
+    for each micro-batch: (before the backward pass of the last one: tokens.wait(), set_last_micro_batch())
+        loss.backward()
+    strategy.wait()
+    strategy.scale_(to the mean over tokens, and clipped by strategy.norm())
+    strategy.apply(learning rate)
+    strategy.end_step()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.rank_errors import raise_on_all_ranks
+from hvdlm.errors import JobError
+from hvdlm.gradients.sync import GradientSync
+
+
+class StepEnd(NamedTuple):
+    """What is known when a step has ended."""
+
+    stop: bool  # whether all ranks are to stop after this step
+    ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Tensors that each rank has of its own, by name, and how they are shared out among another number of ranks."""
+
+    summed: dict[str, Tensor] = field(default_factory=dict)  # each gets an equal part of the sum: residuals
+    averaged: dict[str, Tensor] = field(default_factory=dict)  # each gets the mean over the old ranks
+    dropped: dict[str, Tensor] = field(default_factory=dict)  # stay as they are
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {**self.summed, **self.averaged, **self.dropped}
+
+
+class UnreadableBatchError(JobError):
+    """Some rank cannot read its part of a batch. Raised on all ranks; `model` is that of the step before."""
+
+
+class Strategy(ABC):
+    """How the ranks of a communicator combine their work. Every call is made by every rank."""
+
+    communicator: Communicator
+    sync: GradientSync  # holds this rank's gradients
+
+    # ---- one step
+
+    @abstractmethod
+    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
+        """Clears gradients, and tells what this rank has: the number of its targets that count, whether it is asked to
+        stop, why it could not read its part of the batch.
+
+        The result: the targets over whose mean loss the gradients of `wait` are. Waiting for it raises
+        UnreadableBatchError on all ranks if some rank could not read.
+        """
+
+    @abstractmethod
+    def set_last_micro_batch(self) -> None:
+        """From here on a gradient that is made is final."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Returns when every `.grad` is the one that this rank is to act on, as a sum over tokens."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Euclidean norm of all gradients together, a scalar on their device, as this rank is to act on it."""
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiplies all gradients by a number."""
+        self.sync.scale_(factor)
+
+    @abstractmethod
+    def scale_residuals_(self, factor: float) -> None:
+        """Multiplies by a number what has not been delivered of gradients, as the loss is scaled from now on."""
+
+    @abstractmethod
+    def apply(self, rate: float) -> None:
+        """The optimizer's step on the gradients, with learning rate `rate`."""
+
+    @abstractmethod
+    def end_step(self) -> StepEnd:
+        """Ends a step, whether or not its gradients were applied.
+
+        Raises UnreadableBatchError on all ranks if some rank could not read its part of this or an earlier batch.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After the last step of a run: the parameters of all ranks become those that are to be kept."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what was opened for messages between ranks. Collective."""
+
+    # ---- the parameters to keep
+
+    @property
+    @abstractmethod
+    def ranks_are_equal(self) -> bool:
+        """Whether all ranks now hold equal parameters and moments, and have acted on equal gradients."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
+
+    @contextmanager
+    def evaluation_parameters(self) -> Iterator[None]:
+        """Within this context the model computes with `parameters()`."""
+        yield
+
+    # ---- state
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begins a run, with the model of rank 0 on all ranks. Collective."""
+
+    @abstractmethod
+    def log_numbers(self) -> dict[str, float]:
+        """Numbers for a line of metrics.jsonl, in a step in which the ranks have met. Collective."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """State that is equal on all ranks and no tensor."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
+        """Restores a saved state after `step` steps. What the methods below return may depend on it.
+
+        `as_saved`: on as many ranks, combined in the same way.
+        """
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """State that is equal on all ranks, by name: views, to be saved, or to be filled when a run is resumed."""
+
+    @abstractmethod
+    def rank_state(self) -> RankState:
+        """State that each rank has of its own: views, likewise."""
+
+    @abstractmethod
+    def restored(self, residual_factor: float) -> None:
+        """Completes restoring a checkpoint once `parameters`, `optimizer_state` and `rank_state` have been filled.
+
+        `residual_factor`: by what the scale of the loss differs. Collective.
+        """
+
+
+def raise_if_unreadable(communicator: Communicator, error: str | None) -> None:
+    """Raises UnreadableBatchError on all ranks, of which some has an `error`. Collective."""
+    try:
+        raise_on_all_ranks(communicator, communicator.all_gather_object(error))
+    except JobError as failure:
+        raise UnreadableBatchError(str(failure)) from None
+
+
+def report(tokens: int, stop: bool, error: str | None) -> Tensor:
+    """What a rank tells the others of a step, (3,) int64: they add up."""
+    return torch.tensor([tokens, int(stop), int(error is not None)])

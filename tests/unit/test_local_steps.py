@@ -1,0 +1,79 @@
+"""Rounds, fragments and the outer optimizer of local steps, by hand and against PyTorch's SGD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hvdlm.config import LocalStepsSection, load
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
+from hvdlm.strategies.local_steps.rounds import beginning, ending, split_into_fragments
+
+
+def rounds(settings: LocalStepsSection, steps: int) -> dict[int, tuple[list[int], list[int]]]:
+    """Fragments whose rounds begin and end, by step, where there are any."""
+    found = {step: (beginning(settings, step), ending(settings, step)) for step in range(steps + 1)}
+    return {step: both for step, both in found.items() if any(both)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"every": 3}, {3: ([0], [0]), 6: ([0], [0]), 9: ([0], [0])}),
+        ({"every": 4, "warmup_steps": 3}, {7: ([0], [0])}),
+        ({"every": 4, "fragments": 2}, {2: ([0], [0]), 4: ([1], [1]), 6: ([0], [0]), 8: ([1], [1])}),
+        ({"every": 4, "overlap": 1}, {3: ([0], []), 4: ([], [0]), 7: ([0], []), 8: ([], [0])}),
+        (
+            {"every": 4, "fragments": 2, "overlap": 2},  # the first end of fragment 1 would be that of no local step
+            {2: ([1], []), 4: ([0], [1]), 6: ([1], [0]), 8: ([0], [1])},
+        ),
+        ({"every": 2, "fragments": 4}, {1: ([1, 2], [1, 2]), 2: ([0, 3], [0, 3]), 3: ([1, 2], [1, 2])}),
+        ({"every": 1, "overlap": 1}, {1: ([0], []), 2: ([0], [0]), 3: ([0], [0])}),
+    ],
+)
+def test_rounds(settings, expected):
+    found = rounds(LocalStepsSection(**settings), 10)
+    assert {step: found[step] for step in expected} == expected
+    assert all(step in expected for step in found if step < max(expected))
+
+
+def test_fragments_are_consecutive_and_alike():
+    sizes = {"a": 10, "b": 30, "c": 10, "d": 20, "e": 10}
+    parameters = {name: nn.Parameter(torch.empty(size)) for name, size in sizes.items()}
+    # Middles at 5, 25, 45, 60, 75 of 80
+    assert [list(each) for each in split_into_fragments(parameters, 2)] == [["a", "b"], ["c", "d", "e"]]
+    assert [list(each) for each in split_into_fragments(parameters, 4)] == [["a"], ["b"], ["c"], ["d", "e"]]
+    parameters["b"].requires_grad_(False)
+    assert [list(each) for each in split_into_fragments(parameters, 1)] == [["a", "c", "d", "e"]]
+
+
+@pytest.mark.parametrize(("lr", "momentum"), [(1.0, 0.0), (0.7, 0.9), (0.8, 0.4)])
+def test_the_outer_optimizer_is_sgd_on_the_negative_difference(lr, momentum):
+    torch.manual_seed(0)
+    outer = torch.randn(50)
+    theirs = nn.Parameter(outer.clone())
+    sgd = torch.optim.SGD([theirs], lr=lr, momentum=momentum, nesterov=momentum > 0)
+    ours, velocity = OuterOptimizer(lr, momentum), torch.zeros(50) if momentum else None
+    for _ in range(6):
+        difference = torch.randn(50)
+        theirs.grad = -difference
+        sgd.step()
+        ours.step_(outer, velocity, difference)
+        torch.testing.assert_close(outer, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--local_steps.every", "4", "--local_steps.overlap", "5"], "overlap = 5 is more than local_steps.every = 4"),
+        (["--local_steps.every", "4", "--compression.codec", "auto"], "codec = 'auto' chooses .* of every step"),
+        (["--local_steps.every", "-1"], "local_steps.every"),
+        (["--local_steps.momentum", "1.0"], "local_steps.momentum"),
+    ],
+)
+def test_bad_settings_are_one_sentence(words, message):
+    with pytest.raises(HvdlmError, match=message):
+        load(None, words, PRESETS)
