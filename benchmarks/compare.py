@@ -98,7 +98,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         "--setup", nargs="+", default=SETUPS, help=f"HOSTSxRATE, or {ONE_HOST} (default: {' '.join(SETUPS)})"
     )
     parser.add_argument("--ranks", type=int, default=2, help=f"of {ONE_HOST}; other set-ups have one per host")
-    parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="of hvdlm, or FILE.py:CLASS (default: all)")
+    parser.add_argument(
+        "--codecs",
+        nargs="+",
+        default=list(CODECS),
+        help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps",
+    )
     parser.add_argument(
         "--engines",
         nargs="+",

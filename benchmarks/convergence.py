@@ -1,4 +1,4 @@
-"""What codecs do to the loss: validation loss over tokens and over seconds, at equal tokens, over several seeds.
+"""What codecs and local steps do to the loss: validation loss over tokens and over seconds, over several seeds.
 
     hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output data/convergence
     python benchmarks/convergence.py --data data/convergence --no-error-feedback int4
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.conditions import describe_run, describe_settings
+from common.methods import parse_method
 from common.results import write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from common.setups import ONE_HOST, available_setups, open_cluster, parse_setup
@@ -45,8 +46,8 @@ SETTINGS = {
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Trains what is not finished, seed by seed, and writes the results of all finished runs after each run."""
     (setup,) = available_setups([parse_setup(options.setup, options.ranks)])
-    variants = [Variant(codec, True) for codec in options.codecs]
-    variants += [Variant(codec, False) for codec in options.no_error_feedback]
+    variants = [Variant(parse_method(text), True) for text in options.codecs]
+    variants += [Variant(parse_method(text), False) for text in options.no_error_feedback]
     config = configure(options.data, overrides)
     planned = [
         (variant, run_config(config, variant, seed, options.runs))
@@ -97,7 +98,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--data", type=absolute_path, required=True, help="of hvdlm prepare, at least 10 MB of text")
     parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
     parser.add_argument("--runs", type=absolute_path, default="runs/convergence", help="a directory of run directories")
-    parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="or FILE.py:CLASS (default: all of hvdlm's)")
+    parser.add_argument(
+        "--codecs",
+        nargs="+",
+        default=list(CODECS),
+        help="or FILE.py:CLASS (default: all of hvdlm's); CODEC/EVERY/FRAGMENTS/OVERLAP: of local steps",
+    )
     parser.add_argument(
         "--no-error-feedback", nargs="+", default=[], metavar="CODEC", help="codecs to run without error feedback too"
     )

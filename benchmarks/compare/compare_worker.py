@@ -42,7 +42,7 @@ def main(address: str, config_path: str, interface: str, engine: str, *names: st
             system = systems[request.system]
             measurement = measure(system, request.steps, interface or None)
             if request.parameters is not None and communicator.rank == 0:
-                torch.save(parameters_to_vector(system.model.parameters()).detach(), request.parameters)
+                torch.save(parameters_to_vector(system.parameters().values()).detach(), request.parameters)
             connection.send((measurement, model_hash(system)))
 
 

@@ -57,6 +57,7 @@ def measure(system: System, steps: int, interface: str | None) -> Measurement:
     sent_before = _bytes_sent(interface)
     begin = time.perf_counter()
     reports = [report for report in (system.step() for _ in range(steps)) if report is not None]
+    system.arrive()  # what it has begun to send counts to these steps
     seconds = time.perf_counter() - begin
     sent_after = _bytes_sent(interface)
     return Measurement(
@@ -82,7 +83,7 @@ def over_ranks(measurements: Sequence[Measurement]) -> Measurement:
 
 def model_hash(system: System) -> str:
     """SHA-256 (hex) of a system's parameters, which must be equal on all ranks."""
-    return parameter_hash(dict(system.model.named_parameters()))
+    return parameter_hash(system.parameters())
 
 
 def relative_distance(own: Path, reference: Path, config: Config) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from common.methods import Method, parse_method
 from compare import systems
 from compare.systems import System
 from hvdlm.comm.communicator import Communicator
@@ -47,9 +48,9 @@ class SystemGroup:
     names: tuple[str, ...]
 
 
-def hvdlm_name(engine: str, codec: str) -> str:
-    """The name of hvdlm with an engine and a codec."""
-    return f"hvdlm {engine} {codec}"
+def hvdlm_name(engine: str, method: str) -> str:
+    """The name of hvdlm with an engine and a method, as `parse_method` reads it."""
+    return f"hvdlm {engine} {method}"
 
 
 def is_hvdlm(name: str) -> bool:
@@ -61,7 +62,7 @@ def is_dense(name: str) -> bool:
     """Whether a system must train the same model as DDP, up to the rounding of gradients to 16-bit numbers."""
     if name in PEERS:
         return PEERS[name].is_dense
-    return name != LIMIT and _codec(name) in _DENSE_CODECS
+    return name != LIMIT and _method(name).text in _DENSE_CODECS
 
 
 def group_systems(codecs: Sequence[str], engines: Sequence[str], peer_names: Sequence[str]) -> list[SystemGroup]:
@@ -99,8 +100,13 @@ def build(name: str, config: Config, communicator: Communicator, data: DataSet) 
         return PEERS[name].build(config, communicator, data)
     if name == LIMIT:
         return systems.hvdlm_without_communication(config, data)
-    return systems.hvdlm_with_codec(_codec(name), config, communicator, data)
+    return systems.hvdlm_by_method(_method(name), config, communicator, data)
 
 
-def _codec(name: str) -> str:
-    return name.split(" ", 2)[2]
+def steps_of_a_round(name: str) -> int:
+    """How many steps belong together: of local steps, those from one average to the next."""
+    return 1 if name in PEERS or name == LIMIT else _method(name).steps
+
+
+def _method(name: str) -> Method:
+    return parse_method(name.split(" ", 2)[2])

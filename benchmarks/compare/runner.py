@@ -13,7 +13,7 @@ from pathlib import Path
 from common.setups import Cluster
 from compare.job import Job, JobCrashError
 from compare.measurement import Measurement, Request, SystemResult, relative_distance
-from compare.registry import LIMIT, REFERENCE, SystemGroup, table_order
+from compare.registry import LIMIT, REFERENCE, SystemGroup, steps_of_a_round, table_order
 from hvdlm.config import Config
 
 MAX_STARTS = 10  # of a job that crashes
@@ -50,7 +50,7 @@ def measure_all(
     for name, result in results.items():
         job, own = by_name[name], by_name[name].parameters(name)
         result.starts, result.crashes = job.starts, job.crashes
-        if name != LIMIT and own.exists() and reference.exists():
+        if name != LIMIT and steps_of_a_round(name) == 1 and own.exists() and reference.exists():
             result.relative_distance = relative_distance(own, reference, config)
     return list(results.values())
 
@@ -77,7 +77,7 @@ class _RestartingJob:
             try:
                 self._job = Job(self._cluster, self.group, self._settings, self._scratch)
                 for name in self.group.names:
-                    self._job.measure(Request(name, self._steps, self.parameters(name)))
+                    self._job.measure(Request(name, self._steps_of(name), self.parameters(name)))
             except JobCrashError as crash:
                 self._record(crash)
 
@@ -87,7 +87,7 @@ class _RestartingJob:
         if self._job is None:
             return None
         try:
-            return self._job.measure(Request(name, self._steps))
+            return self._job.measure(Request(name, self._steps_of(name)))
         except JobCrashError as crash:
             self._record(crash)
             return None
@@ -96,6 +96,11 @@ class _RestartingJob:
         """Ends the job."""
         if self._job is not None:
             self._job.close()
+
+    def _steps_of(self, name: str) -> int:
+        """Measured steps in a round: whole rounds of local steps."""
+        together = steps_of_a_round(name)
+        return -(-self._steps // together) * together
 
     def _record(self, crash: JobCrashError) -> None:
         print(f"{', '.join(self.group.names)}: crash {len(self.crashes) + 1}: {crash}", file=sys.stderr)

@@ -7,7 +7,7 @@ DistributedOptimizer. hvdlm computes with its own bf16 copies of the weights, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from common.batches import open_loader
+from common.methods import Method
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, Precision
@@ -42,14 +43,14 @@ class StepReport:
 class System:
     """One way to train one model. `step` trains on the next global batch; peers have nothing to report."""
 
-    model: Transformer
+    parameters: Callable[[], Mapping[str, Tensor]]  # that all ranks have alike
     step: Callable[[], StepReport | None]
+    arrive: Callable[[], None] = lambda: None  # waits for what is still being sent
 
 
-def hvdlm_with_codec(codec: str, config: Config, communicator: Communicator, data: DataSet) -> System:
-    """hvdlm's trainer, whose gradients are exchanged with this codec."""
-    compression = config.compression.model_copy(update={"codec": codec})
-    return _hvdlm(config.model_copy(update={"compression": compression}), communicator, data)
+def hvdlm_by_method(method: Method, config: Config, communicator: Communicator, data: DataSet) -> System:
+    """hvdlm's trainer, whose ranks combine their work by this method."""
+    return _hvdlm(method.apply(config), communicator, data)
 
 
 def hvdlm_without_communication(config: Config, data: DataSet) -> System:
@@ -96,7 +97,7 @@ def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
         trainer.train_step(loader, stop_here=False)
         return StepReport(trainer.timer.seconds()["wait"], trainer.sync.traffic.wire_bytes)
 
-    return System(trainer.model, step)
+    return System(lambda: trainer.parameters, step, trainer.strategy.arrive)
 
 
 class _MeanLoss(nn.Module):
@@ -129,7 +130,7 @@ def _ddp(
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
 
-    return System(model, step)
+    return System(lambda: dict(model.named_parameters()), step)
 
 
 def _horovod(config: Config, communicator: Communicator, data: DataSet, compression: str) -> System:
@@ -156,7 +157,7 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
         with optimizer.skip_synchronize():
             optimizer.step()
 
-    return System(model, step)
+    return System(lambda: dict(model.named_parameters()), step)
 
 
 def _model(config: Config, data: DataSet) -> Transformer:

@@ -1,4 +1,4 @@
-"""The runs of a convergence study: `hvdlm train` by codec and seed, skipped where finished, and what they measured."""
+"""The runs of a convergence study: `hvdlm train` by method and seed, skipped where finished, and what they measured."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.methods import Method
 from common.processes import end_launcher, hvdlm_command, start_launcher
 from common.setups import Cluster
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.training.metrics import read_metrics
 
-# With these codecs a gradient may arrive many steps late. As hvdlm's README recommends, they start after a fifth of the
-# steps, and AdamW's second moments are frozen from then on.
-_LATE_CODECS = ("topk", "powersgd")
-
 
 @dataclass(frozen=True)
 class Variant:
-    """A codec, with or without error feedback."""
+    """A way to exchange, with or without error feedback."""
 
-    codec: str
+    method: Method
     error_feedback: bool
 
     @property
     def name(self) -> str:
         """As in tables and plots."""
-        return self.codec if self.error_feedback else f"{self.codec}, no feedback"
+        return self.method.name if self.error_feedback else f"{self.method.name}, no feedback"
 
 
 @dataclass(frozen=True)
@@ -53,16 +50,11 @@ class Run:
 
 def run_config(config: Config, variant: Variant, seed: int, runs: Path) -> Config:
     """The settings of one run, whose directory is below `runs`."""
-    directory = runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name)}-seed{seed}"
+    feedback = "" if variant.error_feedback else "-no-feedback"
+    directory = runs / f"{re.sub('[^A-Za-z0-9]+', '-', variant.method.text)}{feedback}-seed{seed}"
     train = config.train.model_copy(update={"seed": seed, "run_dir": str(directory)})
-    chosen: dict[str, Any] = {"codec": variant.codec, "error_feedback": variant.error_feedback}
-    optimizer = config.optimizer
-    if variant.codec in _LATE_CODECS:
-        first = config.train.steps // 5
-        chosen["warmup_steps"] = config.compression.warmup_steps or first
-        optimizer = optimizer.model_copy(update={"freeze_variance_after": optimizer.freeze_variance_after or first})
-    compression = config.compression.model_copy(update=chosen)
-    return config.model_copy(update={"train": train, "compression": compression, "optimizer": optimizer})
+    compression = config.compression.model_copy(update={"error_feedback": variant.error_feedback})
+    return variant.method.apply(config.model_copy(update={"train": train, "compression": compression}))
 
 
 def is_finished(config: Config) -> bool:

@@ -62,6 +62,9 @@ class EveryStep(Strategy):
     def end_step(self) -> StepEnd:
         return StepEnd(self._stop, ranks_have_met=True)
 
+    def arrive(self) -> None:
+        pass  # it has, when `wait` returns
+
     def finish(self) -> None:
         pass
 

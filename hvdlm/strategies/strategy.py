@@ -101,6 +101,10 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def arrive(self) -> None:
+        """Returns when nothing that this rank has begun to send is under way."""
+
+    @abstractmethod
     def finish(self) -> None:
         """After the last step of a run: the parameters of all ranks become those that are to be kept."""
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector
 
 import fast_path
 from common import results as results_file
+from common.methods import parse_method
 from common.processes import cause_of_failure
 from common.setups import Setup, parse_setup
 from compare import plot, summary
@@ -97,7 +98,7 @@ def test_the_first_step_is_not_measured() -> None:
         done.append(len(done))
         return StepReport(waited_seconds=float(len(done)), wire_bytes=10 * len(done))
 
-    seen = measure(System(torch.nn.Linear(1, 1), step), 3, None)  # type: ignore[arg-type]
+    seen = measure(System(dict, step), 3, None)  # type: ignore[arg-type]
     assert len(done) == 4
     assert (seen.waited_seconds, seen.wire_bytes, seen.interface_bytes) == (3.0, 30.0, None)  # of 2, 3, 4
     assert seen.step_seconds >= 0
@@ -242,17 +243,42 @@ def test_losses_are_compared_with_the_dense_ones_of_their_seed() -> None:
     assert curves.table(study).splitlines()[3] == "| topk | 2 | 3.0700 ± 1.4849 | +2.00 ± 1.41 | 2.000 | 2.5 |"
 
 
+@pytest.mark.parametrize(
+    ("text", "codec", "local_steps", "name"),
+    [
+        ("int4", "int4", {}, "int4"),
+        ("lib/my.py:Mine", "lib/my.py:Mine", {}, "lib/my.py:Mine"),
+        ("int4/4", "int4", {"every": 4}, "int4, every 4 steps"),
+        ("none/16/4/5", "none", {"every": 16, "fragments": 4, "overlap": 5}, "none, every 16 steps"),
+    ],
+)
+def test_methods(text: str, codec: str, local_steps: dict[str, int], name: str) -> None:
+    method = parse_method(text)
+    assert (method.codec, method.local_steps, method.name) == (codec, local_steps, name)
+    assert method.steps == local_steps.get("every", 1)
+
+
+@pytest.mark.parametrize("text", ["", "int4/0"])
+def test_no_methods(text: str) -> None:
+    with pytest.raises(HvdlmError, match="is no way to exchange"):
+        parse_method(text)
+
+
 def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     config = load(None, ["--train.steps", "20", "--optimizer.warmup_steps", "5"], PRESETS)
-    variant = runs.Variant("lib/my.py:Mine", error_feedback=False)
+    variant = runs.Variant(parse_method("lib/my.py:Mine"), error_feedback=False)
     own = runs.run_config(config, variant, 3, tmp_path)
     directory = tmp_path / "lib-my-py-Mine-no-feedback-seed3"
     assert (own.train.seed, own.train.run_dir) == (3, str(directory))
     assert (own.compression.codec, own.compression.error_feedback) == ("lib/my.py:Mine", False)
     assert not runs.is_finished(own)
     assert (own.compression.warmup_steps, own.optimizer.freeze_variance_after) == (0, 0)
-    late = runs.run_config(config, runs.Variant("topk", error_feedback=True), 3, tmp_path)
+    late = runs.run_config(config, runs.Variant(parse_method("topk"), error_feedback=True), 3, tmp_path)
     assert (late.compression.warmup_steps, late.optimizer.freeze_variance_after) == (4, 4)
+    rarely = runs.run_config(config, runs.Variant(parse_method("topk/8/4/2"), error_feedback=True), 3, tmp_path)
+    assert (rarely.compression.warmup_steps, rarely.optimizer.freeze_variance_after) == (0, 0)
+    local = rarely.local_steps
+    assert (local.every, local.fragments, local.overlap) == (8, 4, 2)
 
     directory.mkdir()
     (directory / "config.toml").write_text(own.to_toml())

@@ -113,6 +113,11 @@ class LocalSteps(Strategy):
                 totals.append(fragment.end(has_overlapped=False))
         return self._meet(totals)
 
+    def arrive(self) -> None:
+        for fragment in self.fragments:
+            if fragment.is_under_way:
+                fragment.arrive()
+
     def finish(self) -> None:
         """Ends the rounds under way, and then has one of every fragment that has been trained since its last."""
         if self.ranks_are_equal:

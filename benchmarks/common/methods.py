@@ -1,0 +1,60 @@
+"""Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hvdlm.config import Config
+from hvdlm.errors import HvdlmError
+
+# With these codecs a gradient may arrive many steps late. As hvdlm's documentation recommends, they start after a fifth
+# of the steps, and AdamW's second moments are frozen from then on.
+_LATE_CODECS = ("topk", "powersgd")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A codec for the gradients of every step, or for the differences of local steps."""
+
+    text: str  # as it was given
+    codec: str
+    local_steps: Mapping[str, int]  # settings of that section; none: every step
+
+    @property
+    def name(self) -> str:
+        """As in tables and plots."""
+        return f"{self.codec}, every {self.local_steps['every']} steps" if self.local_steps else self.codec
+
+    @property
+    def steps(self) -> int:
+        """From one average of the whole model to the next."""
+        return self.local_steps.get("every", 1)
+
+    def apply(self, config: Config) -> Config:
+        """`config` with this method's settings, where they are not set already."""
+        chosen: dict[str, Any] = {"codec": self.codec}
+        optimizer = config.optimizer
+        if self.codec in _LATE_CODECS and not self.local_steps:
+            first = config.train.steps // 5
+            chosen["warmup_steps"] = config.compression.warmup_steps or first
+            optimizer = optimizer.model_copy(update={"freeze_variance_after": optimizer.freeze_variance_after or first})
+        return config.model_copy(
+            update={
+                "compression": config.compression.model_copy(update=chosen),
+                "local_steps": config.local_steps.model_copy(update=dict(self.local_steps)),
+                "optimizer": optimizer,
+            }
+        )
+
+
+def parse_method(text: str) -> Method:
+    """CODEC, or CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps. Raises HvdlmError for anything else."""
+    found = re.fullmatch(r"(.+?)(?:/(\d+)(?:/(\d+)(?:/(\d+))?)?)?", text)
+    if found is None or found[2] == "0":
+        raise HvdlmError(f"{text!r} is no way to exchange: give CODEC or CODEC/EVERY/FRAGMENTS/OVERLAP, as int4/4/4/1")
+    codec, *numbers = found.groups()
+    names = ("every", "fragments", "overlap")
+    return Method(text, codec, {name: int(number) for name, number in zip(names, numbers, strict=True) if number})
