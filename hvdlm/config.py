@@ -175,6 +175,9 @@ class LocalStepsSection(Section):
     lr: float = Field(1.0, gt=0, description="learning rate of the outer optimizer; 1: the average as it is")
     momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov momentum of the outer optimizer")
     fragments: int = Field(1, gt=0, description="parts of the model, averaged one after the other within `every` steps")
+    hierarchical: bool = Field(
+        False, description="ranks of a node combine their gradients every step; local steps are those of a node"
+    )
     overlap: int = Field(0, ge=0, description="steps that go on while a fragment is being averaged; at most `every`")
     merge: Literal["add", "mix"] = Field(
         "add",
@@ -230,6 +233,11 @@ class Config(Section):
         if self.local_steps.every and self.compression.codec == "auto":
             raise ValueError(
                 "compression.codec = 'auto' chooses by the gradients of every step: name a codec for local_steps.every"
+            )
+        if self.local_steps.hierarchical and self.compression.hierarchical:
+            raise ValueError(
+                "local_steps.hierarchical combines the ranks of a node every step, compression.hierarchical only where "
+                "a codec is used: set one of them"
             )
         return self
 

@@ -95,7 +95,7 @@ def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
 
     def step() -> StepReport:
         trainer.train_step(loader, stop_here=False)
-        return StepReport(trainer.timer.seconds()["wait"], trainer.sync.traffic.wire_bytes)
+        return StepReport(trainer.timer.seconds()["wait"], trainer.strategy.traffic.wire_bytes)
 
     return System(lambda: trainer.parameters, step, trainer.strategy.arrive)
 

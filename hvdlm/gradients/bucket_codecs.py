@@ -11,6 +11,7 @@ from hvdlm.gradients.auto.plan import CodecPlan
 from hvdlm.gradients.auto.switchable import SwitchableCodec
 from hvdlm.gradients.bucket import make_buckets
 from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.registry import codec_factory
 
 
@@ -54,6 +55,10 @@ class BucketCodecs:
             if name in kept:
                 tensor.copy_(kept[name])
         return True
+
+    def make_dense(self) -> None:
+        """Sends the gradients of all buckets as they are from the next step on."""
+        self.codecs = [Dense(bucket, self._settings) for bucket in self.buckets]
 
     def state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""

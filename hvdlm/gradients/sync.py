@@ -29,7 +29,7 @@ from hvdlm.gradients.auto.probe import probe_codec
 from hvdlm.gradients.auto.tuner import CodecTuner
 from hvdlm.gradients.bucket import GradientBucket, bucket_sizes
 from hvdlm.gradients.bucket_codecs import BucketCodecs
-from hvdlm.gradients.channel import open_channels
+from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes, candidate_codecs, codec_factory
@@ -70,7 +70,7 @@ class GradientSync:
         sizes = bucket_sizes(parameters, nbytes)
         self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
         self._communicator = self.channels[0].communicator
-        self._compression = compression
+        self._comm, self._compression = comm, compression
         self._tuner: CodecTuner | None = None
         plan: CodecPlan | None = None
         if compression.hierarchical and communicator.node_count == 1:
@@ -89,6 +89,7 @@ class GradientSync:
         self._is_last_micro_batch = False
         self._ready = 0  # buckets 0 .. ready-1 are ready to be reduced
         self._handles: list[Work[Any]] = []  # of the buckets that are being reduced, 0 .. len-1
+        self._left_residuals: list[tuple[Tensor, Tensor]] = []  # buffers, and what codecs had left at `narrow_to`
         self._arrival: Work[None] = Work.done(None)  # ends when the last step's sums are there, on a GPU too
         self._index_slots()
         for parameter in self._slots:
@@ -141,6 +142,7 @@ class GradientSync:
             with self._naming_bucket(index):
                 handle.wait()
         self._handles.clear()
+        self._add_left_residuals_()
         self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
         self._arrival = self._communicator.arrival(self._device)
         self.traffic = self._measure_traffic()
@@ -148,21 +150,24 @@ class GradientSync:
         if self._tuner:
             self._tuner.gradients_arrived(self._probe)
 
-    def keep_local(self) -> None:
-        """Instead of `set_last_micro_batch` and `wait`: this rank's gradients are complete, and stay its own."""
-        for bucket in self.buckets:
-            bucket.fill_missing()
+    def narrow_to(self, communicator: Communicator) -> None:
+        """From the next step on sums gradients over the ranks of `communicator` alone, uncompressed. Collective.
 
-    def add_residuals_(self) -> None:
-        """Adds to the gradients what codecs have not delivered of earlier ones, and keeps none of it."""
-        for bucket, codec in zip(self.buckets, self.codecs, strict=True):
-            for residual in codec.state().values():
-                bucket.buffer.add_(residual)
-                residual.zero_()
-
-    def measure_traffic(self) -> None:
-        """Sets `traffic` to what was sent since `zero_grad`, by whomever on the channels."""
-        self.traffic = self._measure_traffic()
+        What codecs have not delivered until then is added to that step's sum. Only between steps, and not with codec
+        `auto`.
+        """
+        self._left_residuals = [
+            (bucket.buffer, residual)
+            for bucket, codec in zip(self.buckets, self.codecs, strict=True)
+            for residual in codec.state().values()
+        ]
+        dense = self._compression.model_copy(update={"codec": "none", "hierarchical": False})
+        largest = max(len(bucket.buffer) for bucket in self.buckets)
+        self.channels = open_channels(communicator, self._device, self._comm, dense, largest)
+        self._communicator = self.channels[0].communicator
+        self._bucket_codecs.make_dense()
+        self._bypasses_channels = self._can_bypass_channels()
+        self.only_if_finite = False
 
     def synchronize(self) -> None:
         """Returns when all that was queued on the device has ended, the sums of the last `wait` and `norm` among it.
@@ -185,16 +190,12 @@ class GradientSync:
         their processors add in different orders.
         """
         size, rank = self._communicator.size, self._communicator.rank
-        if size == 1:
-            return self.local_norm()
         own = _norm([bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets])
+        if size == 1:
+            return own
         norms = self._communicator.all_gather(own.reshape(1)).flatten()
         # On GPUs, which are all of one model, without waiting for them; elsewhere in one order, whatever the processor
         return _norm([norms]) if norms.is_cuda else torch.tensor(math.sqrt(math.fsum(n * n for n in norms.tolist())))
-
-    def local_norm(self) -> Tensor:
-        """Euclidean norm of this rank's gradients together, a float32 scalar on their device."""
-        return _norm([bucket.buffer for bucket in self.buckets])
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -243,7 +244,7 @@ class GradientSync:
     def scale_residuals_(self, factor: float) -> None:
         """Multiplies residuals by a number, as gradients are scaled from now on."""
         if factor != 1:
-            for flat in self._bucket_codecs.flat_states():
+            for flat in [*self._bucket_codecs.flat_states(), *(flat for _, flat in self._left_residuals)]:
                 flat.mul_(factor)
 
     # ---- from a gradient to its bucket, from a bucket to its channel
@@ -284,6 +285,13 @@ class GradientSync:
                     handle = channel.submit(self.codecs[index], bucket.buffer, self.step, f"bucket {index + 1}")
             self._handles.append(handle)
 
+    def _add_left_residuals_(self) -> None:
+        """Once after `narrow_to`, in a step that is not skipped."""
+        if self._left_residuals and bool(self.norm().isfinite()):
+            for buffer, residual in self._left_residuals:
+                buffer.add_(self._communicator.all_reduce_(residual))
+            self._left_residuals = []
+
     def _index_slots(self) -> None:
         """Maps each parameter to its bucket and the index of its slot there."""
         self._slots: dict[Tensor, tuple[GradientBucket, int]] = {
@@ -316,13 +324,8 @@ class GradientSync:
 
     def _measure_traffic(self) -> Traffic:
         size = self.channels[0].exchange.size
-        first_sent = [each.exchange.first_sent for each in self.channels if each.exchange.first_sent is not None]
-        return Traffic(
-            dense_bytes=sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets),
-            wire_bytes=sum(channel.exchange.wire_bytes for channel in self.channels),
-            codec_seconds=sum(channel.codec_seconds for channel in self.channels),
-            first_sent=min(first_sent, default=math.nan),
-        )
+        dense_bytes = sum(2 * (size - 1) * bucket.nbytes() // size for bucket in self.buckets)
+        return traffic_of(self.channels, dense_bytes)
 
     # ---- codec auto
 
@@ -342,6 +345,17 @@ class GradientSync:
             return channel.codec_seconds - before
 
         return probe_codec(self._communicator, self.buckets[index].buffer, reduce)
+
+
+def traffic_of(channels: Sequence[Channel], dense_bytes: int) -> Traffic:
+    """What has gone over channels since their counters were reset."""
+    first_sent = [each.exchange.first_sent for each in channels if each.exchange.first_sent is not None]
+    return Traffic(
+        dense_bytes=dense_bytes,
+        wire_bytes=sum(channel.exchange.wire_bytes for channel in channels),
+        codec_seconds=sum(channel.codec_seconds for channel in channels),
+        first_sent=min(first_sent, default=math.nan),
+    )
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
-from hvdlm.gradients.sync import GradientSync
+from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
 from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable, report
@@ -42,11 +42,20 @@ class EveryStep(Strategy):
         self._stop = stops > 0
         return int(tokens)
 
+    def narrow_to(self, communicator: Communicator) -> None:
+        """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
+        self.communicator = communicator
+        self.sync.narrow_to(communicator)
+
     def set_last_micro_batch(self) -> None:
         self.sync.set_last_micro_batch()
 
     def wait(self) -> None:
         self.sync.wait()
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.sync.traffic
 
     def norm(self) -> Tensor:
         return self.sync.norm()

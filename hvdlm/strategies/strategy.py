@@ -25,7 +25,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
-from hvdlm.gradients.sync import GradientSync
+from hvdlm.gradients.sync import GradientSync, Traffic
 
 
 class StepEnd(NamedTuple):
@@ -76,6 +76,11 @@ class Strategy(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Returns when every `.grad` is the one that this rank is to act on, as a sum over tokens."""
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """What was sent since this step began, or since the one before did where messages go on between steps."""
 
     @abstractmethod
     def norm(self) -> Tensor:

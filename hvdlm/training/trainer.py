@@ -181,7 +181,7 @@ class Trainer:
         self.step += 1
         end = self.strategy.end_step()
         timer.end_phase("wait")
-        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.sync.traffic)
+        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.strategy.traffic)
         is_last = self.step == self.config.train.steps
         self._log_is_due |= is_last or _is_due(self.step, self.config.log.every)
         self._check_is_due |= _is_due(self.step, self.config.train.check_replicas_every)

@@ -7,16 +7,16 @@ steps go on; `end` lets the outer optimizer step by their average, and merges th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Work
 from hvdlm.config import CompressionSection, LocalStepsSection
 from hvdlm.gradients.bucket import Bucket, group_parameters
-from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.local_steps.groups import Groups
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
 from hvdlm.strategies.strategy import RankState, report
 
@@ -79,19 +79,18 @@ class Fragment:
         self,
         name: str,
         parameters: Mapping[str, nn.Parameter],
-        ranks: int,
+        groups: Groups,
         bucket_bytes: int,
         settings: LocalStepsSection,
         compression: CompressionSection,
     ) -> None:
-        """`name`: in what is said of it. `ranks`: among which it is averaged."""
-        self.name = name
-        groups = group_parameters(parameters, bucket_bytes)
-        self.buckets = [DifferenceBucket(group, settings) for group in groups]
+        """`name`: in what is said of it. `groups`: those that average it."""
+        self.name, self._groups = name, groups
+        self.buckets = [DifferenceBucket(each, settings) for each in group_parameters(parameters, bucket_bytes)]
         self.codecs = [codec_factory(compression.codec)(bucket, compression) for bucket in self.buckets]
         self.outer_optimizer = OuterOptimizer(settings.lr, settings.momentum)
-        # Whether this rank is alone and its parameters become the outer ones, bit for bit
-        self.is_own_average = ranks == 1 and self.outer_optimizer.sets_average
+        # Whether there is one group, whose parameters become the outer ones, bit for bit
+        self.is_own_average = groups.count == 1 and self.outer_optimizer.sets_average
         self.tokens = torch.zeros((), dtype=torch.int64)  # that this rank has trained on since its last round began
         self.steps = 0  # since its last round began, the same on all ranks
         self.rounds = 0  # begun
@@ -110,23 +109,24 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(
-        self, channels: Sequence[Channel], communicator: Communicator, nominal: float, stop: bool, error: str | None
-    ) -> None:
-        """Begins a round: submits this rank's differences, weighted by the tokens that it has trained on.
+    def begin(self, nominal: float, stop: bool, error: str | None) -> None:
+        """Begins a round: the leader of each group submits its differences, weighted by the tokens of its group.
 
-        `nominal`: tokens of a rank in a step. Weights are over those of as many steps, so that they are about 1: what a
-        codec has not delivered counts as much in a shorter round. `stop`, `error`: what is to be told the others.
+        `nominal`: tokens of a group in a step. Weights are over those of as many steps, so that they are about 1: what
+        a codec has not delivered counts as much in a shorter round. `stop`, `error`: what this rank tells the others.
         """
-        self._totals = communicator.all_reduce_async_(report(int(self.tokens), stop, error))
+        is_leader, channels = self._groups.is_leader, self._groups.channels
+        self._totals = self._groups.everyone.all_reduce_async_(report(int(self.tokens) * is_leader, stop, error))
         self._nominal_tokens = self.steps * nominal
         self.own_square = 0.0
         pairs = [] if self.is_own_average else zip(self.buckets, self.codecs, strict=True)
         for index, (bucket, codec) in enumerate(pairs):
-            self.own_square += bucket.take_differences_(int(self.tokens) / self._nominal_tokens)
-            name = f"{self.name}, bucket {index + 1}"
-            channel = channels[index % len(channels)]
-            self._handles.append(channel.submit(codec, bucket.buffer, self.rounds, name))
+            square = bucket.take_differences_(int(self.tokens) / self._nominal_tokens)
+            if is_leader:
+                self.own_square += square
+                name = f"{self.name}, bucket {index + 1}"
+                channel = channels[index % len(channels)]
+                self._handles.append(channel.submit(codec, bucket.buffer, self.rounds, name))
         self.tokens.zero_()
         self.steps = 0
         self.rounds += 1
@@ -142,6 +142,7 @@ class Fragment:
             self._handles.clear()
             factor = self._nominal_tokens / max(1, int(totals[0]))
             for bucket in self.buckets:
+                self._groups.share_(bucket.buffer)
                 bucket.buffer.mul_(factor)
             self.average_square = sum(_square(bucket.buffer) for bucket in self.buckets)
             self._is_average = True
@@ -203,6 +204,10 @@ class Fragment:
     def differences(self) -> dict[str, Tensor]:
         """The buckets, as they are saved."""
         return self._named("average_difference", lambda bucket: bucket.buffer)
+
+    def residuals(self) -> list[Tensor]:
+        """What this rank's codecs have not delivered, flat."""
+        return [flat for codec in self.codecs for flat in codec.state().values()]
 
     def rank_state(self) -> RankState:
         """What this rank has of its own."""

@@ -1,8 +1,8 @@
-"""Each rank trains on its own for some steps; then what they have learned is averaged: local SGD, DiLoCo.
+"""Ranks train on their own for some steps; then what they have learned is averaged: local SGD, DiLoCo.
 
-Rounds (rounds.py) of fragments of the model (fragment.py) are averaged over the ranks, and an outer optimizer
-(outer_optimizer.py) steps by the average. Between rounds no rank waits for another. Before the first local step there
-may be steps whose gradients are combined, as every_step.py does it.
+Rounds (rounds.py) of fragments of the model (fragment.py) are averaged over groups of ranks (groups.py), each a rank
+alone or a node, and an outer optimizer (outer_optimizer.py) steps by the average. Between rounds no group waits for
+another: each steps as every_step.py does. Before the first local step all ranks may step together.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import Config
 from hvdlm.gradients.codecs.registry import bucket_bytes
+from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import Fragment
+from hvdlm.strategies.local_steps.groups import make_groups
 from hvdlm.strategies.local_steps.rounds import beginning, ending, split_into_fragments
 from hvdlm.strategies.optimizer import optimizer_tensors
 from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
 
 
 class LocalSteps(Strategy):
-    """`local_steps.warmup_steps` steps of `EveryStep`, then local steps and rounds."""
+    """`local_steps.warmup_steps` steps of all ranks together, then local steps and rounds."""
 
     def __init__(
         self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
@@ -35,23 +37,24 @@ class LocalSteps(Strategy):
         """Takes over `.grad` of all trainable parameters. Collective."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         self._settings = settings = config.local_steps
-        self._every_step = EveryStep(model, optimizer, communicator, config)
+        self._every_step = EveryStep(model, optimizer, communicator, config)  # of all ranks, then of a group
         self.sync = self._every_step.sync
-        device = model.output_weight.device.type
-        nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device)
-        groups = split_into_fragments(dict(model.named_parameters()), settings.fragments)
-        names = [f"fragment {index + 1} of {len(groups)}" for index in range(len(groups))]
+        device = model.output_weight.device
+        nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
+        largest = max(len(bucket.buffer) for bucket in self.sync.buckets)
+        self._groups = make_groups(communicator, self.sync.channels, device, config, largest)
+        named = dict(model.named_parameters())
         self.fragments = [
-            Fragment(name, group, communicator.size, nbytes, settings, config.compression)
-            for name, group in zip(names, groups, strict=True)
+            Fragment(f"fragment {index + 1}", group, self._groups, nbytes, settings, config.compression)
+            for index, group in enumerate(split_into_fragments(named, settings.fragments))
         ]
-        nominal = config.train.global_batch_size * config.model.context_length
-        self._nominal_tokens = nominal / communicator.size  # of a rank in a step
         self._overlaps = settings.overlap > 0 and not self.fragments[0].is_own_average
+        nominal = config.train.global_batch_size * config.model.context_length
+        self._nominal_tokens = nominal / self._groups.count  # of a group in a step
         self._step = 0  # steps done
         self._stop = False  # whether this rank has been asked to stop
         self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
-        self._residuals_are_due = False  # of the steps before the first local one
+        self._traffic = self.sync.traffic
         # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
         # differences had arrived, to be used in a later step
         self._goes_on = False
@@ -59,7 +62,7 @@ class LocalSteps(Strategy):
 
     @property
     def is_local(self) -> bool:
-        """Whether the next step is a local one, or some step before it was."""
+        """Whether the next step is a local one."""
         return self._step >= self._settings.warmup_steps
 
     # ---- one step
@@ -69,28 +72,41 @@ class LocalSteps(Strategy):
             return self._every_step.begin_step(tokens, stop, error)
         if self._step == self._settings.warmup_steps:
             self._begin_local_steps()
-        self.sync.measure_traffic()  # since the step before began: rounds go on between steps
-        self.sync.zero_grad()
         self._stop, self._error = self._stop or stop, self._error or error
+        self._measure_traffic()
+        # What ranks tell of errors and requests to stop, they tell in a round
+        return self._every_step.begin_step(tokens, False, None).then(self._count)
+
+    def _count(self, tokens: int) -> int:
+        """Counts the tokens of this group's step."""
         for fragment in self.fragments:
             fragment.count(tokens)
-        return Work.done(tokens)
+        return tokens
 
     def set_last_micro_batch(self) -> None:
-        if not self.is_local:
-            self._every_step.set_last_micro_batch()
+        self._every_step.set_last_micro_batch()
 
     def wait(self) -> None:
-        if not self.is_local:
-            self._every_step.wait()
-            return
-        self.sync.keep_local()
-        if self._residuals_are_due:
-            self.sync.add_residuals_()
-            self._residuals_are_due = False
+        self._every_step.wait()
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._traffic if self.is_local else self.sync.traffic
+
+    def _measure_traffic(self) -> None:
+        """Counts what was sent since the step before began: rounds go on between steps."""
+        between, within = traffic_of(self._groups.channels, self.sync.traffic.dense_bytes), self.sync.traffic
+        self._traffic = Traffic(
+            between.dense_bytes,
+            between.wire_bytes + within.wire_bytes,
+            between.codec_seconds + within.codec_seconds,
+            between.first_sent,
+        )
+        for channel in self._groups.channels:
+            channel.reset_counters()
 
     def norm(self) -> Tensor:
-        return self.sync.local_norm() if self.is_local else self._every_step.norm()
+        return self._every_step.norm()
 
     def scale_residuals_(self, factor: float) -> None:
         self._every_step.scale_residuals_(factor)
@@ -108,7 +124,7 @@ class LocalSteps(Strategy):
             if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
                 totals.append(fragment.end(has_overlapped=True))
         for fragment in (self.fragments[index] for index in beginning(self._settings, self._step)):
-            self._begin_round(fragment)
+            fragment.begin(self._nominal_tokens, self._stop, self._error)
             if not self._overlaps:
                 totals.append(fragment.end(has_overlapped=False))
         return self._meet(totals)
@@ -127,23 +143,21 @@ class LocalSteps(Strategy):
                 fragment.end(has_overlapped=True)
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
-            self._begin_round(fragment)
+            fragment.begin(self._nominal_tokens, self._stop, self._error)
         for fragment in trained:
             fragment.end(has_overlapped=False)
         self._model.update_low_precision_weights()
 
     def close(self) -> None:
         self._every_step.close()
+        self._groups.close()
 
     def _begin_local_steps(self) -> None:
         """All ranks hold the same model: it is the first average."""
         for fragment in self.fragments:
             for bucket in fragment.buckets:
                 bucket.set_outer_()
-        self._residuals_are_due = True
-
-    def _begin_round(self, fragment: Fragment) -> None:
-        fragment.begin(self.sync.channels, self.communicator, self._nominal_tokens, self._stop, self._error)
+        self._every_step.narrow_to(self._groups.own)
 
     def _meet(self, totals: list[Tensor]) -> StepEnd:
         """What is known after the rounds that have ended in this step."""
@@ -188,7 +202,7 @@ class LocalSteps(Strategy):
     def log_numbers(self) -> dict[str, float]:
         squares = [(each.own_square, each.average_square) for each in self.fragments]
         own, average = (sum(column) for column in zip(*squares, strict=True))
-        mean = math.fsum(self.communicator.all_gather_object(own)) / self.communicator.size
+        mean = math.fsum(self.communicator.all_gather_object(own)) / self._groups.count
         drift = math.sqrt(max(0.0, 1 - average / mean)) if mean else 0.0
         return {"rounds": sum(each.rounds for each in self.fragments) / len(self.fragments), "drift": drift}
 
@@ -203,8 +217,11 @@ class LocalSteps(Strategy):
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
-        self._every_step.load_state_dict(state, step, as_saved)
         self._step = step
+        if self.ranks_are_equal:
+            self._every_step.load_state_dict(state, step, as_saved)
+        else:
+            self._every_step.narrow_to(self._groups.own)
         saved = state.get("local_steps")
         self._goes_on = as_saved and saved is not None
         self._arrived = saved["under_way"] if saved is not None else []
@@ -241,4 +258,8 @@ class LocalSteps(Strategy):
             for fragment in self.fragments:
                 fragment.restart(self._arrived)
         self._arrived = []
+        if not self.ranks_are_equal:
+            for fragment in self.fragments:
+                for residual in fragment.residuals():
+                    self._groups.move_to_leaders_(residual)
         self._every_step.restored(residual_factor)
