@@ -70,7 +70,7 @@ CASES = [
         ],
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
-    *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3])),
+    *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
 ]
 
 # One pool after the other, so that each starts once.

@@ -118,22 +118,45 @@ class _PlainRank:
         self.model = make_plain_model(config)
         self.parameters = dict(self.model.named_parameters())
         self._optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
-        self._batches = Batches(_Rank(rank, size), 0, ignored=True)  # type: ignore[arg-type]
+        self.part = slice(rank * SEQUENCES // size, (rank + 1) * SEQUENCES // size)
+        self._step = 0
 
     def step(self) -> int:
         """Returns how many of its targets count."""
-        batch = self._batches.next()
-        logits = nn.functional.linear(self.model(batch.inputs), self.model.token_embedding.weight)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+        inputs, targets = (each[self.part] for each in global_batch(self._step, ignored=True))
+        self._step += 1
+        logits = nn.functional.linear(self.model(inputs), self.model.token_embedding.weight)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        return int((batch.targets != -100).sum())
+        return int((targets != -100).sum())
 
 
-class _Rank:
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+@check(sizes=[4])
+def check_nodes_that_step_together(comm: Communicator) -> None:
+    """Two nodes of two ranks: each node trains by plain SGD on what its ranks read, then the nodes are averaged."""
+    comm.node_rank, comm.node_count = comm.rank // 2, 2
+    settings = {"every": 3, "hierarchical": True, "warmup_steps": 1}
+    trainer = make_trainer(comm, local(make_config("fp32", clip_norm=0.0), **settings))
+    nodes = [_PlainRank(trainer.config, node, 2) for node in range(2)]
+    begin = flat(nodes[0].model)
+    for node, first in zip(nodes, (0, 2), strict=True):  # of the 7 sequences, ranks read 1, 2, 2 and 2
+        node.part = slice(first * SEQUENCES // 4, (first + 2) * SEQUENCES // 4)
+    for step in range(8):
+        train(trainer, comm, 1)
+        tokens = [node.step() for node in nodes]
+        if step == 0 or step % 3 == 0:
+            weights = tokens if step == 0 else [3 * each for each in tokens]  # each step has as many
+            mean = sum(w * flat(node.model) for w, node in zip(weights, nodes, strict=True)) / sum(weights)
+            for node in nodes:
+                nn.utils.vector_to_parameters(mean.clone(), node.model.parameters())
+        moved, expected = flat(trainer.model) - begin, flat(nodes[comm.node_rank].model) - begin
+        assert (moved - expected).norm() <= 1e-4 * expected.norm(), (step, (moved - expected).norm())
+    replicas = comm.all_gather(flat(trainer.model))
+    assert torch.equal(replicas[0], replicas[1])
+    assert torch.equal(replicas[2], replicas[3])
+    assert not torch.equal(replicas[0], replicas[2])
 
 
 @check(sizes=[2, 3], codec=["int4", "int8", "topk", "fp16"])
