@@ -19,28 +19,13 @@ from pathlib import Path
 from common.conditions import describe_run, describe_settings
 from common.methods import parse_method
 from common.results import write_results, write_text
-from common.script import RESULTS, absolute_path, as_overrides, run_script
+from common.script import RESULTS, absolute_path, run_script
 from common.setups import ONE_HOST, available_setups, open_cluster, parse_setup
 from convergence.curves import draw, table
-from convergence.runs import Run, Variant, is_finished, read_run, run_config, train
-from hvdlm.config import Config, load
+from convergence.runs import Run, Variant, configure, is_finished, read_run, run_config, train
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import CODECS
-from hvdlm.model.presets import PRESETS
-
-SETTINGS = {
-    "model.position": "rope",
-    "train.steps": 1200,
-    "train.global_batch_size": 16,
-    "train.micro_batch_size": 8,
-    "train.precision": "bf16",
-    "train.evaluate_every": 100,
-    "train.evaluate_sequences": 256,
-    "optimizer.lr": 2e-3,
-    "optimizer.warmup_steps": 100,
-    "log.every": 30,
-}
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -85,12 +70,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(table(done))
     if failed:
         raise HvdlmError("; ".join(failed) + ": see the messages above, and start this again")
-
-
-def configure(data: Path, overrides: Sequence[str]) -> Config:
-    """The settings that all runs share. Raises HvdlmError for unknown overrides, or without a data set."""
-    DataSet(data)
-    return load(None, [*as_overrides(SETTINGS), *overrides, "--data.path", str(data)], PRESETS)
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.methods import Method
 from common.processes import end_launcher, hvdlm_command, start_launcher
+from common.script import as_overrides
 from common.setups import Cluster
-from hvdlm.config import Config
+from hvdlm.config import Config, load
+from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
 from hvdlm.training.metrics import read_metrics
+
+SETTINGS = {
+    "model.position": "rope",
+    "train.steps": 1200,
+    "train.global_batch_size": 16,
+    "train.micro_batch_size": 8,
+    "train.precision": "bf16",
+    "train.evaluate_every": 100,
+    "train.evaluate_sequences": 256,
+    "optimizer.lr": 2e-3,
+    "optimizer.warmup_steps": 100,
+    "log.every": 30,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,12 @@ class Run:
     points: list[Point]
     wire_bytes: int  # sent by rank 0 for the gradients of the last step
     whole_steps: int = 0  # uncompressed, before the codec starts
+
+
+def configure(data: Path, overrides: Sequence[str]) -> Config:
+    """The settings that all runs share. Raises HvdlmError for unknown overrides, or without a data set."""
+    DataSet(data)
+    return load(None, [*as_overrides(SETTINGS), *overrides, "--data.path", str(data)], PRESETS)
 
 
 def run_config(config: Config, variant: Variant, seed: int, runs: Path) -> Config:

@@ -34,6 +34,7 @@ from hvdlm.model.transformer import Transformer
 from one_rank import plain_gpt, rows
 from one_rank.configurations import FP32_EAGER, configure
 from one_rank.process import Start, StepTime
+from time_to_loss import time_table, trained
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -301,6 +302,56 @@ def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
     other = own.model_copy(update={"optimizer": Config().optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(HvdlmError, match="holds a run with other settings"):
         runs.is_finished(other)
+
+
+# ---- time to a loss
+
+
+@pytest.mark.parametrize(
+    ("losses", "target", "expected"),
+    [
+        ({1.0: 3.0, 1.25: 2.9}, 3.1, 1.0),  # no sooner than what was run
+        ({1.0: 3.0, 1.21: 2.8}, 2.9, 1.1),  # half-way in the logarithm
+        ({1.0: 3.0, 1.21: 2.8, 1.5: 2.7}, 2.8, 1.21),
+        ({1.0: 3.0, 1.25: 2.9}, 2.8, None),
+        ({}, 2.8, None),
+    ],
+)
+def test_the_length_at_which_a_loss_is_reached(
+    losses: dict[float, float], target: float, expected: float | None
+) -> None:
+    assert trained.crossing(losses, target) == (None if expected is None else pytest.approx(expected))
+
+
+def test_time_to_a_loss(tmp_path: Path) -> None:
+    """Method int4/4 needs 1.21 as many steps with one seed and 1.1 as many with the other, at half of the limit."""
+
+    def end(method: str, length: float, seed: int, loss: float) -> trained.Trained:
+        return trained.Trained(method, 0.006, length, seed, [(100, 4.0), (200, loss)])
+
+    runs_of = [end("none", 1, 0, 2.8), end("none", 1, 1, 2.9)]
+    for seed in (0, 1):
+        runs_of += [end("int4/4", 1, seed, 3.0), end("int4/4", 1.21, seed, 2.8)]
+    speeds = {"none": ("none", 0.8, 0.5), "int4, every 4 steps": ("int4/4", 0.5, 0.8), "DDP": ("none", 0.4, 1.0)}
+    rows_of = time_table.make_rows(runs_of, {"none": 0.006, "int4/4": 0.012}, speeds)
+    results = {
+        "setups": {
+            "2x1gbit": {
+                "rows": time_table.as_records(rows_of),
+                "methods": {name: method for name, (method, *_) in speeds.items()},
+            }
+        }
+    }
+    lines = time_table.table(results).splitlines()
+    assert lines[0] == "## 2x1gbit"
+    assert lines[4:] == [
+        "| none | 0.006 | +0.00 ± 0.00 | 0.800 | 1.00 | 1.25 |",
+        # 3.0 over 2.8 and 2.9 is 7.14% and 3.45%
+        "| int4, every 4 steps | 0.012 | +5.30 ± 2.61 | 0.500 | 1.16 | 2.31 |",
+        "| DDP | 0.006 | +0.00 ± 0.00 | 0.400 | 1.00 | 2.50 |",
+    ]
+    time_table.draw(runs_of, results, 10, tmp_path / "time_to_loss.png")
+    assert (tmp_path / "time_to_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- one rank
