@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -78,13 +78,18 @@ def _columns(field: FieldInfo) -> tuple[str, str, str, str]:
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Union:
+        return " or ".join(_type(each) for each in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
 
 
 def _bounds(field: FieldInfo) -> Iterator[str]:
-    for bound in field.metadata:
+    of_parts = [bound for part in get_args(field.annotation) for bound in getattr(part, "__metadata__", ())]
+    for bound in [*field.metadata, *(each for part in of_parts for each in getattr(part, "metadata", [part]))]:
         for kind, sign, value in ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt")):
             if isinstance(bound, kind):
                 yield f"{sign} {_number(getattr(bound, value))}"

@@ -170,7 +170,11 @@ class CompressionSection(Section):
 class LocalStepsSection(Section):
     """`[local_steps]`: ranks train on their own for some steps, and average what they have learned."""
 
-    every: int = Field(0, ge=0, description="steps of a rank from one average to the next; 0: gradients every step")
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="steps of a rank from one average to the next; 0: gradients every step; auto: as few as hide an "
+        "average on the link that is measured, with the overlap that this takes",
+    )
     warmup_steps: int = Field(0, ge=0, description="first steps of a run, whose gradients are combined every step")
     lr: float = Field(1.0, gt=0, description="learning rate of the outer optimizer; 1: the average as it is")
     momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov momentum of the outer optimizer")
@@ -188,7 +192,10 @@ class LocalStepsSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> LocalStepsSection:
-        if self.every and self.overlap > self.every:
+        if self.every == "auto":
+            if self.overlap:
+                raise ValueError("local_steps.every = 'auto' chooses local_steps.overlap too: leave it out")
+        elif self.every and self.overlap > self.every:
             raise ValueError(f"local_steps.overlap = {self.overlap} is more than local_steps.every = {self.every}")
         return self
 

@@ -33,6 +33,7 @@ class StepEnd(NamedTuple):
 
     stop: bool  # whether all ranks are to stop after this step
     ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
+    event: str | None = None  # what the user is to be told
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ class Trainer:
         self.step += 1
         end = self.strategy.end_step()
         timer.end_phase("wait")
+        if end.event is not None:
+            self._write("event", message=end.event)
         self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.strategy.traffic)
         is_last = self.step == self.config.train.steps
         self._log_is_due |= is_last or _is_due(self.step, self.config.log.every)

@@ -115,3 +115,17 @@ def test_stopped_by_a_signal(ranks: Ranks, small_data: Path, tmp_path: Path) -> 
     assert 12 <= max(losses(stopped)) <= 16
     assert ranks.train(2, small_data, stopped, "--resume", "latest", **settings).status == 0
     assert_same_weights(whole, stopped)
+
+
+def test_as_few_steps_as_hide_a_round(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """The choice is said, and a resumed run goes on with it."""
+    settings = {**SETTINGS, **STREAMING, "local_steps__every": "auto", "local_steps__overlap": 0, "checkpoint__keep": 9}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ranks.train(2, small_data, whole, **settings).status == 0
+    (said,) = [each["message"] for each in records(whole, "event") if "a round takes" in each["message"]]
+    assert "local_steps.every = " in said
+    as_if_killed(whole, broken, 17)
+    assert ranks.train(2, small_data, broken, "--resume", "latest", **settings).status == 0
+    assert_same_weights(whole, broken)
+    (again,) = [each["message"] for each in records(broken, "event") if "a round takes" in each["message"]]
+    assert again == said

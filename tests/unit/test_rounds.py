@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from hvdlm.config import LocalStepsSection, load
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.config import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.strategies.local_steps.groups import make_groups
+from hvdlm.strategies.local_steps.interval import choose
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
-from hvdlm.strategies.local_steps.rounds import beginning, ending, split_into_fragments
+from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 
 
-def rounds(settings: LocalStepsSection, steps: int) -> dict[int, tuple[list[int], list[int]]]:
+def schedule(rounds: Rounds, steps: int) -> dict[int, tuple[list[int], list[int]]]:
     """Fragments whose rounds begin and end, by step, where there are any."""
-    found = {step: (beginning(settings, step), ending(settings, step)) for step in range(steps + 1)}
+    found = {step: (rounds.beginning(step), rounds.ending(step)) for step in range(steps + 1)}
     return {step: both for step, both in found.items() if any(both)}
 
 
@@ -35,7 +38,7 @@ def rounds(settings: LocalStepsSection, steps: int) -> dict[int, tuple[list[int]
     ],
 )
 def test_rounds(settings, expected):
-    found = rounds(LocalStepsSection(**settings), 10)
+    found = schedule(Rounds(**{"fragments": 1, "overlap": 0, "warmup_steps": 0, **settings}), 10)
     assert {step: found[step] for step in expected} == expected
     assert all(step in expected for step in found if step < max(expected))
 
@@ -66,11 +69,30 @@ def test_the_outer_optimizer_is_sgd_on_the_negative_difference(lr, momentum):
 
 
 @pytest.mark.parametrize(
+    ("compute", "round_", "fragments", "expected"),
+    [
+        (0.29, 0.47, 2, (2, 1)),  # 0.47 / (0.9 x 0.29) is 1.8
+        (0.29, 4.7, 4, (19, 5)),  # 18.01
+        (0.29, 0.047, 2, (1, 1)),
+        (0.1, 0.9, 3, (10, 4)),
+    ],
+)
+def test_as_few_steps_as_hide_a_round(compute, round_, fragments, expected):
+    groups = make_groups(SoloCommunicator(), [], torch.device("cpu"), load(None, [], PRESETS), 1)
+    chosen, sentence = choose(Rounds(1, fragments, 1, 8), groups, compute, round_)
+    assert (chosen.every, chosen.overlap) == expected
+    assert (chosen.fragments, chosen.warmup_steps) == (fragments, 8)
+    assert f"local_steps.every = {expected[0]}, local_steps.overlap = {expected[1]}" in sentence
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--local_steps.every", "4", "--local_steps.overlap", "5"], "overlap = 5 is more than local_steps.every = 4"),
         (["--local_steps.every", "4", "--compression.codec", "auto"], "codec = 'auto' chooses .* of every step"),
         (["--local_steps.every", "-1"], "local_steps.every"),
+        (["--local_steps.every", "often"], "local_steps.every"),
+        (["--local_steps.every", "auto", "--local_steps.overlap", "2"], "every = 'auto' chooses local_steps.overlap"),
         (["--local_steps.momentum", "1.0"], "local_steps.momentum"),
     ],
 )

@@ -29,7 +29,8 @@ class DifferenceBucket(Bucket):
         self.outer = torch.zeros_like(self.buffer)
         self.velocity = torch.zeros_like(self.buffer) if settings.momentum else None
         # This rank's parameters as they were when their round began, for a merge that keeps the steps made since
-        self.sent = torch.zeros_like(self.buffer) if settings.overlap and settings.merge == "add" else None
+        overlaps = settings.overlap > 0 or settings.every == "auto"
+        self.sent = torch.zeros_like(self.buffer) if overlaps and settings.merge == "add" else None
         self._outer = self.split(self.outer)
         self._differences = self.split(self.buffer)
         self._alpha = settings.alpha if settings.merge == "mix" else 0.0

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from hvdlm.config import LocalStepsSection
 
-
-def ending(settings: LocalStepsSection, step: int) -> list[int]:
-    """The fragments whose round ends after `step` steps of the run.
-
-    Each has one every `every` steps, and they are spread over these evenly, the last one at their end (Douillard et
-    al., "Streaming DiLoCo", arXiv:2501.18512, section 2.3).
+@dataclass(frozen=True)
+class Rounds:
+    """Each fragment has a round every `every` steps, and they are spread over these evenly, the last one at their end
+    (Douillard et al., "Streaming DiLoCo", arXiv:2501.18512, section 2.3).
     """
-    local = step - settings.warmup_steps
-    if local <= settings.overlap:
-        return []
-    offsets = [settings.every * (index + 1) // settings.fragments for index in range(settings.fragments)]
-    return [index for index, offset in enumerate(offsets) if (local - offset) % settings.every == 0]
 
+    every: int
+    fragments: int
+    overlap: int  # steps from the beginning of a round to its end
+    warmup_steps: int  # of the run, before the first local one
 
-def beginning(settings: LocalStepsSection, step: int) -> list[int]:
-    """The fragments whose round begins after `step` steps of the run, to end `overlap` steps later."""
-    return ending(settings, step + settings.overlap)
+    def ending(self, step: int) -> list[int]:
+        """The fragments whose round ends after `step` steps of the run."""
+        local = step - self.warmup_steps
+        if local <= self.overlap:
+            return []
+        offsets = [self.every * (index + 1) // self.fragments for index in range(self.fragments)]
+        return [index for index, offset in enumerate(offsets) if (local - offset) % self.every == 0]
+
+    def beginning(self, step: int) -> list[int]:
+        """The fragments whose round begins after `step` steps of the run."""
+        return self.ending(step + self.overlap)
 
 
 def split_into_fragments(parameters: dict[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:

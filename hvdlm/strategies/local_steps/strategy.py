@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
-from hvdlm.config import Config
+from hvdlm.config import Config, LocalStepsSection
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import make_groups
-from hvdlm.strategies.local_steps.rounds import beginning, ending, split_into_fragments
+from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds
+from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 from hvdlm.strategies.optimizer import optimizer_tensors
 from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
 
@@ -36,7 +38,10 @@ class LocalSteps(Strategy):
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
-        self._settings = settings = config.local_steps
+        self._chooses = config.local_steps.every == "auto"
+        settings = config.local_steps
+        self._rounds = _rounds(settings)
+        self._compression = config.compression
         self._every_step = EveryStep(model, optimizer, communicator, config)  # of all ranks, then of a group
         self.sync = self._every_step.sync
         device = model.output_weight.device
@@ -48,13 +53,14 @@ class LocalSteps(Strategy):
             Fragment(f"fragment {index + 1}", group, self._groups, nbytes, settings, config.compression)
             for index, group in enumerate(split_into_fragments(named, settings.fragments))
         ]
-        self._overlaps = settings.overlap > 0 and not self.fragments[0].is_own_average
         nominal = config.train.global_batch_size * config.model.context_length
         self._nominal_tokens = nominal / self._groups.count  # of a group in a step
         self._step = 0  # steps done
         self._stop = False  # whether this rank has been asked to stop
         self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
         self._traffic = self.sync.traffic
+        self._timer = ComputeTimer(device) if self._chooses else None
+        self._event: str | None = None  # what is to be said of the next step
         # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
         # differences had arrived, to be used in a later step
         self._goes_on = False
@@ -63,14 +69,16 @@ class LocalSteps(Strategy):
     @property
     def is_local(self) -> bool:
         """Whether the next step is a local one."""
-        return self._step >= self._settings.warmup_steps
+        return self._step >= self._rounds.warmup_steps
 
     # ---- one step
 
     def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
+        if self._timer:
+            self._timer.begin_step()
         if not self.is_local:
             return self._every_step.begin_step(tokens, stop, error)
-        if self._step == self._settings.warmup_steps:
+        if self._step == self._rounds.warmup_steps:
             self._begin_local_steps()
         self._stop, self._error = self._stop or stop, self._error or error
         self._measure_traffic()
@@ -87,7 +95,8 @@ class LocalSteps(Strategy):
         self._every_step.set_last_micro_batch()
 
     def wait(self) -> None:
-        self._every_step.wait()
+        with self._timer.waiting() if self._timer else nullcontext():
+            self._every_step.wait()
 
     @property
     def traffic(self) -> Traffic:
@@ -117,15 +126,17 @@ class LocalSteps(Strategy):
     def end_step(self) -> StepEnd:
         was_local = self.is_local
         self._step += 1
+        if self._timer:
+            self._timer.end_step()
         if not was_local:
             return self._every_step.end_step()
         totals = []
-        for fragment in (self.fragments[index] for index in ending(self._settings, self._step)):
+        for fragment in (self.fragments[index] for index in self._rounds.ending(self._step)):
             if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
                 totals.append(fragment.end(has_overlapped=True))
-        for fragment in (self.fragments[index] for index in beginning(self._settings, self._step)):
+        for fragment in (self.fragments[index] for index in self._rounds.beginning(self._step)):
             fragment.begin(self._nominal_tokens, self._stop, self._error)
-            if not self._overlaps:
+            if not self._rounds.overlap or fragment.is_own_average:
                 totals.append(fragment.end(has_overlapped=False))
         return self._meet(totals)
 
@@ -157,22 +168,27 @@ class LocalSteps(Strategy):
         for fragment in self.fragments:
             for bucket in fragment.buckets:
                 bucket.set_outer_()
+        if self._timer:
+            round_ = round_seconds(self._groups, self.fragments, self._compression)
+            self._rounds, self._event = choose(self._rounds, self._groups, self._timer.seconds(), round_)
+            self._timer = None
         self._every_step.narrow_to(self._groups.own)
 
     def _meet(self, totals: list[Tensor]) -> StepEnd:
         """What is known after the rounds that have ended in this step."""
+        event, self._event = self._event, None
         if not totals:
-            return StepEnd(stop=False, ranks_have_met=False)
+            return StepEnd(stop=False, ranks_have_met=False, event=event)
         self._model.update_low_precision_weights()
         if any(int(each[2]) for each in totals):
             raise_if_unreadable(self.communicator, self._error)
-        return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True)
+        return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True, event=event)
 
     # ---- the parameters to keep
 
     @property
     def ranks_are_equal(self) -> bool:
-        return self._step <= self._settings.warmup_steps
+        return self._step <= self._rounds.warmup_steps
 
     def parameters(self) -> dict[str, Tensor]:
         if self.ranks_are_equal:
@@ -210,6 +226,8 @@ class LocalSteps(Strategy):
         return {
             **self._every_step.state_dict(),
             "local_steps": {
+                "every": self._rounds.every,
+                "overlap": self._rounds.overlap,
                 "rounds": [fragment.rounds for fragment in self.fragments],
                 "steps": [fragment.steps for fragment in self.fragments],
                 "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
@@ -224,6 +242,9 @@ class LocalSteps(Strategy):
             self._every_step.narrow_to(self._groups.own)
         saved = state.get("local_steps")
         self._goes_on = as_saved and saved is not None
+        if self._chooses and saved is not None and not self.ranks_are_equal:
+            self._rounds = replace(self._rounds, every=saved["every"], overlap=saved["overlap"])
+            self._timer = None
         self._arrived = saved["under_way"] if saved is not None else []
         if not self._goes_on or saved is None:
             return
@@ -263,3 +284,10 @@ class LocalSteps(Strategy):
                 for residual in fragment.residuals():
                     self._groups.move_to_leaders_(residual)
         self._every_step.restored(residual_factor)
+
+
+def _rounds(settings: LocalStepsSection) -> Rounds:
+    """With the least interval in the place of one that is still to be chosen, after some steps."""
+    if settings.every == "auto":
+        return Rounds(1, settings.fragments, 1, max(settings.warmup_steps, TIMED_STEPS))
+    return Rounds(settings.every, settings.fragments, settings.overlap, settings.warmup_steps)

@@ -1,0 +1,97 @@
+"""`local_steps.every = "auto"`: the fewest steps whose computing hides a round on the link that is measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.auto.forecast import Cost
+from hvdlm.gradients.auto.probe import probe_codec
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.local_steps.fragment import Fragment
+from hvdlm.strategies.local_steps.groups import Groups
+from hvdlm.strategies.local_steps.rounds import Rounds
+
+# Steps that are timed, of which the first ones warm up
+TIMED_STEPS = 8
+_WARM_UP = 3
+
+# A round should take no more than this share of the time in which it hides: neither is the same every time
+_SHARE = 0.9
+
+
+class ComputeTimer:
+    """Seconds that this rank computes in a step, without its waiting for others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begin = self._waited = 0.0
+        self._seconds: list[float] = []
+
+    def begin_step(self) -> None:
+        self._begin, self._waited = self._now(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done within is not counted."""
+        begin = self._now()
+        yield
+        self._waited += self._now() - begin
+
+    def end_step(self) -> None:
+        self._seconds.append(self._now() - self._begin - self._waited)
+
+    def seconds(self) -> float:
+        """The median over the steps that were timed, after those that warm up."""
+        return statistics.median(self._seconds[_WARM_UP:])
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def round_seconds(groups: Groups, fragments: Sequence[Fragment], compression: CompressionSection) -> float:
+    """Seconds for which one round of all fragments uses the links, without encoding and decoding; equal on all ranks.
+
+    Collective.
+    """
+    buckets = [bucket for fragment in fragments for bucket in fragment.buckets] if groups.channels else []
+    seconds = sum(_probe(groups.channels[0], bucket, compression).communicating for bucket in buckets)
+    return groups.everyone.broadcast_object(seconds)
+
+
+def _probe(channel: Channel, bucket: Bucket, compression: CompressionSection) -> Cost:
+    codec = codec_factory(compression.codec)(bucket, compression)
+
+    def reduce(values: Tensor) -> float:
+        before = channel.codec_seconds
+        channel.reduce_(codec, values, 2 * compression.warmup_steps, "probe of a round")
+        return channel.codec_seconds - before
+
+    return probe_codec(channel.communicator, bucket.buffer, reduce)
+
+
+def choose(rounds: Rounds, groups: Groups, compute: float, round_: float) -> tuple[Rounds, str]:
+    """`rounds` with an interval and an overlap that hide them, and a sentence that says why. Collective.
+
+    `compute`: seconds that this rank computes in a step; the fastest rank counts. `round_`: see `round_seconds`.
+    """
+    fastest = min(groups.everyone.all_gather_object(compute))
+    every = max(1, math.ceil(round_ / (_SHARE * fastest)))
+    overlap = math.ceil(every / rounds.fragments)
+    sentence = (
+        f"a round takes {round_ * 1e3:,.0f} ms on the link and a step {fastest * 1e3:,.0f} ms of computing: "
+        f"local_steps.every = {every}, local_steps.overlap = {overlap}"
+    )
+    return replace(rounds, every=every, overlap=overlap), sentence
