@@ -24,10 +24,12 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         model, vocab_size, micro_batch, train.precision, device, train.compile, train.activation_checkpointing
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
+    averages = memory.parameters * _numbers_of_local_steps(config)
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
         "residuals of the codec": residuals,
+        "averages of local steps": averages,
         "activations": memory.activations,
         "loss": memory.loss,
         "temporary, and gaps between": memory.temporary + memory.gaps,
@@ -44,7 +46,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * train.steps:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
-        "memory a rank, estimated": f"{(memory.total + residuals + libraries) / 2**20:,.0f} MiB",
+        "memory a rank, estimated": f"{(memory.total + residuals + averages + libraries) / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     for name, value in rows.items():
@@ -54,3 +56,12 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
 
 def _keeps_residuals(config: Config) -> bool:
     return config.compression.codec != "none" and config.compression.error_feedback
+
+
+def _numbers_of_local_steps(config: Config) -> int:
+    """How many numbers local steps keep for each parameter, beside the residual of a codec."""
+    local_steps = config.local_steps
+    if not local_steps.every:
+        return 0
+    keeps_sent = local_steps.merge == "add" and (local_steps.overlap > 0 or local_steps.every == "auto")
+    return 2 + keeps_sent + (local_steps.momentum > 0)  # averaged parameters and differences

@@ -41,6 +41,24 @@ def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) 
     assert re.fullmatch(r"[\d,]+ MiB", found["memory a rank, estimated"])
 
 
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        (["--local_steps.every=4"], 2),
+        (["--local_steps.every=4", "--local_steps.overlap=1"], 3),
+        (["--local_steps.every=auto", "--local_steps.momentum=0.5"], 4),
+        (["--local_steps.every=4", "--local_steps.overlap=1", "--local_steps.merge=mix"], 2),
+    ],
+)
+def test_memory_of_local_steps(words: list[str], numbers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu"]
+    print_dry_run(load(None, [*shape, *words], PRESETS), 30_000, Launch("mpirun", 0, 2))
+    output = capsys.readouterr().out
+    count = int(rows(output)["parameters"].replace(",", ""))
+    (nbytes,) = re.findall(r"averages of local steps +([\d,]+) MiB", output)
+    assert int(nbytes.replace(",", "")) == round(4 * numbers * count / 2**20)
+
+
 def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     """Of one of two ranks, whose codec keeps residuals."""
     shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--compression.codec=int4"]
