@@ -44,6 +44,7 @@ class LocalSteps(Strategy):
         self._compression = config.compression
         self._every_step = EveryStep(model, optimizer, communicator, config)  # of all ranks, then of a group
         self.sync = self._every_step.sync
+        self._first_channels = self.sync.channels
         device = model.output_weight.device
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
         largest = max(len(bucket.buffer) for bucket in self.sync.buckets)
@@ -160,6 +161,8 @@ class LocalSteps(Strategy):
         self._model.update_low_precision_weights()
 
     def close(self) -> None:
+        for channel in self._first_channels:
+            channel.close()
         self._every_step.close()
         self._groups.close()
 
