@@ -155,7 +155,7 @@ class CompressionSection(Section):
     )
     candidates: str = Field(
         "none,fp16,int4",
-        description="codecs among which auto chooses by measurement; int2, topk, topk2, powersgd cost loss: if listed",
+        description="codecs among which auto chooses by measurement; those that cost loss only if listed",
     )
     hierarchical: bool = Field(False, description="the engine sums within a node, and the codec between nodes")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
@@ -163,7 +163,7 @@ class CompressionSection(Section):
     warmup_steps: int = Field(
         0,
         ge=0,
-        description="steps with dense gradients before topk, topk2, powersgd; then as many until topk's density is reached",
+        description="steps with dense gradients before topk, topk2, powersgd; the first two then thin out in as many",
     )
     matrix_rank: int = Field(4, gt=0, description="rank of the matrices by which powersgd approximates gradients")
 
