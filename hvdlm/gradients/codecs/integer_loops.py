@@ -1,10 +1,9 @@
 """The loops of integer.py, compiled by Numba for the CPU: one pass over memory, a block at a time in the cache.
 
-All that is called from inside these loops is in this file, as Numba's cache notices changes of one file only. The inner
-loops have no branches, and take the numbers that share a byte in one turn, so that LLVM uses vector instructions: where
-a half of a block was written in a loop of its own, which read bytes again, none were used and a number took three times
-as long (benchmarks/LOG.md). A block whose length is no multiple of the numbers in a byte is rounded in a copy, with
-zeros behind it.
+All that these loops call is in this file, as Numba's cache notices changes of one file only. The inner loops have no
+branches, and take the numbers that share a byte in one turn: so LLVM uses vector instructions for all of them, and a
+number takes half of the time that it takes where one loop completes the bytes of another (benchmarks/LOG.md). A block
+whose length is no multiple of the numbers in a byte is rounded in a copy, with zeros behind it.
 """
 
 from __future__ import annotations
