@@ -115,7 +115,7 @@ class OptimizerSection(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     freeze_variance_after: int = Field(
-        0, ge=0, description="steps after which second moments are not updated, for topk and powersgd; 0: never"
+        0, ge=0, description="steps after which second moments are not updated, for topk, topk2 and powersgd; 0: never"
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
@@ -150,19 +150,20 @@ class CompressionSection(Section):
     """`[compression]`: how gradients are encoded."""
 
     codec: str = Field(
-        "none", description="none, fp16, bf16, int8, int4, topk, powersgd, auto, or FILE.py:CLASS of your own"
+        "none",
+        description="none, fp16, bf16, int8, int4, int2, topk, topk2, powersgd, auto, or FILE.py:CLASS of your own",
     )
     candidates: str = Field(
         "none,fp16,int4",
-        description="codecs among which auto chooses by measurement; topk and powersgd only if listed: they cost loss",
+        description="codecs among which auto chooses by measurement; those that cost loss only if listed",
     )
     hierarchical: bool = Field(False, description="the engine sums within a node, and the codec between nodes")
     error_feedback: bool = Field(True, description="what a codec did not deliver is added to the next step's gradients")
-    density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk sends")
+    density: float = Field(0.01, ge=1 / 256, le=1, description="share of a matrix's numbers that topk and topk2 send")
     warmup_steps: int = Field(
         0,
         ge=0,
-        description="steps with dense gradients before topk and powersgd; topk then needs as many to reach its density",
+        description="steps with dense gradients before topk, topk2, powersgd; the first two then thin out in as many",
     )
     matrix_rank: int = Field(4, gt=0, description="rank of the matrices by which powersgd approximates gradients")
 

@@ -12,7 +12,7 @@ from hvdlm.errors import HvdlmError
 
 # With these codecs a gradient may arrive many steps late. As hvdlm's documentation recommends, they start after a fifth
 # of the steps, and AdamW's second moments are frozen from then on.
-_LATE_CODECS = ("topk", "powersgd")
+_LATE_CODECS = ("topk", "topk2", "powersgd")
 
 
 @dataclass(frozen=True)

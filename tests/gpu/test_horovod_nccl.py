@@ -14,7 +14,7 @@ from pool import RankPool
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(300)]
 
 BODY = Path(__file__).with_name("gpu_body.py")
-CODECS = ["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd", "auto"]
+CODECS = ["none", "fp16", "bf16", "int8", "int4", "int2", "topk", "topk2", "powersgd", "auto"]
 BUILD_SECONDS = 240.0
 
 

@@ -26,7 +26,7 @@ from hvdlm.training.peak import peak_flops
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(120)]
 
 CPU = torch.device("cpu")
-CODECS = ["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd"]
+CODECS = ["none", "fp16", "bf16", "int8", "int4", "int2", "topk", "topk2", "powersgd"]
 MIB = 2**20
 
 
@@ -74,7 +74,7 @@ def test_codec_on_the_communication_stream(codec: str, gpu: torch.device) -> Non
         assert torch.allclose(on_gpu, on_cpu, rtol=tolerance, atol=tolerance), (on_gpu - on_cpu).abs().max()
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd"])
+@pytest.mark.parametrize("codec", ["int4", "int2", "topk", "topk2", "powersgd"])
 def test_what_is_not_finite_leaves_no_residual(codec: str, gpu: torch.device) -> None:
     tolerance = 1e-3 if codec == "powersgd" else 0.0
     for on_gpu, on_cpu in zip(gradients_of(gpu, codec, 3, True), gradients_of(CPU, codec, 3, True), strict=True):

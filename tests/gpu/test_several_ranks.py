@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(150)]
 
 BODY = Path(__file__).with_name("gpu_body.py")
 CHECKS = ["check_operations", "check_start_and_replicas", "check_backward_pass_beside_sums"]
-CODECS = ["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd", "auto"]
+CODECS = ["none", "fp16", "bf16", "int8", "int4", "int2", "topk", "topk2", "powersgd", "auto"]
 
 # Engine torch takes Gloo where ranks share a GPU, and NCCL for the one rank of torchrun
 POOLS = [("mpi", "mpirun", 4), ("torch", "mpirun", 4), ("torch", "torchrun", 1)]

@@ -61,9 +61,10 @@ def check_replicas_stay_identical_and_nothing_is_lost(comm: Communicator, algori
         # of two matrices and 240 numbers that are no matrix; dense by a ring: each number goes once
         dense = STEPS * 4 * (96 * 80 + 240 + 80 * 70)
         # topk: 3 of 4 bytes for each hundredth number; powersgd: 4 vectors a side; both: 240 numbers as they are
-        # int8, int4: a byte, a half, and a scale for 256; beside them 240 numbers as they are
-        shares = {"none": 1.0, "topk": 0.0075 + 0.018, "powersgd": 0.097 + 0.018}
-        shares |= {"int8": (1 / 4 + 1 / 256) * 0.982 + 0.018, "int4": (1 / 8 + 1 / 256) * 0.982 + 0.018}
+        # int8, int4, int2: a byte, a half, a quarter, and 4 bytes for 256; beside them 240 numbers as they are
+        # topk2: an index and a quarter of a byte for each hundredth number, and 4 bytes for 256 of these
+        shares = {"none": 1.0, "topk": 0.0075 + 0.018, "powersgd": 0.097 + 0.018, "topk2": 0.0032 + 0.018}
+        shares |= {f"int{bits}": (bits / 32 + 1 / 256) * 0.982 + 0.018 for bits in (8, 4, 2)}
         shares |= {"fp16": 0.5, "bf16": 0.5}  # whatever the engine can sum
         share = shares.get(codec, 1 / 32)  # one bit a number
         assert 0.98 * share <= sent / dense <= 1.05 * share, sent / dense
@@ -91,7 +92,7 @@ def distance_after(comm: Communicator, algorithm: str, codec: str, error_feedbac
     return float((model.weight.detach() - optimum).norm() / optimum.norm())
 
 
-@check(codec=["topk", "powersgd"])
+@check(codec=["topk", "topk2", "powersgd"])
 def check_what_error_feedback_is_for(comm: Communicator, algorithm: str, codec: str) -> None:
     assert distance_after(comm, algorithm, codec, error_feedback=True) < 0.3
     assert distance_after(comm, algorithm, codec, error_feedback=False) > 0.5

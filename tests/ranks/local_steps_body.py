@@ -159,7 +159,7 @@ def check_nodes_that_step_together(comm: Communicator) -> None:
     assert not torch.equal(replicas[0], replicas[2])
 
 
-@check(sizes=[2, 3], codec=["int4", "int8", "topk", "fp16"])
+@check(sizes=[2, 3], codec=["int4", "int8", "int2", "topk", "topk2", "fp16"])
 def check_no_difference_is_lost(comm: Communicator, codec: str) -> None:
     """What rounds have moved the outer parameters by, and what residuals hold, is all that ranks have sent."""
     settings = {"every": 3, "fragments": 2, "overlap": 1, "warmup_steps": 2}

@@ -89,6 +89,9 @@ LOSSY = pytest.mark.parametrize(
         ("powersgd", {"matrix_rank": 3}),
         ("int8", {}),
         ("int4", {}),
+        ("int2", {}),
+        ("topk2", {"density": 0.02}),
+        ("topk2", {"density": 0.3}),
     ],
 )
 

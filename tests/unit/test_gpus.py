@@ -370,7 +370,14 @@ def test_groups_are_closed_with_the_whole_the_last_one_first() -> None:
 
 @pytest.mark.parametrize(
     ("codec", "nodes", "on_cpus", "on_gpus"),
-    [("none", 1, 16, 25), ("none", 2, 4, 25), ("int4", 2, 8, 25), ("topk", 2, 32, 32)],
+    [
+        ("none", 1, 16, 25),
+        ("none", 2, 4, 25),
+        ("int4", 2, 8, 25),
+        ("int2", 2, 8, 25),
+        ("topk", 2, 32, 32),
+        ("topk2", 2, 32, 32),
+    ],
 )
 def test_buckets_on_gpus_are_larger(codec: str, nodes: int, on_cpus: int, on_gpus: int) -> None:
     compression = CompressionSection(codec=codec)

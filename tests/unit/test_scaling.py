@@ -115,7 +115,7 @@ def test_powersgd_sends_its_vectors_and_what_is_small() -> None:
     assert (first.nbytes, second.nbytes) == (4 * (3 * 300 + 100), 4 * 3 * 100)
 
 
-@pytest.mark.parametrize("codec", ["none", "topk", "powersgd", "int4"])
+@pytest.mark.parametrize("codec", ["none", "topk", "topk2", "powersgd", "int4", "int2"])
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_messages_of_tall_matrices_are_extrapolated_from_shorter_ones(
     codec: str, ranks: int, monkeypatch: pytest.MonkeyPatch

@@ -1,15 +1,23 @@
-"""Codecs `int8` and `int4`: elements of matrices as small integers, with a scale for each 256 of them.
+"""Codecs `int8`, `int4` and `int2`: elements of matrices as numbers of a few bits, with scales for each 256 of them.
 
-A quarter and an eighth of the bytes. The rounding error is added to the next step's gradients, so it is late by a step
-or two, not by a hundred as where few elements are sent: AdamW's second moments change little, and training follows that
-with dense gradients closely (benchmarks/LOG.md). Blocks and owners are those of ZeRO++'s quantised gradients (Wang et
-al., ICLR 2024, section 3.3), which are sent by all-to-all so that a sum is rounded twice and not at every hop of a
-ring; error feedback is our addition.
+A quarter, an eighth and a fifteenth of the bytes. The rounding error is added to the next step's gradients, so it is
+late by a few steps, not by a hundred as where few elements are sent: AdamW's second moments change little, and with
+`int8` and `int4` training follows that with dense gradients closely (benchmarks/LOG.md). Blocks and owners are those of
+ZeRO++'s quantised gradients (Wang et al., ICLR 2024, section 3.3), which are sent by all-to-all so that a sum is
+rounded twice and not at every hop of a ring; error feedback is our addition.
 
-Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU, and PyTorch operations for
-other devices. A number and its rounded value are within a factor of two of each other, or the latter is zero: so
-float32 holds their difference, and on one rank delivered + residual is the float32 sum gradient + old residual. Only as
-scales are rounded too, a last bit may be lost at the edge of that range.
+`int8` and `int4` send integers and, for each block, the scale that takes its largest magnitude to 127 or 7. Of the
+integers -1, 0 and 1 such a scale would leave most numbers at zero. `int2` sends of each number the sign and whether it
+is a large one, and of each block two levels, as bfloat16: the mean magnitude of its small numbers and that of its
+large ones, a step of Lloyd's algorithm. Large is what lies above the mean magnitude by at least an eighth of the way to
+the largest one.
+
+Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU (integer_loops.py), and PyTorch
+operations for other devices. With `int8` and `int4` a number and its rounded value are within a factor of two of each
+other, or the latter is zero: so float32 holds their difference, and on one rank delivered + residual is the float32 sum
+gradient + old residual. Only as scales are rounded too, a last bit may be lost at the edge of that range. With `int2` a
+number may be less than half of its level: then their difference is rounded as any float32 addition is, by at most
+2**-24 of the level.
 """
 
 from __future__ import annotations
@@ -17,36 +25,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs import integer_loops as loops
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import uses_loops
-from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
-_MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
-_TOO_LARGE = 0x7F000000  # bits of 2**127, beyond which rounding might overflow; infinity and NaN stand above
-
-# A block without a larger magnitude stays in the residual: the inverse of its scale might not be finite in float32.
-_TINY = np.float32(2.0**-100)
-
-# Bits of an integer of which two share a byte, with an offset that makes them non-negative.
-_NIBBLE = 4
-_NIBBLE_OFFSET = 8
+# Bytes in front of the integers of a block: a float32 scale, or two levels as bfloat16
+_SCALE_BYTES = 4
 
 
 class Integer(BlockwiseCodec):
-    """Sends large matrices as integers of a few bits, and biases and other small tensors as float32."""
+    """Sends large matrices as numbers of a few bits, and biases and other small tensors as float32."""
 
     # Among two ranks all-gather and owners of parts send as much; among more all-gather sends more.
     most_ranks_of_all_gather = 2
 
     def __init__(self, bits: int, bucket: Bucket, settings: CompressionSection) -> None:
-        """`bits`: 4 or 8."""
+        """`bits`: 2, 4 or 8."""
         super().__init__(bucket, settings, LONGEST_BLOCK)
         self._encoding = _IntegerEncoding(bits)
         if bucket.buffer.is_cpu:
@@ -57,13 +57,13 @@ class Integer(BlockwiseCodec):
 
 
 class _IntegerEncoding(BlockEncoding):
-    """A float32 scale for each block, then integers."""
+    """The scales of all blocks, then their integers."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
 
     def nbytes(self, part: Part) -> int:
-        return 4 * count_scales(part) + count_bytes(part, self._bits)
+        return _SCALE_BYTES * count_scales(part) + count_bytes(part, self._bits)
 
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
         round_blocks(part, self._bits, gradients, residual, *self._sections(part, message))
@@ -76,13 +76,33 @@ class _IntegerEncoding(BlockEncoding):
         add_blocks(part, self._bits, *self._sections(part, message), gradients)
 
     def _sections(self, part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
-        length = 4 * count_scales(part)
-        return message[:length].view(torch.float32), message[length:]
+        length = _SCALE_BYTES * count_scales(part)
+        return message[:length].view(scale_dtype(self._bits)), message[length:]
 
 
-def largest_integer(bits: int) -> int:
-    """The integer to which the largest magnitude of a block is rounded; its negative is the smallest integer."""
-    return int(2 ** (bits - 1) - 1)
+class NumbersEncoding:
+    """Any numbers, without error feedback, as `_IntegerEncoding` encodes the blocks of a bucket."""
+
+    def __init__(self, bits: int) -> None:
+        self._encoding = _IntegerEncoding(bits)
+
+    def nbytes(self, elements: int) -> int:
+        return self._encoding.nbytes(_all_of(elements))
+
+    def encode(self, values: Tensor, message: Tensor) -> None:
+        self._encoding.encode(_all_of(len(values)), values.clone(), torch.zeros_like(values), message)
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        self._encoding.add(_all_of(len(values)), message, values.zero_())
+
+
+def _all_of(elements: int) -> Part:
+    return Part(LONGEST_BLOCK, torch.tensor([[0, elements]]), torch.empty(0, dtype=torch.int64))
+
+
+def scale_dtype(bits: int) -> torch.dtype:
+    """Of the scale of a block of 8 or 4 bits, or of the two levels of one of 2 bits, the smaller one first."""
+    return torch.bfloat16 if bits == 2 else torch.float32
 
 
 def count_scales(part: Part) -> int:
@@ -96,135 +116,47 @@ def count_bytes(part: Part, bits: int) -> int:
 
 
 def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, scales: Tensor, integers: Tensor) -> None:
-    """Rounds the blocks of `gradients` + `residual` to `scales` (float32) and `integers` (uint8).
+    """Rounds the blocks of `gradients` + `residual` to `scales` (of `scale_dtype`) and `integers` (uint8).
 
-    The scale of a block is NaN if a number in it is not finite, or 2**127 or more. `residual` is overwritten by the
-    rounding error, `gradients` by the old residual.
+    The scale or the levels of a block are NaN if a number in it is not finite, or 2**127 or more. `residual` is
+    overwritten by the rounding error, `gradients` by the old residual.
     """
-    if uses_loops(gradients):
-        arrays = gradients.numpy(), residual.numpy(), scales.numpy(), integers.numpy()
-        _round_blocks(part.block, part.spans.numpy(), bits, np.float32(largest_integer(bits)), *arrays)
-    else:
+    if not uses_loops(gradients):
         round_blocks_with_torch(part, bits, gradients, residual, scales, integers)
+        return
+    blocks = part.block, part.spans.numpy()
+    arrays = gradients.numpy(), residual.numpy()
+    if bits == 2:
+        loops.round_to_levels(*blocks, *arrays, scales.view(torch.int16).numpy(), integers.numpy())
+    else:
+        loops.round_to_integers(*blocks, bits, *arrays, scales.numpy(), integers.numpy())
 
 
 def add_blocks(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
     """Decodes scales and integers and adds them to the blocks of `target`."""
-    if uses_loops(target):
-        _add_blocks(part.block, part.spans.numpy(), bits, scales.numpy(), integers.numpy(), target.numpy())
-    else:
+    if not uses_loops(target):
         add_blocks_with_torch(part, bits, scales, integers, target)
+        return
+    blocks = part.block, part.spans.numpy()
+    if bits == 2:
+        loops.add_levels(*blocks, scales.view(torch.int16).numpy(), integers.numpy(), target.numpy())
+    else:
+        loops.add_integers(*blocks, bits, scales.numpy(), integers.numpy(), target.numpy())
 
 
 def compile_for_cpu(bits: int) -> None:
     """Compiles the loops, or loads them from the cache, before the first training step."""
     part = Part(2, torch.tensor([[0, 2]]), torch.empty(0, dtype=torch.int64))
-    scales, integers = torch.zeros(1), torch.zeros(2, dtype=torch.uint8)
-    round_blocks(part, bits, torch.zeros(2), torch.zeros(2), scales, integers)
-    add_blocks(part, bits, scales, integers, torch.zeros(2))
-
-
-@compiled()
-def _round_blocks(
-    block: int,
-    spans: np.ndarray,
-    bits: int,
-    top: np.float32,
-    gradients: np.ndarray,
-    residual: np.ndarray,
-    scales: np.ndarray,
-    integers: np.ndarray,
-) -> None:
-    number = first = 0
-    for span in range(len(spans)):
-        end = spans[span, 1]
-        for start in range(spans[span, 0], end, block):
-            gradient_block = gradients[start : min(start + block, end)]
-            residual_block = residual[start : min(start + block, end)]
-            largest = np.int32(0)
-            for index in range(len(residual_block)):
-                intended = np.float32(gradient_block[index] + residual_block[index])
-                gradient_block[index] = residual_block[index]
-                residual_block[index] = intended
-                # Over integers, whose maximum does not depend on the order of comparison: the loop is vectorised
-                largest = max(largest, np.int32(intended.view(np.int32) & _MAGNITUDE))
-            magnitude = np.int32(largest).view(np.float32)
-            scale = inverse = np.float32(0)
-            if largest >= _TOO_LARGE:
-                scale = np.float32(np.nan)
-            elif magnitude >= _TINY:
-                scale, inverse = np.float32(magnitude / top), np.float32(top / magnitude)
-            scales[number] = scale
-            number += 1
-            if bits == _NIBBLE:
-                half = (len(residual_block) + 1) // 2
-                out = integers[first : first + half]
-                for index in range(half):
-                    out[index] = _NIBBLE_OFFSET * 17
-                if inverse > 0:
-                    _round_to_nibbles(residual_block, scale, inverse, out)
-                first += half
-            else:
-                out = integers[first : first + len(residual_block)]
-                for index in range(len(residual_block)):
-                    out[index] = 0
-                if inverse > 0:
-                    _round_to_bytes(residual_block, scale, inverse, out)
-                first += len(residual_block)
-
-
-@compiled()
-def _round_to_bytes(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
-    for index in range(len(residual_block)):
-        rounded = np.rint(np.float32(residual_block[index] * inverse))
-        residual_block[index] = np.float32(residual_block[index] - np.float32(rounded * scale))
-        out[index] = np.uint8(np.int32(rounded))
-
-
-@compiled()
-def _round_to_nibbles(residual_block: np.ndarray, scale: np.float32, inverse: np.float32, out: np.ndarray) -> None:
-    """The first half of a block in the low four bits, the second half in the high ones."""
-    half = len(out)
-    for index in range(half):
-        rounded = np.rint(np.float32(residual_block[index] * inverse))
-        residual_block[index] = np.float32(residual_block[index] - np.float32(rounded * scale))
-        out[index] = np.uint8(np.int32(rounded) + np.int32(136))  # the high half stays 8, which stands for zero
-    for index in range(half, len(residual_block)):
-        rounded = np.rint(np.float32(residual_block[index] * inverse))
-        residual_block[index] = np.float32(residual_block[index] - np.float32(rounded * scale))
-        out[index - half] = np.uint8(np.int32(out[index - half]) + (np.int32(rounded) << np.int32(4)))
-
-
-@compiled()
-def _add_blocks(
-    block: int, spans: np.ndarray, bits: int, scales: np.ndarray, integers: np.ndarray, target: np.ndarray
-) -> None:
-    number = first = 0
-    for span in range(len(spans)):
-        end = spans[span, 1]
-        for start in range(spans[span, 0], end, block):
-            out = target[start : min(start + block, end)]
-            scale = scales[number]
-            number += 1
-            if bits == _NIBBLE:
-                half = (len(out) + 1) // 2
-                codes = integers[first : first + half]
-                for index in range(half):
-                    out[index] += np.float32(np.int32(codes[index] & 15) - _NIBBLE_OFFSET) * scale
-                for index in range(half, len(out)):
-                    out[index] += np.float32(np.int32(codes[index - half] >> 4) - _NIBBLE_OFFSET) * scale
-                first += half
-            else:
-                codes = integers[first : first + len(out)]
-                for index in range(len(out)):
-                    out[index] += np.float32(np.int8(codes[index])) * scale
-                first += len(out)
+    scales, integers = torch.zeros(_SCALE_BYTES, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
+    round_blocks(part, bits, torch.zeros(2), torch.zeros(2), scales.view(scale_dtype(bits)), integers)
+    add_blocks(part, bits, scales.view(scale_dtype(bits)), integers, torch.zeros(2))
 
 
 def round_blocks_with_torch(
     part: Part, bits: int, gradients: Tensor, residual: Tensor, scales: Tensor, integers: Tensor
 ) -> None:
     """`round_blocks` on any device."""
+    scales = scales.view(count_scales(part), -1)
     for start, stop, length, blocks, codes in _runs(part, bits):
         gradient_block, residual_block = gradients[start:stop], residual[start:stop]
         intended = gradient_block + residual_block
@@ -232,37 +164,72 @@ def round_blocks_with_torch(
         rows = intended.view(-1, length)  # (blocks, length)
         largest = rows.abs().amax(1, keepdim=True)
         is_finite = largest < 2.0**127
-        is_used = (largest >= float(_TINY)) & is_finite
-        top = torch.full_like(largest, largest_integer(bits))  # a tensor from a number would be copied, and waited for
-        scale = torch.where(is_used, largest / top, 0.0)
-        inverse = torch.where(is_used, top / largest, 0.0)
-        rounded = torch.where(is_used, (rows * inverse).round(), 0.0)
-        residual_block.copy_((rows - rounded * scale).view(-1))
-        scales[blocks] = torch.where(is_finite, scale, math.nan).view(-1)
-        integers[codes] = _packed(rounded.to(torch.int16), bits).reshape(-1)
+        is_used = (largest >= float(loops.TINY)) & is_finite
+        round_rows = _round_to_levels if bits == 2 else _round_to_integers
+        rounded, own_scales, own_codes = round_rows(rows, largest, is_used, bits)
+        residual_block.copy_((rows - rounded).view(-1))
+        scales[blocks] = torch.where(is_finite, own_scales, math.nan).to(scales.dtype)
+        integers[codes] = _packed(own_codes, bits).view(-1)
+
+
+def _round_to_integers(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rows` are rounded to, the scale of each (blocks, 1), and integers without a sign, uint8."""
+    top = torch.full_like(largest, 2 ** (bits - 1) - 1)  # a tensor from a number would be copied, and waited for
+    scale = torch.where(is_used, largest / top, 0.0)
+    inverse = torch.where(is_used, top / largest, 0.0)
+    rounding = float(loops.ROUNDING)
+    rounded = torch.where(is_used, (rows * inverse + rounding) - rounding, 0.0)
+    offset = 8 if bits == 4 else 0
+    return rounded * scale, scale, (rounded.to(torch.int8) + offset).view(torch.uint8)
+
+
+def _round_to_levels(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rows` are rounded to, the levels of each (blocks, 2), and codes: 1 for a large number, 2 for its sign."""
+    units = torch.where(is_used, torch.full_like(largest, loops.UNITS) / largest, 0.0)
+    in_units = torch.where(is_used, rows.abs() * units, 0.0).to(torch.int32)
+    total = in_units.sum(1, keepdim=True)
+    mean = total // rows.shape[1]
+    is_large = in_units >= mean + ((loops.UNITS - mean) >> loops.THRESHOLD_SHIFT)
+    count, large = is_large.sum(1, keepdim=True), (in_units * is_large).sum(1, keepdim=True)
+    counts = torch.cat([rows.shape[1] - count, count], dim=1).clamp(min=1)
+    means = torch.cat([total - large, large], dim=1).float() / counts.float()
+    levels = torch.where(is_used, means * (largest / loops.UNITS), 0.0).bfloat16().float()
+    level = torch.where(is_large, levels[:, 1:], levels[:, :1])
+    # An unused block stays as it is, the signs of its zeros too
+    rounded = torch.where(is_used, level.copysign(rows), 0.0)
+    return rounded, levels, torch.where(is_used, is_large + 2 * rows.signbit(), 0).to(torch.uint8)
 
 
 def add_blocks_with_torch(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
     """`add_blocks` on any device."""
+    scales = scales.view(count_scales(part), -1).float()
     for start, stop, length, blocks, codes in _runs(part, bits):
-        rounded = _unpacked(integers[codes].view(-1, _bytes_of(length, bits)), bits)[:, :length]
-        target[start:stop].view(-1, length).add_(rounded.float() * scales[blocks].view(-1, 1))
+        numbers = _unpacked(integers[codes].view(-1, _bytes_of(length, bits)), bits)[:, :length]
+        own = scales[blocks]
+        if bits == 2:
+            level = torch.where((numbers & 1).bool(), own[:, 1:], own[:, :1])
+            decoded = torch.where((numbers & 2).bool(), -level, level)
+        else:
+            offset = 8 if bits == 4 else 0
+            decoded = (numbers.view(torch.int8) - offset).float() * own
+        target[start:stop].view(-1, length).add_(decoded)
 
 
-def _packed(rounded: Tensor, bits: int) -> Tensor:
-    """(blocks, length) int16 as (blocks, bytes) uint8."""
-    if bits != _NIBBLE:
-        return rounded.to(torch.int8).view(torch.uint8)
-    half = _bytes_of(rounded.shape[1], bits)
-    low, high = rounded[:, :half], torch.nn.functional.pad(rounded[:, half:], (0, 2 * half - rounded.shape[1]))
-    return (low + _NIBBLE_OFFSET + 16 * (high + _NIBBLE_OFFSET)).to(torch.uint8)
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """(blocks, length) uint8 as (blocks, bytes) uint8: of several pieces of a block the first in the lowest bits."""
+    count, nbytes = 8 // bits, _bytes_of(codes.shape[1], bits)
+    zero = 8 if bits == 4 else 0
+    pieces = torch.nn.functional.pad(codes, (0, count * nbytes - codes.shape[1]), value=zero).split(nbytes, dim=1)
+    packed = torch.zeros_like(pieces[0])
+    for index, piece in enumerate(pieces):
+        packed |= piece << (bits * index)
+    return packed
 
 
-def _unpacked(codes: Tensor, bits: int) -> Tensor:
-    """(blocks, bytes) uint8 as (blocks, length or one more) int8."""
-    if bits != _NIBBLE:
-        return codes.view(torch.int8)
-    return torch.cat([codes & 15, codes >> 4], dim=1).to(torch.int8) - _NIBBLE_OFFSET
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """(blocks, bytes) uint8 as (blocks, length or a few more) uint8."""
+    mask = 2**bits - 1
+    return torch.cat([packed >> (bits * index) & mask for index in range(8 // bits)], dim=1)
 
 
 def _bytes_of(length: int, bits: int) -> int:

@@ -30,14 +30,16 @@ CODECS: dict[str, CodecFactory] = {
     "bf16": partial(Cast, torch.bfloat16),
     "int8": partial(Integer, 8),
     "int4": partial(Integer, 4),
-    "topk": TopK,
+    "int2": partial(Integer, 2),
+    "topk": partial(TopK, 16),
+    "topk2": partial(TopK, 2),
     "powersgd": PowerSGD,
 }
 
 # MiB of a bucket where `comm.bucket_mb` is 0 (benchmarks/LOG.md). Large buckets take fewer operations; small ones are
 # sent sooner, which matters where much is sent over slow links.
 _BUCKET_MB_ON_ONE_NODE = 16.0
-_BUCKET_MB = {"int8": 8.0, "int4": 8.0, "topk": 32.0, "powersgd": 32.0}
+_BUCKET_MB = {"int8": 8.0, "int4": 8.0, "int2": 8.0, "topk": 32.0, "topk2": 32.0, "powersgd": 32.0}
 _DEFAULT_BUCKET_MB = 4.0
 
 # The least on GPUs, as DistributedDataParallel's: no cache holds a bucket there, and a codec starts as many kernels for

@@ -1,12 +1,14 @@
-"""Codec `topk`: of each block of a matrix the elements of largest magnitude are sent, as fp16; the rest is residual.
+"""Codecs `topk` and `topk2`: of each block of a matrix the elements of largest magnitude travel, the rest is residual.
 
 A block has at most 256 elements, so that an index in it takes one byte, messages have one size on all ranks, and one
-pass over memory suffices. What was not chosen, and what rounding to fp16 took from what was, is added to the next
-step's gradients (blockwise.py; Lin et al., "Deep Gradient Compression", ICLR 2018, section 3). Owners of parts choose
-again.
+pass over memory suffices. What was not chosen, and what rounding took from what was, is added to the next step's
+gradients (blockwise.py; Lin et al., "Deep Gradient Compression", ICLR 2018, section 3). Owners of parts choose again.
 
-On one rank delivered + residual is the float32 sum gradient + old residual, bit for bit: a number less its fp16
-rounding is a float32 number, so no bit is lost, however small.
+`topk` sends them as fp16. On one rank delivered + residual is then the float32 sum gradient + old residual, bit for
+bit: a number less its fp16 rounding is a float32 number, so no bit is lost, however small. `topk2` sends them as `int2`
+does (integer.py), a sign and one of two magnitudes, as SparseLoCo sends what ranks have learned in local steps (Sarfi
+et al., arXiv:2508.15706): with the index a number takes 10 bits, not 24, and more than twice as many are sent in as
+many bytes.
 
 Selection has two implementations, equal bit for bit: loops compiled by Numba for the CPU, each one pass over memory,
 and PyTorch operations for other devices. Chosen elements are in the order of blocks, and within one the largest
@@ -24,13 +26,17 @@ from torch import Tensor
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs import cast
+from hvdlm.gradients.codecs import cast, integer
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import reduce_dense_, uses_loops
 from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
-_FP16 = cast.CastEncoding(torch.float16)
+# How the chosen elements are sent, by their bits
+_NUMBERS: dict[int, cast.CastEncoding | integer.NumbersEncoding] = {
+    16: cast.CastEncoding(torch.float16),
+    2: integer.NumbersEncoding(2),
+}
 
 # Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity.
 _MAGNITUDE = 0x7FFFFFFF
@@ -45,19 +51,24 @@ class TopK(BlockwiseCodec):
     # Among three ranks all-gather sends half as much again as owners of parts would, but needs one message, not two.
     most_ranks_of_all_gather = 3
 
-    def __init__(self, bucket: Bucket, settings: CompressionSection) -> None:
+    def __init__(self, bits: int, bucket: Bucket, settings: CompressionSection) -> None:
+        """`bits`: of a number that is sent, 16 or 2."""
+        self._bits = bits
         self._kept = max(1, int(LONGEST_BLOCK * settings.density))
         super().__init__(bucket, settings, min(LONGEST_BLOCK, round(self._kept / settings.density)))
         if bucket.buffer.is_cpu:
             compile_for_cpu()
-            cast.compile_for_cpu()
+            if bits == 2:
+                integer.compile_for_cpu(bits)
+            else:
+                cast.compile_for_cpu()
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         kept = self._kept_at(step)
         if kept == self._block:
             reduce_dense_(gradients, self._residual, exchange)
         else:
-            self.reduce_by_(_TopKEncoding(kept), gradients, exchange)
+            self.reduce_by_(_TopKEncoding(kept, self._bits), gradients, exchange)
 
     def _kept_at(self, step: int) -> int:
         """Elements of a block to send: all for `compression.warmup_steps`, then exponentially fewer for as many."""
@@ -67,10 +78,11 @@ class TopK(BlockwiseCodec):
 
 
 class _TopKEncoding(BlockEncoding):
-    """The elements of largest magnitude of each block: values as fp16 with their scale, then indices."""
+    """The elements of largest magnitude of each block: values with their scales, then indices."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, bits: int) -> None:
         self._kept = kept
+        self._numbers = _NUMBERS[bits]
 
     def nbytes(self, part: Part) -> int:
         return sum(self._lengths(part))
@@ -80,8 +92,8 @@ class _TopKEncoding(BlockEncoding):
         values, chosen = choose(part, self._kept, gradients, residual)
         indices.copy_(chosen)
         if len(values):
-            _FP16.encode(values, numbers)
-            _FP16.decode(numbers, values)
+            self._numbers.encode(values, numbers)
+            self._numbers.decode(numbers, values)
         add_chosen(part, self._kept, values.neg_(), chosen, residual)
 
     def is_finite(self, part: Part, message: Tensor) -> Tensor:
@@ -95,7 +107,7 @@ class _TopKEncoding(BlockEncoding):
         numbers, indices = self._sections(part, message)
         values = torch.empty_like(indices, dtype=torch.float32)
         if len(values):
-            _FP16.decode(numbers, values)
+            self._numbers.decode(numbers, values)
         return values
 
     def _sections(self, part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +116,7 @@ class _TopKEncoding(BlockEncoding):
 
     def _lengths(self, part: Part) -> tuple[int, int]:
         count = part.chosen_count(self._kept)
-        return _FP16.nbytes(count), count
+        return self._numbers.nbytes(count), count
 
 
 def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
