@@ -10,6 +10,7 @@ from pathlib import Path
 import commands
 from launcher import BIN, Job, Result, launcher_command, run, start
 from pool import RankPool
+from safetensors.torch import load_file
 
 SETTINGS = {
     "model.layers": 2,
@@ -90,6 +91,16 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step."""
     return {int(str(record["step"])): float(str(record["loss"])) for record in records(run_dir)}
+
+
+def assert_bit_identical(one: Path, other: Path) -> None:
+    """Two runs of 50 steps."""
+    assert losses(one) == losses(other)
+    for name in ("model", "optimizer"):
+        files = [run / "checkpoints" / "step_00000050" / f"{name}.safetensors" for run in (one, other)]
+        first, second = (load_file(file) for file in files)
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first)
 
 
 def assert_same_curve(actual: dict[int, float], expected: dict[int, float], relative: float) -> None:

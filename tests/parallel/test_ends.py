@@ -67,6 +67,22 @@ def test_ranks_that_are_suspended_together(small_data: Path, tmp_path: Path) -> 
     assert "hvdlm: error" not in result.output
 
 
+def test_a_rank_under_horovodrun_that_is_killed(small_data: Path, tmp_path: Path) -> None:
+    """The other one says at once whom it has lost, before horovodrun ends it."""
+    run_dir = tmp_path / "run"
+    settings = {"train__steps": 100_000, "comm__algorithm": "ring"}
+    with start_training("horovodrun --gloo", 2, small_data, run_dir, **settings) as job:
+        wait_for(lambda: steps_done(run_dir) > 3, job)
+        job.ranks()[1].kill()
+        result = job.finish(DEADLINE)
+    assert result.status != 0
+    host = os.uname().nodename
+    said = re.search(r"hvdlm: error: (gradient bucket \d of \d: )?(rank 0 on .*)", result.output)
+    assert said, result.output
+    assert said[2].startswith(f"rank 0 on {host} has lost the connection with rank 1 on {host}: "), said[0]
+    assert said[2].endswith(f"; rank 1 on {host} does not answer: stopped, dead, or out of reach"), said[0]
+
+
 def test_ranks_whose_launcher_is_killed(small_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with start_training("horovodrun --gloo", 2, small_data, run_dir, train__steps=100_000) as job:

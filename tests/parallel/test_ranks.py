@@ -18,17 +18,15 @@ from pool import Pools
 
 
 def groups(engine: str, launcher: str, sizes: list[int], pool: int = 4, **keywords: object) -> list[Group]:
-    """Groups of a pool. Those of Horovod are whole pools."""
+    """Groups of a pool."""
     pool_size = {"none": 1}.get(launcher, pool)
-    return [Group(engine, launcher, n, n if engine == "horovod" else pool_size, keywords=keywords) for n in sizes]
+    return [Group(engine, launcher, n, pool_size, keywords=keywords) for n in sizes]
 
 
-def unsplit(launcher: str, size: int, **keywords: object) -> list[Group]:
-    """Horovod as it is unless HOROVOD_DYNAMIC_PROCESS_SETS says otherwise."""
-    return [Group("horovod", launcher, size, size, can_split=False, keywords=keywords)]
-
-
+# Of Horovod's pools all ranks are Horovod's; parts are groups over our own TCP connections, or over MPI, unless Horovod
+# has process sets.
 GLOO, OVER_MPI = "horovodrun --gloo", "horovodrun --mpi"
+WITH_PROCESS_SETS = "env HOROVOD_DYNAMIC_PROCESS_SETS=1 horovodrun --gloo"
 
 # 1 and 3 ranks are no different from launcher to launcher: one of each engine tells
 CASES = [
@@ -40,14 +38,22 @@ CASES = [
             *groups("mpi", "mpirun", [1, 2, 3, 4]),
             *groups("torch", "mpirun", [2, 4]),
             *groups("torch", "torchrun", [1, 2, 3, 4]),
-            *groups("horovod", GLOO, [2, 4]),
-            *groups("horovod", OVER_MPI, [1, 2, 3]),
+            *groups("horovod", GLOO, [1, 2, 3], pool=3),
+            *groups("horovod", WITH_PROCESS_SETS, [3, 4]),
+            *groups("horovod", OVER_MPI, [1], pool=1),
+            *groups("horovod", OVER_MPI, [2], pool=2),
         ],
     ),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
         ring_body,
-        [*groups("solo", "none", [1]), *groups("mpi", "mpirun", [2, 3, 4]), *groups("torch", "mpirun", [3])],
+        [
+            *groups("solo", "none", [1]),
+            *groups("mpi", "mpirun", [2, 3, 4]),
+            *groups("torch", "mpirun", [3]),
+            *groups("horovod", GLOO, [3], pool=3),
+            *groups("horovod", OVER_MPI, [2], pool=2),
+        ],
     ),
     *cases_of(
         gradients_body,
@@ -57,8 +63,10 @@ CASES = [
             *groups("mpi", "mpirun", [2, 3, 4], algorithm="ring"),
             *groups("torch", "mpirun", [2], algorithm="engine"),
             *groups("torch", "mpirun", [3], algorithm="ring"),
-            *unsplit(GLOO, 2, algorithm="engine"),
-            *unsplit(OVER_MPI, 2, algorithm="engine"),
+            *groups("horovod", GLOO, [3], pool=3, algorithm="engine"),
+            *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring"),
         ],
     ),
     *cases_of(
@@ -66,7 +74,9 @@ CASES = [
         [
             *groups("mpi", "mpirun", [2, 4], algorithm="ring"),
             *groups("mpi", "mpirun", [2], algorithm="engine"),
-            *unsplit(GLOO, 2, algorithm="engine"),
+            *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring"),
         ],
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
@@ -90,7 +100,7 @@ PARAMETERS = [pytest.param(case, marks=marks(case), id=str(case)) for case in CA
 def test_check(case: Case, pools: Pools) -> None:
     group = case.group
     pool = pools.get(group.engine, group.launcher, group.pool)
-    pool.run(case.body, case.function, group.size, can_split=group.can_split, **case.keywords)
+    pool.run(case.body, case.function, group.size, **case.keywords)
 
 
 @pytest.mark.parametrize(

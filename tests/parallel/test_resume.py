@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from jobs import Ranks, assert_same_curve, losses, records, start_training
+from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records, start_training
 from launcher import Job
 from safetensors.torch import load_file
 
@@ -24,15 +24,6 @@ def wait_for_step(job: Job, run_dir: Path, step: int) -> None:
     while not (run_dir / "metrics.jsonl").exists() or max(losses(run_dir), default=0) < step:
         assert job.process.poll() is None and time.monotonic() < deadline, "the job ended or never reached the step"
         time.sleep(0.02)
-
-
-def assert_bit_identical(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
-    for name in ("model", "optimizer"):
-        files = [run / "checkpoints" / "step_00000050" / f"{name}.safetensors" for run in (one, other)]
-        first, second = (load_file(file) for file in files)
-        assert first.keys() == second.keys()
-        assert all(first[key].equal(second[key]) for key in first)
 
 
 def uninterrupted(

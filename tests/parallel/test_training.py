@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import commands
 import pytest
-from jobs import Ranks, assert_same_curve, losses, records, train
+from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records, train
+from pool import Pools
 
 from hvdlm.data.prepare import prepare
 
@@ -20,6 +23,20 @@ def alone(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.status == 0, result.output
     assert "engine solo, because no launcher started this process" in result.output
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def by_mpirun(pools: Pools, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of 2 ranks of engine mpi, by codec."""
+
+    @functools.cache
+    def train_by(codec: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(codec) / "run"
+        result = Ranks(pools.get("mpi", "mpirun", 4)).train(2, small_data, run_dir, compression__codec=codec)
+        assert result.status == 0, result.output
+        return run_dir
+
+    return train_by
 
 
 def assert_same_run(run_dir: Path, alone: Path, ranks: int) -> None:
@@ -44,12 +61,29 @@ def assert_same_run(run_dir: Path, alone: Path, ranks: int) -> None:
     ],
 )
 def test_every_launcher_and_engine(
-    launcher: str, engine: str, said: str, small_data: Path, alone: Path, tmp_path: Path
+    launcher: str,
+    engine: str,
+    said: str,
+    small_data: Path,
+    alone: Path,
+    by_mpirun: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
+    """Two ranks of one host have but one sum of two numbers, so that it is one run whatever carries its messages."""
     result = train(launcher, 2, small_data, tmp_path / "run", comm__engine=engine)
     assert result.status == 0, result.output
     assert said in result.output
     assert_same_run(tmp_path / "run", alone, ranks=2)
+    assert_bit_identical(tmp_path / "run", by_mpirun("none"))
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "horovodrun --mpi"])
+def test_a_codec_under_horovodrun_is_that_under_mpirun(
+    launcher: str, small_data: Path, by_mpirun: Callable[[str], Path], tmp_path: Path
+) -> None:
+    result = train(launcher, 2, small_data, tmp_path / "run", compression__codec="int4")
+    assert result.status == 0, result.output
+    assert_bit_identical(tmp_path / "run", by_mpirun("int4"))
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])

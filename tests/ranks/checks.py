@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Of each engine, as communicator_body.check_capabilities finds them on its ranks. Horovod can split in the pools.
+# Of each engine, as communicator_body.check_capabilities finds them on its ranks; tcp: of parts of Horovod's job.
 CAPABILITIES = {
     "solo": {"float16", "bfloat16", "split"},
     "mpi": {"send", "split"},
     "torch": {"send", "split", "float16", "bfloat16"},
-    "horovod": {"float16", "split"},
+    "horovod": {"send", "split", "float16"},
+    "tcp": {"send", "split"},
 }
 
 
@@ -33,12 +34,11 @@ class Group:
     launcher: str
     size: int
     pool: int  # ranks of the pool
-    can_split: bool = True
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def capabilities(self) -> set[str]:
-        return CAPABILITIES[self.engine] - (set() if self.can_split else {"split"})
+        return CAPABILITIES[self.engine]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 from checks import CAPABILITIES, check
 
 from hvdlm.comm.communicator import Communicator, ReduceOp
-from hvdlm.errors import HvdlmError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8]
 SHAPES = [(), (1,), (2,), (3,), (7,), (5, 3), (1000,), (0,), (4, 0)]
@@ -225,7 +223,7 @@ def check_split(comm: Communicator) -> None:
     assert again.all_gather_object(comm.rank) == list(range(comm.size))
 
 
-@check(sizes=[2, 3, 4], engines=["mpi", "torch"])
+@check(sizes=[2, 3, 4], needs="split")
 def check_groups_of_ranks_that_have_made_unlike_numbers_of_groups(comm: Communicator) -> None:
     alone = comm.split(color=int(comm.rank > 0), key=comm.rank)
     if comm.rank == 0:
@@ -236,7 +234,6 @@ def check_groups_of_ranks_that_have_made_unlike_numbers_of_groups(comm: Communic
         assert group.all_gather_object(comm.rank) == list(reversed(range(comm.size)))
 
 
-@check(engines=["mpi", "torch", "solo"])
 def check_closing_with_groups(comm: Communicator) -> None:
     """Groups of groups, some closed before: the rest are closed with the whole, and nothing else is."""
     own = comm.split(0, comm.rank)
@@ -250,16 +247,39 @@ def check_closing_with_groups(comm: Communicator) -> None:
     same(comm.all_reduce_(torch.ones(2)), torch.full((2,), float(comm.size)))
 
 
-@check(engines=["horovod"])
-def check_splitting_horovod_must_be_allowed(comm: Communicator) -> None:
-    with patch.dict(os.environ, HOROVOD_DYNAMIC_PROCESS_SETS="0"):
-        plain = type(comm)(comm._set, comm._members, comm._timeout)  # as ranks make it at their start
-    try:
-        plain.split(0, 0)
-    except HvdlmError as error:
-        assert "only if HOROVOD_DYNAMIC_PROCESS_SETS=1 is in the environment" in str(error)
-    else:
-        raise AssertionError("it was split")
+@check(sizes=[2, 3, 4], engines=["horovod"])
+def check_which_groups_are_of_horovod(comm: Communicator) -> None:
+    """A group of all its ranks is; one of some of them is where Horovod has process sets."""
+    everyone = comm.split(0, -comm.rank)
+    assert everyone.engine == comm.engine
+    same(everyone.all_reduce_(torch.ones(3)), torch.full((3,), float(comm.size)))
+    has_sets = os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") == "1"
+    by_messages = "tcp" if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ else "mpi"
+    part = comm.split(comm.rank % 2, comm.rank)
+    assert part.engine == ("horovod" if has_sets and comm.size == int(os.environ["HOROVOD_SIZE"]) else by_messages)
+    assert part.split(0, 0).all_gather_object(comm.rank) == list(range(comm.rank % 2, comm.size, 2))
+    assert part.split(part.rank, 0).size == 1
+
+
+@check(sizes=[2, 3, 4], needs="send")
+def check_messages_of_groups_are_apart(comm: Communicator) -> None:
+    """Groups of the same ranks, their collectives and messages of many sizes at once, none of them in step."""
+    groups = [comm, comm.split(0, comm.rank), comm.split(0, -comm.rank)]
+    works = []
+    for index, group in enumerate(groups if comm.rank % 2 else groups[::-1]):
+        number = index if comm.rank % 2 else len(groups) - 1 - index
+        right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        for length in (3, 200_000, 1):
+            target = torch.zeros(length)
+            sent = torch.full((length,), 100.0 * number + group.rank)
+            works.append((group.receive_async_(target, left), torch.full((length,), 100.0 * number + left)))
+            works.append((group.send_async(sent, right), None))
+            total = torch.full((length,), float(number))
+            works.append((group.all_reduce_async_(total), torch.full((length,), float(number * group.size))))
+    for work, expected in reversed(works):
+        result = work.wait()
+        if expected is not None:
+            same(result, expected)
 
 
 def check_mistakes(comm: Communicator) -> None:

@@ -43,7 +43,6 @@ class Request:
     function: str  # its name there; called with the communicator of the group first
     size: int
     keywords: Mapping[str, Any]
-    can_split: bool = True  # False: the communicator says that its engine cannot split
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,7 @@ class RankPool:
         self._processes: dict[int, int] = {}  # identifiers, by rank
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(
-        self, module: Path, function: str, size: int, deadline: float = 240, can_split: bool = True, **keywords: Any
-    ) -> list[Answer]:
+    def run(self, module: Path, function: str, size: int, deadline: float = 240, **keywords: Any) -> list[Answer]:
         """Runs a function of a module on the first `size` ranks and returns what each has answered, by rank.
 
         Raises RanksFailed unless all of them answer within `deadline` seconds that all went well; the ranks are then
@@ -84,7 +81,7 @@ class RankPool:
         try:
             if self._job is None:
                 self._start()
-            request = Request(Path(module).resolve(), function, size, keywords, can_split)
+            request = Request(Path(module).resolve(), function, size, keywords)
             answers = self._ask(request, time.monotonic() + deadline)
         except BaseException:
             self.kill()
@@ -232,9 +229,7 @@ class Pools:
         for other, pool in self._pools.items():
             if other != key and pool.engine == "horovod":
                 pool.close()
-        # Horovod splits a job only if it is told so at the start
-        environment = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if engine == "horovod" else {}
-        return self._pools.setdefault(key, RankPool(engine, launcher, size, environment))
+        return self._pools.setdefault(key, RankPool(engine, launcher, size))
 
     def close(self) -> None:
         """Ends all; fails if one does not end in good order."""

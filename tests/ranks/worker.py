@@ -48,14 +48,12 @@ def main(engine: str) -> None:
 
 
 def make_groups(whole: Communicator) -> dict[int, Communicator]:
-    """Communicators of the first 1, 2, ... ranks, those that this rank is in. A part of Horovod's job cannot be split
-    again, so it has the whole only."""
+    """Communicators of the first 1, 2, ... ranks, those that this rank is in."""
     groups = {}
-    if whole.engine != "horovod":
-        for size in range(1, whole.size):
-            group = whole.split(int(whole.rank >= size), whole.rank)
-            if whole.rank < size:
-                groups[size] = group
+    for size in range(1, whole.size):
+        group = whole.split(int(whole.rank >= size), whole.rank)
+        if whole.rank < size:
+            groups[size] = group
     groups[whole.size] = whole
     return groups
 
@@ -75,9 +73,6 @@ def serve(connection: Connection, groups: dict[int, Communicator], rank: int) ->
 def answer(request: Request, group: Communicator, modules: dict[Path, ModuleType], rank: int) -> Answer:
     """Runs one request, and leaves nothing of it behind."""
     os.ftruncate(1, 0)
-    capabilities = group.capabilities
-    if not request.can_split:
-        group.capabilities = capabilities - {"split"}
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     environment, folder = dict(os.environ), Path.cwd()
     value, error = None, None
@@ -86,7 +81,6 @@ def answer(request: Request, group: Communicator, modules: dict[Path, ModuleType
     except BaseException:
         error = traceback.format_exc()
     finally:
-        group.capabilities = capabilities
         for number, handler in signals.items():
             signal.signal(number, handler)
         os.environ.clear()
