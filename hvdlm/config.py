@@ -176,7 +176,12 @@ class LocalStepsSection(Section):
         description="steps of a rank from one average to the next; 0: gradients every step; auto: as few as hide an "
         "average on the link that is measured, with the overlap that this takes",
     )
-    warmup_steps: int = Field(0, ge=0, description="first steps of a run, whose gradients are combined every step")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="first steps of a run, whose gradients are combined every step, by the codec if it is none, fp16, "
+        "bf16, int8 or int4, and by int4 otherwise",
+    )
     lr: float = Field(1.0, gt=0, description="learning rate of the outer optimizer; 1: the average as it is")
     momentum: float = Field(0.0, ge=0, lt=1, description="Nesterov momentum of the outer optimizer")
     fragments: int = Field(1, gt=0, description="parts of the model, averaged one after the other within `every` steps")

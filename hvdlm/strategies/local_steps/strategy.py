@@ -29,6 +29,11 @@ from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 from hvdlm.strategies.optimizer import optimizer_tensors
 from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
 
+# Codecs of gradients with which a model trains as with dense ones (docs/codecs.md). Before the first local step another
+# one is replaced: one that delivers few numbers at once would leave AdamW with second moments of them.
+_TRAIN_AS_DENSE = ("none", "fp16", "bf16", "int8", "int4")
+_OTHERWISE = "int4"
+
 
 class LocalSteps(Strategy):
     """`local_steps.warmup_steps` steps of all ranks together, then local steps and rounds."""
@@ -42,7 +47,8 @@ class LocalSteps(Strategy):
         settings = config.local_steps
         self._rounds = _rounds(settings)
         self._compression = config.compression
-        self._every_step = EveryStep(model, optimizer, communicator, config)  # of all ranks, then of a group
+        # Of all ranks before the first local step, then of a group
+        self._every_step = EveryStep(model, optimizer, communicator, _with_warmup_codec(config))
         self.sync = self._every_step.sync
         self._first_channels = self.sync.channels
         device = model.output_weight.device
@@ -294,3 +300,9 @@ def _rounds(settings: LocalStepsSection) -> Rounds:
     if settings.every == "auto":
         return Rounds(1, settings.fragments, 1, max(settings.warmup_steps, TIMED_STEPS))
     return Rounds(settings.every, settings.fragments, settings.overlap, settings.warmup_steps)
+
+
+def _with_warmup_codec(config: Config) -> Config:
+    codec = config.compression.codec
+    chosen = {"codec": codec if codec in _TRAIN_AS_DENSE else _OTHERWISE}
+    return config.model_copy(update={"compression": config.compression.model_copy(update=chosen)})
