@@ -101,12 +101,13 @@ def test_who_waits_while_this_rank_closes_is_woken(connect: Connect) -> None:
     one.send(memoryview(b"abc"), 0).result(DEADLINE)
     _, future = receive(zero, 3, 1)
     future.result(DEADLINE)
-    waits = [receive(zero, 3, 1)[1], receive(one, 3, 0)[1]]  # on a connection, and for one
+    on_a_connection, for_a_connection = receive(zero, 3, 1)[1], receive(one, 3, 0)[1]
     zero.close()
+    with pytest.raises(LostRankError):
+        on_a_connection.result(DEADLINE)
     one.close()
-    for wait in waits:
-        with pytest.raises(HvdlmError):
-            wait.result(DEADLINE)
+    with pytest.raises(HvdlmError):
+        for_a_connection.result(DEADLINE)
 
 
 def test_strangers_are_turned_away(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
