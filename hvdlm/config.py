@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Algorithm = Literal["adamw", "dion"]
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
 
@@ -110,7 +111,7 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """`[optimizer]`: AdamW, or Dion beside it, and their schedule."""
 
-    algorithm: Literal["adamw", "dion"] = Field(
+    algorithm: Algorithm = Field(
         "adamw",
         description="adamw; dion: matrices of blocks by Dion, whose ranks exchange low-rank factors of their momentum, "
         "and the rest by AdamW",

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import codecs_body
 import communicator_body
-import gradients_body
 import dion_body
+import gradients_body
 import local_steps_body
 import mpi_body
 import pytest

@@ -10,9 +10,9 @@ G_i (m x n) is the gradient of rank i, M_i its momentum, Q (n x r) the right fac
     Q = R, each column divided by its length
     the update: P Q^T
 
-These are r (m + n) numbers instead of m n. What is summed is linear in the momentum, so that P, Q and the sum of all M_i
-are those of one rank that has the sum of all gradients. The authors take (1 - mu) P R^T, over the number of ranks, from
-every M_i. The sum is the same; but what one rank's momentum differs by from another's would then never become less.
+These are r (m + n) numbers instead of m n. What is summed is linear in the momentum, so P, Q and the sum of all M_i are
+those of one rank that has the sum of all gradients. The authors take an equal share of (1 - mu) P R^T from every M_i.
+The sum is the same; but what one rank's momentum differs by from another's would then never become less.
 """
 
 from __future__ import annotations
