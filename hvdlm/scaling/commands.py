@@ -106,8 +106,8 @@ def predict(
     config = load(None, arguments, PRESETS)
     if config.optimizer.algorithm != "adamw":
         raise HvdlmError(
-            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages than "
-            "the gradients that were measured"
+            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
+            "than the gradients that were measured"
         )
     vocab_size = config.model.vocab_size or 257
     console = _console()

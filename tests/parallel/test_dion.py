@@ -41,10 +41,11 @@ def test_resumed_exactly(precision: str, codec: str, ranks: Ranks, small_data: P
 
 def test_one_curve_for_any_number_of_ranks(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """3 ranks, which are stopped, go on as 1, and then as 2: the curve of 2 that never stopped."""
+    settings = {**DION, "train__steps": 30}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    assert ranks.train(2, small_data, whole, **DION).status == 0
-    for size, stop_after, options in ((3, 15, ()), (1, 30, ("--resume", "latest")), (2, None, ("--resume", "latest"))):
-        result = ranks.train(size, small_data, moved, *options, stop_after=stop_after, **DION)
+    assert ranks.train(2, small_data, whole, **settings).status == 0
+    for size, stop_after, options in ((3, 10, ()), (1, 20, ("--resume", "latest")), (2, None, ("--resume", "latest"))):
+        result = ranks.train(size, small_data, moved, *options, stop_after=stop_after, **settings)
         assert result.status == (75 if stop_after else 0), result.output
     assert_same_curve(losses(moved), losses(whole), relative=2e-3)
 
