@@ -123,7 +123,7 @@ class OptimizerSection(Section):
     )
     dion_momentum: float = Field(0.95, ge=0, lt=1, description="share of what it has used that Dion's momentum keeps")
     dion_lr_ratio: float = Field(
-        1.0, gt=0, description="Dion's learning rate over `lr`; a matrix of m x n has sqrt(m / n) times that"
+        2.0, gt=0, description="Dion's learning rate over `lr`; a matrix of m x n has sqrt(m / n) times that"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
