@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Algorithm = Literal["adamw", "dion"]
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
 
@@ -108,8 +109,22 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """`[optimizer]`: AdamW and its schedule."""
+    """`[optimizer]`: AdamW, or Dion beside it, and their schedule."""
 
+    algorithm: Algorithm = Field(
+        "adamw",
+        description="adamw; dion: matrices of blocks by Dion, whose ranks exchange low-rank factors of their momentum, "
+        "and the rest by AdamW",
+    )
+    dion_rank: float = Field(
+        0.125,
+        gt=0,
+        description="vectors by which Dion approximates the momentum of a matrix; below 1: as a share of model.width",
+    )
+    dion_momentum: float = Field(0.95, ge=0, lt=1, description="share of what it has used that Dion's momentum keeps")
+    dion_lr_ratio: float = Field(
+        2.0, gt=0, description="Dion's learning rate over `lr`; a matrix of m x n has sqrt(m / n) times that"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
@@ -123,6 +138,12 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
     decay_steps: int = Field(0, ge=0, description="length of wsd's final decay; 0: a fifth of train.steps")
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimizerSection:
+        if self.dion_rank > 1 and self.dion_rank % 1:
+            raise ValueError(f"optimizer.dion_rank = {self.dion_rank} is neither a share below 1 nor a whole number")
+        return self
 
 
 class CommSection(Section):
@@ -252,7 +273,24 @@ class Config(Section):
                 "local_steps.hierarchical combines the ranks of a node every step, compression.hierarchical only where "
                 "a codec is used: set one of them"
             )
+        if self.optimizer.algorithm == "dion":
+            self._fits_dion()
         return self
+
+    def _fits_dion(self) -> None:
+        if self.local_steps.every:
+            raise ValueError(
+                "optimizer.algorithm = 'dion' exchanges momentum at every step: it does not go with local_steps.every"
+            )
+        if self.compression.codec == "auto":
+            raise ValueError(
+                "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
+                "optimizer.algorithm = 'dion' leaves to AdamW"
+            )
+        if self.optimizer.dion_rank > self.model.width:
+            raise ValueError(
+                f"optimizer.dion_rank = {self.optimizer.dion_rank:g} is more than model.width = {self.model.width}"
+            )
 
     def to_toml(self) -> str:
         """This configuration as the text of a TOML file that `load` reads back to an equal one."""

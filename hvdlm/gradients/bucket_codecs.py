@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.auto.plan import CodecPlan
 from hvdlm.gradients.auto.switchable import SwitchableCodec
-from hvdlm.gradients.bucket import make_buckets
+from hvdlm.gradients.bucket import Bucket, GradientBucket, make_buckets
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.registry import codec_factory
+
+
+class OwnCodec(NamedTuple):
+    """A codec that a strategy has for some parameters, which are then in buckets without others."""
+
+    names: frozenset[str]  # of the parameters
+    bucket_bytes: int  # of a bucket, about
+    make: Callable[[Bucket], Codec]
 
 
 class BucketCodecs:
@@ -24,17 +33,29 @@ class BucketCodecs:
         bucket_bytes: int,
         settings: CompressionSection,
         plan: CodecPlan | None,
+        own: OwnCodec | None = None,
     ) -> None:
-        """Takes over `.grad` of all `parameters`. `plan`: codecs that can be switched; None: `compression.codec`."""
+        """Takes over `.grad` of all `parameters`. `plan`: codecs that can be switched; None: `compression.codec`.
+
+        `own`: for some parameters, of which `settings` and `plan` then say nothing.
+        """
         self.plan = plan  # in use
-        self._parameters, self._settings = parameters, settings
-        self.buckets = make_buckets(parameters, bucket_bytes)
-        self.codecs: list[Codec] = []
+        self._settings = settings
+        own_names = own.names if own else frozenset()
+        self._parameters = {name: each for name, each in parameters.items() if name not in own_names}
+        self._position = {name: index for index, name in enumerate(reversed(list(parameters)))}
+        self._own: list[tuple[GradientBucket, Codec]] = []
+        if own:
+            apart = {name: each for name, each in parameters.items() if name in own_names}
+            self._own = [(bucket, own.make(bucket)) for bucket in make_buckets(apart, own.bucket_bytes)]
+        self.common_buckets = make_buckets(self._parameters, bucket_bytes)  # those without `own`
+        self._common_codecs: list[Codec] = []
         if plan is None:
             make_codec = codec_factory(settings.codec)
-            self.codecs += [make_codec(bucket, settings) for bucket in self.buckets]
+            self._common_codecs += [make_codec(bucket, settings) for bucket in self.common_buckets]
         else:
             self._make_switchable(plan)
+        self._arrange()
 
     def switch_to(self, plan: CodecPlan) -> bool:
         """Uses the codecs of `plan` from the next step on, and returns whether that needed other buckets.
@@ -44,13 +65,14 @@ class BucketCodecs:
         old, self.plan = self.plan, plan
         assert old is not None
         if plan.bucket_bytes == old.bucket_bytes:
-            for codec, name in zip(self.codecs, plan.names, strict=True):
+            for codec, name in zip(self._common_codecs, plan.names, strict=True):
                 assert isinstance(codec, SwitchableCodec)
                 codec.switch_to(name)
             return False
         kept = {name: tensor.clone() for name, tensor in self.state().items()}
-        self.buckets = make_buckets(self._parameters, plan.bucket_bytes)
+        self.common_buckets = make_buckets(self._parameters, plan.bucket_bytes)
         self._make_switchable(plan)
+        self._arrange()
         for name, tensor in self.state().items():
             if name in kept:
                 tensor.copy_(kept[name])
@@ -58,7 +80,8 @@ class BucketCodecs:
 
     def make_dense(self) -> None:
         """Sends the gradients of all buckets as they are from the next step on."""
-        self.codecs = [Dense(bucket, self._settings) for bucket in self.buckets]
+        self._common_codecs = [Dense(bucket, self._settings) for bucket in self.common_buckets]
+        self._arrange()
 
     def state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
@@ -76,5 +99,12 @@ class BucketCodecs:
         return [flat for codec in self.codecs for flat in codec.state().values()]
 
     def _make_switchable(self, plan: CodecPlan) -> None:
-        pairs = zip(plan.names, self.buckets, strict=True)
-        self.codecs = [SwitchableCodec(name, bucket, self._settings) for name, bucket in pairs]
+        pairs = zip(plan.names, self.common_buckets, strict=True)
+        self._common_codecs = [SwitchableCodec(name, bucket, self._settings) for name, bucket in pairs]
+
+    def _arrange(self) -> None:
+        """Puts all buckets into the order in which a backward pass completes them."""
+        pairs = [*zip(self.common_buckets, self._common_codecs, strict=True), *self._own]
+        pairs.sort(key=lambda pair: max(self._position[name] for name in pair[0].names))
+        self.buckets = [bucket for bucket, _ in pairs]
+        self.codecs = [codec for _, codec in pairs]

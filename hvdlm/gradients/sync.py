@@ -28,7 +28,7 @@ from hvdlm.gradients.auto.plan import CodecPlan
 from hvdlm.gradients.auto.probe import probe_codec
 from hvdlm.gradients.auto.tuner import CodecTuner
 from hvdlm.gradients.bucket import GradientBucket, bucket_sizes
-from hvdlm.gradients.bucket_codecs import BucketCodecs
+from hvdlm.gradients.bucket_codecs import BucketCodecs, OwnCodec
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
@@ -60,14 +60,23 @@ class GradientSync:
     """
 
     def __init__(
-        self, module: nn.Module, communicator: Communicator, comm: CommSection, compression: CompressionSection
+        self,
+        module: nn.Module,
+        communicator: Communicator,
+        comm: CommSection,
+        compression: CompressionSection,
+        own_codec: OwnCodec | None = None,
     ) -> None:
-        """Takes over `.grad` of every trainable parameter of `module`. Collective."""
+        """Takes over `.grad` of every trainable parameter of `module`. Collective.
+
+        `own_codec`: what it delivers of some of them need not be a gradient, and is no part of `norm` and `scale_`.
+        """
         parameters = dict(module.named_parameters())
+        common = {name: each for name, each in parameters.items() if own_codec is None or name not in own_codec.names}
         self._device = next(p for p in parameters.values() if p.requires_grad).device
         nodes, device = communicator.node_count, self._device.type
         nbytes = bucket_bytes(comm, compression, nodes, device)
-        sizes = bucket_sizes(parameters, nbytes)
+        sizes = bucket_sizes(common, nbytes)
         self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
         self._communicator = self.channels[0].communicator
         self._comm, self._compression = comm, compression
@@ -78,9 +87,9 @@ class GradientSync:
             plan = CodecPlan(nbytes, ["none"] * len(sizes))
         elif compression.codec == AUTO:
             candidates = candidate_codecs(comm, compression, nodes, device)
-            self._tuner = CodecTuner(self._communicator, self._device, parameters, nbytes, candidates)
+            self._tuner = CodecTuner(self._communicator, self._device, common, nbytes, candidates)
             plan = self._tuner.plan
-        self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan)
+        self._bucket_codecs = BucketCodecs(parameters, nbytes, compression, plan, own_codec)
         self._bypasses_channels = self._can_bypass_channels()
         self.step = 0  # of the optimizer
         # Whether gradients are reduced only after the backward pass, and only if they are finite on all ranks: the
@@ -190,7 +199,7 @@ class GradientSync:
         their processors add in different orders.
         """
         size, rank = self._communicator.size, self._communicator.rank
-        own = _norm([bucket.buffer.tensor_split(size)[rank] for bucket in self.buckets])
+        own = _norm([bucket.buffer.tensor_split(size)[rank] for bucket in self._bucket_codecs.common_buckets])
         if size == 1:
             return own
         norms = self._communicator.all_gather(own.reshape(1)).flatten()
@@ -199,7 +208,7 @@ class GradientSync:
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
-        for bucket in self.buckets:
+        for bucket in self._bucket_codecs.common_buckets:
             bucket.buffer.mul_(factor)
 
     # ---- state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from hvdlm.config import ModelSection, Precision
+from hvdlm.config import Algorithm, ModelSection, Precision
 from hvdlm.model.attention import (
     ATTENTION_BLOCK,
     LONGEST_PLAIN_ATTENTION,
@@ -24,7 +24,7 @@ class TrainingMemory:
     gradients: int
     """fp32."""
     moments: int
-    """AdamW's two, fp32."""
+    """AdamW's two, or Dion's momentum; fp32."""
     cast_parameters: int
     """Copies of the blocks' matrices in the precision of products."""
     activations: int
@@ -49,6 +49,7 @@ def training_memory_bytes(
     device: str = "cpu",
     compiled: bool = False,
     activation_checkpointing: bool = False,
+    algorithm: Algorithm = "adamw",
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
@@ -100,7 +101,7 @@ def training_memory_bytes(
     in_use = {
         "parameters": 4 * count,
         "gradients": 4 * count,
-        "moments": 8 * count,
+        "moments": 8 * count - (4 * block_parameters if algorithm == "dion" else 0),
         "cast_parameters": item * block_parameters if low else 0,
         "activations": mask
         + tokens * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),

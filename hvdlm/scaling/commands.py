@@ -104,6 +104,11 @@ def predict(
         size = str(batch_size_per_rank)
         arguments += ["--train.global_batch_size", size, "--train.micro_batch_size", size]
     config = load(None, arguments, PRESETS)
+    if config.optimizer.algorithm != "adamw":
+        raise HvdlmError(
+            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
+            "than the gradients that were measured"
+        )
     vocab_size = config.model.vocab_size or 257
     console = _console()
     for codec in codecs or model.measured.codecs:

@@ -7,6 +7,7 @@ import torch
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.dion.strategy import Dion
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.strategy import Strategy
@@ -16,5 +17,8 @@ def make_strategy(
     model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
 ) -> Strategy:
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective."""
-    kind = LocalSteps if config.local_steps.every else EveryStep
-    return kind(model, optimizer, communicator, config)
+    if config.local_steps.every:
+        return LocalSteps(model, optimizer, communicator, config)
+    if config.optimizer.algorithm == "dion":
+        return Dion(model, optimizer, communicator, config)
+    return EveryStep(model, optimizer, communicator, config)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
+from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
@@ -21,12 +22,17 @@ class EveryStep(Strategy):
     """Sums gradients by a `GradientSync`, and steps on every rank alike."""
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        config: Config,
+        own_codec: OwnCodec | None = None,
     ) -> None:
-        """Takes over `.grad` of all trainable parameters. Collective."""
+        """Takes over `.grad` of all trainable parameters. `own_codec`: of some of them. Collective."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         self._parameters = dict(model.named_parameters())
-        self.sync = GradientSync(model, communicator, config.comm, config.compression)
+        self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
         self._stop = False
 

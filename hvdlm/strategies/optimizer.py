@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.config import OptimizerSection
+from hvdlm.strategies.dion.matrices import hidden_matrices
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -76,8 +77,10 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) over the parameters of `model`.
 
     Embeddings and weights of linear layers decay; biases and normalisation weights, which have one dimension, do not.
+    With algorithm "dion", over those that Dion does not step (dion/strategy.py).
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    by_dion = hidden_matrices(model) if settings.algorithm == "dion" else {}
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and name not in by_dion]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -21,7 +21,14 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     micro_batch = min(train.micro_batch_size, share)
     device = device_type(train.device)
     memory = training_memory_bytes(
-        model, vocab_size, micro_batch, train.precision, device, train.compile, train.activation_checkpointing
+        model,
+        vocab_size,
+        micro_batch,
+        train.precision,
+        device,
+        train.compile,
+        train.activation_checkpointing,
+        config.optimizer.algorithm,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
     averages = memory.parameters * _numbers_of_local_steps(config)

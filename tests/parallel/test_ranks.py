@@ -7,6 +7,7 @@ from types import ModuleType
 
 import codecs_body
 import communicator_body
+import dion_body
 import gradients_body
 import local_steps_body
 import mpi_body
@@ -81,6 +82,7 @@ CASES = [
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
+    *cases_of(dion_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
 ]
 
 # One pool after the other, so that each starts once.
@@ -104,7 +106,7 @@ def test_check(case: Case, pools: Pools) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body]
+    "body", [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body]
 )
 def test_every_check_runs(body: ModuleType) -> None:
     assert_every_check_runs(body, CASES)

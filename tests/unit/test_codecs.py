@@ -22,6 +22,8 @@ from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.low_rank import (
     Matrices,
     multiply,
+    multiply_factors,
+    multiply_factors_with_torch,
     multiply_transposed,
     multiply_transposed_with_torch,
     multiply_with_torch,
@@ -435,8 +437,9 @@ def test_powersgd_keeps_its_directions_through_matrices_of_low_rank() -> None:
     assert torch.allclose(delivered[1], low_rank(3), atol=1e-4)
 
 
-def test_loops_and_torch_operations_agree() -> None:
-    shapes, rank = [(70, 83), (5, 129), (130, 1)], 3
+@pytest.mark.parametrize("rank", [3, 9])
+def test_loops_and_torch_operations_agree(rank: int) -> None:
+    shapes = [(70, 83), (5, 129), (130, 1)]
     layout, start, left, right = [], 7, 0, 0  # numbers before the first matrix are no part of it
     for rows, columns in shapes:
         layout.append((start, rows, columns, left, right))
@@ -453,8 +456,15 @@ def test_loops_and_torch_operations_agree() -> None:
     orthonormalise(matrices, lefts)
     orthonormalise_with_torch(matrices, again)
     assert torch.allclose(lefts, again, atol=1e-6)
-    for vectors, wanted in zip(matrices.split_lefts(lefts), ([1, 1, 0], [1, 1, 1], [1, 0, 0]), strict=True):
+    # one depends on another; five rows have no more than five directions; all multiples of one number are alike
+    independent = ([1, 1, 0] + [1] * (rank - 3), [1] * min(rank, 5) + [0] * max(0, rank - 5), [1] + [0] * (rank - 1))
+    for vectors, wanted in zip(matrices.split_lefts(lefts), independent, strict=True):
         assert torch.allclose(vectors @ vectors.t(), torch.diag(torch.tensor(wanted).float()), atol=1e-5)
+    product, again = torch.full((start,), 7.0), torch.full((start,), 7.0)
+    multiply_factors(matrices, lefts, rights, product)
+    multiply_factors_with_torch(matrices, lefts, rights, again)
+    assert torch.allclose(product, again, atol=1e-5)
+    assert torch.equal(product[:7], torch.full((7,), 7.0))
     own, ours = torch.empty_like(rights), drawn(0, 3)[:right]
     multiply_transposed(matrices, gradients, residual, lefts, own)
     again = torch.empty_like(own)

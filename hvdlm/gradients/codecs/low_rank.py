@@ -1,14 +1,16 @@
-"""Low-rank approximations of all matrices of a bucket, by left and right vectors of each: the arithmetic of PowerSGD.
+"""Low-rank approximations of all matrices of a bucket, by left and right vectors of each: for PowerSGD and Dion.
 
-The matrix that is approximated is M = gradient + residual. It is read from both, so that neither changes before the
-step is known to be finite. Loops compiled by Numba for the CPU read memory once each, for all matrices of a bucket in
+PowerSGD approximates M = gradient + residual. It is read from both, so that neither changes before the step is known to
+be finite. Loops compiled by Numba for the CPU read memory once each, for all matrices of a bucket in
 one call; PyTorch operations do the same on other devices. What every rank computes for itself and must be equal on all
 ranks is summed in the same order on every CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,16 @@ class Matrices(NamedTuple):
 
     matrix_rank: int  # vectors on either side of a matrix
     layout: Tensor  # (n, 5) int64, on the CPU: start, rows, columns, start of left and of right vectors
+
+    @classmethod
+    def one_after_another(cls, shapes: Sequence[tuple[int, ...]], matrix_rank: int) -> Matrices:
+        """Matrices of these shapes that fill a buffer."""
+        layout: list[tuple[int, ...]] = []
+        start = left = right = 0
+        for rows, columns in shapes:
+            layout.append((start, rows, columns, left, right))
+            start, left, right = start + rows * columns, left + matrix_rank * rows, right + matrix_rank * columns
+        return cls(matrix_rank, torch.tensor(layout, dtype=torch.int64).reshape(-1, 5))
 
     def lefts(self) -> int:
         """Numbers in all left vectors: (matrix_rank, rows) for each matrix."""
@@ -100,6 +112,20 @@ def orthonormalise(matrices: Matrices, lefts: Tensor) -> None:
         orthonormalise_with_torch(matrices, lefts)
 
 
+def multiply_factors(matrices: Matrices, lefts: Tensor, rights: Tensor, products: Tensor) -> None:
+    """Writes left x right into `products`: equal on all ranks where both are, bit for bit, on every CPU."""
+    if uses_loops(products):
+        _multiply_factors(*_arrays(matrices, lefts, rights, products))
+    else:
+        multiply_factors_with_torch(matrices, lefts, rights, products)
+
+
+def draw_directions(basis: Tensor, name: str) -> None:
+    """Random vectors (n, columns) to begin with: other ones for each name, the same on every rank in every run."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    basis.copy_(torch.randn(basis.shape, generator=generator) / math.sqrt(basis.shape[1]))
+
+
 def set_directions(basis: Tensor, rights: Tensor) -> None:
     """Sets each vector of `basis` (n, columns) to the direction of that of `rights`, unless that is zero."""
     lengths = torch.linalg.vector_norm(rights.double(), dim=1, keepdim=True)
@@ -114,6 +140,7 @@ def compile_for_cpu() -> None:
     multiply_transposed(matrices, one, one, one, one.clone())
     orthonormalise(matrices, one.clone())
     reconstruct(matrices, one.clone(), one.clone(), one, one, one)
+    multiply_factors(matrices, one, one, one.clone())
 
 
 def _arrays(matrices: Matrices, *tensors: Tensor) -> tuple[Any, ...]:
@@ -207,6 +234,36 @@ def _reconstruct(
 
 
 @compiled()
+def _multiply_factors(
+    matrix_rank: int, layout: np.ndarray, lefts: np.ndarray, rights: np.ndarray, products: np.ndarray
+) -> None:
+    whole = matrix_rank - matrix_rank % _STRIP
+    for matrix in range(len(layout)):
+        start, rows, columns, left, right = layout[matrix]
+        vectors = rights[right : right + matrix_rank * columns].reshape(matrix_rank, columns)
+        for row in range(rows):
+            product = products[start + row * columns : start + (row + 1) * columns]
+            product[:] = 0
+            for which in range(0, whole, _STRIP):
+                factor = left + which * rows + row
+                a, b, c, d = lefts[factor], lefts[factor + rows], lefts[factor + 2 * rows], lefts[factor + 3 * rows]
+                first, second, third, fourth = (
+                    vectors[which],
+                    vectors[which + 1],
+                    vectors[which + 2],
+                    vectors[which + 3],
+                )
+                for column in range(columns):
+                    product[column] += (a * first[column] + b * second[column]) + (
+                        c * third[column] + d * fourth[column]
+                    )
+            for which in range(whole, matrix_rank):
+                factor, vector = lefts[left + which * rows + row], vectors[which]
+                for column in range(columns):
+                    product[column] += factor * vector[column]
+
+
+@compiled()
 def _orthonormalise(matrix_rank: int, layout: np.ndarray, lefts: np.ndarray) -> None:
     for matrix in range(len(layout)):
         rows, left = layout[matrix, 1], layout[matrix, 3]
@@ -269,6 +326,13 @@ def reconstruct_with_torch(
     for (gradient_matrix, residual_matrix), (left, own, total) in parts:
         residual_matrix.add_(gradient_matrix).addmm_(left.t(), own, alpha=-1)
         torch.mm(left.t(), total, out=gradient_matrix)
+
+
+def multiply_factors_with_torch(matrices: Matrices, lefts: Tensor, rights: Tensor, products: Tensor) -> None:
+    """`multiply_factors` on any device."""
+    vectors = zip(matrices.split_lefts(lefts), matrices.split_rights(rights), strict=True)
+    for (product,), (left, right) in zip(matrices.split(products), vectors, strict=True):
+        torch.mm(left.t(), right, out=product)
 
 
 def orthonormalise_with_torch(matrices: Matrices, lefts: Tensor) -> None:

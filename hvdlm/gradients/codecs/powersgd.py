@@ -19,7 +19,6 @@ to the rounding of float32, on one rank too.
 from __future__ import annotations
 
 import math
-import zlib
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from hvdlm.gradients.codecs.codec import Codec, reduce_dense_, uses_loops
 from hvdlm.gradients.codecs.low_rank import (
     Matrices,
     compile_for_cpu,
+    draw_directions,
     multiply,
     multiply_transposed,
     orthonormalise,
@@ -57,9 +57,7 @@ class PowerSGD(Codec):
         self._basis = torch.empty_like(self._own_rights)
         self._basis_of = dict(zip(compressed, self._matrices.split_rights(self._basis), strict=True))
         for name, basis in self._basis_of.items():
-            # different for each matrix, the same on every rank and in every run
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            basis.copy_(torch.randn(basis.shape, generator=generator) / math.sqrt(basis.shape[1]))
+            draw_directions(basis, name)
         if buffer.is_cpu:
             compile_for_cpu()
 

@@ -1,0 +1,71 @@
+"""Matrices are trained by Dion, whose ranks combine their momenta; all other parameters by AdamW, as in every_step.py.
+
+`GradientSync` sends both during the backward pass: buckets of matrices, which `MatrixMomentum` (momentum.py) turns into
+the update of all ranks; and buckets of all other gradients, by `compression.codec`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.bucket_codecs import OwnCodec
+from hvdlm.gradients.codecs.registry import bucket_bytes
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.dion.matrices import hidden_matrices, matrix_rank
+from hvdlm.strategies.dion.momentum import MatrixMomentum
+from hvdlm.strategies.every_step import EveryStep
+
+
+class Dion(EveryStep):
+    """`optimizer` steps all parameters but the hidden matrices."""
+
+    def __init__(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+    ) -> None:
+        """Takes over `.grad` of all trainable parameters. Collective."""
+        self._settings = config.optimizer
+        self._nominal_tokens = config.train.global_batch_size * config.model.context_length
+        self._momenta: list[MatrixMomentum] = []
+        rank = matrix_rank(config.optimizer, config.model)
+
+        def make_momentum(bucket: Bucket) -> MatrixMomentum:
+            momentum = MatrixMomentum(bucket, config.compression, rank, config.optimizer.dion_momentum)
+            self._momenta.append(momentum)
+            return momentum
+
+        low_rank = config.compression.model_copy(update={"codec": "powersgd"})  # its messages are as large
+        nbytes = bucket_bytes(config.comm, low_rank, communicator.node_count, model.output_weight.device.type)
+        own = OwnCodec(frozenset(hidden_matrices(model)), nbytes, make_momentum)
+        super().__init__(model, optimizer, communicator, config, own)
+
+    def _read_totals(self, error: str | None, totals: Tensor) -> int:
+        """Gradients enter the momentum as those of the mean over all tokens of their step."""
+        tokens = super()._read_totals(error, totals)
+        for momentum in self._momenta:
+            momentum.gradient_scale = self._nominal_tokens / max(1, tokens)
+        return tokens
+
+    def norm(self) -> Tensor:
+        """That of the gradients that AdamW steps by, as no rank has the sum of the others; NaN if an update is."""
+        marks = torch.stack([momentum.bucket.buffer[0] for momentum in self._momenta])
+        return self.sync.norm() + 0 * marks.sum()
+
+    def apply(self, rate: float) -> None:
+        settings = self._settings
+        with torch.no_grad():
+            for bucket in (momentum.bucket for momentum in self._momenta):
+                for parameter, update in zip(bucket.parameters, bucket.split(bucket.buffer), strict=True):
+                    rows, columns = parameter.shape
+                    parameter.mul_(1 - rate * settings.weight_decay)
+                    parameter.add_(update, alpha=-rate * settings.dion_lr_ratio * math.sqrt(rows / columns))
+        super().apply(rate)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        factors = {name: factor for momentum in self._momenta for name, factor in momentum.right_factors().items()}
+        return {**super().optimizer_state(), **factors}
