@@ -1,8 +1,7 @@
 """Every setting hvdlm has: one typed section each, read from TOML and overridden on the command line.
 
-A setting is declared once, here, with its type, its bounds, its default and its
-meaning. Unknown keys, wrong types and impossible values are errors that name the
-key and the nearest valid ones.
+A setting is declared once, here, with its type, its bounds, its default and its meaning. Unknown keys, wrong types and
+impossible values are errors that name the key and the nearest valid ones.
 """
 
 from __future__ import annotations
@@ -255,42 +254,33 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than train.steps = {self.train.steps}"
-            )
-        if self.optimizer.decay_steps > self.train.steps - self.optimizer.warmup_steps:
-            raise ValueError(
-                f"optimizer.decay_steps = {self.optimizer.decay_steps} does not fit between optimizer.warmup_steps = "
-                f"{self.optimizer.warmup_steps} and train.steps = {self.train.steps}"
-            )
-        if self.local_steps.every and self.compression.codec == "auto":
-            raise ValueError(
-                "compression.codec = 'auto' chooses by the gradients of every step: name a codec for local_steps.every"
-            )
-        if self.local_steps.hierarchical and self.compression.hierarchical:
-            raise ValueError(
-                "local_steps.hierarchical combines the ranks of a node every step, compression.hierarchical only where "
-                "a codec is used: set one of them"
-            )
-        if self.optimizer.algorithm == "dion":
-            self._fits_dion()
+        optimizer, local_steps, compression = self.optimizer, self.local_steps, self.compression
+        is_dion = optimizer.algorithm == "dion"
+        misfits = {
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than train.steps = {self.train.steps}": (
+                optimizer.warmup_steps > self.train.steps
+            ),
+            f"optimizer.decay_steps = {optimizer.decay_steps} does not fit between optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps} and train.steps = {self.train.steps}": (
+                optimizer.decay_steps > self.train.steps - optimizer.warmup_steps
+            ),
+            "compression.codec = 'auto' chooses by the gradients of every step: name a codec for local_steps.every": (
+                bool(local_steps.every) and compression.codec == "auto"
+            ),
+            "local_steps.hierarchical combines the ranks of a node every step, compression.hierarchical only where a "
+            "codec is used: set one of them": local_steps.hierarchical and compression.hierarchical,
+            "optimizer.algorithm = 'dion' exchanges momentum at every step: it does not go with local_steps.every": (
+                is_dion and bool(local_steps.every)
+            ),
+            "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
+            "optimizer.algorithm = 'dion' leaves to AdamW": is_dion and compression.codec == "auto",
+            f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
+                is_dion and optimizer.dion_rank > self.model.width
+            ),
+        }
+        if found := [sentence for sentence, is_wrong in misfits.items() if is_wrong]:
+            raise ValueError(found[0])
         return self
-
-    def _fits_dion(self) -> None:
-        if self.local_steps.every:
-            raise ValueError(
-                "optimizer.algorithm = 'dion' exchanges momentum at every step: it does not go with local_steps.every"
-            )
-        if self.compression.codec == "auto":
-            raise ValueError(
-                "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
-                "optimizer.algorithm = 'dion' leaves to AdamW"
-            )
-        if self.optimizer.dion_rank > self.model.width:
-            raise ValueError(
-                f"optimizer.dion_rank = {self.optimizer.dion_rank:g} is more than model.width = {self.model.width}"
-            )
 
     def to_toml(self) -> str:
         """This configuration as the text of a TOML file that `load` reads back to an equal one."""
@@ -307,8 +297,7 @@ Presets = Mapping[str, Mapping[str, Any]]
 def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Config:
     """Reads a TOML file (None: an empty one), then applies `--section.key value` overrides.
 
-    `presets` maps a name of `model.preset` to the `[model]` values it stands for;
-    values given in the file or on the command line win over the preset's.
+    `presets` maps a name of `model.preset` to the `[model]` values it stands for; given values win over the preset's.
 
     Raises HvdlmError for an unreadable file, an unknown key, a wrong type or an impossible combination.
     """

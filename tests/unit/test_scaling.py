@@ -126,7 +126,7 @@ def test_messages_of_tall_matrices_are_extrapolated_from_shorter_ones(
     monkeypatch.setattr("hvdlm.scaling.codec_messages._MAX_ROWS", 10**6)
     whole = messages(codec, shapes, ranks, settings)
     assert [each.kind for each in extrapolated] == [each.kind for each in whole]
-    assert [each.nbytes for each in extrapolated] == pytest.approx([each.nbytes for each in whole], rel=1e-3)
+    assert [each.nbytes for each in extrapolated] == pytest.approx([each.nbytes for each in whole], rel=2e-3)
 
 
 def test_one_rank_sends_nothing() -> None:
