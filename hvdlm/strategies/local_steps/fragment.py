@@ -20,6 +20,9 @@ from hvdlm.strategies.local_steps.groups import Groups
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
 from hvdlm.strategies.strategy import RankState, report
 
+# Of so many rounds of a fragment one is measured for `drift`
+_ROUNDS_TO_MEASURE = 10
+
 
 class DifferenceBucket(Bucket):
     """Parameters of which this rank's minus the outer ones lie in `buffer`."""
@@ -32,6 +35,7 @@ class DifferenceBucket(Bucket):
         overlaps = settings.overlap > 0 or settings.every == "auto"
         self.sent = torch.zeros_like(self.buffer) if overlaps and settings.merge == "add" else None
         self._outer = self.split(self.outer)
+        self._sent = None if self.sent is None else self.split(self.sent)
         self._differences = self.split(self.buffer)
         self._alpha = settings.alpha if settings.merge == "mix" else 0.0
 
@@ -51,16 +55,14 @@ class DifferenceBucket(Bucket):
         """Sets this rank's parameters to the outer ones."""
         torch._foreach_copy_(self.local(), self._outer)
 
-    def take_differences_(self, weight: float) -> float:
-        """Fills `buffer` with this rank's differences times `weight`; returns their squared length without it."""
-        torch._foreach_copy_(self._differences, self.local())
-        if self.sent is not None:
-            self.sent.copy_(self.buffer)
-        self.buffer.sub_(self.outer)
-        square = _square(self.buffer)
-        if weight != 1:
-            self.buffer.mul_(weight)
-        return square
+    def take_differences_(self) -> None:
+        """Fills `buffer` with this rank's differences."""
+        if self._sent is None or self.sent is None:
+            torch._foreach_copy_(self._differences, self.local())
+            self.buffer.sub_(self.outer)
+        else:
+            torch._foreach_copy_(self._sent, self.local())
+            torch.sub(self.sent, self.outer, out=self.buffer)
 
     def merge_(self, has_overlapped: bool) -> None:
         """Merges the outer parameters into this rank's, which has made steps since `take_differences_` or not."""
@@ -96,7 +98,7 @@ class Fragment:
         self.steps = 0  # since its last round began, the same on all ranks
         self.rounds = 0  # begun
         self.is_under_way = False
-        # Squared lengths of the last round's differences: this rank's, and their average
+        # Squared lengths of the differences of a round: this rank's, and their average
         self.own_square = self.average_square = 0.0
         self._handles: list[Work[None]] = []
         self._totals: Work[Tensor] = Work.done(report(0, False, None))
@@ -119,12 +121,17 @@ class Fragment:
         is_leader, channels = self._groups.is_leader, self._groups.channels
         self._totals = self._groups.everyone.all_reduce_async_(report(int(self.tokens) * is_leader, stop, error))
         self._nominal_tokens = self.steps * nominal
-        self.own_square = 0.0
+        weight = int(self.tokens) / self._nominal_tokens
+        if measures := self._measures_drift():
+            self.own_square = 0.0
         pairs = [] if self.is_own_average else zip(self.buckets, self.codecs, strict=True)
         for index, (bucket, codec) in enumerate(pairs):
-            square = bucket.take_differences_(int(self.tokens) / self._nominal_tokens)
+            bucket.take_differences_()
+            if measures:
+                self.own_square += _square(bucket.buffer) * is_leader
+            if weight != 1:
+                bucket.buffer.mul_(weight)
             if is_leader:
-                self.own_square += square
                 name = f"{self.name}, bucket {index + 1}"
                 channel = channels[index % len(channels)]
                 self._handles.append(channel.submit(codec, bucket.buffer, self.rounds, name))
@@ -132,6 +139,10 @@ class Fragment:
         self.steps = 0
         self.rounds += 1
         self.is_under_way, self._is_average = True, False
+
+    def _measures_drift(self) -> bool:
+        """Whether this round's differences are measured: that takes two passes over them."""
+        return (self.rounds - self.is_under_way) % _ROUNDS_TO_MEASURE == 0
 
     def arrive(self) -> Tensor:
         """Waits until the buckets hold the average over all ranks, and returns what these have told: tokens, requests
@@ -144,8 +155,10 @@ class Fragment:
             factor = self._nominal_tokens / max(1, int(totals[0]))
             for bucket in self.buckets:
                 self._groups.share_(bucket.buffer)
-                bucket.buffer.mul_(factor)
-            self.average_square = sum(_square(bucket.buffer) for bucket in self.buckets)
+                if factor != 1:
+                    bucket.buffer.mul_(factor)
+            if self._measures_drift():
+                self.average_square = sum(_square(bucket.buffer) for bucket in self.buckets)
             self._is_average = True
         return totals
 
