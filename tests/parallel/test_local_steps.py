@@ -129,3 +129,17 @@ def test_as_few_steps_as_hide_a_round(ranks: Ranks, small_data: Path, tmp_path: 
     assert_same_weights(whole, broken)
     (again,) = [each["message"] for each in records(broken, "event") if "a round takes" in each["message"]]
     assert again == said
+
+
+@pytest.mark.parametrize("before", ["auto", 4, 0], ids=["not chosen yet", "another number", "every step"])
+def test_a_resumed_run_times_its_first_steps(before: object, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, **STREAMING, "local_steps__overlap": 0, "checkpoint__keep": 9, "train__steps": 30}
+    run_dir = tmp_path / "run"
+    first = {**settings, "local_steps__every": before}
+    assert ranks.train(2, small_data, run_dir, stop_after=7, **first).status == 75
+    result = ranks.train(2, small_data, run_dir, "--resume", "latest", **{**settings, "local_steps__every": "auto"})
+    assert result.status == 0, result.output
+    said = [each for each in records(run_dir, "event") if "a round takes" in each["message"]]
+    assert len(said) == 1
+    assert said[0]["step"] >= 7 + 8
+    assert records(run_dir, "train")[-1]["rounds"] > 1

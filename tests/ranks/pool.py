@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -58,6 +59,10 @@ class Answer:
 
 class RanksFailed(AssertionError):
     """Some rank has failed, died or not answered in time; the text holds each rank's traceback and output."""
+
+
+# For a launcher to print why it ends
+_SECONDS_TO_SAY = 3.0
 
 
 class RankPool:
@@ -194,8 +199,13 @@ class RankPool:
         return "\n".join(f"---- rank {rank}:\n{self._log(rank)}" for rank in range(self.size))
 
     def _end_and_read(self) -> str:
-        """Kills the job and returns what its launcher has said, and each rank that has no connection."""
+        """Kills the job and returns what its launcher has said, and each rank that has no connection.
+
+        A launcher whose ranks have died first has some seconds to say so.
+        """
         assert self._job is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._job.process.wait(_SECONDS_TO_SAY)
         with contextlib.suppress(psutil.Error):
             self._job.kill()
         return f"{self._job.process.communicate()[0]}\n{'' if self._connections else self._logs()}"

@@ -166,14 +166,11 @@ def resumed(comm: Communicator, trainer: Trainer) -> Trainer:
         "gradients": trainer.sync.state_dict(),
         "loss_scale": trainer.loss_scale.state_dict(),
         "world_size": comm.size,
+        "config": trainer.config.model_dump(),
         "step": trainer.step,
     }
     again = make_trainer(comm, trainer.config)
     again.restore(source if comm.rank == 0 else None, state)
-    with torch.no_grad():
-        for parameter in again.parameters.values():
-            comm.broadcast_(parameter)  # as Trainer.train does
-    again.model.update_low_precision_weights()
     return again
 
 

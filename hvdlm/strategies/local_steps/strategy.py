@@ -43,7 +43,6 @@ class LocalSteps(Strategy):
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
-        self._chooses = config.local_steps.every == "auto"
         settings = config.local_steps
         self._rounds = _rounds(settings)
         self._compression = config.compression
@@ -66,7 +65,7 @@ class LocalSteps(Strategy):
         self._stop = False  # whether this rank has been asked to stop
         self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
         self._traffic = self.sync.traffic
-        self._timer = ComputeTimer(device) if self._chooses else None
+        self._timer = ComputeTimer(device) if settings.every == "auto" else None
         self._event: str | None = None  # what is to be said of the next step
         # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
         # differences had arrived, to be used in a later step
@@ -237,6 +236,7 @@ class LocalSteps(Strategy):
             "local_steps": {
                 "every": self._rounds.every,
                 "overlap": self._rounds.overlap,
+                "warmup_steps": self._rounds.warmup_steps,
                 "rounds": [fragment.rounds for fragment in self.fragments],
                 "steps": [fragment.steps for fragment in self.fragments],
                 "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
@@ -245,15 +245,17 @@ class LocalSteps(Strategy):
 
     def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
         self._step = step
+        saved = state.get("local_steps")
+        if self._timer and as_saved and saved is not None and step > saved["warmup_steps"]:
+            chosen = {name: saved[name] for name in ("every", "overlap", "warmup_steps")}
+            self._rounds, self._timer = replace(self._rounds, **chosen), None
+        elif self._timer:  # nothing was chosen, or for other ranks: first come steps that are timed
+            self._rounds = replace(self._rounds, warmup_steps=max(self._rounds.warmup_steps, step + TIMED_STEPS))
         if self.ranks_are_equal:
             self._every_step.load_state_dict(state, step, as_saved)
         else:
             self._every_step.narrow_to(self._groups.own)
-        saved = state.get("local_steps")
         self._goes_on = as_saved and saved is not None
-        if self._chooses and saved is not None and not self.ranks_are_equal:
-            self._rounds = replace(self._rounds, every=saved["every"], overlap=saved["overlap"])
-            self._timer = None
         self._arrived = saved["under_way"] if saved is not None else []
         if not self._goes_on or saved is None:
             return
