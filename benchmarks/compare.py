@@ -11,7 +11,6 @@ setting can be overridden as for `hvdlm train`, by --section.key value.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +19,10 @@ from typing import Any
 from common.conditions import describe_run, describe_settings
 from common.results import read_results, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
-from common.setups import ONE_HOST, Setup, available_setups, open_cluster, parse_setup
+from common.setups import ONE_HOST, Setup, available_setups, parse_setup
 from compare.plot import draw
 from compare.registry import PEERS, REFERENCE, group_systems
-from compare.runner import measure_all
+from compare.runner import measure_setup
 from compare.summary import find_problems, summarise, table
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
@@ -53,13 +52,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     problems: list[str] = []
     for setup in setups:
         config = configs[setup.name]
-        with (
-            tempfile.TemporaryDirectory(prefix="hvdlm-compare-") as directory,
-            open_cluster(setup, Path(directory, "fabric")) as cluster,
-        ):
-            scratch = Path(directory, "jobs")
-            scratch.mkdir()
-            measured = measure_all(cluster, groups, config, options.rounds, options.steps, scratch)
+        measured = measure_setup(setup, groups, config, options.rounds, options.steps)
         rows = summarise(measured, config.train.global_batch_size * config.model.context_length)
         results[setup.name] = {
             **describe(setup, config, options),

@@ -26,12 +26,12 @@ from common.results import read_results, write_results, write_text
 from common.script import RESULTS, absolute_path, run_script
 from common.setups import ONE_HOST, Setup, available_setups, open_cluster, parse_setup
 from compare.registry import LIMIT, REFERENCE, group_systems, hvdlm_name
-from compare.runner import measure_all
+from compare.runner import measure_setup
 from compare.summary import summarise
 from convergence.runs import configure
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
-from time_to_loss.time_table import as_records, draw, make_rows, table
+from time_to_loss.time_table import draw, make_rows, table
 from time_to_loss.trained import DENSE, Trained, best_rate, train_all
 
 METHODS = (DENSE, "fp16", "int4", "topk", "powersgd", "int4/2/2/1", "int4/4/4/1", "int4/16/4/5")
@@ -47,19 +47,20 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     setups = available_setups([parse_setup(name, 2) for name in options.setup])
     config = configure(options.data, overrides)
     options.output.mkdir(parents=True, exist_ok=True)
-    trained, rates = _train(methods, config, options)
+    trained, swept, rates = _train(methods, config, options)
     path = options.output / "time_to_loss.json"
     results: dict[str, Any] = {
         **describe_run(),
         "settings": {**describe_settings(config), "rounds": options.rounds, "steps": options.steps},
         "runs": [asdict(each) for each in trained],
+        "sweep": [asdict(each) for each in swept],
         "setups": read_results(path).get("setups", {}),
     }
     for setup in setups:
         speeds = _measure(setup, methods, config, options)
         rows = make_rows(trained, rates, speeds)
         results["setups"][setup.name] = {
-            "rows": as_records(rows),
+            "rows": [asdict(row) for row in rows],
             "methods": {name: method for name, (method, *_) in speeds.items()},
         }
         write_results(path, results)
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _train(
     methods: Sequence[str], config: Config, options: argparse.Namespace
-) -> tuple[list[Trained], dict[str, float]]:
-    """All runs, and the learning rate of each method."""
+) -> tuple[list[Trained], list[Trained], dict[str, float]]:
+    """The runs at the best learning rate of each method, those of the sweep, and these rates."""
     setup = parse_setup(ONE_HOST, 2)
     with (
         tempfile.TemporaryDirectory(prefix="hvdlm-time-to-loss-") as directory,
@@ -87,11 +88,7 @@ def _train(
             if length == 1 or method != DENSE
         ]
         trained = train_all(cluster, config, wanted, options.runs)
-    kept = {(each.method, each.rate, each.length, each.seed) for each in trained}
-    return [
-        *trained,
-        *(each for each in swept if (each.method, each.rate, each.length, each.seed) not in kept),
-    ], rates
+    return trained, swept, rates
 
 
 def _measure(
@@ -110,13 +107,7 @@ def _measure(
     )
     peers = [name for name in PEERS if name != REFERENCE]
     groups = group_systems(methods, ["mpi"], peers)
-    with (
-        tempfile.TemporaryDirectory(prefix="hvdlm-time-to-loss-") as directory,
-        open_cluster(setup, Path(directory, "fabric")) as cluster,
-    ):
-        scratch = Path(directory, "jobs")
-        scratch.mkdir()
-        measured = measure_all(cluster, groups, timed, options.rounds, options.steps, scratch)
+    measured = measure_setup(setup, groups, timed, options.rounds, options.steps)
     tokens = config.train.global_batch_size * config.model.context_length
     by_name = {row.name: row for row in summarise(measured, tokens)}
     named = {LIMIT: (LIMIT, DENSE)}

@@ -7,16 +7,30 @@ ratios within a round are between measurements that are close in time.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.setups import Cluster
+from common.setups import Cluster, Setup, open_cluster
 from compare.job import Job, JobCrashError
 from compare.measurement import Measurement, Request, SystemResult, relative_distance
 from compare.registry import LIMIT, REFERENCE, SystemGroup, steps_of_a_round, table_order
 from hvdlm.config import Config
 
 MAX_STARTS = 10  # of a job that crashes
+
+
+def measure_setup(
+    setup: Setup, groups: Sequence[SystemGroup], config: Config, rounds: int, steps: int
+) -> list[SystemResult]:
+    """Starts the hosts of a set-up, and measures every system there as `measure_all` does."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hvdlm-compare-") as directory,
+        open_cluster(setup, Path(directory, "fabric")) as cluster,
+    ):
+        scratch = Path(directory, "jobs")
+        scratch.mkdir()
+        return measure_all(cluster, groups, config, rounds, steps, scratch)
 
 
 def measure_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,6 @@ def table(results: Mapping[str, Any]) -> str:
         rows = [_cells(Row(**row)) for row in result["rows"]]
         parts.append(f"## {name}\n\n{markdown_table(_COLUMNS, rows)}")
     return "\n".join(parts)
-
-
-def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [asdict(row) for row in rows]
 
 
 def draw(trained: Sequence[Trained], results: Mapping[str, Any], tokens_per_step: int, path: Path) -> None:

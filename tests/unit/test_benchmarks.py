@@ -337,7 +337,7 @@ def test_time_to_a_loss(tmp_path: Path) -> None:
     results = {
         "setups": {
             "2x1gbit": {
-                "rows": time_table.as_records(rows_of),
+                "rows": [asdict(row) for row in rows_of],
                 "methods": {name: method for name, (method, *_) in speeds.items()},
             }
         }
