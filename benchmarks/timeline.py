@@ -23,7 +23,6 @@ import torch
 from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config, load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
@@ -55,8 +54,7 @@ def _last_step(config: Config, communicator: Communicator, warmup_steps: int) ->
     share_cores(config.train.threads, communicator)
     data = DataSet(Path(config.data.path))
     trainer = Trainer(config, communicator, data, config.model.vocab_size or data.vocab_size, device)
-    broadcast_tensors(communicator, trainer.parameters.values())
-    trainer.model.update_low_precision_weights()
+    trainer.start()
     loader = trainer.open_loader()
     for _ in range(warmup_steps + 1):
         trainer.train_step(loader, stop_here=False)

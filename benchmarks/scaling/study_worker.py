@@ -24,7 +24,7 @@ import torch
 from common.conditions import describe_machine, describe_versions
 from common.results import write_results
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.replicas import broadcast_tensors, parameter_hash
+from hvdlm.comm.replicas import parameter_hash
 from hvdlm.config import Config, from_dict
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
@@ -77,8 +77,7 @@ def _measure_codec(
     trainer = (SimulatedTrainer if simulated else Trainer)(config, communicator, data, vocab_size, device)
     if isinstance(trainer, SimulatedTrainer):
         trainer.prepare(simulated)
-    broadcast_tensors(communicator, trainer.parameters.values())
-    trainer.model.update_low_precision_weights()
+    trainer.start()
     loader = trainer.open_loader()
     trainer.train_step(loader, stop_here=False)
     start_seconds = seconds_alive()

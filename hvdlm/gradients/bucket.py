@@ -28,6 +28,10 @@ class Bucket:
         pieces = flat.split([parameter.numel() for parameter in self.parameters])
         return [piece.view_as(parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """`split`, by the names of the parameters."""
+        return dict(zip(self.names, self.split(flat), strict=True))
+
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.buffer.numel() * self.buffer.element_size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -41,12 +41,11 @@ class BucketCodecs:
         """
         self.plan = plan  # in use
         self._settings = settings
-        own_names = own.names if own else frozenset()
-        self._parameters = {name: each for name, each in parameters.items() if name not in own_names}
+        self._parameters = common_parameters(parameters, own)
         self._position = {name: index for index, name in enumerate(reversed(list(parameters)))}
         self._own: list[tuple[GradientBucket, Codec]] = []
         if own:
-            apart = {name: each for name, each in parameters.items() if name in own_names}
+            apart = {name: each for name, each in parameters.items() if name in own.names}
             self._own = [(bucket, own.make(bucket)) for bucket in make_buckets(apart, own.bucket_bytes)]
         self.common_buckets = make_buckets(self._parameters, bucket_bytes)  # those without `own`
         self._common_codecs: list[Codec] = []
@@ -85,18 +84,11 @@ class BucketCodecs:
 
     def state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
-        by_parameter = {
-            f"{kind}.{name}": piece
-            for bucket, codec in zip(self.buckets, self.codecs, strict=True)
-            for kind, flat in codec.state().items()
-            for name, piece in zip(bucket.names, bucket.split(flat), strict=True)
-        }
-        extra = {name: tensor for codec in self.codecs for name, tensor in codec.extra_state().items()}
-        return {**by_parameter, **extra}
+        return codec_state(self.buckets, self.codecs)
 
     def flat_states(self) -> list[Tensor]:
         """The tensors of `Codec.state` of all codecs: residuals."""
-        return [flat for codec in self.codecs for flat in codec.state().values()]
+        return flat_states(self.codecs)
 
     def _make_switchable(self, plan: CodecPlan) -> None:
         pairs = zip(plan.names, self.common_buckets, strict=True)
@@ -108,3 +100,25 @@ class BucketCodecs:
         pairs.sort(key=lambda pair: max(self._position[name] for name in pair[0].names))
         self.buckets = [bucket for bucket, _ in pairs]
         self.codecs = [codec for _, codec in pairs]
+
+
+def common_parameters(parameters: Mapping[str, nn.Parameter], own: OwnCodec | None) -> dict[str, nn.Parameter]:
+    """Those that no codec of a strategy has for itself."""
+    return {name: each for name, each in parameters.items() if own is None or name not in own.names}
+
+
+def codec_state(buckets: Sequence[Bucket], codecs: Sequence[Codec]) -> dict[str, Tensor]:
+    """What the codec of each bucket keeps from step to step, by kind and parameter, and its extra state: views."""
+    by_parameter = {
+        f"{kind}.{name}": piece
+        for bucket, codec in zip(buckets, codecs, strict=True)
+        for kind, flat in codec.state().items()
+        for name, piece in bucket.by_name(flat).items()
+    }
+    extra = {name: tensor for codec in codecs for name, tensor in codec.extra_state().items()}
+    return {**by_parameter, **extra}
+
+
+def flat_states(codecs: Sequence[Codec]) -> list[Tensor]:
+    """The tensors of `Codec.state` of all codecs: residuals."""
+    return [flat for codec in codecs for flat in codec.state().values()]

@@ -7,19 +7,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.errors import HvdlmError
 
 
 class Hierarchy:
     """The ranks of this node, of which the first is the local leader, and the local leaders of all nodes."""
 
     def __init__(self, communicator: Communicator) -> None:
-        """Collective; raises HvdlmError where the engine cannot split the job."""
-        if not communicator.supports("split"):
-            raise HvdlmError(
-                f"compression.hierarchical needs groups of ranks, which engine {communicator.engine} does not have: "
-                "set comm.engine to mpi or torch"
-            )
+        """Collective."""
         self._node = communicator.split(communicator.node_rank, communicator.rank)
         self.is_leader = self._node.rank == 0
         self.leaders = communicator.split(int(not self.is_leader), communicator.rank)

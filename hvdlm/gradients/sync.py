@@ -25,10 +25,10 @@ from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.auto.forecast import Cost
 from hvdlm.gradients.auto.plan import CodecPlan
-from hvdlm.gradients.auto.probe import probe_codec
+from hvdlm.gradients.auto.probe import probe_codec_on_channel
 from hvdlm.gradients.auto.tuner import CodecTuner
 from hvdlm.gradients.bucket import GradientBucket, bucket_sizes
-from hvdlm.gradients.bucket_codecs import BucketCodecs, OwnCodec
+from hvdlm.gradients.bucket_codecs import BucketCodecs, OwnCodec, common_parameters
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
@@ -72,7 +72,7 @@ class GradientSync:
         `own_codec`: what it delivers of some of them need not be a gradient, and is no part of `norm` and `scale_`.
         """
         parameters = dict(module.named_parameters())
-        common = {name: each for name, each in parameters.items() if own_codec is None or name not in own_codec.names}
+        common = common_parameters(parameters, own_codec)
         self._device = next(p for p in parameters.values() if p.requires_grad).device
         nodes, device = communicator.node_count, self._device.type
         nbytes = bucket_bytes(comm, compression, nodes, device)
@@ -346,14 +346,8 @@ class GradientSync:
         """What bucket `index` costs by the codec called `name`, after the codec's warm-up steps."""
         codec = codec_factory(name)(self.buckets[index], self._compression)
         step = max(self.step, 2 * self._compression.warmup_steps)
-
-        def reduce(gradients: Tensor) -> float:
-            channel = self.channels[0]
-            before = channel.codec_seconds
-            channel.reduce_(codec, gradients, step, f"probe of {name}")
-            return channel.codec_seconds - before
-
-        return probe_codec(self._communicator, self.buckets[index].buffer, reduce)
+        buffer = self.buckets[index].buffer
+        return probe_codec_on_channel(self.channels[0], codec, buffer, step, f"probe of {name}")
 
 
 def traffic_of(channels: Sequence[Channel], dense_bytes: int) -> Traffic:

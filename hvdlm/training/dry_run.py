@@ -9,6 +9,7 @@ from hvdlm.comm.launch import Launch
 from hvdlm.config import Config
 from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.size import flops_per_token, parameter_count
+from hvdlm.strategies.local_steps.fragment import numbers_kept
 from hvdlm.training.hardware import device_type, libraries_bytes
 
 
@@ -31,7 +32,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         config.optimizer.algorithm,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
-    averages = memory.parameters * _numbers_of_local_steps(config)
+    averages = memory.parameters * numbers_kept(config.local_steps) if config.local_steps.every else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
@@ -63,12 +64,3 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
 
 def _keeps_residuals(config: Config) -> bool:
     return config.compression.codec != "none" and config.compression.error_feedback
-
-
-def _numbers_of_local_steps(config: Config) -> int:
-    """How many numbers local steps keep for each parameter, beside the residual of a codec."""
-    local_steps = config.local_steps
-    if not local_steps.every:
-        return 0
-    keeps_sent = local_steps.merge == "add" and (local_steps.overlap > 0 or local_steps.every == "auto")
-    return 2 + keeps_sent + (local_steps.momentum > 0)  # averaged parameters and differences

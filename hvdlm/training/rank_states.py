@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import safetensors.torch
@@ -73,12 +73,12 @@ def scatter_from_checkpoint(
     On as many ranks as before, each gets its own tensors; on another number, what `RankState` says. What was equal on
     all ranks then becomes each rank's own. Tensors that the checkpoint does not hold stay as they are. Collective.
     """
-    equal = source.optimizer() if source is not None else {}
+    read_equal = cache(lambda: source.optimizer() if source is not None else {})  # only if a rank's file lacks a name
     if old_size == communicator.size:
         for rank in range(communicator.size):
             saved = _read(communicator, source, rank)
             for name, tensor in own.tensors().items():
-                found = saved.get(name, equal.get(name, tensor))
+                found = saved[name] if name in saved else read_equal().get(name, tensor)
                 moved = _move(communicator, found.to(tensor.device), 0, rank)
                 if communicator.rank == rank:
                     tensor.copy_(moved)
@@ -92,8 +92,8 @@ def scatter_from_checkpoint(
     for name, tensor in shared.items():
         if name in sums:
             tensor.copy_(sums[name] / (communicator.size if name in own.summed else old_size))
-        elif name in own.averaged and name in equal:
-            tensor.copy_(equal[name])
+        elif name in own.averaged:
+            tensor.copy_(read_equal().get(name, tensor))
         communicator.broadcast_(tensor)
 
 

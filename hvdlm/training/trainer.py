@@ -78,7 +78,7 @@ class Trainer:
         Returns what the user is to be told. Raises JobError if its weights are of no use.
         """
         size, strategy = state["world_size"], self.strategy
-        combines_alike = state["config"].get("local_steps") == self.config.model_dump()["local_steps"]
+        combines_alike = state["config"].get("local_steps") == self.config.local_steps.model_dump()
         as_saved = combines_alike and size == self.communicator.size
         strategy.load_state_dict(state, state["step"], as_saved)
         equal = {**strategy.parameters(), **strategy.optimizer_state()}

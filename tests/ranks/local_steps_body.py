@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import torch
@@ -261,10 +262,11 @@ def _two_numbers(comm: Communicator, overlap: int, alpha: float) -> tuple[_TwoNu
     return model, LocalSteps(model, optimizer, comm, config)  # type: ignore[arg-type]
 
 
-def _step(model: _TwoNumbers, strategy: LocalSteps) -> tuple[float, ...]:
-    """The parameters, and the outer ones, after one more step."""
+def _step(model: _TwoNumbers, strategy: LocalSteps, trained: Sequence[Tensor] | None = None) -> tuple[float, ...]:
+    """The parameters, and the outer ones, after one more step, in which the gradients of `trained` are 2: of both."""
     strategy.begin_step(SEQUENCES * LENGTH // 2, False, None).wait()  # all of a rank's tokens count
-    (2 * (model.first + model.second)).sum().backward()
+    for parameter in (model.first, model.second) if trained is None else trained:
+        (2 * parameter).sum().backward()
     strategy.wait()
     strategy.apply(1.0)
     strategy.end_step()
@@ -308,12 +310,8 @@ def check_drift(comm: Communicator) -> None:
     """One rank moves one number by 2, the other rank the other one: the average is (1, 1), of squared length 2."""
     model, strategy = _two_numbers(comm, 0, 0.0)
     for step in range(1, 7):
-        strategy.begin_step(SEQUENCES * LENGTH // 2, False, None).wait()
-        if step == 6:
-            (2 * (model.first if comm.rank else model.second)).sum().backward()
-        strategy.wait()
-        strategy.apply(1.0)
-        strategy.end_step()
+        own = model.first if comm.rank else model.second
+        _step(model, strategy, [own] if step == 6 else [])
     # fragment 2 alone has moved in its round's last step
     numbers = strategy.log_numbers()
     assert numbers["rounds"] == 1.0

@@ -12,12 +12,28 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.gradients.auto.forecast import Cost
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.timing import Timestamp
 
 _REPETITIONS = 5
 _LONGEST = 0.5  # seconds that the repetitions may take together, on a slow link
 
 _BUSY_SECONDS = 0.02  # of computing on two threads, to see whether they share a core
+
+
+def probe_codec_on_channel(channel: Channel, codec: Codec, buffer: Tensor, step: int, name: str) -> Cost:
+    """`probe_codec` of what `channel` does to numbers like those of `buffer` by `codec`; `name`: of its spans.
+
+    Collective over the ranks of the channel.
+    """
+
+    def reduce(values: Tensor) -> float:
+        before = channel.codec_seconds
+        channel.reduce_(codec, values, step, name)
+        return channel.codec_seconds - before
+
+    return probe_codec(channel.communicator, buffer, reduce)
 
 
 def probe_codec(communicator: Communicator, buffer: Tensor, reduce: Callable[[Tensor], float]) -> Cost:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Work
 from hvdlm.config import CompressionSection, LocalStepsSection
 from hvdlm.gradients.bucket import Bucket, group_parameters
+from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.groups import Groups
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
@@ -22,6 +23,16 @@ from hvdlm.strategies.strategy import RankState, report
 
 # Of so many rounds of a fragment one is measured for `drift`
 _ROUNDS_TO_MEASURE = 10
+
+
+def keeps_sent(settings: LocalStepsSection) -> bool:
+    """Whether ranks keep what they have sent, to add the steps that they make meanwhile."""
+    return settings.merge == "add" and (settings.overlap > 0 or settings.every == "auto")
+
+
+def numbers_kept(settings: LocalStepsSection) -> int:
+    """Float32 numbers of a `DifferenceBucket` for each parameter."""
+    return 2 + keeps_sent(settings) + (settings.momentum > 0)  # outer parameters and differences
 
 
 class DifferenceBucket(Bucket):
@@ -32,8 +43,7 @@ class DifferenceBucket(Bucket):
         self.outer = torch.zeros_like(self.buffer)
         self.velocity = torch.zeros_like(self.buffer) if settings.momentum else None
         # This rank's parameters as they were when their round began, for a merge that keeps the steps made since
-        overlaps = settings.overlap > 0 or settings.every == "auto"
-        self.sent = torch.zeros_like(self.buffer) if overlaps and settings.merge == "add" else None
+        self.sent = torch.zeros_like(self.buffer) if keeps_sent(settings) else None
         self._outer = self.split(self.outer)
         self._sent = None if self.sent is None else self.split(self.sent)
         self._differences = self.split(self.buffer)
@@ -42,10 +52,6 @@ class DifferenceBucket(Bucket):
     def local(self) -> list[Tensor]:
         """This rank's parameters."""
         return [parameter.detach() for parameter in self.parameters]
-
-    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of a tensor as long as `buffer`, by parameter."""
-        return dict(zip(self.names, self.split(flat), strict=True))
 
     def set_outer_(self) -> None:
         """Sets the outer parameters to this rank's."""
@@ -221,20 +227,20 @@ class Fragment:
 
     def residuals(self) -> list[Tensor]:
         """What this rank's codecs have not delivered, flat."""
-        return [flat for codec in self.codecs for flat in codec.state().values()]
+        return flat_states(self.codecs)
 
     def rank_state(self) -> RankState:
         """What this rank has of its own."""
-        codec_states: dict[str, Tensor] = {}
-        for bucket, codec in zip(self.buckets, self.codecs, strict=True):
-            for kind, flat in codec.state().items():
-                codec_states.update({f"difference_{kind}.{name}": view for name, view in bucket.by_name(flat).items()})
-            codec_states.update({f"difference_{name}": tensor for name, tensor in codec.extra_state().items()})
-        own = {f"local.{name}": tensor for bucket in self.buckets for name, tensor in _named_parameters(bucket)}
+        codecs = {f"difference_{name}": tensor for name, tensor in codec_state(self.buckets, self.codecs).items()}
+        own = {
+            f"local.{name}": tensor
+            for bucket in self.buckets
+            for name, tensor in zip(bucket.names, bucket.local(), strict=True)
+        }
         if self.is_under_way:
             own.update(self._named("sent", lambda bucket: bucket.sent))
         own[f"tokens.{self.name}"] = self.tokens
-        return RankState(summed=codec_states, dropped=own)
+        return RankState(summed=codecs, dropped=own)
 
     def _named(self, kind: str, flat: Callable[[DifferenceBucket], Tensor | None]) -> dict[str, Tensor]:
         return {f"{kind}.{name}": view for name, view in self._by_name(flat).items()}
@@ -246,10 +252,6 @@ class Fragment:
             if tensor is not None:
                 found.update(bucket.by_name(tensor))
         return found
-
-
-def _named_parameters(bucket: DifferenceBucket) -> list[tuple[str, Tensor]]:
-    return list(zip(bucket.names, bucket.local(), strict=True))
 
 
 def _square(values: Tensor) -> float:

@@ -10,7 +10,6 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
-from hvdlm.errors import HvdlmError
 from hvdlm.gradients.channel import Channel, open_channels
 
 
@@ -55,15 +54,10 @@ def make_groups(
 ) -> Groups:
     """The groups that `local_steps.hierarchical` asks for; `channels`: among all ranks. Collective.
 
-    `largest`: elements of the largest bucket. Raises HvdlmError where the engine cannot split the job.
+    `largest`: elements of the largest bucket.
     """
     if not config.local_steps.hierarchical or communicator.node_count == communicator.size:
         return Groups(communicator, SoloCommunicator(), communicator.size, channels)
-    if not communicator.supports("split"):
-        raise HvdlmError(
-            f"local_steps.hierarchical needs groups of ranks, which engine {communicator.engine} does not have: set "
-            "comm.engine to mpi or torch"
-        )
     own = communicator.split(communicator.node_rank, communicator.rank)
     leaders = communicator.split(int(own.rank > 0), communicator.rank)
     among = open_channels(leaders, device, config.comm, config.compression, largest) if own.rank == 0 else []

@@ -10,13 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from hvdlm.config import CompressionSection
-from hvdlm.gradients.auto.forecast import Cost
-from hvdlm.gradients.auto.probe import probe_codec
-from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.auto.probe import probe_codec_on_channel
 from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import Groups
@@ -66,20 +62,13 @@ def round_seconds(groups: Groups, fragments: Sequence[Fragment], compression: Co
 
     Collective.
     """
-    buckets = [bucket for fragment in fragments for bucket in fragment.buckets] if groups.channels else []
-    seconds = sum(_probe(groups.channels[0], bucket, compression).communicating for bucket in buckets)
+    make_codec, step = codec_factory(compression.codec), 2 * compression.warmup_steps
+    seconds = 0.0
+    for bucket in (bucket for fragment in fragments if groups.channels for bucket in fragment.buckets):
+        codec = make_codec(bucket, compression)
+        cost = probe_codec_on_channel(groups.channels[0], codec, bucket.buffer, step, "probe of a round")
+        seconds += cost.communicating
     return groups.everyone.broadcast_object(seconds)
-
-
-def _probe(channel: Channel, bucket: Bucket, compression: CompressionSection) -> Cost:
-    codec = codec_factory(compression.codec)(bucket, compression)
-
-    def reduce(values: Tensor) -> float:
-        before = channel.codec_seconds
-        channel.reduce_(codec, values, 2 * compression.warmup_steps, "probe of a round")
-        return channel.codec_seconds - before
-
-    return probe_codec(channel.communicator, bucket.buffer, reduce)
 
 
 def choose(rounds: Rounds, groups: Groups, compute: float, round_: float) -> tuple[Rounds, str]:

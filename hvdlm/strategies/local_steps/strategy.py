@@ -268,11 +268,10 @@ class LocalSteps(Strategy):
         if self.ranks_are_equal:
             return self._every_step.optimizer_state()
         state: dict[str, Tensor] = {}
+        arrived = {f"average_difference.{name}" for name in self._arrived}
         for fragment in self.fragments:
             state.update(fragment.average_state())
-            differences = fragment.differences()
-            arrived = [f"average_difference.{name}" for name in self._arrived]
-            state.update({name: differences[name] for name in arrived if name in differences})
+            state.update({name: each for name, each in fragment.differences().items() if name in arrived})
         return state
 
     def rank_state(self) -> RankState:
