@@ -33,6 +33,7 @@ install_kit() {
   python -m pip install --quiet --no-deps --no-build-isolation --editable .
 }
 
+site_packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 if [ -x .venv/bin/python ]; then
   export PATH=$PWD/.venv/bin:$PATH
 else
@@ -43,6 +44,8 @@ else
   fi
   if [ ! -x .venv-gpu/bin/python ]; then
     python3 -m venv --system-site-packages --without-pip .venv-gpu || exit 1
+    # That python3 may belong to a virtual environment itself, whose packages a new one does not see
+    python3 -c "$site_packages" >"$(.venv-gpu/bin/python -c "$site_packages")/beside.pth"
   fi
   export PATH=$PWD/.venv-gpu/bin:$PATH
   install_kit || exit 1
@@ -68,7 +71,7 @@ fi
 
 limit=${HVDLM_GPU_SECONDS:-345} status=0
 words=(-m needs_gpu -q --tb=short "$@")
-python -m pytest tests/gpu --ignore tests/gpu/test_speed.py "${words[@]}" --numprocesses 4 --dist loadgroup \
+python -m pytest tests/gpu --ignore tests/gpu/test_speed.py "${words[@]}" --numprocesses 8 --dist loadgroup \
   -o "session_timeout=$((limit - SECONDS))" || status=$?
 if [ "$SECONDS" -lt "$limit" ]; then
   python -m pytest tests/gpu/test_speed.py "${words[@]}" -o "session_timeout=$((limit - SECONDS))" || status=$?

@@ -11,6 +11,9 @@ from launcher import run
 
 ROOT = Path(__file__).parents[2]
 
+# Their tests start jobs of their own, and need not wait for each other
+_SEPARATE = ("test_train.py", "test_strategies.py", "test_benchmarks_run.py")
+
 _HEAD = (("check", "result", "seconds", "measured, or why not"), ("---",) * 4)
 _LONGEST = 160  # characters of the last column
 
@@ -36,13 +39,21 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[[str], 
     return lambda phrase: record_property("measured", phrase)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the tests of a file are kept together
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets tests of jobs run on any worker of pytest-xdist."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.name in _SEPARATE:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A row for each check; also added to those of earlier runs in HVDLM_GPU_RESULTS/table.md, if that is set."""
     rows = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             if "tests/gpu" in report.nodeid and (report.when == "call" or outcome != "passed"):
-                rows.append((report.nodeid.partition("::")[2], outcome, f"{report.duration:.1f}", _phrase(report)))
+                rows.append((_name(report), outcome, f"{report.duration:.1f}", _phrase(report)))
     if all(phrase.startswith("needs_gpu") for *_, phrase in rows):
         return
     head, body = ([f"| {' | '.join(row)} |" for row in part] for part in (_HEAD, sorted(rows)))
@@ -53,6 +64,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         file = Path(folder) / "table.md"
         earlier = file.read_text(encoding="utf-8").splitlines() if file.exists() else head
         file.write_text("\n".join([*earlier, *body]) + "\n", encoding="utf-8")
+
+
+def _name(report: pytest.TestReport) -> str:
+    """Of the test, without the group that pytest-xdist adds."""
+    return report.nodeid.partition("::")[2].partition("@")[0]
 
 
 def _phrase(report: pytest.TestReport) -> str:

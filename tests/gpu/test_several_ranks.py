@@ -16,9 +16,10 @@ CODECS = ["none", "fp16", "bf16", "int8", "int4", "int2", "topk", "topk2", "powe
 
 # Engine torch takes Gloo where ranks share a GPU, and NCCL for the one rank of torchrun
 POOLS = [("mpi", "mpirun", 4), ("torch", "mpirun", 4), ("torch", "torchrun", 1)]
+_EACH_BESIDE_THE_OTHERS = [pytest.param(each, marks=pytest.mark.xdist_group(f"{each}")) for each in POOLS]
 
 
-@pytest.fixture(scope="module", params=POOLS, ids=lambda pool: f"{pool[0]} {pool[2]}")
+@pytest.fixture(scope="module", params=_EACH_BESIDE_THE_OTHERS, ids=lambda pool: f"{pool[0]} {pool[2]}")
 def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     ranks = RankPool(*request.param)
     try:

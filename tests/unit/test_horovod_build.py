@@ -238,6 +238,10 @@ def test_missing_pytorch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ERROR: No matching distribution found for wheel", "check the network"),
         ("c++: fatal error: Killed signal terminated program cc1plus", "CMAKE_BUILD_PARALLEL_LEVEL=1"),
         ("working\nsomething.cc:3: error: it is Tuesday\nmake: stop", "something.cc:3: error: it is Tuesday"),
+        (
+            "Building error.cc.o\nmath.h:9: error: no such type\nmake: stop",
+            "exit status 3, math.h:9: error: no such type",
+        ),
         ("working\nstopped halfway", "exit status 3, stopped halfway"),
         ("", "exit status 3 without output"),
     ],

@@ -115,7 +115,8 @@ def _reason(status: int | str, output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
         return f"exit status {status} without output"
-    # Compilers print the cause first and its consequences later. Other programs print the cause last.
-    errors = [number for number, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)]
+    # Compilers print the cause first and its consequences later. Other programs print the cause last. A file may have
+    # error in its name.
+    errors = [number for number, line in enumerate(lines) if re.search(r"\berror\b(?!\.\w)", line, re.IGNORECASE)]
     cause = " ".join(lines[errors[0] : errors[0] + 2]) if errors else lines[-1]
     return f"exit status {status}, {cause[:200]}"

@@ -26,17 +26,19 @@ def run_smoke_test(target: Target, log: Path) -> Iterator[str]:
     Raises HvdlmError for the first test that fails.
     """
     environment = dict(os.environ)
-    directories = [sysconfig.get_path("scripts")]
+    scripts = sysconfig.get_path("scripts")
+    directories = [scripts]
     if target.mpi:
         directories.insert(0, str(target.mpi.launcher.parent))
     environment["PATH"] = os.pathsep.join([*directories, environment.get("PATH", os.defpath)])
-    report = run_logged("horovodrun --check-build", ["horovodrun", "--check-build"], log, environment, timeout=TIMEOUT)
+    launcher = str(Path(scripts, "horovodrun"))  # beside that MPI may be the one of another Horovod
+    report = run_logged("horovodrun --check-build", [launcher, "--check-build"], log, environment, timeout=TIMEOUT)
     for feature in _expected(target):
         if not re.search(rf"\[X\] {feature}\b", report):
             raise HvdlmError(f"Horovod was built without {feature} (log: {log})")
     yield f"horovodrun --check-build: {', '.join(_expected(target))}"
     for controller in target.controllers:
-        command = ["horovodrun", "-np", str(RANKS), f"--{controller}", sys.executable, "-m", __name__, controller]
+        command = [launcher, "-np", str(RANKS), f"--{controller}", sys.executable, "-m", __name__, controller]
         output = run_logged(f"an all-reduce under {controller}", command, log, environment, timeout=TIMEOUT)
         for rank in range(RANKS):
             if _success(rank, controller) not in output:

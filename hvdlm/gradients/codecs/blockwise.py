@@ -167,7 +167,7 @@ class BlockwiseCodec(Codec):
         residual = self._residual[part.dense]
         torch.add(gradients[part.dense], residual, out=dense)
         gradients[part.dense] = residual
-        self._residual[part.dense] = 0
+        self._residual[part.dense].zero_()
         encoding.encode(part, gradients, self._residual, blocks)
         return message
 

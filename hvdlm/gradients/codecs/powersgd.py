@@ -90,7 +90,7 @@ class PowerSGD(Codec):
         old_residual = residual if reads_numbers else residual.clone()
         reconstruct(matrices, gradients, residual, self._lefts, self._own_rights, self._rights)
         gradients[self._dense] = dense
-        residual[self._dense] = 0
+        residual.index_fill_(0, self._dense, 0)
         if not reads_numbers:
             gradients.copy_(torch.where(is_finite, gradients, math.nan))
             residual.copy_(torch.where(is_finite, residual, old_residual))
