@@ -95,7 +95,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         "--codecs",
         nargs="+",
         default=list(CODECS),
-        help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps",
+        help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps; dion",
     )
     parser.add_argument(
         "--engines",

@@ -81,7 +81,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         "--codecs",
         nargs="+",
         default=list(CODECS),
-        help="or FILE.py:CLASS (default: all of hvdlm's); CODEC/EVERY/FRAGMENTS/OVERLAP: of local steps",
+        help="or FILE.py:CLASS (default: all of hvdlm's); CODEC/EVERY/FRAGMENTS/OVERLAP: of local steps; dion",
     )
     parser.add_argument(
         "--no-error-feedback", nargs="+", default=[], metavar="CODEC", help="codecs to run without error feedback too"

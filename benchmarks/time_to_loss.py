@@ -128,7 +128,10 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         "--runs", type=absolute_path, default="runs/time-to-loss", help="a directory of run directories"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=METHODS, help="CODEC, or CODEC/EVERY/FRAGMENTS/OVERLAP (default: %(default)s)"
+        "--methods",
+        nargs="+",
+        default=METHODS,
+        help="CODEC, CODEC/EVERY/FRAGMENTS/OVERLAP or dion (default: %(default)s)",
     )
     parser.add_argument("--setup", nargs="+", default=SETUPS, help="HOSTSxRATE (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default: %(default)s)")

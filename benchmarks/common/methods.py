@@ -1,4 +1,4 @@
-"""Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`."""
+"""Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`, `dion`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from hvdlm.errors import HvdlmError
 # of the steps, and AdamW's second moments are frozen from then on.
 _LATE_CODECS = ("topk", "topk2", "powersgd")
 
+# The optimizer that exchanges momentum of matrices, and the codec of all other gradients beside it
+_DION, _CODEC_BESIDE_DION = "dion", "int4"
+
 
 @dataclass(frozen=True)
 class Method:
-    """A codec for the gradients of every step, or for the differences of local steps."""
+    """A codec for the gradients of every step, or for the differences of local steps; or the optimizer Dion."""
 
     text: str  # as it was given
-    codec: str
+    codec: str  # or "dion"
     local_steps: Mapping[str, int]  # settings of that section; none: every step
 
     @property
@@ -37,6 +40,9 @@ class Method:
         """`config` with this method's settings, where they are not set already."""
         chosen: dict[str, Any] = {"codec": self.codec}
         optimizer = config.optimizer
+        if self.codec == _DION:
+            chosen = {"codec": _CODEC_BESIDE_DION}
+            optimizer = optimizer.model_copy(update={"algorithm": _DION})
         if self.codec in _LATE_CODECS and not self.local_steps:
             first = config.train.steps // 5
             chosen["warmup_steps"] = config.compression.warmup_steps or first
@@ -51,10 +57,12 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """CODEC, or CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps. Raises HvdlmError for anything else."""
+    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, or dion. Raises HvdlmError for anything else."""
     found = re.fullmatch(r"(.+?)(?:/(\d+)(?:/(\d+)(?:/(\d+))?)?)?", text)
     if found is None or found[2] == "0":
         raise HvdlmError(f"{text!r} is no way to exchange: give CODEC or CODEC/EVERY/FRAGMENTS/OVERLAP, as int4/4/4/1")
     codec, *numbers = found.groups()
+    if codec == _DION and found[2]:
+        raise HvdlmError(f"{text!r}: dion exchanges in every step; give it alone")
     names = ("every", "fragments", "overlap")
     return Method(text, codec, {name: int(number) for name, number in zip(names, numbers, strict=True) if number})

@@ -259,10 +259,15 @@ def test_methods(text: str, codec: str, local_steps: dict[str, int], name: str) 
     assert method.steps == local_steps.get("every", 1)
 
 
-@pytest.mark.parametrize("text", ["", "int4/0"])
+@pytest.mark.parametrize("text", ["", "int4/0", "dion/2"])
 def test_no_methods(text: str) -> None:
-    with pytest.raises(HvdlmError, match="is no way to exchange"):
+    with pytest.raises(HvdlmError, match=f"'{text}'.*: .*give"):
         parse_method(text)
+
+
+def test_dion_as_a_method(tmp_path: Path) -> None:
+    config = parse_method("dion").apply(load(None, [], PRESETS))
+    assert (config.optimizer.algorithm, config.compression.codec) == ("dion", "int4")
 
 
 def test_a_run_is_read_from_its_metrics(tmp_path: Path) -> None:
