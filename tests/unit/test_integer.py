@@ -64,15 +64,11 @@ def test_nibbles_by_hand(way: Callable[..., None]) -> None:
 def test_adding_by_hand(way: Callable[..., None]) -> None:
     part = make_part(5, (0, 5))
     target = torch.ones(6)
-    for _ in range(2):
-        way(
-            part,
-            4,
-            torch.tensor([2.0]),
-            torch.tensor([15 + 16 * 8, 1 + 16 * 7, 11 + 16 * 8], dtype=torch.uint8),
-            target,
-        )
+    message = torch.tensor([2.0]), torch.tensor([15 + 16 * 8, 1 + 16 * 7, 11 + 16 * 8], dtype=torch.uint8)
+    way(part, 4, [message, message], target, from_zero=False)
     assert target.tolist() == [29.0, -27.0, 13.0, 1.0, -3.0, 1.0]
+    way(part, 4, [message, message], target, from_zero=True)
+    assert target.tolist() == [28.0, -28.0, 12.0, 0.0, -4.0, 1.0]
 
 
 @ROUND
@@ -97,7 +93,7 @@ def test_adding_two_bits_by_hand(way: Callable[..., None]) -> None:
     part = make_part(8, (0, 8), (8, 13))
     target = torch.ones(14)
     levels = torch.tensor([1.5, 14.0, 0.0, 5.0], dtype=torch.bfloat16)
-    way(part, 2, levels, torch.tensor([129, 14, 29, 7], dtype=torch.uint8), target)
+    way(part, 2, [(levels, torch.tensor([129, 14, 29, 7], dtype=torch.uint8))], target, from_zero=False)
     assert target.tolist() == [15.0, -0.5, 2.5, -13.0, 2.5, 2.5, -0.5, 2.5, 6.0, -4.0, -4.0, 6.0, 6.0, 1.0]
 
 
@@ -141,7 +137,7 @@ def test_what_is_not_finite_or_next_to_nothing(way: Callable[..., None], bits: i
     assert scales.view(4, -1).isfinite().all(1).tolist() == [False, False, True, True]
     assert torch.equal(residual[6:9], intended[6:9])  # old_residual whole
     delivered = torch.zeros(12)
-    add_blocks(part, bits, scales, integers, delivered)
+    add_blocks(part, bits, [(scales, integers)], delivered, from_zero=False)
     assert delivered[:6].isnan().all()
     assert not delivered[6:9].any()
     assert torch.allclose(delivered[9:], torch.tensor([1e38, -1e38, 0.0]), rtol=2**-8 if bits == 2 else 1e-6)
@@ -159,14 +155,17 @@ def test_loops_and_torch_operations_agree(bits: int, block: int, length: int) ->
         gradients, residual, delivered = new.clone(), old_residual.clone(), torch.zeros_like(new)
         scales, integers = room(part, bits)
         rounds(part, bits, gradients, residual, scales, integers)
-        adds(part, bits, scales, integers, delivered)
-        results.append((gradients, residual, scales, integers, delivered))
+        adds(part, bits, [(scales, integers)], delivered, from_zero=False)
+        twice = new.clone()
+        adds(part, bits, [(scales, integers)] * 2, twice, from_zero=True)
+        results.append((gradients, residual, scales, integers, delivered, twice))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    gradients, residual, scales, _, delivered = results[0]
+    gradients, residual, scales, _, delivered, twice = results[0]
     inside = torch.zeros(len(new), dtype=torch.bool)
     for start, stop in part.spans.tolist():
         inside[start:stop] = True
     assert torch.allclose((residual + delivered)[inside], (new + old_residual)[inside], rtol=1e-6, atol=1e-6)
+    assert torch.equal(twice, torch.where(inside, 2 * delivered, new))
     assert torch.equal(gradients[inside], old_residual[inside])
     assert torch.equal(gradients[~inside], new[~inside]) and torch.equal(residual[~inside], old_residual[~inside])
     if bits == 2:

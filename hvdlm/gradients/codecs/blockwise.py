@@ -49,6 +49,11 @@ class Part(NamedTuple):
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return int((lengths // self.block * min(kept, self.block) + (lengths % self.block).clamp(max=kept)).sum())
 
+    def zero_blocks_(self, values: Tensor) -> None:
+        """Zeros the blocks of a buffer."""
+        for start, stop in self.spans.tolist():
+            values[start:stop].zero_()
+
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Start and stop in the buffer, and block length, of each run of blocks of one length, in order."""
         for start, stop in self.spans.tolist():
@@ -109,8 +114,8 @@ class BlockEncoding(ABC):
         """Whether all encoded numbers were finite: a bool scalar on their device."""
 
     @abstractmethod
-    def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
-        """Decodes `message` and adds it to `gradients`."""
+    def add(self, part: Part, messages: Sequence[Tensor], gradients: Tensor, from_zero: bool) -> None:
+        """Decodes `messages` and adds them, in order, to the blocks of `gradients`; `from_zero`: to zeros there."""
 
 
 class BlockwiseCodec(Codec):
@@ -141,7 +146,7 @@ class BlockwiseCodec(Codec):
     def _reduce_by_all_gather(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         (bucket,) = self._split(1)
         message = self._encode(encoding, bucket, _nbytes(encoding, bucket), gradients)
-        self._decode(encoding, [bucket] * exchange.size, exchange.all_gather(message), gradients)
+        self._decode(encoding, [(bucket, exchange.all_gather(message))], gradients)
 
     def _reduce_by_owners(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         parts = self._split(exchange.size)
@@ -151,9 +156,12 @@ class BlockwiseCodec(Codec):
         messages = [unused if part is own else self._encode(encoding, part, nbytes, gradients) for part in parts]
         for rank, message in enumerate(exchange.all_to_all(messages)):
             if rank != exchange.rank:
-                _add(encoding, own, message, gradients)
+                dense, blocks = _sections(own, message)
+                gradients.index_add_(0, own.dense, dense)
+                encoding.add(own, [blocks], gradients, from_zero=False)
         own_sum = self._encode(encoding, own, nbytes, gradients)
-        self._decode(encoding, parts, exchange.all_gather(own_sum), gradients)
+        sums = [[message] for message in exchange.all_gather(own_sum)]
+        self._decode(encoding, list(zip(parts, sums, strict=True)), gradients)
 
     def _split(self, count: int) -> list[Part]:
         if len(self._parts) != count:
@@ -167,35 +175,38 @@ class BlockwiseCodec(Codec):
         residual = self._residual[part.dense]
         torch.add(gradients[part.dense], residual, out=dense)
         gradients[part.dense] = residual
-        self._residual[part.dense].zero_()
+        self._residual.index_fill_(0, part.dense, 0)
         encoding.encode(part, gradients, self._residual, blocks)
         return message
 
     def _decode(
-        self, encoding: BlockEncoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor
+        self, encoding: BlockEncoding, received: Sequence[tuple[Part, Sequence[Tensor]]], gradients: Tensor
     ) -> None:
-        """Replaces `gradients` by the sum of the messages in order, or, if one of them is not finite, by NaN.
+        """Replaces each part of `gradients` by the sum of its messages in order, or, if one is not finite, all by NaN.
 
         A step with NaN is not applied, so all ranks then restore the residuals that they had before it.
         """
+        is_finite = (_is_finite(encoding, part, message) for part, messages in received for message in messages)
         if uses_loops(gradients):
-            if all(bool(_is_finite(encoding, part, message)) for part, message in zip(parts, messages, strict=True)):
-                _set_to_sum(encoding, parts, messages, gradients)
+            if all(map(bool, is_finite)):
+                _set_to_sums(encoding, received, gradients)
             else:
                 self._residual.copy_(gradients)
                 gradients.fill_(math.nan)
             return
-        is_finite = [_is_finite(encoding, part, message) for part, message in zip(parts, messages, strict=True)]
-        all_finite = torch.stack(is_finite).all()
+        all_finite = torch.stack(list(is_finite)).all()
         self._residual.copy_(torch.where(all_finite, self._residual, gradients))
-        _set_to_sum(encoding, parts, messages, gradients)
+        _set_to_sums(encoding, received, gradients)
         gradients.copy_(torch.where(all_finite, gradients, math.nan))
 
 
-def _set_to_sum(encoding: BlockEncoding, parts: Sequence[Part], messages: Sequence[Tensor], gradients: Tensor) -> None:
-    gradients.zero_()
-    for part, message in zip(parts, messages, strict=True):
-        _add(encoding, part, message, gradients)
+def _set_to_sums(encoding: BlockEncoding, received: Sequence[tuple[Part, Sequence[Tensor]]], gradients: Tensor) -> None:
+    for part, messages in received:
+        denses, blocks = zip(*(_sections(part, message) for message in messages), strict=True)
+        gradients.index_fill_(0, part.dense, 0)
+        for dense in denses:
+            gradients.index_add_(0, part.dense, dense)
+        encoding.add(part, blocks, gradients, from_zero=True)
 
 
 def _nbytes(encoding: BlockEncoding, part: Part) -> int:
@@ -212,9 +223,3 @@ def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
 def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> Tensor:
     dense, blocks = _sections(part, message)
     return dense.isfinite().all() & encoding.is_finite(part, blocks)
-
-
-def _add(encoding: BlockEncoding, part: Part, message: Tensor, gradients: Tensor) -> None:
-    dense, blocks = _sections(part, message)
-    gradients.index_add_(0, part.dense, dense)
-    encoding.add(part, blocks, gradients)

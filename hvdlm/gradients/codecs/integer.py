@@ -23,7 +23,7 @@ number may be less than half of its level: then their difference is rounded as a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -72,8 +72,9 @@ class _IntegerEncoding(BlockEncoding):
         scales, _ = self._sections(part, message)
         return scales.isfinite().all()
 
-    def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
-        add_blocks(part, self._bits, *self._sections(part, message), gradients)
+    def add(self, part: Part, messages: Sequence[Tensor], gradients: Tensor, from_zero: bool) -> None:
+        sections = [self._sections(part, message) for message in messages]
+        add_blocks(part, self._bits, sections, gradients, from_zero)
 
     def _sections(self, part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
         length = _SCALE_BYTES * count_scales(part)
@@ -93,7 +94,7 @@ class NumbersEncoding:
         self._encoding.encode(_all_of(len(values)), values.clone(), torch.zeros_like(values), message)
 
     def decode(self, message: Tensor, values: Tensor) -> None:
-        self._encoding.add(_all_of(len(values)), message, values.zero_())
+        self._encoding.add(_all_of(len(values)), [message], values, from_zero=True)
 
 
 def _all_of(elements: int) -> Part:
@@ -132,24 +133,32 @@ def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, sca
         loops.round_to_integers(*blocks, bits, *arrays, scales.numpy(), integers.numpy())
 
 
-def add_blocks(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
-    """Decodes scales and integers and adds them to the blocks of `target`."""
+def add_blocks(
+    part: Part, bits: int, messages: Sequence[tuple[Tensor, Tensor]], target: Tensor, from_zero: bool
+) -> None:
+    """Decodes the scales and integers of each message and adds them to the blocks of `target`, or to zeros there."""
     if not uses_loops(target):
-        add_blocks_with_torch(part, bits, scales, integers, target)
+        add_blocks_with_torch(part, bits, messages, target, from_zero)
         return
     blocks = part.block, part.spans.numpy()
+    integers = tuple(each.numpy() for _, each in messages)
     if bits == 2:
-        loops.add_levels(*blocks, scales.view(torch.int16).numpy(), integers.numpy(), target.numpy())
+        levels = tuple(scales.view(torch.int16).numpy() for scales, _ in messages)
+        loops.add_levels(*blocks, from_zero, levels, integers, target.numpy())
     else:
-        loops.add_integers(*blocks, bits, scales.numpy(), integers.numpy(), target.numpy())
+        loops.add_integers(
+            *blocks, bits, from_zero, tuple(each.numpy() for each, _ in messages), integers, target.numpy()
+        )
 
 
 def compile_for_cpu(bits: int) -> None:
     """Compiles the loops, or loads them from the cache, before the first training step."""
     part = Part(2, torch.tensor([[0, 2]]), torch.empty(0, dtype=torch.int64))
-    scales, integers = torch.zeros(_SCALE_BYTES, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
-    round_blocks(part, bits, torch.zeros(2), torch.zeros(2), scales.view(scale_dtype(bits)), integers)
-    add_blocks(part, bits, scales.view(scale_dtype(bits)), integers, torch.zeros(2))
+    scales = torch.zeros(_SCALE_BYTES, dtype=torch.uint8).view(scale_dtype(bits))
+    integers = torch.zeros(2, dtype=torch.uint8)
+    round_blocks(part, bits, torch.zeros(2), torch.zeros(2), scales, integers)
+    for count in range(1, Integer.most_ranks_of_all_gather + 1):
+        add_blocks(part, bits, [(scales, integers)] * count, torch.zeros(2), from_zero=True)
 
 
 def round_blocks_with_torch(
@@ -200,8 +209,17 @@ def _round_to_levels(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int) 
     return rounded, levels, torch.where(is_used, is_large + 2 * rows.signbit(), 0).to(torch.uint8)
 
 
-def add_blocks_with_torch(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
+def add_blocks_with_torch(
+    part: Part, bits: int, messages: Sequence[tuple[Tensor, Tensor]], target: Tensor, from_zero: bool
+) -> None:
     """`add_blocks` on any device."""
+    if from_zero:
+        part.zero_blocks_(target)
+    for scales, integers in messages:
+        _add_message(part, bits, scales, integers, target)
+
+
+def _add_message(part: Part, bits: int, scales: Tensor, integers: Tensor, target: Tensor) -> None:
     scales = scales.view(count_scales(part), -1).float()
     for start, stop, length, blocks, codes in _runs(part, bits):
         numbers = _unpacked(integers[codes].view(-1, _bytes_of(length, bits)), bits)[:, :length]

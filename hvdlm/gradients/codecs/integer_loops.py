@@ -72,25 +72,36 @@ def round_to_integers(
 
 @compiled()
 def add_integers(
-    block: int, spans: np.ndarray, bits: int, scales: np.ndarray, integers: np.ndarray, target: np.ndarray
+    block: int,
+    spans: np.ndarray,
+    bits: int,
+    from_zero: bool,
+    scales: tuple[np.ndarray, ...],
+    integers: tuple[np.ndarray, ...],
+    target: np.ndarray,
 ) -> None:
+    """`scales`, `integers`: of each message. `from_zero`: what was in the blocks is overwritten."""
     padded = np.empty(LONGEST_BLOCK, np.float32)
     number = first = 0
     for span in range(len(spans)):
         end = spans[span, 1]
         for start in range(spans[span, 0], end, block):
             values = target[start : min(start + block, end)]
-            codes = integers[first : first + (len(values) * bits + 7) // 8]
-            if bits == 8:
-                _add_bytes(codes, scales[number], values)
-            elif len(values) % 2:
-                _copy_padded(values, padded)
-                _add_nibbles(codes, scales[number], padded[: len(codes)], padded[len(codes) : 2 * len(codes)])
-                values[:] = padded[: len(values)]
-            else:
-                _add_nibbles(codes, scales[number], values[: len(codes)], values[len(codes) :])
+            nbytes = (len(values) * bits + 7) // 8
+            if from_zero:
+                values[:] = 0
+            for message in range(len(integers)):
+                codes, scale = integers[message][first : first + nbytes], scales[message][number]
+                if bits == 8:
+                    _add_bytes(codes, scale, values)
+                elif len(values) % 2:
+                    _copy_padded(values, padded)
+                    _add_nibbles(codes, scale, padded[:nbytes], padded[nbytes : 2 * nbytes])
+                    values[:] = padded[: len(values)]
+                else:
+                    _add_nibbles(codes, scale, values[:nbytes], values[nbytes:])
             number += 1
-            first += len(codes)
+            first += nbytes
 
 
 @compiled()
@@ -131,24 +142,36 @@ def round_to_levels(
 
 
 @compiled()
-def add_levels(block: int, spans: np.ndarray, levels: np.ndarray, codes: np.ndarray, target: np.ndarray) -> None:
+def add_levels(
+    block: int,
+    spans: np.ndarray,
+    from_zero: bool,
+    levels: tuple[np.ndarray, ...],
+    codes: tuple[np.ndarray, ...],
+    target: np.ndarray,
+) -> None:
+    """As `add_integers`. `levels`: int16, as in `round_to_levels`."""
     padded = np.empty(LONGEST_BLOCK, np.float32)
     number = first = 0
     for span in range(len(spans)):
         end = spans[span, 1]
         for start in range(spans[span, 0], end, block):
             values = target[start : min(start + block, end)]
-            own = codes[first : first + (len(values) + 3) // 4]
-            small = np.int32(np.int32(levels[2 * number]) << np.int32(16)).view(np.float32)
-            large = np.int32(np.int32(levels[2 * number + 1]) << np.int32(16)).view(np.float32)
-            if len(values) % 4:
-                _copy_padded(values, padded)
-                _add_quarters(own, small, large, padded[: 4 * len(own)])
-                values[:] = padded[: len(values)]
-            else:
-                _add_quarters(own, small, large, values)
+            nbytes = (len(values) + 3) // 4
+            if from_zero:
+                values[:] = 0
+            for message in range(len(codes)):
+                own, pair = codes[message][first : first + nbytes], levels[message]
+                small = np.int32(np.int32(pair[2 * number]) << np.int32(16)).view(np.float32)
+                large = np.int32(np.int32(pair[2 * number + 1]) << np.int32(16)).view(np.float32)
+                if len(values) % 4:
+                    _copy_padded(values, padded)
+                    _add_quarters(own, small, large, padded[: 4 * nbytes])
+                    values[:] = padded[: len(values)]
+                else:
+                    _add_quarters(own, small, large, values)
             number += 1
-            first += len(own)
+            first += nbytes
 
 
 @compiled()

@@ -18,7 +18,7 @@ magnitude first; among equal ones, the first in its block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -99,9 +99,12 @@ class _TopKEncoding(BlockEncoding):
     def is_finite(self, part: Part, message: Tensor) -> Tensor:
         return self._values(part, message).isfinite().all()
 
-    def add(self, part: Part, message: Tensor, gradients: Tensor) -> None:
-        _, indices = self._sections(part, message)
-        add_chosen(part, self._kept, self._values(part, message), indices, gradients)
+    def add(self, part: Part, messages: Sequence[Tensor], gradients: Tensor, from_zero: bool) -> None:
+        if from_zero:
+            part.zero_blocks_(gradients)
+        for message in messages:
+            _, indices = self._sections(part, message)
+            add_chosen(part, self._kept, self._values(part, message), indices, gradients)
 
     def _values(self, part: Part, message: Tensor) -> Tensor:
         numbers, indices = self._sections(part, message)
