@@ -72,9 +72,9 @@ class EveryStep(Strategy):
     def apply(self, rate: float) -> None:
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
-        self._model.update_low_precision_weights()
 
     def end_step(self) -> StepEnd:
+        self._model.update_low_precision_weights()
         return StepEnd(self._stop, ranks_have_met=True)
 
     def arrive(self) -> None:

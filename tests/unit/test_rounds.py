@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import load
+from hvdlm.config import LocalStepsSection, load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.strategies.local_steps.fragment import DifferenceBucket
 from hvdlm.strategies.local_steps.groups import make_groups
 from hvdlm.strategies.local_steps.interval import choose
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
@@ -66,6 +67,32 @@ def test_the_outer_optimizer_is_sgd_on_the_negative_difference(lr, momentum):
         sgd.step()
         ours.step_(outer, velocity, difference)
         torch.testing.assert_close(outer, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("merge", [{"merge": "add"}, {"merge": "mix", "alpha": 0.3}, {"merge": "mix", "alpha": 0.0}])
+@pytest.mark.parametrize("has_overlapped", [False, True])
+def test_the_end_of_a_round_by_loops_and_by_torch_operations(momentum, merge, has_overlapped):
+    settings = LocalStepsSection(every=4, overlap=1, momentum=momentum, lr=0.7, **merge)
+    ends = []
+    for way in ("_end_by_loops_", "_end_with_torch_"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.Linear(7, 5), "b": nn.LayerNorm(6)})
+        bucket = DifferenceBucket(dict(model.named_parameters()), settings)
+        bucket.set_outer_()
+        outcome = []
+        for _ in range(2):
+            for parameter in model.parameters():  # local steps, before and after the round begins
+                parameter.data.add_(torch.randn_like(parameter))
+            bucket.take_differences_()
+            for parameter in model.parameters():
+                parameter.data.add_(has_overlapped * torch.randn_like(parameter))
+            sent = bucket.sent if has_overlapped and merge["merge"] == "add" else None
+            getattr(bucket, way)(OuterOptimizer(0.7, momentum), 0.5, sent)
+            outcome += [bucket.outer.clone(), *(each.clone() for each in bucket.local())]
+        ends.append(outcome)
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

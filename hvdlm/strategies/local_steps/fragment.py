@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from hvdlm.gradients.bucket import Bucket, group_parameters
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.groups import Groups
+from hvdlm.strategies.local_steps.merge_loops import step_and_merge
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
 from hvdlm.strategies.strategy import RankState, report
 
@@ -70,15 +72,37 @@ class DifferenceBucket(Bucket):
             torch._foreach_copy_(self._sent, self.local())
             torch.sub(self.sent, self.outer, out=self.buffer)
 
-    def merge_(self, has_overlapped: bool) -> None:
-        """Merges the outer parameters into this rank's, which has made steps since `take_differences_` or not."""
+    def end_round_(self, optimizer: OuterOptimizer, factor: float, has_overlapped: bool) -> None:
+        """Lets the outer parameters step by `factor` times what `buffer` holds, and merges them into this rank's.
+
+        `has_overlapped`: whether this rank has made steps since `take_differences_`.
+        """
+        sent = self.sent if has_overlapped and not self._alpha else None
+        (self._end_by_loops_ if self.buffer.is_cpu else self._end_with_torch_)(optimizer, factor, sent)
+
+    def _end_with_torch_(self, optimizer: OuterOptimizer, factor: float, sent: Tensor | None) -> None:
+        if factor != 1:
+            self.buffer.mul_(factor)
+        optimizer.step_(self.outer, self.velocity, self.buffer)
         if self._alpha:
             torch._foreach_lerp_(self.local(), self._outer, 1 - self._alpha)
-        elif has_overlapped and self.sent is not None:
-            change = torch.sub(self.outer, self.sent, out=self.buffer)
+        elif sent is not None:
+            change = torch.sub(self.outer, sent, out=self.buffer)
             torch._foreach_add_(self.local(), self.split(change))
         else:
             self.set_local_()
+
+    def _end_by_loops_(self, optimizer: OuterOptimizer, factor: float, sent: Tensor | None) -> None:
+        def arrays(flat: Tensor | None) -> list[np.ndarray]:
+            views = [self.buffer.new_empty(0)] * len(self.names) if flat is None else self.split(flat)
+            return [view.view(-1).numpy() for view in views]
+
+        numbers = [np.float32(each) for each in (factor, optimizer.lr, optimizer.momentum, self._alpha)]
+        local = [each.view(-1).numpy() for each in self.local()]
+        for differences, *others in zip(
+            *map(arrays, (self.buffer, self.velocity, sent, self.outer)), local, strict=True
+        ):
+            step_and_merge(differences, *numbers, *others)
 
 
 class Fragment:
@@ -109,7 +133,7 @@ class Fragment:
         self._handles: list[Work[None]] = []
         self._totals: Work[Tensor] = Work.done(report(0, False, None))
         self._nominal_tokens = 1.0
-        self._is_average = False  # whether the buckets hold the average already, not yet a sum that may be arriving
+        self._factor: float | None = None  # from what the buckets hold to the average; None: it may be arriving
 
     # ---- a round
 
@@ -144,29 +168,33 @@ class Fragment:
         self.tokens.zero_()
         self.steps = 0
         self.rounds += 1
-        self.is_under_way, self._is_average = True, False
+        self.is_under_way, self._factor = True, None
 
     def _measures_drift(self) -> bool:
         """Whether this round's differences are measured: that takes two passes over them."""
         return (self.rounds - self.is_under_way) % _ROUNDS_TO_MEASURE == 0
 
     def arrive(self) -> Tensor:
-        """Waits until the buckets hold the average over all ranks, and returns what these have told: tokens, requests
-        to stop and errors, (3,) int64."""
+        """Waits until the buckets hold the sum over all ranks, and returns what these have told: tokens, requests to
+        stop and errors, (3,) int64."""
         totals = self._totals.wait()
-        if not self._is_average:
+        if self._factor is None:
             for handle in self._handles:
                 handle.wait()
             self._handles.clear()
-            factor = self._nominal_tokens / max(1, int(totals[0]))
+            self._factor = self._nominal_tokens / max(1, int(totals[0]))
             for bucket in self.buckets:
                 self._groups.share_(bucket.buffer)
-                if factor != 1:
-                    bucket.buffer.mul_(factor)
             if self._measures_drift():
-                self.average_square = sum(_square(bucket.buffer) for bucket in self.buckets)
-            self._is_average = True
+                self.average_square = self._factor**2 * sum(_square(bucket.buffer) for bucket in self.buckets)
         return totals
+
+    def _average_(self) -> None:
+        """Makes the sum that has arrived the average."""
+        if self._factor not in (None, 1):
+            for bucket in self.buckets:
+                bucket.buffer.mul_(self._factor)
+            self._factor = 1.0
 
     def end(self, has_overlapped: bool) -> Tensor:
         """Ends the round: the outer optimizer steps, and its outcome is merged; returns what `arrive` does.
@@ -174,20 +202,20 @@ class Fragment:
         `has_overlapped`: whether steps were made since it began.
         """
         totals = self.arrive()
+        assert self._factor is not None
         with torch.no_grad():
             for bucket in self.buckets:
                 if self.is_own_average:
                     bucket.set_outer_()
-                    continue
-                self.outer_optimizer.step_(bucket.outer, bucket.velocity, bucket.buffer)
-                bucket.merge_(has_overlapped)
+                else:
+                    bucket.end_round_(self.outer_optimizer, self._factor, has_overlapped)
         self.is_under_way = False
         return totals
 
     def resume(self) -> None:
         """Goes on with a round that was saved under way: its buckets are to be filled with the average."""
         self._totals = Work.done(report(0, False, None))
-        self.is_under_way = self._is_average = True
+        self.is_under_way, self._factor = True, 1.0
 
     def restart(self, arrived: Container[str]) -> None:
         """Makes the outer parameters this rank's, after a step by the average differences that have `arrived`.
@@ -218,6 +246,7 @@ class Fragment:
         state = self._named("outer_momentum", lambda bucket: bucket.velocity)
         if self.is_under_way:
             self.arrive()
+            self._average_()
             state.update(self.differences())
         return state
 

@@ -185,9 +185,9 @@ class LocalSteps(Strategy):
     def _meet(self, totals: list[Tensor]) -> StepEnd:
         """What is known after the rounds that have ended in this step."""
         event, self._event = self._event, None
+        self._model.update_low_precision_weights()
         if not totals:
             return StepEnd(stop=False, ranks_have_met=False, event=event)
-        self._model.update_low_precision_weights()
         if any(int(each[2]) for each in totals):
             raise_if_unreadable(self.communicator, self._error)
         return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True, event=event)
