@@ -17,7 +17,7 @@ from hvdlm.comm.rate import parse_rate
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.scaling.point import SUFFIX, Machine, Place, Point, read_point, write_record
-from scaling.study import JobSpec, Mode, Study, make_config
+from scaling.study import JobSpec, Mode, Study, make_config, measured_steps, without_directory
 from scaling.study_hosts import StudyHosts
 
 _WORKER = Path(__file__).with_name("study_worker.py")
@@ -29,12 +29,13 @@ class JobFailedError(Exception):
 
 def check_point(study: Study, mode: Mode, spec: JobSpec, codec: str, directory: Path) -> None:
     """Raises HvdlmError for settings that do not fit, or if the point was measured with other settings before."""
-    settings = _settings(make_config(study, spec, codec, mode), codec)
+    config = make_config(study, spec, codec, mode)
+    settings = _settings(config)
     file = directory / _file(spec, codec)
     if not file.exists():
         return
     earlier = read_point(file)
-    wanted = (study.simulated_tokens_per_second or None, study.steps)
+    wanted = (study.simulated_tokens_per_second or None, measured_steps(study, config))
     measured = (earlier.simulated_tokens_per_second, len(earlier.repetitions[0].step_seconds[0]))
     if earlier.settings != settings or measured != wanted:
         raise HvdlmError(
@@ -68,7 +69,7 @@ def measure(study: Study, mode: Mode, spec: JobSpec, codecs: Sequence[str], host
         json.dumps(
             {
                 "configs": {codec: config.model_dump() for codec, config in configs.items()},
-                "steps": study.steps,
+                "steps": {codec: measured_steps(study, config) for codec, config in configs.items()},
                 "warmup_steps": study.warmup_steps,
                 "simulated_tokens_per_second": study.simulated_tokens_per_second,
                 "ranks_per_machine": -(-spec.ranks // hosts.machines(spec)),
@@ -97,8 +98,8 @@ def measure(study: Study, mode: Mode, spec: JobSpec, codecs: Sequence[str], host
             "engine": result["engine"],
             "algorithm": config.comm.algorithm,
             "channels": measured["channels"],
-            "codec": Path(codec).name,
-            "settings": _settings(config, codec),
+            "codec": without_directory(codec),
+            "settings": _settings(config),
             "seed": config.train.seed,
             "vocab_size": result["vocab_size"],
             "tokens_per_step": config.train.global_batch_size * config.model.context_length,
@@ -140,9 +141,9 @@ def _file(spec: JobSpec, codec: str) -> str:
     return spec.point_name(codec) + SUFFIX
 
 
-def _settings(config: Config, codec: str) -> dict[str, Any]:
+def _settings(config: Config) -> dict[str, Any]:
     settings = describe_settings(config)
-    settings["compression"]["codec"] = Path(codec).name
+    settings["compression"]["codec"] = Path(config.compression.codec).name
     return settings
 
 

@@ -27,7 +27,7 @@ class SimulatedTrainer(Trainer):
         self.tokens_per_second = tokens_per_second
         generator = torch.Generator().manual_seed(self.communicator.rank)
         groups: dict[str, list[Tensor]] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.model.named_parameters():
             groups.setdefault(".".join(name.split(".")[:2]), []).append(parameter)
         # Compute time is in proportion to parameters. Looking up an embedding takes none; the product with the output
         # weight does, at the start of the backward pass, also where that weight is the embedding
@@ -68,9 +68,10 @@ class SimulatedTrainer(Trainer):
 
     def _update(self, rate: float) -> None:
         """Plain gradient descent, so that parameters differ between ranks if summed gradients do."""
-        gradients = [parameter.grad for parameter in self.parameters.values()]
+        parameters = list(self.model.parameters())
+        gradients = [parameter.grad for parameter in parameters]
         with torch.no_grad():
-            torch._foreach_add_(list(self.parameters.values()), gradients, alpha=-1e-3 / self.communicator.size)
+            torch._foreach_add_(parameters, gradients, alpha=-1e-3 / self.communicator.size)
 
 
 class _Clock:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from common.methods import parse_method
 from hvdlm.config import Config, Section, from_dict
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import AUTO, codec_factory
@@ -40,7 +41,9 @@ class Study(Section):
     links: list[str] = Field(
         [], description="rates, as 1gbit: those that a fabric's links get; elsewhere the one they have, if known"
     )
-    codecs: list[str] = Field(["none"], min_length=1, description="all are measured in one job")
+    codecs: list[str] = Field(
+        ["none"], min_length=1, description="all are measured in one job; CODEC/EVERY/FRAGMENTS/OVERLAP: local steps"
+    )
     presets: list[str] = Field([], description="of models; none: the model of [settings]")
     batch_sizes: list[int] = Field(
         min_length=1, description="sequences per step, weak: of a rank, strong: of all ranks"
@@ -73,7 +76,21 @@ class JobSpec:
 
     def point_name(self, codec: str) -> str:
         """The name of the point that this job adds a repetition of `codec` to."""
-        return f"{self.name}-{re.sub('[^A-Za-z0-9]+', '-', codec if ':' not in codec else Path(codec).name)}"
+        return f"{self.name}-{re.sub('[^A-Za-z0-9]+', '-', without_directory(codec))}"
+
+
+def without_directory(codec: str) -> str:
+    """A codec, or a method of local steps, where FILE.py:CLASS has no directory."""
+    method = parse_method(codec)
+    if ":" not in method.codec:
+        return codec
+    return Path(method.codec).name + codec.removeprefix(method.codec)
+
+
+def measured_steps(study: Study, config: Config) -> int:
+    """Of a repetition: as many as the study says or more, in whole rounds."""
+    every = int(config.local_steps.every) or 1
+    return -(-study.steps // every) * every
 
 
 def read_study(file: Path, simulate: float | None) -> Study:
@@ -95,7 +112,7 @@ def read_study(file: Path, simulate: float | None) -> Study:
         raise HvdlmError(f"{file}: {'; '.join(sentences)}") from None
     for codec in study.codecs:
         if codec != AUTO:
-            codec_factory(codec)
+            codec_factory(parse_method(codec).codec)
     if study.place == "fabric" and not study.links:
         raise HvdlmError(f"{file}: a fabric needs links, as in links = ['100mbit', '1gbit']")
     if study.place != "fabric" and len(study.links) > 1:
@@ -124,12 +141,14 @@ def job_specs(study: Study) -> Iterator[JobSpec]:
 def make_config(study: Study, spec: JobSpec, codec: str, mode: Mode) -> Config:
     """The settings of a run. Raises HvdlmError for unknown keys and wrong values."""
     sections = {name: dict(section) for name, section in study.settings.items()}
+    method = parse_method(codec)
     batch = spec.batch_size * (spec.ranks if mode == "weak" else 1)
     fixed: dict[str, dict[str, Any]] = {
         "data": {"path": str(Path(study.data).absolute())},
         "train": {"steps": 10**6, "global_batch_size": batch},
         "comm": {"engine": study.engine},
-        "compression": {"codec": codec},
+        "compression": {"codec": method.codec},
+        "local_steps": dict(method.local_steps),
         "log": {"every": 10**6},
     }
     if spec.preset:

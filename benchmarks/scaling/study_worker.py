@@ -29,8 +29,11 @@ from hvdlm.config import Config, from_dict
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.gradients.auto.switchable import SwitchableCodec
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.model.presets import PRESETS
+from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.training.hardware import choose_device, keep_memory, seconds_alive, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.trainer import Trainer
@@ -54,7 +57,10 @@ def main(task_file: str) -> None:
         device = choose_device(first.train.device, communicator)
         share_cores(first.train.threads, communicator)
         data = DataSet(Path(first.data.path))
-        codecs = {codec: _measure_codec(task, config, communicator, data, device) for codec, config in configs.items()}
+        codecs = {
+            codec: _measure_codec(task, task["steps"][codec], config, communicator, data, device)
+            for codec, config in configs.items()
+        }
         if communicator.rank == 0:
             result = {
                 "hosts": communicator.hosts,
@@ -69,9 +75,17 @@ def main(task_file: str) -> None:
 
 
 def _measure_codec(
-    task: dict[str, Any], config: Config, communicator: Communicator, data: DataSet, device: torch.device
+    task: dict[str, Any],
+    steps: int,
+    config: Config,
+    communicator: Communicator,
+    data: DataSet,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Trains with one codec; returns its buckets and one repetition of its point, the same on all ranks."""
+    """Trains with one codec; returns its buckets and one repetition of its point, the same on all ranks.
+
+    `steps`: that are measured.
+    """
     vocab_size = config.model.vocab_size or data.vocab_size
     simulated = task["simulated_tokens_per_second"]
     trainer = (SimulatedTrainer if simulated else Trainer)(config, communicator, data, vocab_size, device)
@@ -82,23 +96,19 @@ def _measure_codec(
     trainer.train_step(loader, stop_here=False)
     start_seconds = seconds_alive()
     warmup = max(task["warmup_steps"], _AUTO_WARMUP if config.compression.codec == AUTO else 0)
+    warmup = max(warmup, int(config.local_steps.every) + config.local_steps.overlap)  # until rounds end as they begin
     for _ in range(warmup - 1):
         trainer.train_step(loader, stop_here=False)
-    own = _measure_steps(trainer, loader, communicator, task["steps"], task["ranks_per_machine"])
+    own = _measure_steps(trainer, loader, communicator, steps, task["ranks_per_machine"])
+    channels = len(trainer.strategy.channels)
+    trainer.strategy.finish()  # with local steps ranks are equal after that
     ranks = communicator.all_gather_object({**own, "start": start_seconds, "hash": parameter_hash(trainer.parameters)})
-    sync = trainer.sync
     measured = {
-        "channels": len(sync.channels),
-        "buckets": [
-            {
-                "shapes": [list(parameter.shape) for parameter in bucket.parameters],
-                "codec": codec.name if isinstance(codec, SwitchableCodec) else config.compression.codec,
-            }
-            for bucket, codec in zip(sync.buckets, sync.codecs, strict=True)
-        ],
+        "channels": channels,
+        "buckets": _describe_buckets(trainer),
         "repetition": {
             "step_seconds": [rank["steps"] for rank in ranks],
-            "seconds": max(rank["seconds"] for rank in ranks) / task["steps"],
+            "seconds": max(rank["seconds"] for rank in ranks) / steps,
             "phase_seconds": [rank["phases"] for rank in ranks],
             **{
                 name: statistics.fmean(rank[name] for rank in ranks)
@@ -109,9 +119,24 @@ def _measure_codec(
         },
     }
     loader.close()
-    del trainer, loader, sync
+    del trainer, loader
     gc.collect()
     return measured
+
+
+def _describe_buckets(trainer: Trainer) -> list[dict[str, Any]]:
+    """Those that travel: of gradients, or of the differences of local steps."""
+    strategy, chosen = trainer.strategy, trainer.config.compression.codec
+    pairs: list[tuple[Bucket, Codec]] = list(zip(strategy.sync.buckets, strategy.sync.codecs, strict=True))
+    if isinstance(strategy, LocalSteps):
+        pairs = [pair for each in strategy.fragments for pair in zip(each.buckets, each.codecs, strict=True)]
+    return [
+        {
+            "shapes": [list(parameter.shape) for parameter in bucket.parameters],
+            "codec": codec.name if isinstance(codec, SwitchableCodec) else chosen,
+        }
+        for bucket, codec in pairs
+    ]
 
 
 def _measure_steps(
@@ -129,8 +154,8 @@ def _measure_steps(
         step_seconds.append(now - before)
         before = now
         phases.append(trainer.timer.seconds())
-        traffic.append(trainer.sync.traffic)
-        exchange += sum(channel.exchange.seconds for channel in trainer.sync.channels)
+        traffic.append(trainer.strategy.traffic)
+        exchange += sum(channel.exchange.seconds for channel in trainer.strategy.channels)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin

@@ -15,7 +15,7 @@ from hvdlm.config import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit
-from hvdlm.scaling.forecast import StepForecast, forecast
+from hvdlm.scaling.forecast import StepForecast, forecast, local_interval
 from hvdlm.scaling.holdout import Holdout, hold_out, root_mean_square
 from hvdlm.scaling.performance_model import PerformanceModel, read_model
 from hvdlm.scaling.point import read_points, write_record
@@ -31,6 +31,10 @@ _RANGE = 4
 _MIN_EFFICIENCY = 0.5
 
 _MAX_SHOWN_BUCKETS = 12
+
+# Of the local steps that are advised, and the share of tokens/s below which none are
+_FRAGMENTS = 2
+_WORTHWHILE = 0.05
 
 _WIDTH = 140  # columns, where the output is not a terminal
 
@@ -119,7 +123,8 @@ def predict(
         found = [forecast(model, scenario) for scenario in scenarios]
         console.print(_forecast_table(model, codec, scenarios, found, one_rank))
         console.print(*_advice(model, scenarios, found, one_rank), sep="\n")
-        console.print(_bucket_table(found[-1], counts[-1]))
+        if not config.local_steps.every:
+            console.print(_bucket_table(found[-1], counts[-1]))
     console.print(f"{counts[-1]:,} ranks take about {start_seconds(model, counts[-1]):,.0f} s to start.")
 
 
@@ -187,7 +192,8 @@ def _forecast_table(
     one_rank: StepForecast,
 ) -> Table:
     columns = ("ranks", "tokens/s", "95% interval", "efficiency", "step, ms", "exposed, ms", "sent per rank, MB", "")
-    table = Table(*columns, title=f"codec {codec}", title_justify="left")
+    title = f"codec {codec}{_local_steps_of(model, scenarios[-1])}"
+    table = Table(*columns, title=title, title_justify="left")
     for scenario, step in zip(scenarios, found, strict=True):
         speed = scenario.ranks * scenario.tokens / step.seconds
         factor = interval(model, scenario.ranks)
@@ -215,7 +221,7 @@ def _advice(
     ]
     last, step = scenarios[-1], found[-1]
     stop = f"falls below {_MIN_EFFICIENCY:.0%} at {stops[0]:,} ranks" if stops else f"stays above {_MIN_EFFICIENCY:.0%}"
-    changes = {
+    changes: dict[str, Scenario | None] = {
         "links of twice the rate": replace(last, link=last.link * 2) if last.link else None,
         "a batch of twice the size": replace(last, tokens=last.tokens * 2, micro_batches=last.micro_batches * 2),
     }
@@ -232,7 +238,33 @@ def _advice(
     }
     ranked = sorted(gains.items(), key=lambda each: -each[1])
     gains_text = ", ".join(f"{name} {gain:+.0%}" for name, gain in ranked[:4])
-    return [f"Efficiency {stop}.", f"At {last.ranks:,} ranks, tokens/s would change by: {gains_text}."]
+    sentences = [f"Efficiency {stop}.", f"At {last.ranks:,} ranks, tokens/s would change by: {gains_text}."]
+    if not last.local_steps and last.ranks > 1:
+        sentences += _advice_of_local_steps(model, last, speed)
+    return sentences
+
+
+def _advice_of_local_steps(model: PerformanceModel, scenario: Scenario, speed: float) -> list[str]:
+    """With the codec that needs the fewest steps to hide, if they pay; `speed`: tokens/s of a rank without them."""
+    names = sorted(model.codecs, key=lambda name: name != scenario.compression.codec)  # its own one first
+    local = [
+        scenario.with_compression(codec=name).with_local_steps(every="auto", fragments=_FRAGMENTS) for name in names
+    ]
+    best = min(local, key=lambda each: local_interval(model, each)[0])
+    gain = best.tokens / forecast(model, best).seconds / speed - 1
+    if gain < _WORTHWHILE:
+        return []
+    settings = f"codec {best.compression.codec}{_local_steps_of(model, best)}"
+    return [f"Local steps change the training (docs/local-steps.md) and hide the exchange: {settings}: {gain:+.0%}."]
+
+
+def _local_steps_of(model: PerformanceModel, scenario: Scenario) -> str:
+    """Their settings in words, those that "auto" stands for; "" without."""
+    if not scenario.local_steps or scenario.ranks == 1:
+        return ""
+    every, overlap = local_interval(model, scenario)
+    fragments = scenario.local_steps.fragments
+    return f" local_steps.every = {every}, fragments = {fragments}, overlap = {overlap}"
 
 
 def _bucket_table(step: StepForecast, ranks: int) -> Table:

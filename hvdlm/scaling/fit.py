@@ -119,17 +119,18 @@ def _measured_costs(usable: Sequence[Point], base: Sequence[Point], shared: Sequ
         forward_seconds_per_flop=_phase(alone, "forward") / flops,
         backward_seconds_per_flop=_phase(alone, "backward") / flops,
         optimizer_seconds_per_element=_phase(alone, "optimizer") / sum(scenario.elements),
+        merge_seconds_per_element=_merge_seconds(usable, alone, sum(scenario.elements)),
         spread=_median([_spread(repetition) for repetition in alone]),
         start_seconds=starts[fewest],
         start_seconds_per_rank=(starts[most] - starts[fewest]) / max(1, most - fewest),
-        codecs={name: _codec_cost(name, shared, alone) for name in sorted({p.codec for p in shared})},
+        codecs={name: _codec_cost(name, shared, alone) for name in sorted({p.codec_name for p in shared})},
         inside=None,
         between=None,
         residual=0.0,
         measured=Measured(
             ranks=sorted({point.ranks for point in usable}),
             links=sorted({p.place.link_bits_per_second for p in shared}, key=lambda rate: rate or 0.0),
-            codecs=sorted({point.codec for point in usable}),
+            codecs=sorted({point.codec_name for point in usable}),
             candidates=next((p.settings["compression"]["candidates"] for p in usable if p.codec == AUTO), None),
             tokens=scenario.tokens,
             points=len(usable),
@@ -137,12 +138,25 @@ def _measured_costs(usable: Sequence[Point], base: Sequence[Point], shared: Sequ
     )
 
 
+def _merge_seconds(usable: Sequence[Point], alone: Sequence[Repetition], elements: int) -> float:
+    """Seconds in which a rank begins and ends a round, per number of the model: what it waits more than `alone` in the
+    steps that wait least for others, of the fewest ranks; 0 without local steps.
+    """
+    own = [point for point in usable if point.has_local_steps and point.ranks > 1]
+    fewest = [point for point in own if point.ranks == min(each.ranks for each in own)]
+    waits = [(_phase(point.repetitions, "wait") - _phase(alone, "wait")) * point.every for point in fewest]
+    return max(0.0, min(waits, default=0.0)) / elements
+
+
 def _codec_cost(name: str, shared: Sequence[Point], alone: Sequence[Repetition]) -> CodecCost:
-    """From the points with the fewest ranks, each of which has the most cores."""
-    own = [point for point in shared if point.codec == name]
+    """From the points with the fewest ranks, each of which has the most cores; with local steps where there are no
+    others.
+    """
+    named = [point for point in shared if point.codec_name == name]
+    own = [point for point in named if not point.has_local_steps] or named
     fewest = [point for point in own if point.ranks == min(each.ranks for each in own)]
     elements = sum(bucket.elements for bucket in fewest[0].buckets)
-    codec = _median([repetition.codec_seconds for point in fewest for repetition in point.repetitions])
+    codec = _median([point.every * each.codec_seconds for point in fewest for each in point.repetitions])
     idle = _median([repetition.core_seconds for repetition in alone])
     # The smallest of all links, the fastest one's: on a slow link most of this time is polling
     per_byte = min(

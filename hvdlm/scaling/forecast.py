@@ -5,10 +5,15 @@
 codec_messages.py finds what a codec sends, and simulation.py how backward pass and exchange overlap. A message takes
 hops x latency + bytes / bandwidth of the link between hosts: the alpha-beta model (Hockney, Parallel Computing 20,
 1994) of a ring (Patarasuk & Yuan, JPDC 2009, section 3).
+
+With local steps a rank does not wait for others in its steps, but for what of a round they do not hide:
+
+    step = data + forward + backward + optimizer + (merging + codec + what is exposed of all rounds) / every
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +25,7 @@ from hvdlm.scaling.performance_model import CodecCost, Network, PerformanceModel
 from hvdlm.scaling.scenario import Scenario
 from hvdlm.scaling.simulation import Cores, Schedule, Stage, simulate
 from hvdlm.scaling.statistics import expected_maximum
+from hvdlm.strategies.local_steps.rounds import fewest_steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class StepForecast:
 
 def forecast(model: PerformanceModel, scenario: Scenario) -> StepForecast:
     """Forecasts the step of a scenario. Raises HvdlmError for a codec or a network that was not measured."""
+    if scenario.local_steps:
+        return _forecast_local_steps(model, scenario)
     if scenario.compression.codec == AUTO:
         return _forecast_auto(model, scenario)
     return _forecast(model, scenario, [scenario.compression.codec] * len(scenario.buckets))
@@ -101,6 +109,65 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
         list(names),
         sum(nbytes for _, nbytes in exchanges),
     )
+
+
+def local_interval(model: PerformanceModel, scenario: Scenario) -> tuple[int, int]:
+    """`local_steps.every` and `overlap` of a scenario; for "auto" those that interval.py would choose."""
+    settings = scenario.local_steps
+    assert settings is not None
+    if settings.every != "auto":
+        return settings.every, settings.overlap
+    return fewest_steps(_compute(model, scenario), sum(_rounds(model, scenario)), settings.fragments)
+
+
+def _forecast_local_steps(model: PerformanceModel, scenario: Scenario) -> StepForecast:
+    """Where ranks share cores, all of them merge at once. Steps of a rank that are slower by chance are made up for by
+    others until the round ends.
+    """
+    every, overlap = local_interval(model, scenario)
+    exchanges = [stages(model, scenario, index, scenario.compression.codec) for index in range(len(scenario.buckets))]
+    rounds = _rounds(model, scenario)
+    own, flops = cores(model, scenario), scenario.flops_per_token * scenario.tokens
+    merging = codec = 0.0  # of a round
+    if rounds:
+        merging = model.merge_seconds_per_element * sum(scenario.elements) * max(1.0, 1 / own.available)
+        if own.backward and own.available < 2:  # beside steps that compute on the same cores
+            codec = sum(stage.seconds for each, _ in exchanges for stage in each if stage.kind == "codec")
+    compute = _compute(model, scenario)
+    busy = compute + (merging + codec) / every
+    exposed = sum(max(0.0, each - overlap * busy) for each in rounds) / every
+    return StepForecast(
+        model.data_seconds,
+        model.forward_seconds_per_flop * flops,
+        model.backward_seconds_per_flop * flops + codec / every,
+        max(exposed, sum(rounds) / every - busy),  # the latter where the link is never idle
+        model.optimizer_seconds_per_element * sum(scenario.elements) + merging / every,
+        model.spread * compute * expected_maximum(scenario.ranks) / math.sqrt(every),
+        Schedule([]),
+        scenario.elements,
+        [scenario.compression.codec] * len(scenario.buckets),
+        sum(nbytes for _, nbytes in exchanges) / every,
+    )
+
+
+def _compute(model: PerformanceModel, scenario: Scenario) -> float:
+    """Seconds of a step that waits for nobody."""
+    passes = model.forward_seconds_per_flop + model.backward_seconds_per_flop
+    optimizer = model.optimizer_seconds_per_element * sum(scenario.elements)
+    return model.data_seconds + passes * scenario.flops_per_token * scenario.tokens + optimizer
+
+
+def _rounds(model: PerformanceModel, scenario: Scenario) -> list[float]:
+    """Seconds of the exchange of each fragment while steps go on; none on one rank."""
+    if scenario.ranks == 1:
+        return []
+    channels = model.channels if scenario.hosts > 1 else 1
+    beside_steps = cores(model, scenario)._replace(backward=0.0)
+    rounds = []
+    for fragment in scenario.fragments:
+        exchanges = [stages(model, scenario, index, scenario.compression.codec)[0] for index in fragment]
+        rounds.append(simulate(BackwardPass([0.0] * len(fragment), 0.0), exchanges, channels, beside_steps).end)
+    return rounds
 
 
 def _forecast_auto(model: PerformanceModel, scenario: Scenario) -> StepForecast:

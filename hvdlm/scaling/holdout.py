@@ -84,7 +84,7 @@ def hold_out(points: Sequence[Point]) -> list[Holdout]:
 
 def residuals(model: PerformanceModel, points: Sequence[Point]) -> list[Residual]:
     """Residuals of the points whose codecs the model knows."""
-    known = [point for point in points if point.codec in model.codecs or point.codec == AUTO]
+    known = [point for point in points if point.codec_name in (*model.codecs, AUTO)]
     return [
         Residual(
             point.ranks,

@@ -56,6 +56,9 @@ class PerformanceModel(Record):
     forward_seconds_per_flop: float = Field(description="per FLOP of forward and backward pass together")
     backward_seconds_per_flop: float = Field(description="per FLOP of forward and backward pass together")
     optimizer_seconds_per_element: float
+    merge_seconds_per_element: float = Field(
+        0.0, description="of a round of local steps, without its codec; 0: not measured"
+    )
     spread: float = Field(description="standard deviation of a rank's steps, over their mean")
     start_seconds: float = Field(description="from the start of processes to the first step, on the fewest ranks")
     start_seconds_per_rank: float

@@ -100,7 +100,7 @@ class Point(Record):
     engine: str
     algorithm: str = Field(description="of float32 all-reduce: ring, engine, or auto: by size")
     channels: int = Field(gt=0, alias="lanes", description="on which buckets are exchanged at the same time")
-    codec: str
+    codec: str = Field(description="or CODEC/EVERY/FRAGMENTS/OVERLAP: local steps")
     settings: dict[str, Any] = Field(description="of the run, by section")
     seed: int
     vocab_size: int = Field(gt=0)
@@ -119,6 +119,22 @@ class Point(Record):
     @property
     def ranks(self) -> int:
         return self.place.ranks
+
+    @property
+    def codec_name(self) -> str:
+        """The codec alone."""
+        name: str = self.settings["compression"]["codec"]
+        return name
+
+    @property
+    def every(self) -> int:
+        """Steps from one average of the model to the next; 1: gradients of every step are summed."""
+        return self.settings.get("local_steps", {}).get("every") or 1
+
+    @property
+    def has_local_steps(self) -> bool:
+        """Whether parameters are averaged, and not gradients summed."""
+        return bool(self.settings.get("local_steps", {}).get("every"))
 
 
 def read_points(directory: Path) -> list[Point]:

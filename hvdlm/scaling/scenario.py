@@ -8,13 +8,15 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
-from hvdlm.config import CompressionSection, Config, ModelSection
+from hvdlm.config import CompressionSection, Config, LocalStepsSection, ModelSection
 from hvdlm.gradients.bucket import group_parameters
 from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import Transformer
 from hvdlm.scaling.point import Point
+from hvdlm.strategies.local_steps.rounds import split_into_fragments
 
 Shapes = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -48,6 +50,18 @@ class Scenario:
         """The settings of compression."""
         return self.config.compression
 
+    @property
+    def local_steps(self) -> LocalStepsSection | None:
+        """Their settings; None: gradients of every step are summed."""
+        return self.config.local_steps if self.config.local_steps.every else None
+
+    @cached_property
+    def fragments(self) -> list[list[int]]:
+        """Which buckets are those of each fragment, with local steps."""
+        counts = [len(groups) for groups in self._groups()]
+        ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+        return [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
     @cached_property
     def flops_per_token(self) -> float:
         """Of forward and backward pass."""
@@ -69,18 +83,33 @@ class Scenario:
         compression = self.compression.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"compression": compression}), buckets=())
 
+    def with_local_steps(self, **changes: Any) -> Scenario:
+        """The same with other settings of local steps."""
+        local_steps = self.config.local_steps.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"local_steps": local_steps}), buckets=())
+
     def _make_buckets(self) -> Shapes:
-        nbytes = bucket_bytes(self.config.comm, self.compression, self.hosts)
-        groups = group_parameters(dict(_model(self.config.model, self.vocab_size).named_parameters()), nbytes)
+        groups = (group for groups in self._groups() for group in groups)
         return tuple(tuple(tuple(parameter.shape) for parameter in group.values()) for group in groups)
+
+    def _groups(self) -> list[list[dict[str, nn.Parameter]]]:
+        """The parameters of each bucket, of each fragment; without local steps the whole model is one."""
+        nbytes = bucket_bytes(self.config.comm, self.compression, self.hosts)
+        named = dict(_model(self.config.model, self.vocab_size).named_parameters())
+        fragments = split_into_fragments(named, self.local_steps.fragments) if self.local_steps else [named]
+        return [group_parameters(fragment, nbytes) for fragment in fragments]
 
 
 def of_point(point: Point) -> Scenario:
     """The step that a point of a study measured, of the rank with the largest part of the batch."""
     config = Config.model_validate(point.settings)
     sequences = -(-config.train.global_batch_size // point.ranks)
-    # Buckets of codec auto follow from its choice, which is forecast too
-    shapes = () if point.codec == AUTO else tuple(tuple(map(tuple, bucket.shapes)) for bucket in point.buckets)
+    # Buckets of codec auto follow from its choice, which is forecast too, and those of local steps from their fragments
+    shapes = (
+        ()
+        if point.codec == AUTO or point.has_local_steps
+        else tuple(tuple(map(tuple, bucket.shapes)) for bucket in point.buckets)
+    )
     return Scenario(
         config,
         point.vocab_size,

@@ -12,6 +12,7 @@ from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
 from hvdlm.gradients.bucket_codecs import OwnCodec
+from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
@@ -62,6 +63,10 @@ class EveryStep(Strategy):
     @property
     def traffic(self) -> Traffic:
         return self.sync.traffic
+
+    @property
+    def channels(self) -> list[Channel]:
+        return self.sync.channels
 
     def norm(self) -> Tensor:
         return self.sync.norm()

@@ -25,6 +25,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
+from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 
 
@@ -86,6 +87,11 @@ class Strategy(ABC):
     @abstractmethod
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a scalar on their device, as this rank is to act on it."""
+
+    @property
+    @abstractmethod
+    def channels(self) -> list[Channel]:
+        """Those over which the work of a step travels to other ranks; some ranks may have none."""
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""

@@ -82,3 +82,11 @@ def test_it_compresses_when_a_link_is_slow_and_keeps_to_it(cluster: Cluster, sma
     assert result.status == 0, result.output
     assert "should arrive" not in result.output  # it has not measured
     assert chosen(run_dir, step + 1) == before
+
+
+def test_it_says_where_no_codec_keeps_steps_from_waiting(cluster: Cluster, small_data: Path, tmp_path: Path) -> None:
+    cluster.set_links("100mbit")
+    settings = {**SETTINGS, "compression__candidates": "none,fp16", "train__steps": 20}
+    result = cluster.run("h1", [*LAUNCHER, *command(small_data, tmp_path / "run", **settings)])
+    assert result.status == 0, result.output
+    assert re.search(r"a step waits [\d.]+ ms for them even so: averages of local steps", result.output), result.output

@@ -93,6 +93,22 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
     assert (points / "throughput.png").exists()
 
 
+def test_local_steps_are_measured_in_whole_rounds(small_data: Path, tmp_path: Path) -> None:
+    """Beside a codec of every step; the fit knows what a round takes, and forecasts from it."""
+    result = run_here(*write_study(small_data, tmp_path, "int4/4/2/1", repetitions=1))
+    assert result.status == 0, result.output
+    points = {(point.ranks, point.codec): point for point in read_points(tmp_path / "small-weak")}
+    assert sorted(points) == [(1, "int4/4/2/1"), (1, "none"), (2, "int4/4/2/1"), (2, "none")]
+    local, every_step = points[2, "int4/4/2/1"], points[2, "none"]
+    assert local.is_valid and (local.codec_name, local.every, len(local.buckets)) == ("int4", 4, 2)
+    assert (len(local.repetitions[0].step_seconds[0]), len(every_step.repetitions[0].step_seconds[0])) == (4, 2)
+    # an eighth of the bytes or a bit more, in every fourth step; small tensors travel as they are
+    assert 1 / 32 < local.repetitions[0].wire_bytes / every_step.repetitions[0].wire_bytes < 1 / 4
+    fit = tmp_path / "fit.json"
+    assert run(["hvdlm", "fit", str(tmp_path / "small-weak"), "--output", str(fit)], deadline=60).status == 0
+    assert json.loads(fit.read_text(encoding="utf-8"))["codecs"].keys() == {"int4", "none"}
+
+
 def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_path: Path) -> None:
     codec = tmp_path / "wrong.py"
     codec.write_text(WRONG_SUM, encoding="utf-8")

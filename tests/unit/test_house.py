@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "model": EVERYONE,
     "strategies": {*EVERYONE, "comm", "gradients", "model"},
     "training": {*EVERYONE, "comm", "gradients", "strategies", "data", "model"},
-    "scaling": {*EVERYONE, "comm", "gradients", "model"},
+    "scaling": {*EVERYONE, "comm", "gradients", "strategies", "model"},
     "cluster": {*EVERYONE, "comm", "gradients", "data", "model"},
     "cli": {*EVERYONE, "arguments", "output", "training", "cluster", "scaling", "data", "model"},
     "__main__": {"cli"},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planted import EFFICIENCY, LATENCY, make_point
+from planted import EFFICIENCY, ELEMENTS, LATENCY, make_point
 
 from hvdlm.config import CommSection, CompressionSection, from_dict
 from hvdlm.errors import HvdlmError
@@ -16,9 +18,9 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.codec_messages import Message, messages
 from hvdlm.scaling.commands import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
 from hvdlm.scaling.fit import fit
-from hvdlm.scaling.forecast import forecast
+from hvdlm.scaling.forecast import forecast, local_interval
 from hvdlm.scaling.holdout import hold_out
-from hvdlm.scaling.performance_model import Network
+from hvdlm.scaling.performance_model import Network, PerformanceModel
 from hvdlm.scaling.point import read_point, read_points, schema, write_record
 from hvdlm.scaling.scenario import of_config, of_point
 from hvdlm.scaling.simulation import BucketTimes, Cores, Stage, simulate
@@ -192,6 +194,15 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
     assert "64 ranks take about 67 s to start" in said  # as planted: 3 s, and 1 s a rank
+    local = {**options, "overrides": ["--local_steps.every", "auto", "--local_steps.fragments", "3"]}
+    predict(tmp_path / "fit.json", ranks="2", ranks_per_host=1, link="1mbit", codecs=["none"], **options)
+    said = " ".join(capsys.readouterr().out.split())
+    advice = r"hide the exchange: codec fp16 local_steps.every = \d+, fragments = 2, overlap = \d+: \+\d+%"
+    assert re.search(advice, said)  # half the bytes, so half the steps
+    predict(tmp_path / "fit.json", ranks="2", ranks_per_host=1, link="1mbit", codecs=["none"], **local)
+    said = capsys.readouterr().out
+    assert re.search(r"codec none local_steps.every = \d+, fragments = 3, overlap = \d+", said)
+    assert "ms since the start of the backward pass" not in said
     for bad, sentence in (({"ranks_per_host": 0}, "--per-node 0"), ({"rank_flops": -1.0}, "--rank-flops -1")):
         with pytest.raises(HvdlmError, match=sentence):
             asked = {"ranks": "8", "ranks_per_host": 1, "link": None, "codecs": [], **options, **bad}
@@ -254,6 +265,44 @@ def test_auto_is_forecast_in_the_buckets_of_what_it_chooses() -> None:
     none, topk, auto = (forecast(model, scenario.with_compression(codec=name)) for name in ("none", "topk", "auto"))
     assert len(topk.elements) < len(none.elements)  # 32 and 4 MiB
     assert auto == topk and topk.seconds < none.seconds
+
+
+def test_local_steps_by_hand() -> None:
+    """Nobody is slower than others here, cores are plenty and codec none computes nothing."""
+    model = fit(PLANTED)
+    scenario = of_config(from_dict({}, "test", PRESETS), 257, 4, 1, 1e7)
+    elements = sum(scenario.elements)
+
+    def seconds(model: PerformanceModel = model, **settings: object) -> float:
+        return forecast(model, scenario.with_local_steps(**settings)).seconds
+
+    alone = forecast(model, replace(scenario, ranks=1)).seconds
+    round_ = (seconds(every=4) - alone) * 4  # waited for once in four steps
+    # 2 * 3/4 of the bytes, and the last segments
+    assert round_ == pytest.approx(1.5 * 4 * elements * 8 / (EFFICIENCY * 1e7), rel=0.1)
+    assert seconds(every=8) == pytest.approx(alone + round_ / 8)
+    hiding = math.ceil(round_ / alone)
+    assert seconds(every=hiding, overlap=hiding) == pytest.approx(alone)
+    assert seconds(every=8, overlap=2) == pytest.approx(alone + (round_ - 2 * alone) / 8)
+    assert seconds(every=1, overlap=1) == pytest.approx(round_)  # the link is never idle
+    merges = model.model_copy(update={"merge_seconds_per_element": 1e-6})
+    assert seconds(merges, every=hiding, overlap=hiding) == pytest.approx(alone + 1e-6 * elements / hiding)
+    assert seconds(every="auto") == pytest.approx(alone)
+    every, overlap = local_interval(model, scenario.with_local_steps(every="auto", fragments=2))
+    assert (every - 1) * 0.9 * alone < round_ <= every * 0.9 * alone and overlap == math.ceil(every / 2)
+
+
+def test_a_fit_to_local_steps() -> None:
+    repetition = PLANTED[1].repetitions[0]
+    phases = [{**each, "wait": 0.02} for each in repetition.phase_seconds]
+    local_steps = {**PLANTED[1].settings, "local_steps": {"every": 4, "fragments": 1, "overlap": 4}}
+    update = {"settings": local_steps, "codec": "none/4/1/4"}
+    own = [repetition.model_copy(update={"phase_seconds": phases, "seconds": 0.34 + 0.02})]
+    point = PLANTED[1].model_copy(update={**update, "repetitions": own})
+    assert (point.codec_name, point.every, PLANTED[1].every) == ("none", 4, 1)
+    model = fit([*PLANTED, point])
+    assert model.merge_seconds_per_element == pytest.approx(4 * 0.02 / ELEMENTS)  # waited in each of four steps
+    assert list(model.codecs) == ["none"]
 
 
 def test_ranges() -> None:

@@ -27,8 +27,14 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.interfaces import own_interfaces
 from hvdlm.comm.launch import connect, detect
 from hvdlm.errors import HvdlmError
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK
 
 logger = logging.getLogger(__name__)
+
+# What a model of so many parameters takes between nodes is said where it is more than so many seconds.
+_PARAMETERS = 10_000_000
+_LONG = 0.05
+_INT4_BYTES = 0.5 + 4 / LONGEST_BLOCK  # of a number, with its share of the scale of its block
 
 # Columns of the output: under mpirun the terminal's own width is unknown.
 _WIDTH = 100
@@ -72,6 +78,9 @@ def _examine(communicator: Communicator, reports: list[RankReport]) -> int:
     if communicator.size > 1:
         pairs = [measure_point_to_point(communicator, *pair) for pair in _pairs(communicator)]
         _print_speeds(console, communicator, pairs, measure_all_reduce(communicator))
+        between = [pair for pair in pairs if len({communicator.hosts[rank] for rank in pair.ranks}) > 1]
+        if between and (sentence := exchange_sentence(between[0].bandwidth, communicator.node_count)):
+            console.print(sentence, soft_wrap=True)
     return communicator.broadcast_object(print_findings(findings) if communicator.rank == 0 else 0)
 
 
@@ -135,6 +144,20 @@ def _print_speeds(
         _megabits(all_reduce.bus_bandwidth),
     )
     console.print(table)
+
+
+def exchange_sentence(bandwidth: float, nodes: int) -> str | None:
+    """What gradients take on a link of so many bytes/s if that is long: of a ring, each byte is sent twice but for the
+    rank's own part (Patarasuk & Yuan, JPDC 2009, section 3).
+    """
+    share = 2 * (nodes - 1) / nodes
+    dense, int4 = (share * nbytes * _PARAMETERS / bandwidth for nbytes in (4, _INT4_BYTES))
+    if dense <= _LONG:
+        return None
+    return (
+        f"gradients of {_PARAMETERS // 10**6}M parameters take {dense:.2g} s between nodes, {int4:.2g} s by int4: "
+        "where a step computes for less, see docs/codecs.md and docs/local-steps.md"
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -40,6 +40,9 @@ _WATCHED_STEPS = 10
 # Relative difference between a plan's steps and those by which it was chosen, beyond which all is measured anew.
 _TOLERANCE = 0.1
 
+# Share of the backward pass for which steps wait for gradients, beyond which that is said.
+_LONG_WAIT = 0.2
+
 # Relative error of forecasts: a plan is compared if it is forecast to be at most so much slower than the fastest.
 _FORECAST_ERROR = 0.5
 
@@ -79,6 +82,7 @@ class CodecTuner:
         self._steps = -_WARM_UP_STEPS  # in the present phase
         self._watched_steps = _WATCHED_STEPS
         self._expected = 0.0  # seconds of the chosen plan
+        self._backward_end = 0.0  # seconds of the backward pass alone, as it was measured last
         self._compared: list[_ComparedPlan] = []  # empty outside the second phase
         self._current = 0  # index of the plan in use
         self._durations: list[float] = []
@@ -141,6 +145,7 @@ class CodecTuner:
 
     def _start_comparison(self, probe: ProbeBucket) -> None:
         backward = self._backward_pass()
+        self._backward_end = backward.end
         sizes = self._sizes(self._bucket_bytes)
         costs = {name: self._cost_by_size(probe, name, sizes) for name in self._candidates}
         shares_core = self._device.type == "cpu" and threads_share_core(self._communicator)
@@ -181,6 +186,12 @@ class CodecTuner:
         chosen = uniform[0] if uniform else fastest
         measured = ", ".join(f"{each.plan} {_milliseconds(each.measured)}" for each in self._compared)
         self._log(f"gradients arrived after: {measured}; so {chosen.plan}")
+        waiting = chosen.measured - self._backward_end
+        if waiting > _LONG_WAIT * self._backward_end:
+            self._log(
+                f"a step waits {_milliseconds(waiting)} for them even so: averages of local steps would not be waited "
+                "for, at some cost in loss (docs/local-steps.md)"
+            )
         self.plan, self._expected, self._compared = chosen.plan, chosen.measured, []
         self._start_phase(is_measuring=False)
         self._steps = -1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,14 +15,11 @@ from hvdlm.gradients.auto.probe import probe_codec_on_channel
 from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import Groups
-from hvdlm.strategies.local_steps.rounds import Rounds
+from hvdlm.strategies.local_steps.rounds import Rounds, fewest_steps
 
 # Steps that are timed, of which the first ones warm up
 TIMED_STEPS = 8
 _WARM_UP = 3
-
-# A round should take no more than this share of the time in which it hides: neither is the same every time
-_SHARE = 0.9
 
 
 class ComputeTimer:
@@ -77,8 +73,7 @@ def choose(rounds: Rounds, groups: Groups, compute: float, round_: float) -> tup
     `compute`: seconds that this rank computes in a step; the fastest rank counts. `round_`: see `round_seconds`.
     """
     fastest = min(groups.everyone.all_gather_object(compute))
-    every = max(1, math.ceil(round_ / (_SHARE * fastest)))
-    overlap = math.ceil(every / rounds.fragments)
+    every, overlap = fewest_steps(fastest, round_, rounds.fragments)
     sentence = (
         f"a round takes {round_ * 1e3:,.0f} ms on the link and a step {fastest * 1e3:,.0f} ms of computing: "
         f"local_steps.every = {every}, local_steps.overlap = {overlap}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
+
+# A round should take no more than this share of the time in which it hides: neither is the same every time
+_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,12 @@ class Rounds:
     def beginning(self, step: int) -> list[int]:
         """The fragments whose round begins after `step` steps of the run."""
         return self.ending(step + self.overlap)
+
+
+def fewest_steps(compute: float, round_: float, fragments: int) -> tuple[int, int]:
+    """The interval and the overlap with which a round of all fragments hides behind steps; both in seconds."""
+    every = max(1, math.ceil(round_ / (_SHARE * compute)))
+    return every, math.ceil(every / fragments)
 
 
 def split_into_fragments(parameters: dict[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:

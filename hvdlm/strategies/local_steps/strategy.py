@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import Config, LocalStepsSection
+from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
@@ -119,6 +120,10 @@ class LocalSteps(Strategy):
         )
         for channel in self._groups.channels:
             channel.reset_counters()
+
+    @property
+    def channels(self) -> list[Channel]:
+        return self._groups.channels if self.is_local else self.sync.channels
 
     def norm(self) -> Tensor:
         return self._every_step.norm()
