@@ -70,32 +70,41 @@ def test_hierarchical(
 
 CODECS = ["none", "fp16", "int4", "topk", "powersgd"]
 SHORT, LONG = 10, 30  # steps
+LOCAL_STEPS = {
+    "local_steps__every": 4,
+    "local_steps__fragments": 2,
+    "local_steps__overlap": 1,
+}  # five rounds in 20 steps
+WAYS = {
+    **{codec: {"compression__codec": codec} for codec in CODECS},
+    "local": {"compression__codec": "int4", **LOCAL_STEPS},
+}
 
 
 @pytest.fixture(scope="module")
 def sent(
     shared_cluster: SharedCluster, small_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], tuple[Path, int]]:
-    """By codec and number of steps: the run directory, and the bytes that the first host has sent."""
+    """By way to exchange and number of steps: the run directory, and the bytes that the first host has sent."""
     settings = {"model__width": 256, "train__global_batch_size": 4, "train__check_replicas_every": 0}
     settings |= {"train__evaluate_sequences": 2, "log__every": 100}
     settings["comm__algorithm"] = "ring"  # no trial at the start, which sends as much as it has time for
     folder = tmp_path_factory.mktemp("sent")
-    runs = {(codec, steps): folder / f"{codec}-{steps}" for codec in CODECS for steps in (SHORT, LONG)}
+    runs = {(way, steps): folder / f"{way}-{steps}" for way in WAYS for steps in (SHORT, LONG)}
     trainings = [
-        command(small_data, run_dir, train__steps=steps, compression__codec=codec, **settings)
-        for (codec, steps), run_dir in runs.items()
+        command(small_data, run_dir, train__steps=steps, **WAYS[way], **settings)
+        for (way, steps), run_dir in runs.items()
     ]
     counts = train_on_hosts(shared_cluster.get(), 2, folder, trainings)
     return {key: (run_dir, count) for (key, run_dir), count in zip(runs.items(), counts, strict=True)}
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_wire_bytes_are_what_the_interface_counts(codec: str, sent: dict[tuple[str, int], tuple[Path, int]]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_wire_bytes_are_what_the_interface_counts(way: str, sent: dict[tuple[str, int], tuple[Path, int]]) -> None:
     """Of twenty steps more, so that what a run sends at its beginning and end is left out."""
-    run_dir, count = sent[codec, LONG]
+    run_dir, count = sent[way, LONG]
     (last,) = records(run_dir)
     steps = LONG - SHORT
     told = steps * int(str(last["wire_bytes"]))
     assert told > steps * 10_000
-    assert count - sent[codec, SHORT][1] == pytest.approx(told, rel=0.05)
+    assert count - sent[way, SHORT][1] == pytest.approx(told, rel=0.05)
