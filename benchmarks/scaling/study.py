@@ -155,4 +155,10 @@ def make_config(study: Study, spec: JobSpec, codec: str, mode: Mode) -> Config:
         fixed["model"] = {"preset": spec.preset}
     for name, values in fixed.items():
         sections[name] = {**sections.get(name, {}), **values}
-    return from_dict(sections, f"study {study.name}", PRESETS)
+    config = from_dict(sections, f"study {study.name}", PRESETS)
+    if config.local_steps.every == "auto":
+        raise HvdlmError(
+            f"study {study.name}: local_steps.every = 'auto' chooses by what it measures: leave it out, and name local "
+            "steps among codecs, as int4/4/4/1"
+        )
+    return config

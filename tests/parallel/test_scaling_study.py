@@ -128,6 +128,7 @@ def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_
         (("layers = 1", "layers = 0"), "model.layers = 0"),
         (('place = "local"', 'place = "fabric"'), "a fabric needs links"),
         (("[settings.train]", "[settings.trains]"), "unknown key trains"),
+        (("[settings.train]", '[settings.local_steps]\nevery = "auto"\n[settings.train]'), "every = 'auto' chooses by"),
         (
             ('place = "local"', 'place = "hostfile"\nhostfile = "HOSTS"'),
             "hosts has too few hosts for 2 ranks",
