@@ -81,10 +81,8 @@ class JobSpec:
 
 def without_directory(codec: str) -> str:
     """A codec, or a method of local steps, where FILE.py:CLASS has no directory."""
-    method = parse_method(codec)
-    if ":" not in method.codec:
-        return codec
-    return Path(method.codec).name + codec.removeprefix(method.codec)
+    path = parse_method(codec).codec
+    return Path(path).name + codec.removeprefix(path)
 
 
 def measured_steps(study: Study, config: Config) -> int:

@@ -113,27 +113,30 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
 
 def local_interval(model: PerformanceModel, scenario: Scenario) -> tuple[int, int]:
     """`local_steps.every` and `overlap` of a scenario; for "auto" those that interval.py would choose."""
+    return _interval(scenario, _compute(model, scenario), _rounds(model, scenario, _exchanges(model, scenario)))
+
+
+def _interval(scenario: Scenario, compute: float, rounds: Sequence[float]) -> tuple[int, int]:
     settings = scenario.local_steps
     assert settings is not None
     if settings.every != "auto":
         return settings.every, settings.overlap
-    return fewest_steps(_compute(model, scenario), sum(_rounds(model, scenario)), settings.fragments)
+    return fewest_steps(compute, sum(rounds), settings.fragments)
 
 
 def _forecast_local_steps(model: PerformanceModel, scenario: Scenario) -> StepForecast:
     """Where ranks share cores, all of them merge at once. Steps of a rank that are slower by chance are made up for by
     others until the round ends.
     """
-    every, overlap = local_interval(model, scenario)
-    exchanges = [stages(model, scenario, index, scenario.compression.codec) for index in range(len(scenario.buckets))]
-    rounds = _rounds(model, scenario)
+    exchanges, compute = _exchanges(model, scenario), _compute(model, scenario)
+    rounds = _rounds(model, scenario, exchanges)
+    every, overlap = _interval(scenario, compute, rounds)
     own, flops = cores(model, scenario), scenario.flops_per_token * scenario.tokens
     merging = codec = 0.0  # of a round
     if rounds:
         merging = model.merge_seconds_per_element * sum(scenario.elements) * max(1.0, 1 / own.available)
         if own.backward and own.available < 2:  # beside steps that compute on the same cores
             codec = sum(stage.seconds for each, _ in exchanges for stage in each if stage.kind == "codec")
-    compute = _compute(model, scenario)
     busy = compute + (merging + codec) / every
     exposed = sum(max(0.0, each - overlap * busy) for each in rounds) / every
     return StepForecast(
@@ -157,7 +160,12 @@ def _compute(model: PerformanceModel, scenario: Scenario) -> float:
     return model.data_seconds + passes * scenario.flops_per_token * scenario.tokens + optimizer
 
 
-def _rounds(model: PerformanceModel, scenario: Scenario) -> list[float]:
+def _exchanges(model: PerformanceModel, scenario: Scenario) -> list[tuple[list[Stage], float]]:
+    """`stages` of each bucket with the scenario's codec."""
+    return [stages(model, scenario, index, scenario.compression.codec) for index in range(len(scenario.buckets))]
+
+
+def _rounds(model: PerformanceModel, scenario: Scenario, exchanges: Sequence[tuple[list[Stage], float]]) -> list[float]:
     """Seconds of the exchange of each fragment while steps go on; none on one rank."""
     if scenario.ranks == 1:
         return []
@@ -165,8 +173,8 @@ def _rounds(model: PerformanceModel, scenario: Scenario) -> list[float]:
     beside_steps = cores(model, scenario)._replace(backward=0.0)
     rounds = []
     for fragment in scenario.fragments:
-        exchanges = [stages(model, scenario, index, scenario.compression.codec)[0] for index in fragment]
-        rounds.append(simulate(BackwardPass([0.0] * len(fragment), 0.0), exchanges, channels, beside_steps).end)
+        ready = BackwardPass([0.0] * len(fragment), 0.0)
+        rounds.append(simulate(ready, [exchanges[index][0] for index in fragment], channels, beside_steps).end)
     return rounds
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from jobs import losses
 from launcher import BIN, launcher_command, run
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart.toml"
@@ -38,3 +40,10 @@ def train(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str) -
     assert max(curve) == STEPS
     assert all(math.isfinite(loss) for loss in curve.values()), curve
     return curve
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Two runs of `STEPS` steps, bit for bit."""
+    first, second = (load_file(run / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[name], second[name]) for name in first)

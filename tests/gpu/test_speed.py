@@ -15,6 +15,7 @@ from torch import nn
 
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import CommSection, CompressionSection
+from hvdlm.gradients.codecs.registry import CODECS
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.training.hardware import choose_device
 
@@ -41,7 +42,7 @@ def test_one_rank(model: str, system: str, text_data: Path, tmp_path: Path, meas
     assert share is None or 0 < share < 1
 
 
-@pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "int4", "int2", "topk", "topk2", "powersgd"])
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_codec(codec: str, measured: Callable[[str], None]) -> None:
     """What encoding and decoding a matrix of gradients takes, nothing being sent, beside one copy of it."""
     gpu = choose_device("cuda", SoloCommunicator())

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_jobs import STEPS, command, train
+from gpu_jobs import STEPS, assert_same_weights, command, train
 from jobs import assert_same_curve, losses, records
 from launcher import BIN, launcher_command, run, start
-from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(180)]
 
@@ -85,8 +84,6 @@ def test_stopped_and_resumed_bit_for_bit(data: Path, tmp_path: Path) -> None:
     assert result.status == STOPPED_EARLY, result.output
     assert 1 <= max(losses(stopped)) < STEPS
     train("none", 1, data, stopped, "--resume", "latest", *options)
-    last = [load_file(each / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors") for each in (whole, stopped)]
-    assert last[0].keys() == last[1].keys() and last[0]
-    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    assert_same_weights(whole, stopped)
     sample = run([str(BIN / "hvdlm"), "generate", str(stopped), "--prompt", "def ", "--tokens", "20"], deadline=60)
     assert sample.status == 0 and "def " in sample.output, sample.output
