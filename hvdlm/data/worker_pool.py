@@ -11,10 +11,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TypeVar
 
@@ -66,9 +67,9 @@ class WorkerPool:
             for item in items:
                 pending.append(self._executor.submit(function, item))
                 if len(pending) == 2 * self._workers:
-                    yield pending.popleft().result()
+                    yield _result(self._executor, pending.popleft())
             while pending:
-                yield pending.popleft().result()
+                yield _result(self._executor, pending.popleft())
         except BrokenProcessPool:
             _let_go_of_dead_workers(self._executor)
             raise HvdlmError(
@@ -123,15 +124,34 @@ def _start_executor(workers: int) -> ProcessPoolExecutor | None:
     return executor
 
 
+def _result(executor: ProcessPoolExecutor, future: Future[Result]) -> Result:
+    """The result of `future`, whose wait also ends when a worker is killed in the middle of writing its result.
+
+    The executor does not see that: it waits for the rest of the result, and other workers for the lock on the pipe.
+    """
+    while not wait((future,), timeout=1).done:
+        if connection.wait([process.sentinel for process in _processes(executor)], timeout=0):
+            _kill_workers(executor)
+    return future.result()
+
+
 def _kill(executor: ProcessPoolExecutor) -> None:
     """For when what the workers do is of no use any more: it might take for ever, as on a file system that hangs."""
-    for process in list((vars(executor)["_processes"] or {}).values()):
+    _kill_workers(executor)
+    _let_go_of_dead_workers(executor)
+    executor.shutdown(cancel_futures=True)
+
+
+def _kill_workers(executor: ProcessPoolExecutor) -> None:
+    for process in _processes(executor):
         process.kill()
     # The executor may be reading a result of which its worker has written a part: it is to see the end of the pipe, of
     # which this process holds the writing side too
     vars(executor)["_result_queue"]._writer.close()
-    _let_go_of_dead_workers(executor)
-    executor.shutdown(cancel_futures=True)
+
+
+def _processes(executor: ProcessPoolExecutor) -> list[BaseProcess]:
+    return list((vars(executor)["_processes"] or {}).values())
 
 
 def _let_go_of_dead_workers(executor: ProcessPoolExecutor) -> None:

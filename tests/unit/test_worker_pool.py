@@ -35,6 +35,28 @@ def test_workers_that_hang_end_with_the_parent_s_error(error: str) -> None:
     assert not alive
 
 
+def test_a_worker_killed_while_it_writes_its_result(tmp_path: Path) -> None:
+    # The executor of the standard library waits for the rest of the result for ever.
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "from multiprocessing.connection import Connection\n"
+        "from hvdlm.data.worker_pool import WorkerPool\n"
+        "def send_half(connection, content):\n"
+        "    os.write(connection.fileno(), bytes(content)[: len(content) // 2])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def work(item):\n"
+        "    if item == 3:\n"
+        "        Connection._send = send_half\n"
+        "    return item\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        list(pool.map(work, range(9)))\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stderr.splitlines()[-1].startswith("hvdlm.errors.HvdlmError: a worker process was killed, most likely")
+
+
 def os_group(pid: int) -> int:
     """The process group of a process, or 0 if it is gone."""
     try:
