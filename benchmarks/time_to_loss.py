@@ -3,8 +3,8 @@
     hvdlm prepare --input python-stdlib --tokenizer bpe:1024 --output data/convergence
     python benchmarks/time_to_loss.py --data data/convergence
 
-Each method is trained once, on one host: at several learning rates with one seed, and at the best of them with several
-seeds and at several lengths. The seconds of a step are measured on emulated hosts (as root) with the same code, round
+Each method is trained on one host, with several seeds: at several learning rates, and at the best of them at several
+lengths. The seconds of a step are measured on emulated hosts (as root) with the same code, round
 by round, as compare.py does it. Finished runs are skipped: an interrupted study continues when it is started again.
 Writes time_to_loss.json, .md and .png; benchmarks/README.md defines the figures. The model is that of convergence.py;
 any setting can be overridden as for `hvdlm train`, by --section.key value.
@@ -79,12 +79,13 @@ def _train(
         tempfile.TemporaryDirectory(prefix="hvdlm-time-to-loss-") as directory,
         open_cluster(setup, Path(directory, "fabric")) as cluster,
     ):
-        sweep = [(method, rate, 1.0, 0) for method in methods for rate in options.rates]
+        seeds = range(options.seeds)
+        sweep = [(method, rate, 1.0, seed) for seed, method, rate in itertools.product(seeds, methods, options.rates)]
         swept = train_all(cluster, config, sweep, options.runs)
         rates = {method: best_rate(swept, method) for method in methods}
         wanted = [
             (method, rates[method], length, seed)
-            for seed, method, length in itertools.product(range(options.seeds), methods, options.lengths)
+            for seed, method, length in itertools.product(seeds, methods, options.lengths)
             if length == 1 or method != DENSE
         ]
         trained = train_all(cluster, config, wanted, options.runs)

@@ -57,8 +57,12 @@ def _train(cluster: Cluster, config: Config, method: str, rate: float, length: f
 
 
 def best_rate(swept: Sequence[Trained], method: str) -> float:
-    """The learning rate with which a method ends at the lowest loss."""
-    return min((each for each in swept if each.method == method), key=lambda each: each.loss).rate
+    """The learning rate with which a method ends at the lowest loss, the mean over seeds."""
+    losses: dict[float, list[float]] = {}
+    for each in swept:
+        if each.method == method:
+            losses.setdefault(each.rate, []).append(each.loss)
+    return min(losses, key=lambda rate: statistics.fmean(losses[rate]))
 
 
 def excess_percent(trained: Sequence[Trained], method: str) -> list[float]:

@@ -328,6 +328,13 @@ def test_the_length_at_which_a_loss_is_reached(
     assert trained.crossing(losses, target) == (None if expected is None else pytest.approx(expected))
 
 
+def test_the_best_learning_rate_is_that_of_the_mean_over_seeds() -> None:
+    losses = {(0.003, 0): 3.2, (0.003, 1): 3.2, (0.006, 0): 3.0, (0.006, 1): 3.5}
+    swept = [trained.Trained("int4", rate, 1, seed, [(9, loss)]) for (rate, seed), loss in losses.items()]
+    swept.append(trained.Trained("none", 0.012, 1, 0, [(9, 2.0)]))
+    assert trained.best_rate(swept, "int4") == 0.003
+
+
 def test_time_to_a_loss(tmp_path: Path) -> None:
     """Method int4/4 needs 1.21 as many steps with one seed and 1.1 as many with the other, at half of the limit."""
 
