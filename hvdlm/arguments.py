@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdlm.errors import HvdlmError
 from hvdlm.paths import expand_path
 
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
@@ -65,3 +66,22 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in word and rest and not _OVERRIDE.fullmatch(rest[0]):
             overrides.append(rest.pop(0))
     return overrides, words
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`--train.steps 5 --optimizer.lr=1e-3` as pairs of key and text. Raises HvdlmError for other words."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or "." not in name:
+            raise HvdlmError(f"unknown argument {flag!r}: settings are overridden as --section.key value")
+        if not equals:
+            if not rest:
+                raise HvdlmError(f"--{name} needs a value: --{name} VALUE")
+            value = rest.pop(0)
+        if not value.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+            raise HvdlmError(f"--{name} is not UTF-8: {value!r}")  # bytes that Python could not decode
+        pairs.append((name, value))
+    return pairs

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hvdlm.arguments import parse_overrides
 from hvdlm.errors import HvdlmError
 from hvdlm.paths import expand_path
 
@@ -196,6 +197,11 @@ class LocalStepsSection(Section):
         description="steps of a rank from one average to the next; 0: gradients every step; auto: as few as hide an "
         "average on the link that is measured, with the overlap that this takes",
     )
+    by: Literal["tokens", "seconds"] = Field(
+        "tokens",
+        description="tokens: every rank trains on its part of each batch; seconds: one that is slower than the fastest "
+        "by more than a tenth leaves out steps, so that a round takes as long on each",
+    )
     warmup_steps: int = Field(
         0,
         ge=0,
@@ -303,7 +309,7 @@ def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Confi
     """
     settings = _read_toml(path) if path else {}
     origin = " and ".join(([str(path)] if path else []) + (["the command line"] if overrides else []))
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         section, _, name = key.partition(".")
         table = settings.setdefault(section, {})
         if not isinstance(table, dict):
@@ -336,25 +342,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise HvdlmError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
         raise HvdlmError(f"{path} is not valid TOML: {error}") from None
-
-
-def _parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`--train.steps 5 --optimizer.lr=1e-3` as pairs of key and text."""
-    pairs: list[tuple[str, str]] = []
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        name, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or "." not in name:
-            raise HvdlmError(f"unknown argument {flag!r}: settings are overridden as --section.key value")
-        if not equals:
-            if not rest:
-                raise HvdlmError(f"--{name} needs a value: --{name} VALUE")
-            value = rest.pop(0)
-        if not value.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-            raise HvdlmError(f"--{name} is not UTF-8: {value!r}")  # bytes that Python could not decode
-        pairs.append((name, value))
-    return pairs
 
 
 def _typed(section: str, name: str, text: str) -> Any:

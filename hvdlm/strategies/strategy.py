@@ -62,6 +62,10 @@ class Strategy(ABC):
 
     # ---- one step
 
+    def takes_part(self) -> bool:
+        """Whether this rank trains on its part of the next batch. Once a step, before it begins."""
+        return True
+
     @abstractmethod
     def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
         """Clears gradients, and tells what this rank has: the number of its targets that count, whether it is asked to

@@ -29,11 +29,12 @@ class StepMetrics:
 
     def _clear(self) -> None:
         self._step_seconds = self._codec_seconds = 0.0
-        self._wire_bytes = self._dense_bytes = 0
+        self._wire_bytes = self._dense_bytes = self._tokens = 0
         self._timers: list[StepTimer] = []
 
-    def add(self, step_seconds: float, timer: StepTimer, traffic: Traffic) -> None:
-        """One step: its seconds, their phases, and what was sent, which overlaps the phases."""
+    def add(self, step_seconds: float, timer: StepTimer, traffic: Traffic, tokens: int) -> None:
+        """One step: its seconds, their phases, what was sent, which overlaps the phases, and this rank's tokens."""
+        self._tokens += tokens
         self._step_seconds += step_seconds
         self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
         self._codec_seconds += traffic.codec_seconds
@@ -54,15 +55,13 @@ class StepMetrics:
         compute = self._step_seconds - data - exposed
         own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
         wire_bytes, dense_bytes = self._wire_bytes, self._dense_bytes
+        told = (loss_sum, tokens, self._tokens, self._peak_flops, own)
         self._clear()
-        losses, counts, peaks, times = zip(
-            *self._communicator.all_gather_object((loss_sum, tokens, self._peak_flops, own)), strict=True
-        )
+        losses, counts, all_tokens, peaks, times = zip(*self._communicator.all_gather_object(told), strict=True)
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
-        tokens = sum(counts)
-        tokens_per_second = tokens * steps / whole
+        tokens_per_second = sum(all_tokens) / whole
         return {
-            "loss": sum(losses) / tokens,
+            "loss": sum(losses) / sum(counts),
             "tokens_per_second": tokens_per_second,
             "utilisation": _utilisation(self._flops_per_token * tokens_per_second, peaks),
             "step_seconds": whole / steps,

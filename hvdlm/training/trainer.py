@@ -144,6 +144,8 @@ class Trainer:
         """One global batch; returns whether some rank asks to stop after it."""
         timer = self.timer = StepTimer(self.device)
         batch, error = self._next_batch(loader)
+        if not self.strategy.takes_part():
+            batch = self._empty_batch()
         timer.end_phase("data")
 
         tokens: int | None = None
@@ -170,7 +172,7 @@ class Trainer:
         timer.end_phase("wait")
 
         rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        norm = torch.zeros(())
+        norm = torch.tensor(math.nan)
         if tokens:
             unscale = self.nominal_tokens / (tokens * self.loss_scale.factor)  # to the mean over those tokens
             norm = self._norm(unscale)
@@ -183,7 +185,7 @@ class Trainer:
         timer.end_phase("wait")
         if end.event is not None:
             self._write("event", message=end.event)
-        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.strategy.traffic)
+        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.strategy.traffic, own_tokens)
         is_last = self.step == self.config.train.steps
         self._log_is_due |= is_last or _is_due(self.step, self.config.log.every)
         self._check_is_due |= _is_due(self.step, self.config.train.check_replicas_every)
@@ -201,8 +203,11 @@ class Trainer:
         try:
             return loader.next(), None
         except HvdlmError as error:
-            empty = torch.empty((0, self.config.model.context_length), dtype=torch.int64)
-            return Batch(self.step, empty, empty), str(error)
+            return self._empty_batch(), str(error)
+
+    def _empty_batch(self) -> Batch:
+        empty = torch.empty((0, self.config.model.context_length), dtype=torch.int64)
+        return Batch(self.step, empty, empty)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets, (b, T) each, of at most `micro_batch_size` sequences; empty if this rank has none."""

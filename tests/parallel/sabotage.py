@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ def stopped() -> None:
         return forward(self, *arguments)
 
     Trainer._forward = stopping_forward  # type: ignore[method-assign]
+
+
+def slow() -> None:
+    forward = Trainer._forward
+
+    def slow_forward(self: Trainer, *arguments: Any) -> Tensor:
+        time.sleep(0.2)
+        return forward(self, *arguments)
+
+    Trainer._forward = slow_forward  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from jobs import Ranks, assert_same_curve, losses, records, start_training
 from safetensors.torch import load_file
+from test_errors import sabotaged
 from test_resume import as_if_killed, wait_for_step
 
 SETTINGS = {"checkpoint__every": 7, "train__check_replicas_every": 1, "model__dropout": 0.1}
@@ -143,3 +144,16 @@ def test_a_resumed_run_times_its_first_steps(before: object, ranks: Ranks, small
     assert len(said) == 1
     assert said[0]["step"] >= 7 + 8
     assert records(run_dir, "train")[-1]["rounds"] > 1
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_a_slow_rank_leaves_out_steps(overlap: int, small_data: Path, tmp_path: Path) -> None:
+    """Rank 1 sleeps 200 ms in a step. What each has trained on is its weight: the averages stay equal on both."""
+    settings = {**SETTINGS, **STREAMING, "local_steps__overlap": overlap, "local_steps__by": "seconds"}
+    result = sabotaged("slow", 1, small_data, tmp_path / "run", **settings)
+    assert result.status == 0, result.output
+    lines = records(tmp_path / "run", "train")
+    assert lines[-1]["step"] == 50
+    # By the first round both train; rank 1 then leaves out most steps, of which it has half
+    assert 0.2 < lines[-1]["left_out"] < 0.5, lines[-1]
+    assert lines[-1]["loss"] < lines[0]["loss"]

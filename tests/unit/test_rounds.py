@@ -14,6 +14,7 @@ from hvdlm.strategies.local_steps.fragment import DifferenceBucket
 from hvdlm.strategies.local_steps.groups import make_groups
 from hvdlm.strategies.local_steps.interval import choose
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
+from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 
 
@@ -126,3 +127,48 @@ def test_as_few_steps_as_hide_a_round(compute, round_, fragments, expected):
 def test_bad_settings_are_one_sentence(words, message):
     with pytest.raises(HvdlmError, match=message):
         load(None, words, PRESETS)
+
+
+# ---- groups that are not as fast as others
+
+
+def told(pace: Pace, *microseconds: int) -> list[bool]:
+    """Ten steps after all groups have told what a step takes."""
+    pace.hear(torch.tensor(microseconds))
+    return [pace.takes_part() for _ in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "steps"),
+    [
+        ((100, 200), [2, 4, 6, 8, 10]),
+        ((100, 250), [3, 5, 8, 10]),  # 0.4 of a step is due each time: 1.2, 1.0 after 5, ...
+        ((100, 105), list(range(1, 11))),  # as fast as the other, but for noise
+        ((200, 100), list(range(1, 11))),
+        ((0, 300), list(range(1, 11))),  # the other has told nothing
+    ],
+)
+def test_a_slow_group_leaves_out_steps(microseconds, steps):
+    taken = told(Pace(1, 2), *microseconds)
+    assert [number for number, takes_part in enumerate(taken, start=1) if takes_part] == steps
+
+
+def test_every_rank_knows_which_groups_take_part():
+    """Also after it has been stopped and goes on."""
+    first, second = Pace(0, 2), Pace(1, 2)
+    assert told(first, 100, 400).count(True) == 10
+    assert told(second, 100, 400).count(True) == 2
+    assert first.state_dict() == second.state_dict()
+    assert first.share_left_out() == 8 / 20
+    resumed = Pace(1, 2)
+    resumed.load_state_dict(second.state_dict())
+    assert [resumed.takes_part() for _ in range(3)] == [second.takes_part() for _ in range(3)] == [False, True, False]
+
+
+def test_what_a_group_tells():
+    pace = Pace(1, 3)
+    assert pace.tell(is_leader=True).tolist() == [0, 0, 0]
+    for seconds in (0.5, 0.002, 0.001, 0.003, 0.002, 0.002, 0.002, 0.002, 0.002):  # the last eight count
+        pace.add(seconds)
+    assert pace.tell(is_leader=True).tolist() == [0, 2000, 0]
+    assert pace.tell(is_leader=False).tolist() == [0, 0, 0]

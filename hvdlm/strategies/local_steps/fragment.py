@@ -142,14 +142,16 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(self, nominal: float, stop: bool, error: str | None) -> None:
+    def begin(self, nominal: float, stop: bool, error: str | None, told: Tensor | None = None) -> None:
         """Begins a round: the leader of each group submits its differences, weighted by the tokens of its group.
 
         `nominal`: tokens of a group in a step. Weights are over those of as many steps, so that they are about 1: what
-        a codec has not delivered counts as much in a shorter round. `stop`, `error`: what this rank tells the others.
+        a codec has not delivered counts as much in a shorter round. `stop`, `error`, `told`, (n,) int64: what this rank
+        tells the others.
         """
         is_leader, channels = self._groups.is_leader, self._groups.channels
-        self._totals = self._groups.everyone.all_reduce_async_(report(int(self.tokens) * is_leader, stop, error))
+        message = report(int(self.tokens) * is_leader, stop, error)
+        self._totals = self._groups.everyone.all_reduce_async_(message if told is None else torch.cat([message, told]))
         self._nominal_tokens = self.steps * nominal
         weight = int(self.tokens) / self._nominal_tokens
         if measures := self._measures_drift():
@@ -176,7 +178,7 @@ class Fragment:
 
     def arrive(self) -> Tensor:
         """Waits until the buckets hold the sum over all ranks, and returns what these have told: tokens, requests to
-        stop and errors, (3,) int64."""
+        stop, errors and what `begin` was given beside, (3 + n,) int64."""
         totals = self._totals.wait()
         if self._factor is None:
             for handle in self._handles:

@@ -20,6 +20,7 @@ class Groups:
     everyone: Communicator
     own: Communicator  # the ranks that step together with this one
     count: int
+    index: int  # of this rank's group
     channels: list[Channel]  # among the first ranks of all groups; none on the others
 
     @property
@@ -57,8 +58,8 @@ def make_groups(
     `largest`: elements of the largest bucket.
     """
     if not config.local_steps.hierarchical or communicator.node_count == communicator.size:
-        return Groups(communicator, SoloCommunicator(), communicator.size, channels)
+        return Groups(communicator, SoloCommunicator(), communicator.size, communicator.rank, channels)
     own = communicator.split(communicator.node_rank, communicator.rank)
     leaders = communicator.split(int(own.rank > 0), communicator.rank)
     among = open_channels(leaders, device, config.comm, config.compression, largest) if own.rank == 0 else []
-    return Groups(communicator, own, communicator.node_count, among)
+    return Groups(communicator, own, communicator.node_count, communicator.node_rank, among)

@@ -40,8 +40,10 @@ class ComputeTimer:
         yield
         self._waited += self._now() - begin
 
-    def end_step(self) -> None:
+    def end_step(self) -> float:
+        """The seconds of this step."""
         self._seconds.append(self._now() - self._begin - self._waited)
+        return self._seconds[-1]
 
     def seconds(self) -> float:
         """The median over the steps that were timed, after those that warm up."""

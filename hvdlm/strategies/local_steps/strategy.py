@@ -26,6 +26,7 @@ from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import make_groups
 from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds
+from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 from hvdlm.strategies.optimizer import optimizer_tensors
 from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
@@ -66,7 +67,10 @@ class LocalSteps(Strategy):
         self._stop = False  # whether this rank has been asked to stop
         self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
         self._traffic = self.sync.traffic
-        self._timer = ComputeTimer(device) if settings.every == "auto" else None
+        self._chooses_interval = settings.every == "auto"  # when the first local step begins
+        self._pace = Pace(self._groups.index, self._groups.count) if settings.by == "seconds" else None
+        self._timer = ComputeTimer(device) if self._chooses_interval or self._pace else None
+        self._takes_part = True  # in the step under way
         self._event: str | None = None  # what is to be said of the next step
         # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
         # differences had arrived, to be used in a later step
@@ -79,6 +83,10 @@ class LocalSteps(Strategy):
         return self._step >= self._rounds.warmup_steps
 
     # ---- one step
+
+    def takes_part(self) -> bool:
+        self._takes_part = self._pace is None or not self.is_local or self._pace.takes_part()
+        return self._takes_part
 
     def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
         if self._timer:
@@ -137,8 +145,9 @@ class LocalSteps(Strategy):
     def end_step(self) -> StepEnd:
         was_local = self.is_local
         self._step += 1
-        if self._timer:
-            self._timer.end_step()
+        seconds = self._timer.end_step() if self._timer else 0.0
+        if self._pace and was_local and self._takes_part:
+            self._pace.add(seconds)
         if not was_local:
             return self._every_step.end_step()
         totals = []
@@ -146,7 +155,8 @@ class LocalSteps(Strategy):
             if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
                 totals.append(fragment.end(has_overlapped=True))
         for fragment in (self.fragments[index] for index in self._rounds.beginning(self._step)):
-            fragment.begin(self._nominal_tokens, self._stop, self._error)
+            told = self._pace.tell(self._groups.is_leader) if self._pace else None
+            fragment.begin(self._nominal_tokens, self._stop, self._error, told)
             if not self._rounds.overlap or fragment.is_own_average:
                 totals.append(fragment.end(has_overlapped=False))
         return self._meet(totals)
@@ -181,11 +191,16 @@ class LocalSteps(Strategy):
         for fragment in self.fragments:
             for bucket in fragment.buckets:
                 bucket.set_outer_()
-        if self._timer:
+        if self._timer and self._chooses_interval:
             round_ = round_seconds(self._groups, self.fragments, self._compression)
             self._rounds, self._event = choose(self._rounds, self._groups, self._timer.seconds(), round_)
-            self._timer = None
+        self._interval_is_known()
         self._every_step.narrow_to(self._groups.own)
+
+    def _interval_is_known(self) -> None:
+        self._chooses_interval = False
+        if self._pace is None:
+            self._timer = None
 
     def _meet(self, totals: list[Tensor]) -> StepEnd:
         """What is known after the rounds that have ended in this step."""
@@ -195,6 +210,8 @@ class LocalSteps(Strategy):
             return StepEnd(stop=False, ranks_have_met=False, event=event)
         if any(int(each[2]) for each in totals):
             raise_if_unreadable(self.communicator, self._error)
+        if self._pace:
+            self._pace.hear(totals[-1][3:])
         return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True, event=event)
 
     # ---- the parameters to keep
@@ -233,7 +250,8 @@ class LocalSteps(Strategy):
         own, average = (sum(column) for column in zip(*squares, strict=True))
         mean = math.fsum(self.communicator.all_gather_object(own)) / self._groups.count
         drift = math.sqrt(max(0.0, 1 - average / mean)) if mean else 0.0
-        return {"rounds": sum(each.rounds for each in self.fragments) / len(self.fragments), "drift": drift}
+        numbers = {"rounds": sum(each.rounds for each in self.fragments) / len(self.fragments), "drift": drift}
+        return {**numbers, "left_out": self._pace.share_left_out()} if self._pace else numbers
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -245,16 +263,18 @@ class LocalSteps(Strategy):
                 "rounds": [fragment.rounds for fragment in self.fragments],
                 "steps": [fragment.steps for fragment in self.fragments],
                 "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
+                "pace": self._pace.state_dict() if self._pace else None,
             },
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
         self._step = step
         saved = state.get("local_steps")
-        if self._timer and as_saved and saved is not None and step > saved["warmup_steps"]:
+        if self._chooses_interval and as_saved and saved is not None and step > saved["warmup_steps"]:
             chosen = {name: saved[name] for name in ("every", "overlap", "warmup_steps")}
-            self._rounds, self._timer = replace(self._rounds, **chosen), None
-        elif self._timer:  # nothing was chosen, or for other ranks: first come steps that are timed
+            self._rounds = replace(self._rounds, **chosen)
+            self._interval_is_known()
+        elif self._chooses_interval:  # nothing was chosen, or for other ranks: first come steps that are timed
             self._rounds = replace(self._rounds, warmup_steps=max(self._rounds.warmup_steps, step + TIMED_STEPS))
         if self.ranks_are_equal:
             self._every_step.load_state_dict(state, step, as_saved)
@@ -264,6 +284,8 @@ class LocalSteps(Strategy):
         self._arrived = saved["under_way"] if saved is not None else []
         if not self._goes_on or saved is None:
             return
+        if self._pace and saved["pace"]:
+            self._pace.load_state_dict(saved["pace"])
         for fragment, rounds, steps in zip(self.fragments, saved["rounds"], saved["steps"], strict=True):
             fragment.rounds, fragment.steps = rounds, steps
             if fragment.outer_parameters().keys() & set(self._arrived):
