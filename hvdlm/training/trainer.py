@@ -13,7 +13,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors, check_replicas
-from hvdlm.config import Config
+from hvdlm.config import Config, LocalStepsSection
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
@@ -78,7 +78,7 @@ class Trainer:
         Returns what the user is to be told. Raises JobError if its weights are of no use.
         """
         size, strategy = state["world_size"], self.strategy
-        combines_alike = state["config"].get("local_steps") == self.config.local_steps.model_dump()
+        combines_alike = LocalStepsSection(**state["config"].get("local_steps", {})) == self.config.local_steps
         as_saved = combines_alike and size == self.communicator.size
         strategy.load_state_dict(state, state["step"], as_saved)
         equal = {**strategy.parameters(), **strategy.optimizer_state()}
