@@ -165,6 +165,10 @@ class CommSection(Section):
         description="seconds that a rank waits for another before the job ends with an error; those in which it is "
         "suspended itself do not count",
     )
+    elastic: bool = Field(
+        False, description="when a rank dies, the others go on without it; needs engine mpi and mpirun --with-ft ulfm"
+    )
+    min_ranks: int = Field(1, gt=0, description="with elastic, fewer ranks save and end the job")
 
 
 class CompressionSection(Section):
@@ -280,6 +284,9 @@ class Config(Section):
             ),
             "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
             "optimizer.algorithm = 'dion' leaves to AdamW": is_dion and compression.codec == "auto",
+            "comm.elastic = true does not go with local steps yet: leave out local_steps.every, or comm.elastic": (
+                self.comm.elastic and bool(local_steps.every)
+            ),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width
             ),

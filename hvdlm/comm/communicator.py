@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.failure import wait_until
+from hvdlm.comm.payload import as_rows, copy_back, pickled, unpickled
 from hvdlm.errors import HvdlmError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Communicator(ABC):
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
     engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"
-    (GPU tensors need no staging through host memory).
+    (GPU tensors need no staging through host memory), "shrink" (ranks that have died can be left out).
     """
 
     engine: str
@@ -101,6 +101,8 @@ class Communicator(ABC):
     def __init__(self) -> None:
         self._groups: list[Communicator] = []  # that were split off
         self._is_closed = False
+        # Called after ranks were left out, in this order, on all that remain; they may communicate
+        self.after_shrink: list[Callable[[], None]] = []
 
     # ---- collective operations
 
@@ -113,7 +115,7 @@ class Communicator(ABC):
         if tensor.numel() == 0:
             return Work.done(tensor)
         flat = self._reducible(tensor, op)
-        return self._all_reduce(flat, op).then(lambda _: _copy_back(flat, tensor))
+        return self._all_reduce(flat, op).then(lambda _: copy_back(flat, tensor))
 
     def reduce_scatter(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         """This rank's part, 1-D, of the reduction of `tensor`, seen as flat and cut by `part_lengths`."""
@@ -156,7 +158,7 @@ class Communicator(ABC):
         if sum(byte_lengths) == 0:
             return Work.done([tensor.new_empty(length, *row_shape) for length in lengths])
         work = self._all_gather(self._as_bytes(tensor), byte_lengths)
-        return work.then(lambda gathered: _as_rows(gathered.split(byte_lengths), lengths, tensor))
+        return work.then(lambda gathered: as_rows(gathered.split(byte_lengths), lengths, tensor))
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int] | None = None) -> list[Tensor]:
         """What each rank has for this one, in the order of ranks: `parts[r]` is sent to rank r.
@@ -183,7 +185,7 @@ class Communicator(ABC):
         if row_bytes == 0:
             return Work.done([like.new_empty(length, *row_shape) for length in lengths])
         work = self._all_to_all([self._as_bytes(part) for part in parts], [length * row_bytes for length in lengths])
-        return work.then(lambda received: _as_rows(received, lengths, like))
+        return work.then(lambda received: as_rows(received, lengths, like))
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Replaces `tensor` on every rank by that of `root`. Shapes and dtypes are equal on all ranks."""
@@ -195,7 +197,7 @@ class Communicator(ABC):
         if tensor.numel() == 0:
             return Work.done(tensor)
         data = self._as_bytes(tensor)
-        return self._broadcast(data, root).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
+        return self._broadcast(data, root).then(lambda _: copy_back(data.view(tensor.dtype), tensor))
 
     # ---- point-to-point operations
 
@@ -218,22 +220,22 @@ class Communicator(ABC):
         if tensor.numel() == 0:
             return Work.done(tensor)
         data = self._as_bytes(tensor)
-        return self._receive(data, source).then(lambda _: _copy_back(data.view(tensor.dtype), tensor))
+        return self._receive(data, source).then(lambda _: copy_back(data.view(tensor.dtype), tensor))
 
     # ---- objects, barrier, groups, abort and close
 
     def broadcast_object(self, value: T, root: int = 0) -> T:
         """`value` of `root`, on every rank. Anything that pickle takes."""
-        data = _pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
+        data = pickled(value) if self.rank == root else torch.empty(0, dtype=torch.uint8)
         length = self.broadcast_(torch.tensor([data.numel()]), root)
         if self.rank != root:
             data = torch.empty(int(length), dtype=torch.uint8)
-        result: T = _unpickled(self.broadcast_(data, root))
+        result: T = unpickled(self.broadcast_(data, root))
         return result
 
     def all_gather_object(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks. Anything that pickle takes."""
-        return [_unpickled(data) for data in self.all_gather_v(_pickled(value))]
+        return [unpickled(data) for data in self.all_gather_v(pickled(value))]
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -270,6 +272,27 @@ class Communicator(ABC):
 
         Prints `reason` to stderr, unless it is empty.
         """
+
+    def shrink_(self) -> None:
+        """Leaves out the ranks that have died; the others keep their order.
+
+        For every rank that lives, after a DeadRankError of this communicator or a group. Groups that were split off are
+        gone, and operations under way have ended by DeadRankError on every rank. Raises that too if another rank dies
+        meanwhile, to be called again; and LostRankError if one neither answers nor dies, or if all ranks live.
+        """
+        self.revoke()
+        while self._groups:
+            self._groups.pop()._abandon()
+        self._shrink()
+        self._locate()
+        for follow in self.after_shrink:
+            follow()
+
+    def revoke(self) -> None:
+        """Ends what is under way here and in groups that were split off, by DeadRankError on every rank."""
+        for group in self._groups:
+            group.revoke()
+        self._revoke()
 
     def close(self) -> None:
         """Closes the groups that were split off, the last one first, then this one. Collective.
@@ -317,6 +340,16 @@ class Communicator(ABC):
     def _receive(self, data: Tensor, source: int) -> Work[None]:
         raise HvdlmError(f"engine {self.engine} has no receive; use engine mpi or torch")
 
+    def _revoke(self) -> None:
+        raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
+
+    def _shrink(self) -> None:
+        """Replaces the ranks by those that live. All operations have been revoked."""
+        raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
+
+    def _abandon(self) -> None:
+        """Closes this group without its ranks, once its operations have ended. Not collective."""
+
     # ---- shared by all engines
 
     def _locate(self) -> None:
@@ -359,32 +392,6 @@ def _check_dtype(tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
         raise TypeError(f"{tensor.dtype} is not communicated; convert it to one of {names}")
-
-
-def _copy_back(flat: Tensor, tensor: Tensor) -> Tensor:
-    """Copies the result into the caller's tensor, unless the operation was in place."""
-    target = tensor.detach()
-    if flat.data_ptr() != target.data_ptr():
-        target.copy_(flat.view(target.shape))
-    return tensor
-
-
-def _as_rows(pieces: Sequence[Tensor], lengths: Sequence[int], like: Tensor) -> list[Tensor]:
-    """Bytes as tensors on the device of `like`, of its dtype and, but for their `lengths`, of its shape."""
-    # a piece may start anywhere, but a view of a wider dtype must be aligned
-    aligned = [piece.clone() if piece.storage_offset() % like.element_size() else piece for piece in pieces]
-    return [
-        piece.to(like.device).view(like.dtype).reshape(length, *like.shape[1:])
-        for piece, length in zip(aligned, lengths, strict=True)
-    ]
-
-
-def _pickled(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _unpickled(data: Tensor) -> Any:
-    return pickle.loads(data.numpy().tobytes())
 
 
 _warned: set[str] = set()

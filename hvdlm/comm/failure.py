@@ -53,6 +53,10 @@ class LostRankError(HvdlmError):
     """Another rank has not arrived, or has died; missing_ranks.py may find out which."""
 
 
+class DeadRankError(LostRankError):
+    """The engine has noticed that another rank has died, or another rank has: the others can go on without it."""
+
+
 @contextmanager
 def lost_rank_errors(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None]:
     """Turns what an engine raises when it has lost a rank into a LostRankError of one sentence."""

@@ -8,6 +8,11 @@ spinning slows down the rank it waits for. So before each collective the ranks e
 is polled with short sleeps; the collective itself runs when all ranks have entered it.
 
 MPI counts in 32 bits, so longer messages go in pieces.
+
+Where mpirun was told `--with-ft ulfm`, a rank that dies does not end the others: their operations raise errors, and
+`shrink_` leaves it out (MPI 5, chapter on process fault tolerance; Bland et al., "Post-failure recovery of MPI
+communication capability", IJHPCA 2013). MPI_Finalize would then wait for the dead for ever (Open MPI issue 11404), so
+ranks exit without it.
 """
 
 from __future__ import annotations
@@ -16,16 +21,22 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
+import mpi4py
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
-from hvdlm.comm.failure import lost_rank_errors, result_within, say, wait_until
+from hvdlm.comm.failure import DeadRankError, LostRankError, lost_rank_errors, result_within, say, wait_until
 from hvdlm.errors import HvdlmError
+
+# What mpirun --with-ft ulfm tells its ranks
+CAN_SHRINK = os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+mpi4py.rc.finalize = not CAN_SHRINK
+
+from mpi4py import MPI  # noqa: E402  which calls MPI_Init
 
 T = TypeVar("T")
 
@@ -56,7 +67,7 @@ class MPICommunicator(Communicator):
     """Ranks of an MPI communicator. Needs MPI_THREAD_MULTIPLE, which Open MPI and MPICH give by default."""
 
     engine = "mpi"
-    capabilities = frozenset({"send", "split"})
+    capabilities = frozenset({"send", "split", "shrink"} if CAN_SHRINK else {"send", "split"})
 
     def __init__(self, timeout: float, group: MPI.Comm | None = None) -> None:
         """`timeout`: seconds that a rank waits for the others before it gives up."""
@@ -82,9 +93,37 @@ class MPICommunicator(Communicator):
         os._exit(1)  # MPI_Abort may return before the launcher's signal arrives
 
     def _close(self) -> None:
+        if CAN_SHRINK:
+            self._leave_together()
+            return
         self._submit(lambda: None).wait()
         self._thread.shutdown()
         self._group.Free()
+
+    def _leave_together(self) -> None:
+        """Whoever leaves is dead for those that stay: all agree before the first one does. A rank that has died since
+        the last operation keeps nobody.
+        """
+        with suppress(MPI.Exception):
+            result_within(self._thread.submit(self._group.Agree, 1), self._timeout, self.rank, "the other ranks")
+        self._thread.shutdown()
+
+    def _revoke(self) -> None:
+        with self._errors():
+            self._group.Revoke()
+
+    def _shrink(self) -> None:
+        # Queued behind what this thread still has to do: all of it fails, as the group is revoked
+        future = self._thread.submit(self._group.Shrink)
+        with self._errors():
+            shrunk = result_within(future, self._timeout, self.rank, "the other ranks to leave out one that has died")
+        if shrunk.Get_size() == self.size:
+            raise LostRankError(f"rank {self.rank} has lost contact with another rank, but all ranks live")
+        self._group = shrunk
+        self.rank, self.size = shrunk.Get_rank(), shrunk.Get_size()
+
+    def _abandon(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return dtype in _REDUCIBLE
@@ -208,6 +247,9 @@ class MPICommunicator(Communicator):
                     f"{here} received a longer message than it expects ({_first_line(error)}): another rank is not at "
                     "the same place; if all ranks have the same settings, data set and hvdlm, this is a bug in hvdlm"
                 ) from error
+            if CAN_SHRINK:
+                # Of any class: what non-blocking collectives raise when a rank has died is MPI_ERR_OTHER at times
+                raise DeadRankError(f"{here}: another rank has died ({_first_line(error)})") from error
             with lost_rank_errors(self.engine, self.rank, MPI.Exception):
                 raise
 

@@ -50,6 +50,10 @@ class Channel:
         if self._owns_communicator:
             self.communicator.close()
 
+    def abandon(self) -> None:
+        """Ends the thread, whose operations have been revoked. Not collective."""
+        self._thread.shutdown(cancel_futures=True)
+
     def reset_counters(self) -> None:
         """Counts bytes and seconds from zero."""
         self.exchange.reset_counters()

@@ -101,8 +101,7 @@ class GradientSync:
         self._left_residuals: list[tuple[Tensor, Tensor]] = []  # buffers, and what codecs had left at `narrow_to`
         self._arrival: Work[None] = Work.done(None)  # ends when the last step's sums are there, on a GPU too
         self._index_slots()
-        for parameter in self._slots:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
         self.traffic = self._measure_traffic()  # of the last step
 
     @property
@@ -186,6 +185,14 @@ class GradientSync:
         once.
         """
         self._communicator.arrival(self._device).wait()
+
+    def abandon(self) -> None:
+        """Lets go of the module and ends channels, whose operations have been revoked. Not collective."""
+        for hook in self._hooks:
+            hook.remove()
+        for channel in self.channels:
+            channel.abandon()
+        self._handles.clear()
 
     def close(self) -> None:
         """Closes channels and their groups of ranks, in the order in which all ranks have opened them. Collective."""

@@ -88,6 +88,12 @@ class EveryStep(Strategy):
     def finish(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        self.sync.abandon()
+
+    def step_state(self) -> dict[str, Tensor]:
+        return self.sync.codec_state()
+
     def close(self) -> None:
         self.sync.close()
 

@@ -125,6 +125,16 @@ class Strategy(ABC):
         """After the last step of a run: the parameters of all ranks become those that are to be kept."""
 
     @abstractmethod
+    def abandon(self) -> None:
+        """Lets go of the model, whose `.grad` another strategy may take over. For after a rank has died, when nothing
+        is under way any more; not collective.
+        """
+
+    @abstractmethod
+    def step_state(self) -> dict[str, Tensor]:
+        """What the messages of a step change before it is applied, by name: views."""
+
+    @abstractmethod
     def close(self) -> None:
         """Closes what was opened for messages between ranks. Collective."""
 

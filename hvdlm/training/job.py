@@ -7,12 +7,12 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.failure import LostRankError, say
+from hvdlm.comm.failure import DeadRankError, LostRankError, say
 from hvdlm.comm.launch import connect, detect
 from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
@@ -38,12 +38,22 @@ def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicato
     refuse_ranks_that_seem_alone(detect(os.environ))
     communicator = connect(engine, timeout)
     where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
-    reporter = None
+    reporter: MissingRankReporter | None = None
+
+    def find_others() -> None:
+        nonlocal reporter
+        if reporter is not None:
+            reporter.close()
+        reporter = MissingRankReporter(communicator)
+
     try:
         check_ranks_match(communicator, config_digest)
-        reporter = MissingRankReporter(communicator)
+        find_others()
+        communicator.after_shrink.append(find_others)
         yield communicator
-        communicator.barrier()
+        with suppress(DeadRankError):  # one that has died here has done all that it had to do
+            communicator.barrier()
+        assert reporter is not None
         reporter.close()
         communicator.close()
     except JobError as error:

@@ -28,11 +28,11 @@ class MetricsLog:
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise self._write_error(write_failure(error)) from error
-        self._validated = {record["step"] for record in kept if record["kind"] == "eval"}
+        self._held = {(record["kind"], record["step"]) for record in kept}
 
-    def is_validated(self, step: int) -> bool:
-        """Whether there is a validation loss of a step."""
-        return step in self._validated
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether there is a record of that kind of a step."""
+        return (kind, step) in self._held
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none."""
@@ -44,6 +44,7 @@ class MetricsLog:
             raise self._write_error(write_failure(error)) from error
         if written != len(line):
             raise self._write_error("only a part of the line fits; make room")
+        self._held.add((kind, step))
         self._view.show(record)
 
     def _write_error(self, reason: str) -> HvdlmError:

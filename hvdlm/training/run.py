@@ -18,6 +18,7 @@ from hvdlm.training import checkpoint
 from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.console import open_view
 from hvdlm.training.dry_run import print_dry_run
+from hvdlm.training.elastic import check_elastic
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
@@ -26,6 +27,7 @@ from hvdlm.training.model import check_compiler, check_deterministic
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.run_directory import RunDirectory
+from hvdlm.training.saved_state import restore
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         Preemption() as preemption,
         job(config.comm.engine, config.comm.timeout, config.digest()) as communicator,
     ):
+        check_elastic(config, communicator)
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
@@ -70,10 +73,19 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
-            sentences = trainer.restore(source, state)
+            sentences = restore(trainer, source, state)
         else:
             trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
+
+        def open_metrics(step: int) -> MetricsLog:
+            return MetricsLog(run_directory.path, step, open_view(config.train.steps, step))
+
+        def take_over(step: int) -> MetricsLog:
+            run_directory.take_over(config)
+            return open_metrics(step)
+
+        trainer.open_metrics = take_over
         if communicator.rank == 0:
             logger.info(
                 "%s parameters, %d ranks on %d nodes, %s, %d CPU threads a rank",
@@ -86,11 +98,11 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             steps = config.train.steps
             if trainer.step >= steps:
                 logger.info("all %d steps are done: nothing to train; raise train.steps to go on", steps)
-            trainer.metrics = MetricsLog(run_directory.path, trainer.step, open_view(steps, trainer.step))
+            trainer.metrics = open_metrics(trainer.step)
             for sentence in [*run_directory.changed_settings, *sentences]:
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
-            with loader, out_of_memory_errors(_LESS_MEMORY):
+            with out_of_memory_errors(_LESS_MEMORY):
                 finished = trainer.train(loader, preemption)
         finally:
             if trainer.metrics is not None:

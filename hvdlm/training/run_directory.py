@@ -58,6 +58,17 @@ class RunDirectory:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
+    def take_over(self, config: Config) -> None:
+        """Goes on with the run of a process that has died, by one that has become rank 0.
+
+        On a host that does not share the directory, what follows is in one of its own.
+        """
+        self._acquire()
+        settings = self.path / _SETTINGS
+        if not settings.exists():
+            with self._naming_failures():
+                settings.write_text(config.to_toml(), encoding="utf-8")
+
     def close(self) -> None:
         """Leaves the directory to other jobs."""
         if self._lock is not None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
-from hvdlm.comm.rank_errors import on_rank_0
-from hvdlm.comm.replicas import broadcast_tensors, check_replicas
-from hvdlm.config import Config, LocalStepsSection
+from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.replicas import check_replicas
+from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
@@ -22,10 +23,11 @@ from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
 from hvdlm.strategies import make_strategy
 from hvdlm.strategies.optimizer import make_optimizer
-from hvdlm.strategies.strategy import RankState, UnreadableBatchError
+from hvdlm.strategies.strategy import UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
 from hvdlm.training import checkpoint
+from hvdlm.training.elastic import Elastic
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.late_number import LateNumber
@@ -33,9 +35,20 @@ from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
-from hvdlm.training.rank_states import gather_to_files, read_equal_state, scatter_from_checkpoint
+from hvdlm.training.saved_state import save
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.step_metrics import StepMetrics
+
+
+@dataclass
+class Due:
+    """What follows the last step, and has not been done yet."""
+
+    log: bool = False
+    check: bool = False
+    first_step: bool = False
+    save: bool = False
+    validation: bool = False
 
 
 class Trainer:
@@ -46,22 +59,29 @@ class Trainer:
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         self.model = make_model(config, vocab_size, device)
-        optimizer = make_optimizer(self.model, config.optimizer)
-        self.strategy = make_strategy(self.model, optimizer, communicator, config)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.strategy = make_strategy(self.model, self.optimizer, communicator, config)
         self.sync = self.strategy.sync
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
-        self._saved_step = 0  # the last one of which there is a checkpoint
+        self.saved_step = 0  # the last one of which there is a checkpoint
         self.metrics: MetricsLog | None = None  # rank 0 has one
         flops = flops_per_token(config.model, vocab_size)
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
         self.timer = StepTimer(device)  # of the last step
         # Tokens of a global batch in which every target counts
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length
-        self._tokenizer = b""  # on rank 0, which saves, the content of the data set's tokenizer.json
+        self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self._unchecked_norm: tuple[int, LateNumber] | None = None  # of the step before, on a GPU
-        # What waits for a step in which the ranks meet
-        self._log_is_due = self._check_is_due = False
+        # Of the step under way, or the last one
+        self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
+        self._own_tokens = self._tokens = 0  # of this rank, of all
+        self._rate, self.norm = 0.0, torch.tensor(math.nan)
+        self._ranks_have_met = True
+        self.due = Due(first_step=True)
+        self.stop = False  # whether some rank was asked to stop: training ends after this step
+        self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
+        self.elastic = Elastic(self) if config.comm.elastic and communicator.size > 1 else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -72,32 +92,6 @@ class Trainer:
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
         self.strategy.start()
 
-    def restore(self, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> list[str]:
-        """Restores a checkpoint, which rank 0 has open as `source`; all ranks have its `state`. Collective.
-
-        Returns what the user is to be told. Raises JobError if its weights are of no use.
-        """
-        size, strategy = state["world_size"], self.strategy
-        combines_alike = LocalStepsSection(**state["config"].get("local_steps", {})) == self.config.local_steps
-        as_saved = combines_alike and size == self.communicator.size
-        strategy.load_state_dict(state, state["step"], as_saved)
-        equal = {**strategy.parameters(), **strategy.optimizer_state()}
-        on_rank_0(self.communicator, lambda: read_equal_state(source, equal, size))
-        broadcast_tensors(self.communicator, equal.values())
-        self.loss_scale.load_state_dict(state["loss_scale"])
-        own = self._rank_state()
-        scatter_from_checkpoint(self.communicator, source, own, size)
-        if "loss_scale" in own.dropped:
-            self.loss_scale.load_tensor(own.dropped["loss_scale"])
-        strategy.restored(self.loss_scale.factor / state["loss_scale"]["factor"])  # precision may differ
-        self.step = self._saved_step = state["step"]
-        if as_saved or state.get("ranks_are_equal", True):
-            return []
-        return [
-            "training goes on from the parameters that were averaged last, with the mean of the moments: the number of "
-            "ranks or [local_steps] was another, so what each rank has learned since is not used"
-        ]
-
     def train(self, loader: Loader, preemption: Preemption) -> bool:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before.
 
@@ -106,28 +100,45 @@ class Trainer:
         What has been trained is saved before it is validated: a job that is killed meanwhile has lost nothing, and
         validates when it goes on.
         """
-        train, save_every = self.config.train, self.config.checkpoint.every
-        if self.communicator.rank == 0:  # now: whoever moves the data set while a job runs does not keep it from saving
-            self._tokenizer = self.data.tokenizer_path.read_bytes()
-        first, stop = self.step + 1, False
-        if self._was_killed_in_validation():
-            stop = not self._validate(preemption)
-        while self.step < train.steps and not stop:
-            try:
-                stop = self.train_step(loader, preemption.requested)
-            except UnreadableBatchError as error:
-                raise JobError(f"{error}{self._save_what_is_done(loader)}") from None
-            if self.step == first:
-                self._write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
-            if self.step == train.steps:
+        if self.communicator.rank == 0 or self.elastic:
+            # Now: whoever moves the data set while a job runs does not keep it from saving
+            self.tokenizer = self.data.tokenizer_path.read_bytes()
+        steps = self.config.train.steps
+        self.due.validation = self._was_killed_in_validation()
+        try:
+            while True:
+                try:
+                    self._do_what_is_due(preemption)
+                    if self.step >= steps or self.stop:
+                        break
+                    self.train_step(loader, preemption.requested)
+                except UnreadableBatchError as error:
+                    raise JobError(f"{error}{self._save_what_is_done()}") from None
+                except DeadRankError as error:
+                    if self.elastic is None:
+                        raise
+                    loader = self.elastic.recover(error, loader)
+        finally:
+            loader.close()
+        return self.step >= steps and not self.stop  # more, if it goes on with fewer steps than are done
+
+    def _do_what_is_due(self, preemption: Preemption) -> None:
+        """What follows a step, or followed one that a rank has died after."""
+        self._report_step()
+        if self.due.first_step and self.step > self.saved_step:
+            self.write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
+            self.due.first_step = False
+        if self.due.save:
+            if self.step == self.config.train.steps:
                 self.strategy.finish()
-            if self.step == train.steps or stop or _is_due(self.step, save_every):
-                self._save(loader)
-            if self._validates() and not stop:
-                stop = not self._validate(preemption)
-                if stop and self._saved_step != self.step:
-                    self._save(loader)
-        return self.step >= train.steps and not stop  # more, if it goes on with fewer steps than are done
+            save(self)
+            self.due.save = False
+        if self.due.validation:
+            self.stop |= not self._validate(preemption)
+            self.due.validation = False
+            if self.stop and self.saved_step != self.step:
+                self.due.save = True
+                self._do_what_is_due(preemption)
 
     def _validates(self) -> bool:
         """Whether a validation follows the step that was done last."""
@@ -138,7 +149,7 @@ class Trainer:
         """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
         if self.step == 0 or not self._validates():
             return False
-        return self.communicator.broadcast_object(self.metrics is not None and not self.metrics.is_validated(self.step))
+        return self.communicator.broadcast_object(self.metrics is not None and not self.metrics.holds("eval", self.step))
 
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank asks to stop after it."""
@@ -149,10 +160,12 @@ class Trainer:
         timer.end_phase("data")
 
         tokens: int | None = None
-        own_tokens = int((batch.targets != IGNORE).sum())
-        status = self.strategy.begin_step(own_tokens, stop_here, error)
+        self._own_tokens = int((batch.targets != IGNORE).sum())
+        status = self.strategy.begin_step(self._own_tokens, stop_here, error)
+        if self.elastic:
+            self.elastic.begin_step()
         self._seed_dropout()
-        losses = []
+        losses: list[Tensor] = []
         micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
         factor = self.loss_scale.factor / self.nominal_tokens
@@ -170,33 +183,45 @@ class Trainer:
             self.strategy.set_last_micro_batch()
         self.strategy.wait()
         timer.end_phase("wait")
+        self._losses, self._tokens = losses, tokens
+        if self.elastic:
+            self.elastic.have_sums()
+        self.complete_step(self.strategy.norm() * self._unscale() if tokens else torch.tensor(math.nan))
+        self._report_step()
+        return self.stop
 
-        rate = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        norm = torch.tensor(math.nan)
-        if tokens:
-            unscale = self.nominal_tokens / (tokens * self.loss_scale.factor)  # to the mean over those tokens
-            norm = self._norm(unscale)
-            if not self._skip_step(norm):
-                self._scale_and_clip(unscale, norm)
-                self._update(rate)
-        timer.end_phase("optimizer")
+    def complete_step(self, norm: Tensor) -> None:
+        """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
+        unscale = self._unscale() if self._tokens else 1.0  # `_skip_step` may change the scale of the loss
+        self.norm, self._rate = norm, learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+        if self._tokens and not self._skip_step(norm):
+            self._scale_and_clip(unscale, norm)
+            self._update(self._rate)
+        self.timer.end_phase("optimizer")
         self.step += 1
         end = self.strategy.end_step()
-        timer.end_phase("wait")
+        self.timer.end_phase("wait")
         if end.event is not None:
-            self._write("event", message=end.event)
-        self.step_metrics.add(time.perf_counter() - timer.begin, timer, self.strategy.traffic, own_tokens)
-        is_last = self.step == self.config.train.steps
-        self._log_is_due |= is_last or _is_due(self.step, self.config.log.every)
-        self._check_is_due |= _is_due(self.step, self.config.train.check_replicas_every)
-        if self._log_is_due and (end.ranks_have_met or is_last):
+            self.write("event", message=end.event)
+        seconds = time.perf_counter() - self.timer.begin
+        self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._own_tokens)
+        self._ranks_have_met = end.ranks_have_met
+        self.stop |= end.stop
+        train, is_last = self.config.train, self.step == self.config.train.steps
+        self.due.log |= is_last or _is_due(self.step, self.config.log.every)
+        self.due.check |= _is_due(self.step, train.check_replicas_every)
+        self.due.save |= is_last or end.stop or _is_due(self.step, self.config.checkpoint.every)
+        self.due.validation |= self._validates() and not end.stop
+
+    def _report_step(self) -> None:
+        """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
+        if self.due.log and (self._ranks_have_met or self.step == self.config.train.steps):
             self.sync.synchronize()
-            self._log(sum(map(float, losses)), own_tokens, rate, float(norm))
-            self._log_is_due = False
-        if self._check_is_due and end.ranks_have_met:
+            self._log()
+            self.due.log = False
+        if self.due.check and self._ranks_have_met:
             check_replicas(self.communicator, self.parameters, self.step)
-            self._check_is_due = False
-        return end.stop
+            self.due.check = False
 
     def _next_batch(self, loader: Loader) -> tuple[Batch, str | None]:
         """This rank's part of the next global batch; or an empty one and why it cannot be read."""
@@ -231,9 +256,9 @@ class Trainer:
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
         return token_loss(hidden, self.model.output_weight, targets, self.model.dtype, grad_scale=grad_scale)
 
-    def _norm(self, unscale: float) -> Tensor:
-        """Norm of the gradients of the mean loss, a scalar on their device."""
-        return self.strategy.norm() * unscale
+    def _unscale(self) -> float:
+        """By what the summed gradients are multiplied to be those of the mean loss."""
+        return self.nominal_tokens / (self._tokens * self.loss_scale.factor)
 
     def _skip_step(self, norm: Tensor) -> bool:
         """Whether fp16 gradients overflowed, so that this step is skipped; adapts the loss scale.
@@ -250,7 +275,7 @@ class Trainer:
         self.strategy.scale_residuals_(self.loss_scale.update(skip))
         if skip:
             factor = self.loss_scale.factor
-            self._write("event", message=f"fp16 gradients overflowed: step skipped, loss scale now {factor:g}")
+            self.write("event", message=f"fp16 gradients overflowed: step skipped, loss scale now {factor:g}")
         return skip
 
     def _check_norm(self, norm: Tensor) -> None:
@@ -300,10 +325,16 @@ class Trainer:
         """The optimizer step, with learning rate `rate`."""
         self.strategy.apply(rate)
 
-    def _log(self, loss_sum: float, tokens: int, rate: float, norm: float) -> None:
-        """`loss_sum`, `tokens`: this rank's. Collective."""
-        numbers = {**self.step_metrics.collect(loss_sum, tokens), **self.strategy.log_numbers()}
-        self._write("train", lr=rate, grad_norm=norm, tokens=self._tokens_done(), **numbers)
+    def own_loss(self) -> tuple[float, int]:
+        """This rank's sum of the loss over its tokens in the last step, nats, and their number."""
+        return sum(map(float, self._losses)), self._own_tokens
+
+    def _log(self) -> None:
+        """Collective."""
+        loss = self.elastic.loss() if self.elastic else self.own_loss()
+        numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
+        if self.metrics is None or not self.metrics.holds("train", self.step):
+            self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
 
     def _validate(self, preemption: Preemption) -> bool:
         """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
@@ -311,13 +342,13 @@ class Trainer:
         Raises JobError if the loss is not finite.
         """
         if not self.data.validation.shards:
-            self._write("event", message="no validation: the data set was prepared without it")
+            self.write("event", message="no validation: the data set was prepared without it")
             return True
         sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
         with self.strategy.evaluation_parameters():
             result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
         if result is not None:
-            self._write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
+            self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
             if not math.isfinite(result.loss):
                 raise JobError(
                     f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "
@@ -325,50 +356,11 @@ class Trainer:
                 )
         return result is not None
 
-    def _state(self, loader: Loader) -> dict[str, Any]:
-        """The contents of a checkpoint's state.json."""
-        return {
-            "step": self.step,
-            "data": {**loader.state_dict(), "batch": self.step},
-            "loss_scale": self.loss_scale.state_dict(),
-            **self.strategy.state_dict(),
-            "ranks_are_equal": self.strategy.ranks_are_equal,
-            "config": self.config.model_dump(),
-            "vocab_size": self.model.vocab_size,
-            "world_size": self.communicator.size,
-            "fingerprint": self.data.fingerprint,
-            "versions": checkpoint.versions(),
-        }
-
-    def _save(self, loader: Loader) -> None:
-        """Raises JobError, and leaves the checkpoints as they are, if the weights are of no use."""
-        equal = self.parameters, self.strategy.optimizer_state()
-        if name := checkpoint.not_finite(equal[0]):
-            raise JobError(
-                f"{name} holds NaN or infinite numbers after step {self.step}, which is not saved: lower optimizer.lr, "
-                "and resume from the last checkpoint"
-            )
-        parent, keep = checkpoint.directory(self.config.train.run_dir), self.config.checkpoint.keep
-        ranks = gather_to_files(self.communicator, self._rank_state().tensors(), parent)
-
-        def write() -> Path:
-            return checkpoint.save(parent, self.step, *equal, self._state(loader), self._tokenizer, keep, ranks)
-
-        self._write("event", message=f"saved {on_rank_0(self.communicator, write)}")
-        self._saved_step = self.step
-
-    def _rank_state(self) -> RankState:
-        """What each rank has of its own; its loss scale, too, where ranks step by gradients of their own."""
-        state = self.strategy.rank_state()
-        if self.loss_scale.is_dynamic and not self.strategy.ranks_are_equal:
-            state.dropped["loss_scale"] = self.loss_scale.tensor()
-        return state
-
-    def _save_what_is_done(self, loader: Loader) -> str:
+    def _save_what_is_done(self) -> str:
         """Saves the last step, unless it is saved; returns what an error message says of it."""
-        if self._saved_step == self.step:
+        if self.saved_step == self.step:
             return ""
-        self._save(loader)
+        save(self)
         return f"; step {self.step} was saved: go on with --resume latest"
 
     def open_loader(self) -> Loader:
@@ -381,7 +373,7 @@ class Trainer:
             self.data, length, train.global_batch_size, train.seed, *share, ahead, start=self.step, pin_memory=pin
         )
 
-    def _write(self, kind: str, **values: Any) -> None:
+    def write(self, kind: str, **values: Any) -> None:
         if self.metrics is not None:
             self.metrics.write(kind, self.step, **values)
 

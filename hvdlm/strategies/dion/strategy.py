@@ -67,5 +67,10 @@ class Dion(EveryStep):
         super().apply(rate)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        factors = {name: factor for momentum in self._momenta for name, factor in momentum.right_factors().items()}
-        return {**super().optimizer_state(), **factors}
+        return {**super().optimizer_state(), **self._right_factors()}
+
+    def step_state(self) -> dict[str, Tensor]:
+        return {**super().step_state(), **self._right_factors()}
+
+    def _right_factors(self) -> dict[str, Tensor]:
+        return {name: factor for momentum in self._momenta for name, factor in momentum.right_factors().items()}

@@ -180,6 +180,14 @@ class LocalSteps(Strategy):
             fragment.end(has_overlapped=False)
         self._model.update_low_precision_weights()
 
+    def abandon(self) -> None:
+        self._every_step.abandon()
+        for channel in [*self._first_channels, *self._groups.channels]:
+            channel.abandon()
+
+    def step_state(self) -> dict[str, Tensor]:
+        return self._every_step.step_state()
+
     def close(self) -> None:
         for channel in self._first_channels:
             channel.close()
