@@ -80,6 +80,7 @@ class MPICommunicator(Communicator):
         # A duplicate keeps our messages apart from those of other MPI code in this process.
         self._group = MPI.COMM_WORLD.Dup() if group is None else group
         self._timeout = timeout
+        self._is_revoked = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-mpi")
         self.rank, self.size = self._group.Get_rank(), self._group.Get_size()
         self._locate()
@@ -109,14 +110,19 @@ class MPICommunicator(Communicator):
         self._thread.shutdown()
 
     def _revoke(self) -> None:
-        with self._errors():
+        self._is_revoked = True
+        with suppress(MPI.Exception):
             self._group.Revoke()
 
     def _shrink(self) -> None:
         # Queued behind what this thread still has to do: all of it fails, as the group is revoked
         future = self._thread.submit(self._group.Shrink)
-        with self._errors():
-            shrunk = result_within(future, self._timeout, self.rank, "the other ranks to leave out one that has died")
+        what = "the other ranks to leave out one that has died"
+        try:
+            shrunk = result_within(future, self._timeout, self.rank, what)
+        except MPI.Exception as error:
+            raise DeadRankError(f"rank {self.rank} waits for {what}: {_first_line(error)}") from error
+        self._is_revoked = False
         if shrunk.Get_size() == self.size:
             raise LostRankError(f"rank {self.rank} has lost contact with another rank, but all ranks live")
         self._group = shrunk
@@ -229,7 +235,13 @@ class MPICommunicator(Communicator):
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Says what an error of MPI means: a lost rank, ranks that disagree, no memory; one of a bug stays as it is."""
+        """Says what an error of MPI means: a lost rank, ranks that disagree, no memory; one of a bug stays as it is.
+
+        After a death this rank sends nothing more: the others, which have not noticed it yet, would take it for what
+        they wait for.
+        """
+        if self._is_revoked:
+            raise DeadRankError(f"rank {self.rank} on {socket.gethostname()}: another rank has died")
         try:
             yield
         except MPI.Exception as error:
@@ -249,6 +261,7 @@ class MPICommunicator(Communicator):
                 ) from error
             if CAN_SHRINK:
                 # Of any class: what non-blocking collectives raise when a rank has died is MPI_ERR_OTHER at times
+                self._revoke()
                 raise DeadRankError(f"{here}: another rank has died ({_first_line(error)})") from error
             with lost_rank_errors(self.engine, self.rank, MPI.Exception):
                 raise

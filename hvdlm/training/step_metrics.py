@@ -31,9 +31,12 @@ class StepMetrics:
         self._step_seconds = self._codec_seconds = 0.0
         self._wire_bytes = self._dense_bytes = self._tokens = 0
         self._timers: list[StepTimer] = []
+        self._is_collected = False
 
     def add(self, step_seconds: float, timer: StepTimer, traffic: Traffic, tokens: int) -> None:
         """One step: its seconds, their phases, what was sent, which overlaps the phases, and this rank's tokens."""
+        if self._is_collected:
+            self._clear()
         self._tokens += tokens
         self._step_seconds += step_seconds
         self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
@@ -56,7 +59,7 @@ class StepMetrics:
         own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
         wire_bytes, dense_bytes = self._wire_bytes, self._dense_bytes
         told = (loss_sum, tokens, self._tokens, self._peak_flops, own)
-        self._clear()
+        self._is_collected = True  # the numbers stay for a second call, if a rank dies in this one
         losses, counts, all_tokens, peaks, times = zip(*self._communicator.all_gather_object(told), strict=True)
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
         tokens_per_second = sum(all_tokens) / whole

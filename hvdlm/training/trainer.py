@@ -348,7 +348,8 @@ class Trainer:
         with self.strategy.evaluation_parameters():
             result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
         if result is not None:
-            self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
+            if self.metrics is None or not self.metrics.holds("eval", self.step):
+                self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
             if not math.isfinite(result.loss):
                 raise JobError(
                     f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "

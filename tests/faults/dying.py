@@ -1,0 +1,155 @@
+"""`hvdlm train` whose ranks die by SIGKILL: `dying.py PLACE:STEP:RANK,... ARGUMENTS...`.
+
+RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hvdlm.cli import main
+from hvdlm.comm.failure import DeadRankError
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.exchange import Exchange
+from hvdlm.strategies.every_step import EveryStep
+from hvdlm.training import checkpoint, trainer
+from hvdlm.training.elastic import Elastic
+from hvdlm.training.trainer import Trainer
+
+OWN_RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
+
+
+class Here:
+    """The trainer of this process, once it has begun a step; and how often a place was passed in this step."""
+
+    trainer: Trainer
+    step = -1
+    passed = 0
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, step: int, passes: int = 0, act: Callable[[], None] = die) -> None:
+    """Acts instead of calling `owner.name` in a step, after so many calls in it."""
+    original = getattr(owner, name)
+
+    def acting(*arguments: Any, **options: Any) -> Any:
+        if Here.step == step:
+            if Here.passed == passes:
+                act()
+            Here.passed += 1
+        return original(*arguments, **options)
+
+    setattr(owner, name, acting)
+
+
+def note_steps() -> None:
+    """Knows in which step this process is, from when it asks for the batch."""
+    original = Trainer._next_batch
+
+    def noting(self: Trainer, *arguments: Any) -> Any:
+        Here.trainer, Here.step, Here.passed = self, self.step, 0
+        return original(self, *arguments)
+
+    Trainer._next_batch = noting  # type: ignore[method-assign]
+
+
+def data(step: int) -> None:
+    before(Trainer, "_micro_batches", step)
+
+
+def forward(step: int) -> None:
+    before(Trainer, "_forward", step)
+
+
+def backward(step: int) -> None:
+    def from_now_on() -> None:
+        weight = Here.trainer.model.final_norm.weight
+        weight.register_hook(lambda _: die())
+
+    before(Trainer, "_forward", step, act=from_now_on)
+
+
+def bucket(step: int) -> None:
+    """In the third message of a step's sums: in the middle of a ring all-reduce."""
+    from hvdlm.comm.mpi import MPICommunicator
+
+    before(MPICommunicator, "_send", step, passes=2)
+
+
+def codec(step: int) -> None:
+    """Before the second bucket is encoded, when the first one may have been summed."""
+    before(Channel, "reduce_", step, passes=1)
+
+
+def between_messages(step: int) -> None:
+    """Once the codec has sent its first message: residuals have changed on some ranks."""
+    before(Exchange, "_count", step, passes=1)
+
+
+def sums(step: int) -> None:
+    before(Elastic, "have_sums", step)
+
+
+def norm(step: int) -> None:
+    before(EveryStep, "norm", step)
+
+
+def update(step: int) -> None:
+    """All ranks may have the norm, and may not."""
+    before(Trainer, "_update", step)
+
+
+def kept_from_the_norm(step: int) -> None:
+    """This rank does not die: it has given its part of the norm, and is told that another rank has died."""
+    original = EveryStep.norm
+
+    def norm_that_fails(self: EveryStep) -> torch.Tensor:
+        found = original(self)
+        if Here.step == step and not Here.passed:
+            Here.passed = 1
+            Here.trainer.communicator.revoke()
+            raise DeadRankError("for the test")
+        return found
+
+    EveryStep.norm = norm_that_fails  # type: ignore[method-assign]
+
+
+def log(step: int) -> None:
+    before(Trainer, "_log", step)
+
+
+def validation(step: int) -> None:
+    before(trainer, "evaluate", step)
+
+
+def saving(step: int) -> None:
+    """While rank 0 writes the checkpoint; another rank dies before it has said what it has of its own."""
+    before(checkpoint, "make_durable", step, passes=3)
+    before(Trainer, "write", step, passes=10**9)
+
+
+def recovery(step: int) -> None:
+    """While the ranks agree how to go on after another death in this step."""
+    before(Elastic, "_agree", step)
+
+
+def rebuilding(step: int) -> None:
+    before(Elastic, "_replace_strategy", step)
+
+
+if __name__ == "__main__":
+    plan, *arguments = sys.argv[1:]
+    own = [each.split(":") for each in plan.split(",") if int(each.split(":")[2]) == OWN_RANK]
+    for place, step, _ in own:
+        globals()[place](int(step))
+    note_steps()
+    sys.exit(main(arguments))

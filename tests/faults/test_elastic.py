@@ -1,0 +1,75 @@
+"""Ranks that die at any place: the others go on, and the run is the one in which nobody has died."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import assert_same_curve, command, losses, records
+from launcher import BIN, Result, run
+
+DYING = Path(__file__).with_name("dying.py")
+MPIRUN = ["mpirun", "--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "-np"]
+SETTINGS = {"train__steps": 30, "comm__elastic": "true", "comm__bucket_mb": 0.02, "comm__algorithm": "ring", "optimizer__lr": 0.002}
+SAVING = {"checkpoint__every": 10, "train__evaluate_every": 10}
+
+
+def train(ranks: int, plan: str, data: Path, run_dir: Path, **overrides: object) -> Result:
+    """With deaths as dying.py has them; the job must end within 120 s and leave no process."""
+    words = command(data, run_dir, **{**SETTINGS, **overrides})[1:]
+    return run([*MPIRUN, str(ranks), sys.executable, str(DYING), plan, *words], deadline=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`undisturbed(**overrides)`: the run directory of a run in which nobody dies, made once."""
+    made: dict[str, Path] = {}
+
+    def make(**overrides: object) -> Path:
+        key = repr(sorted(overrides.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
+            words = command(small_data, made[key], **{**SETTINGS, "comm__elastic": "false", **overrides})
+            result = run([*MPIRUN, "2", *words])
+            assert result.status == 0, result.output
+        return made[key]
+
+    return make
+
+
+def assert_goes_on(result: Result, run_dir: Path, whole: Path, deaths: int, relative: float = 1e-4) -> None:
+    """Status 0, every line once, and the curve of the run in which nobody has died."""
+    assert result.status == 0, result.output
+    said = [str(each["message"]) for each in records(run_dir, "event") if "died" in str(each["message"])]
+    assert sum(each.count("rank ") for each in said) == deaths, said
+    for kind in ("train", "eval"):
+        own, expected = records(run_dir, kind), records(whole, kind)
+        assert [each["step"] for each in own] == [each["step"] for each in expected]
+        assert [each["tokens"] for each in own] == [each["tokens"] for each in expected]
+    assert_same_curve(losses(run_dir), losses(whole), relative)
+    for own, expected in zip(records(run_dir, "eval"), records(whole, "eval"), strict=True):
+        assert abs(float(str(own["loss"])) / float(str(expected["loss"])) - 1) < relative
+
+
+def test_one_after_the_other_at_every_place(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    plan = "data:3:1,forward:5:2,backward:8:3,bucket:12:4,sums:15:5,norm:18:6,update:22:7"
+    result = train(8, plan, small_data, tmp_path / "run", **SAVING)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=7)
+    assert records(tmp_path / "run")[-1]["world_size"] == 1
+
+
+def test_rank_0_and_those_that_follow_it(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """While it logs, validates, saves, and while the others go on."""
+    plan = "log:4:0,validation:9:1,saving:19:2,forward:23:3,recovery:23:4,rebuilding:23:5"
+    result = train(7, plan, small_data, tmp_path / "run", **SAVING)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=6)
+    assert records(tmp_path / "run")[-1]["world_size"] == 1
+
+
+def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """Some have completed the step of a death, others have not: those are told the norm."""
+    plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
+    result = train(4, plan, small_data, tmp_path / "run", **SAVING)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
