@@ -16,7 +16,6 @@ import torch
 from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.gradients.channel import Channel
-from hvdlm.gradients.exchange import Exchange
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
@@ -86,13 +85,8 @@ def bucket(step: int) -> None:
 
 
 def codec(step: int) -> None:
-    """Before the second bucket is encoded, when the first one may have been summed."""
-    before(Channel, "reduce_", step, passes=1)
-
-
-def between_messages(step: int) -> None:
-    """Once the codec has sent its first message: residuals have changed on some ranks."""
-    before(Exchange, "_count", step, passes=1)
+    """Before the third bucket is encoded. So all ranks have summed the first one."""
+    before(Channel, "reduce_", step, passes=2)
 
 
 def sums(step: int) -> None:
@@ -132,9 +126,8 @@ def validation(step: int) -> None:
 
 
 def saving(step: int) -> None:
-    """While rank 0 writes the checkpoint; another rank dies before it has said what it has of its own."""
+    """Rank 0, while it writes the checkpoint."""
     before(checkpoint, "make_durable", step, passes=3)
-    before(Trainer, "write", step, passes=10**9)
 
 
 def recovery(step: int) -> None:
@@ -144,6 +137,32 @@ def recovery(step: int) -> None:
 
 def rebuilding(step: int) -> None:
     before(Elastic, "_replace_strategy", step)
+
+
+def residuals(step: int) -> None:
+    """This rank does not die: it says whether codecs have what they had before the step, once it goes on."""
+    begin, agree, replace = Elastic.begin_step, Elastic._agree, Elastic._replace_strategy
+    own: dict[str, torch.Tensor] = {}
+    had_changed: list[bool] = []
+
+    def are_as_before() -> bool:
+        now = Here.trainer.strategy.step_state()
+        return now.keys() == own.keys() and all(now[name].equal(own[name]) for name in own)
+
+    def noting(self: Elastic) -> None:
+        begin(self)
+        if Here.step == step and not own:
+            own.update({name: each.clone() for name, each in Here.trainer.strategy.step_state().items()})
+
+    def agreeing(self: Elastic) -> None:
+        had_changed.append(not are_as_before())
+        agree(self)
+
+    def replacing(self: Elastic) -> None:
+        replace(self)
+        print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before()}", flush=True)
+
+    Elastic.begin_step, Elastic._agree, Elastic._replace_strategy = noting, agreeing, replacing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

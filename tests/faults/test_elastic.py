@@ -73,3 +73,19 @@ def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undist
     plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
     result = train(4, plan, small_data, tmp_path / "run", **SAVING)
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
+
+
+@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd", "dion"])
+def test_what_survivors_have_not_delivered_stays(
+    codec: str, small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    """When the third bucket of a step is about to be sent, the residuals of the first have changed: they are taken back
+    bit for bit. What the dead rank had not delivered is gone, and the curve stays near.
+    """
+    settings: dict[str, object] = {"compression__codec": codec, "model__width": 64, "compression__density": 0.05}
+    if codec == "dion":
+        settings = {"optimizer__algorithm": "dion", "compression__codec": "int4", "model__width": 64}
+    result = train(3, "codec:12:1,residuals:12:0,residuals:12:2", small_data, tmp_path / "run", **settings)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**settings), deaths=1, relative=0.05)
+    for rank in (0, 2):
+        assert f"rank {rank}: had changed [True], as before: True" in result.output, result.output
