@@ -14,7 +14,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -347,7 +347,7 @@ class Communicator(ABC):
         """Replaces the ranks by those that live. All operations have been revoked."""
         raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> None:  # noqa: B027
         """Closes this group without its ranks, once its operations have ended. Not collective."""
 
     # ---- shared by all engines

@@ -33,7 +33,7 @@ from hvdlm.comm.failure import DeadRankError, LostRankError, lost_rank_errors, r
 from hvdlm.errors import HvdlmError
 
 # What mpirun --with-ft ulfm tells its ranks
-CAN_SHRINK = os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+CAN_SHRINK = os.environ.get("OMPI_MCA_mpi_ft_enable", "") in ("1", "true", "yes")  # noqa: SIM112
 mpi4py.rc.finalize = not CAN_SHRINK
 
 from mpi4py import MPI  # noqa: E402  which calls MPI_Init

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from hvdlm.comm.algorithm_probe import probe_algorithms
+from hvdlm.comm.algorithm_probe import AlgorithmCost, probe_algorithms
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.ring import Ring
 from hvdlm.config import CommSection, CompressionSection
@@ -105,9 +106,16 @@ class Channel:
 
 
 def open_channels(
-    communicator: Communicator, device: torch.device, comm: CommSection, compression: CompressionSection, largest: int
+    communicator: Communicator,
+    device: torch.device,
+    comm: CommSection,
+    compression: CompressionSection,
+    largest: int,
+    algorithm_costs: Sequence[AlgorithmCost] = (),
 ) -> list[Channel]:
     """The channels of a job for gradients on `device`; `largest`: elements of the largest bucket. Collective.
+
+    `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
 
     Between hosts there are two. A ring leaves its link idle while the last segment of a bucket is passed round; with
     two channels that take buckets in turns the link stays busy. A bucket's sum does not depend on the number of
@@ -124,9 +132,9 @@ def open_channels(
         hierarchy = Hierarchy(own) if compression.hierarchical and own.node_count > 1 else None
         among = hierarchy.leaders if hierarchy else own
         ring = _make_ring(among, comm.algorithm, device)
-        costs = channels[0].exchange.algorithm_costs if channels else []
+        costs = channels[0].exchange.algorithm_costs if channels else algorithm_costs
         takes_part = hierarchy is None or hierarchy.is_leader  # the others send nothing between nodes
-        if ring is not None and comm.algorithm == "auto" and not channels and takes_part:
+        if ring is not None and comm.algorithm == "auto" and not costs and not channels and takes_part:
             costs = probe_algorithms(among, ring, largest)
         channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device, own is not communicator))
     return channels

@@ -66,10 +66,12 @@ class GradientSync:
         comm: CommSection,
         compression: CompressionSection,
         own_codec: OwnCodec | None = None,
+        algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
         """Takes over `.grad` of every trainable parameter of `module`. Collective.
 
         `own_codec`: what it delivers of some of them need not be a gradient, and is no part of `norm` and `scale_`.
+        `algorithm_costs`: see `open_channels`.
         """
         parameters = dict(module.named_parameters())
         common = common_parameters(parameters, own_codec)
@@ -77,7 +79,8 @@ class GradientSync:
         nodes, device = communicator.node_count, self._device.type
         nbytes = bucket_bytes(comm, compression, nodes, device)
         sizes = bucket_sizes(common, nbytes)
-        self.channels = open_channels(communicator, self._device, comm, compression, max(sizes))
+        largest = max(sizes)
+        self.channels = open_channels(communicator, self._device, comm, compression, largest, algorithm_costs)
         self._communicator = self.channels[0].communicator
         self._comm, self._compression = comm, compression
         self._tuner: CodecTuner | None = None
@@ -108,6 +111,11 @@ class GradientSync:
     def buckets(self) -> list[GradientBucket]:
         """In the order in which they are reduced."""
         return self._bucket_codecs.buckets
+
+    @property
+    def algorithm_costs(self) -> Sequence[AlgorithmCost]:
+        """By which the all-reduce of each bucket is chosen."""
+        return self.channels[0].exchange.algorithm_costs
 
     @property
     def codecs(self) -> list[Codec]:
@@ -222,7 +230,7 @@ class GradientSync:
 
     def state_dict(self) -> dict[str, Any]:
         """What is equal on all ranks: the step, the costs by which an all-reduce is chosen, the plan of `auto`."""
-        costs = [dataclasses.astuple(cost) for cost in self.channels[0].exchange.algorithm_costs]
+        costs = [dataclasses.astuple(cost) for cost in self.algorithm_costs]
         state = {"step": self.step, "trials": costs, "ranks": self._communicator.size}
         if self._tuner:
             assert self._bucket_codecs.plan is not None

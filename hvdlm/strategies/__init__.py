@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.model.transformer import Transformer
@@ -14,11 +17,18 @@ from hvdlm.strategies.strategy import Strategy
 
 
 def make_strategy(
-    model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    communicator: Communicator,
+    config: Config,
+    algorithm_costs: Sequence[AlgorithmCost] = (),
 ) -> Strategy:
-    """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective."""
+    """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
+
+    `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
+    """
     if config.local_steps.every:
         return LocalSteps(model, optimizer, communicator, config)
     if config.optimizer.algorithm == "dion":
-        return Dion(model, optimizer, communicator, config)
-    return EveryStep(model, optimizer, communicator, config)
+        return Dion(model, optimizer, communicator, config, algorithm_costs)
+    return EveryStep(model, optimizer, communicator, config, algorithm_costs=algorithm_costs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
@@ -29,11 +31,15 @@ class EveryStep(Strategy):
         communicator: Communicator,
         config: Config,
         own_codec: OwnCodec | None = None,
+        algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
-        """Takes over `.grad` of all trainable parameters. `own_codec`: of some of them. Collective."""
+        """Takes over `.grad` of all trainable parameters. Collective.
+
+        `own_codec`: of some of them. `algorithm_costs`: see `open_channels`.
+        """
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         self._parameters = dict(model.named_parameters())
-        self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec)
+        self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
         self._stop = False
 

@@ -2,8 +2,8 @@
 
 The samples of a step do not depend on who computes it. So a step that no rank has completed is taken back and computed
 again by those that are left: no sample is lost, none is trained on twice. A rank completes a step once it has the norm
-of its gradients, to which each rank gives its part, and no rank does so before it has the sum of all gradients. So where
-one rank has completed a step, every other can: it has the sum, and is told the norm.
+of its gradients, to which each rank gives its part, and no rank does so before it has the sum of all gradients. So
+where one rank has completed a step, every other can: it has the sum, and is told the norm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from hvdlm.config import Config
 from hvdlm.data.loader import Loader
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
-from hvdlm.training.saved_state import save
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Due, Trainer
@@ -89,7 +88,7 @@ class Elastic:
     def recover(self, error: DeadRankError, loader: Loader) -> Loader:
         """Goes on without the ranks that have died: returns what reads this rank's part from now on.
 
-        Raises JobError on all ranks, with the last step saved, if fewer than `comm.min_ranks` are left.
+        If fewer than `comm.min_ranks` are left, they are to save and stop.
         """
         noticed = time.monotonic()
         logger.debug("%s: %s", self._name, error)
@@ -115,11 +114,8 @@ class Elastic:
         trainer.write("event", message=_sentence(dead, trainer.step, communicator.size, seconds))
         self._names = names
         if communicator.size < trainer.config.comm.min_ranks:
-            save(trainer)
-            raise JobError(
-                f"{communicator.size} ranks are left, fewer than comm.min_ranks = {trainer.config.comm.min_ranks}: step "
-                f"{trainer.step} was saved, go on with --resume latest"
-            )
+            trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
+            trainer.stop, trainer.due.save = True, trainer.step > 0
         return loader
 
     def _agree(self) -> None:
@@ -150,7 +146,8 @@ class Elastic:
     def _replace_strategy(self) -> None:
         """The same strategy among the ranks that are left, with what this rank had not delivered. Collective."""
         trainer, old = self._trainer, self._trainer.strategy
-        new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config)
+        costs = old.sync.algorithm_costs  # measuring them again would take longer than all else here
+        new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config, costs)
         try:
             new.load_state_dict(old.state_dict(), trainer.step, as_saved=False)
             kept = {**old.optimizer_state(), **old.rank_state().tensors()}

@@ -111,7 +111,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             if finished:
                 _draw_loss_curve(run_directory.path)
             else:
-                logger.warning("stopped by a signal after step %d; go on with --resume latest", trainer.step)
+                logger.warning("stopped after step %d; go on with --resume latest", trainer.step)
     return 0 if finished else STOPPED_EARLY
 
 

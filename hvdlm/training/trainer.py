@@ -149,7 +149,9 @@ class Trainer:
         """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
         if self.step == 0 or not self._validates():
             return False
-        return self.communicator.broadcast_object(self.metrics is not None and not self.metrics.holds("eval", self.step))
+        return self.communicator.broadcast_object(
+            self.metrics is not None and not self.metrics.holds("eval", self.step)
+        )
 
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank asks to stop after it."""

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 from jobs import assert_same_curve, command, losses, records
-from launcher import BIN, Result, run
+from launcher import Result, run
 
 DYING = Path(__file__).with_name("dying.py")
 MPIRUN = ["mpirun", "--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "-np"]
-SETTINGS = {"train__steps": 30, "comm__elastic": "true", "comm__bucket_mb": 0.02, "comm__algorithm": "ring", "optimizer__lr": 0.002}
+SETTINGS = {
+    "train__steps": 30,
+    "comm__elastic": "true",
+    "comm__bucket_mb": 0.02,
+    "comm__algorithm": "ring",
+    "optimizer__lr": 0.002,
+}
 SAVING = {"checkpoint__every": 10, "train__evaluate_every": 10}
 
 
@@ -73,6 +79,25 @@ def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undist
     plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
     result = train(4, plan, small_data, tmp_path / "run", **SAVING)
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
+
+
+def test_too_few_are_left(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """The last step is saved, the status is one at which Slurm begins again, and the run goes on as if nothing was."""
+    run_dir = tmp_path / "run"
+    result = train(3, "backward:7:0", small_data, run_dir, comm__min_ranks=3, **SAVING)
+    assert result.status == 75, result.output
+    assert "fewer than comm.min_ranks = 3 are left" in result.output
+    assert max(losses(run_dir)) == 7
+    words = command(small_data, run_dir, "--resume", "latest", **{**SETTINGS, **SAVING})
+    assert run([*MPIRUN, "3", *words]).status == 0
+    assert_same_curve(losses(run_dir), losses(undisturbed(**SAVING)), relative=1e-4)
+
+
+def test_without_mpirun_s_tolerance(small_data: Path, tmp_path: Path) -> None:
+    words = command(small_data, tmp_path / "run", **SETTINGS)
+    result = run(["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", *words])
+    assert result.status == 1
+    assert result.output.count("start the job by mpirun --with-ft ulfm (this is engine mpi)") == 1, result.output
 
 
 @pytest.mark.parametrize("codec", ["int4", "topk", "powersgd", "dion"])

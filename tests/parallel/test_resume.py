@@ -76,7 +76,7 @@ def test_signal_to_any_rank(
         result = job.finish(deadline=120)
     assert result.status == 75 if launcher == "mpirun" else "Exit code: 75" in result.output, result.output
     stopped_at = max(losses(run_dir))
-    assert f"stopped by a signal after step {stopped_at}; go on with --resume latest" in result.output
+    assert f"stopped after step {stopped_at}; go on with --resume latest" in result.output
     assert (run_dir / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
 
 

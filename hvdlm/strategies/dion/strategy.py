@@ -7,10 +7,12 @@ the update of all ranks; and buckets of all other gradients, by `compression.cod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.gradients.bucket import Bucket
@@ -26,9 +28,14 @@ class Dion(EveryStep):
     """`optimizer` steps all parameters but the hidden matrices."""
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        config: Config,
+        algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
-        """Takes over `.grad` of all trainable parameters. Collective."""
+        """Takes over `.grad` of all trainable parameters. Collective. `algorithm_costs`: see `open_channels`."""
         self._settings = config.optimizer
         self._nominal_tokens = config.train.global_batch_size * config.model.context_length
         self._momenta: list[MatrixMomentum] = []
@@ -42,7 +49,7 @@ class Dion(EveryStep):
         low_rank = config.compression.model_copy(update={"codec": "powersgd"})  # its messages are as large
         nbytes = bucket_bytes(config.comm, low_rank, communicator.node_count, model.output_weight.device.type)
         own = OwnCodec(frozenset(hidden_matrices(model)), nbytes, make_momentum)
-        super().__init__(model, optimizer, communicator, config, own)
+        super().__init__(model, optimizer, communicator, config, own, algorithm_costs)
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
         """Gradients enter the momentum as those of the mean over all tokens of their step."""
