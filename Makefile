@@ -28,7 +28,7 @@ endif
 KIT_PYTHON ?= 3.12
 KIT_MACHINE ?= x86_64
 
-.PHONY: help setup data train test quick lint types unit parallel integration gpu gpu-kit clean distclean
+.PHONY: help setup data train test quick lint types unit faults parallel integration gpu gpu-kit clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ train: setup data ## set up, prepare data, train examples/quickstart.toml on RAN
 
 quick: lint types unit ## lint, check types, run the tests of single functions and modules
 
-test: quick gpu parallel integration ## set up, then lint, check types and run all tests
+test: quick gpu faults parallel integration ## set up, then lint, check types and run all tests
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"
@@ -57,7 +57,7 @@ types: $(VENV)/test.stamp ## check types with mypy
 	@mypy
 
 # Two workers share the cores: a second thread of PyTorch in each would only wait for a core.
-unit parallel integration: export OMP_NUM_THREADS := 1
+unit faults parallel integration: export OMP_NUM_THREADS := 1
 
 unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two at a time
 	@echo "== Tests of single functions and modules"
@@ -65,9 +65,9 @@ unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two a
 
 # Workers of pytest-xdist, each with pools of ranks and an emulated cluster of its own; a file's tests stay on one of
 # them. Tests of hosts and Slurm wait for half of their time, so there is one more worker than cores of a small machine.
-parallel: WORKERS := 2
+faults parallel: WORKERS := 2
 integration: WORKERS := 3
-parallel integration: $(VENV)/test.stamp
+faults parallel integration: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@ --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
@@ -75,6 +75,7 @@ gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@
 
+faults: ## run the tests of ranks that die
 parallel: ## run the tests of ranks and other processes on this machine
 integration: ## run the tests of hosts, Slurm, installation and faults
 gpu: ## run the tests that need a GPU

@@ -101,7 +101,7 @@ class Communicator(ABC):
     def __init__(self) -> None:
         self._groups: list[Communicator] = []  # that were split off
         self._is_closed = False
-        # Called after ranks were left out, in this order, on all that remain; they may communicate
+        # Called when ranks have been left out, on all others; they may communicate
         self.after_shrink: list[Callable[[], None]] = []
 
     # ---- collective operations
@@ -274,11 +274,10 @@ class Communicator(ABC):
         """
 
     def shrink_(self) -> None:
-        """Leaves out the ranks that have died; the others keep their order.
+        """Leaves out the ranks that have died; the others keep their order. For each of these, after a DeadRankError.
 
-        For every rank that lives, after a DeadRankError of this communicator or a group. Groups that were split off are
-        gone, and operations under way have ended by DeadRankError on every rank. Raises that too if another rank dies
-        meanwhile, to be called again; and LostRankError if one neither answers nor dies, or if all ranks live.
+        Operations under way end by that error, and groups that were split off are gone. Raises it again if another rank
+        dies meanwhile; and LostRankError if one neither answers nor dies, or if all live.
         """
         self.revoke()
         while self._groups:
@@ -289,7 +288,7 @@ class Communicator(ABC):
             follow()
 
     def revoke(self) -> None:
-        """Ends what is under way here and in groups that were split off, by DeadRankError on every rank."""
+        """Ends what is under way here and in groups by DeadRankError on every rank."""
         for group in self._groups:
             group.revoke()
         self._revoke()
@@ -343,9 +342,7 @@ class Communicator(ABC):
     def _revoke(self) -> None:
         raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
 
-    def _shrink(self) -> None:
-        """Replaces the ranks by those that live. All operations have been revoked."""
-        raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
+    def _shrink(self) -> None: ...  # noqa: B027
 
     def _abandon(self) -> None:  # noqa: B027
         """Closes this group without its ranks, once its operations have ended. Not collective."""
