@@ -86,9 +86,10 @@ def is_finished(config: Config) -> bool:
     Raises HvdlmError if its directory holds a run with other settings.
     """
     directory = Path(config.train.run_dir)
-    if not (directory / "config.toml").exists():
+    settings = directory / "config.toml"
+    if not settings.exists():
         return False
-    if (directory / "config.toml").read_text(encoding="utf-8") != config.to_toml():
+    if load(settings, [], PRESETS) != config:
         raise HvdlmError(f"{directory} holds a run with other settings: remove it, or give another --runs")
     return any(r["kind"] == "eval" and r["step"] == config.train.steps for r in _records(directory))
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _SETTINGS = "config.toml"
 _LOCK = ".lock"
+
+# Seconds in which the lock of a process that has died must have gone
+_SECONDS_TO_TAKE_OVER = 20.0
 
 
 class RunDirectory:
@@ -61,9 +65,17 @@ class RunDirectory:
     def take_over(self, config: Config) -> None:
         """Goes on with the run of a process that has died, by one that has become rank 0.
 
-        On a host that does not share the directory, what follows is in one of its own.
+        On a host that does not share the directory, what follows is in one of its own. Raises HvdlmError if the lock of
+        the dead process does not go within some seconds, as it may not on a network's file system.
         """
-        self._acquire()
+        end = time.monotonic() + _SECONDS_TO_TAKE_OVER
+        while self._lock is None:
+            try:
+                self._acquire()
+            except HvdlmError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
         settings = self.path / _SETTINGS
         if not settings.exists():
             with self._naming_failures():

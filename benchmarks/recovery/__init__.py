@@ -1,0 +1,1 @@
+"""The parts of recovery.py: a job one of whose ranks is killed."""
