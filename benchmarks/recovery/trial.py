@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from common.processes import end_launcher, start_launcher
+from common.processes import cause_of_failure, end_launcher, start_launcher
 from hvdlm.errors import HvdlmError
 
 # Seconds for which a job is waited for: to come to a step, and to end
@@ -26,7 +26,7 @@ class Trial:
 
     rank: int  # of the launcher, that was killed
     step: int  # the last one that was logged before
-    seconds: float  # from the kill to the end of a step that had not ended before it
+    seconds: float  # from the kill to the end of the first step that the others have made without the dead one
     steps_repeated: int
     seconds_to_end: float  # from the last step to the end of the launcher
     losses: dict[int, float]  # of each step, as the run has logged it at last
@@ -54,18 +54,22 @@ class Lines:
         self._path = run_dir / "metrics.jsonl"
         self.losses: dict[int, float] = {}
         self.times: dict[int, float] = {}  # time.monotonic(), of the first time
+        self.since_death: int | None = None  # the first step without the dead rank
 
     def read(self) -> None:
         """Looks once. Lines may have been dropped, and written again."""
         if not self._path.exists():
             return
-        now = time.monotonic()
+        now, has_died = time.monotonic(), False
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 return
+            has_died |= record["kind"] == "event" and " died: " in record["message"]
             if record["kind"] == "train":
+                if has_died and self.since_death is None:
+                    self.since_death = record["step"]
                 self.losses[record["step"]] = record["loss"]
                 self.times.setdefault(record["step"], now)
 
@@ -73,6 +77,12 @@ class Lines:
     def last(self) -> int:
         """The last step that was seen."""
         return max(self.times, default=0)
+
+    def wait_for_survivors(self, job: subprocess.Popen[bytes]) -> float:
+        """Until the first step without the dead rank has ended, and when that was."""
+        while self.since_death is None:
+            self.wait_for(self.last + 1, job)
+        return self.times[self.since_death]
 
     def wait_for(self, step: int, job: subprocess.Popen[bytes]) -> None:
         """Until the step has ended. Raises HvdlmError if the job ends before, or after `_PATIENCE`."""
@@ -104,22 +114,26 @@ def run_trial(
             killed = time.monotonic()
             _rank(run_dir, plan.rank).kill()
             repeated = 0
-            if again is not None:
+            if again is None:
+                seconds = lines.wait_for_survivors(job) - killed
+            else:
                 job.wait(_PATIENCE)
                 lines.read()
                 before = lines.last
                 job = start_launcher(again, output)
                 repeated = before - _resumed_from(run_dir, before)
-            lines.wait_for(before + 1, job)
-            seconds = lines.times[before + 1] - killed
+                lines.wait_for(before + 1, job)
+                seconds = lines.times[before + 1] - killed
             lines.wait_for(steps, job)
             status = job.wait(_PATIENCE)
             ended = time.monotonic()
+        except HvdlmError as error:
+            raise HvdlmError(f"{error}: {cause_of_failure(log)}") from None
         finally:
             if job.poll() is None:
                 end_launcher(job)
     if status:
-        raise HvdlmError(f"the job ended with status {status}: see {log}")
+        raise HvdlmError(f"the job ended with status {status}: {cause_of_failure(log)}")
     return Trial(plan.rank, before, seconds, repeated, ended - lines.times[steps], dict(lines.losses))
 
 

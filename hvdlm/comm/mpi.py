@@ -247,6 +247,10 @@ class MPICommunicator(Communicator):
         except MPI.Exception as error:
             here = f"rank {self.rank} on {socket.gethostname()}"
             kind = error.Get_error_class()
+            if CAN_SHRINK:
+                # Of any class: what a death makes of operations under way is not always the class that is meant for it
+                self._revoke()
+                raise DeadRankError(f"{here}: another rank has died ({_first_line(error)})") from error
             if kind in _WRONG_ARGUMENTS:
                 raise
             if kind == MPI.ERR_NO_MEM:
@@ -259,10 +263,6 @@ class MPICommunicator(Communicator):
                     f"{here} received a longer message than it expects ({_first_line(error)}): another rank is not at "
                     "the same place; if all ranks have the same settings, data set and hvdlm, this is a bug in hvdlm"
                 ) from error
-            if CAN_SHRINK:
-                # Of any class: what non-blocking collectives raise when a rank has died is MPI_ERR_OTHER at times
-                self._revoke()
-                raise DeadRankError(f"{here}: another rank has died ({_first_line(error)})") from error
             with lost_rank_errors(self.engine, self.rank, MPI.Exception):
                 raise
 
