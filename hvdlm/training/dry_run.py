@@ -32,6 +32,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         config.optimizer.algorithm,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
+    residuals *= 1 + config.comm.elastic  # and what they were before the step
     averages = memory.parameters * numbers_kept(config.local_steps) if config.local_steps.every else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {

@@ -59,9 +59,11 @@ def test_memory_of_local_steps(words: list[str], numbers: int, capsys: pytest.Ca
     assert int(nbytes.replace(",", "")) == round(4 * numbers * count / 2**20)
 
 
-def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one of two ranks, whose codec keeps residuals."""
+@pytest.mark.parametrize("copies", [1, 2], ids=["", "elastic"])
+def test_memory_is_the_sum_of_its_parts(copies: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one of two ranks, whose codec keeps residuals; with comm.elastic also those of before the step."""
     shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--compression.codec=int4"]
+    shape += ["--comm.elastic=true"] * (copies - 1)
     print_dry_run(load(None, shape, PRESETS), 30_000, Launch("mpirun", 0, 2))
     output = capsys.readouterr().out
     parts = {
@@ -72,7 +74,7 @@ def test_memory_is_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> N
     total = int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", ""))
     assert abs(sum(parts.values()) - total) <= len(parts)
     count = int(rows(output)["parameters"].replace(",", ""))
-    assert parts["residuals of the codec"] == round(4 * count / 2**20)
+    assert parts["residuals of the codec"] == round(4 * copies * count / 2**20)
     assert parts["weights and optimizer"] == round(16 * count / 2**20)  # fp32: no copies
     assert parts["libraries"] > 100
 
