@@ -6,7 +6,8 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +147,10 @@ def _resumed_from(run_dir: Path, before: int) -> int:
 def _rank(run_dir: Path, rank: int) -> psutil.Process:
     """The process of a rank that trains in `run_dir`."""
     found: list[psutil.Process] = []
-    is_rank: Callable[[psutil.Process], bool] = lambda each: (  # noqa: E731
-        each.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and str(run_dir) in each.cmdline()
-    )
     for process in psutil.process_iter():
-        try:
-            if is_rank(process):
+        with suppress(psutil.Error):  # it has ended
+            if process.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and str(run_dir) in process.cmdline():
                 found.append(process)
-        except psutil.Error:
-            continue
     if not found:
         raise HvdlmError(f"rank {rank} of {run_dir} is not running")
     return found[-1]

@@ -57,7 +57,6 @@ class StepMetrics:
         data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
         compute = self._step_seconds - data - exposed
         own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
-        wire_bytes, dense_bytes = self._wire_bytes, self._dense_bytes
         told = (loss_sum, tokens, self._tokens, self._peak_flops, own)
         self._is_collected = True  # the numbers stay for a second call, if a rank dies in this one
         losses, counts, all_tokens, peaks, times = zip(*self._communicator.all_gather_object(told), strict=True)
@@ -72,8 +71,8 @@ class StepMetrics:
             "compute_seconds": compute / steps,
             "exposed_comm_seconds": exposed / steps,
             "codec_seconds": codec / steps,
-            "wire_bytes": wire_bytes // steps,
-            "compression_ratio": dense_bytes / wire_bytes if wire_bytes else 1.0,
+            "wire_bytes": self._wire_bytes // steps,
+            "compression_ratio": self._dense_bytes / self._wire_bytes if self._wire_bytes else 1.0,
             "world_size": self._communicator.size,
             "memory_bytes": memory,
         }

@@ -335,8 +335,7 @@ class Trainer:
         """Collective."""
         loss = self.elastic.loss() if self.elastic else self.own_loss()
         numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
-        if self.metrics is None or not self.metrics.holds("train", self.step):
-            self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
+        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
 
     def _validate(self, preemption: Preemption) -> bool:
         """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
@@ -350,8 +349,7 @@ class Trainer:
         with self.strategy.evaluation_parameters():
             result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
         if result is not None:
-            if self.metrics is None or not self.metrics.holds("eval", self.step):
-                self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
+            self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
             if not math.isfinite(result.loss):
                 raise JobError(
                     f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "

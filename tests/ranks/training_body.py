@@ -80,9 +80,6 @@ class Records:
         else:
             self.events.append(values["message"])
 
-    def holds(self, kind: str, step: int) -> bool:
-        return False
-
 
 def make_trainer(comm: Communicator, config: Config) -> Trainer:
     """With plain SGD, and a loss scale at which nothing overflows."""
