@@ -134,20 +134,36 @@ class RankPool:
             words = [*launcher_command(self.launcher, self.size), sys.executable, str(WORKER), self.engine]
             variables = {"HVDLM_POOL_FOLDER": self._folder.name, "HVDLM_POOL_KEY": key.hex()}
             self._job = start(words, {**self._environment, **variables})
-            deadline = time.monotonic() + START_SECONDS
-            connections = []
-            try:
-                for _ in range(self.size):
-                    connections.append(arrived.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                came = f"{len(connections)} of {self.size} ranks came within {START_SECONDS:g} s"
-                raise RanksFailed(f"{self}: {came}\n{self._end_and_read()}") from None
+            connections = self._wait_for_ranks(arrived)
+        all_came = len(connections) == self.size
         for connection in connections:
-            answer: Answer = connection.recv()  # that it has joined the job, or why not
+            if not all_came and not connection.poll():
+                continue  # it waits for the ranks that did not come
+            try:
+                answer: Answer = connection.recv()  # that it has joined the job, or why not
+            except (EOFError, ConnectionResetError):
+                continue  # its launcher has ended it because of another rank
             self._connections[answer.rank], self._processes[answer.rank] = connection, answer.process
             if answer.error is not None:
                 raise RanksFailed(f"{self}: rank {answer.rank} did not start:\n{answer.error}\n{self._end_and_read()}")
+        if not all_came:
+            came = f"{len(connections)} of {self.size} ranks came within {START_SECONDS:g} s"
+            raise RanksFailed(f"{self}: {came}\n{self._end_and_read()}")
         assert sorted(self._connections) == list(range(self.size)), f"{self}: ranks {sorted(self._connections)} came"
+
+    def _wait_for_ranks(self, arrived: queue.Queue[Connection]) -> list[Connection]:
+        """The connections of all ranks, or of those that came in time and before the job ended."""
+        assert self._job is not None
+        deadline = time.monotonic() + START_SECONDS
+        connections: list[Connection] = []
+        while len(connections) < self.size and time.monotonic() < deadline:
+            has_ended = self._job.process.poll() is not None  # before looking, so that no connection is left out
+            try:
+                connections.append(arrived.get(timeout=0.2))
+            except queue.Empty:
+                if has_ended:
+                    break
+        return connections
 
     def _ask(self, request: Request, deadline: float) -> list[Answer]:
         for rank in range(request.size):
