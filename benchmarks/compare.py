@@ -24,7 +24,8 @@ from compare.plot import draw
 from compare.registry import PEERS, REFERENCE, group_systems
 from compare.runner import measure_setup
 from compare.summary import find_problems, summarise, table
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import CODECS

@@ -24,7 +24,8 @@ from common.plots import BLACK, BLUE, ORANGE, save_png
 from common.results import markdown_table, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError

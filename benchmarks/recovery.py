@@ -25,7 +25,8 @@ from common.processes import end_launcher, hvdlm_command, start_launcher
 from common.results import markdown_table, read_results, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from common.setups import ONE_HOST, Cluster, available_setups, open_cluster, parse_setup
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS

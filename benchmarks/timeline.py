@@ -23,7 +23,8 @@ import torch
 from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.communicator import Communicator
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores

@@ -11,6 +11,9 @@ from pathlib import Path
 from hvdlm.errors import HvdlmError
 from hvdlm.paths import expand_path
 
+_DURATION = re.compile(r"(\d+(?:\.\d*)?)\s*(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
 
 
@@ -45,6 +48,14 @@ def seconds(text: str) -> float:
     if not 0 < number <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r}: give seconds above 0, at most 1000000")
     return number
+
+
+def duration(text: str) -> float:
+    """Seconds of a text such as 90s, 30min or 1.5h. Raises ValueError if it is none."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r}: give a number of steps, or a time such as '90s', '30min' or '2h'")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -58,7 +58,7 @@ def _set_up_logging(show_tracebacks: bool) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    from hvdlm.config import load
+    from hvdlm.config_reader import load
     from hvdlm.model.presets import PRESETS
     from hvdlm.training.run import dry_run, train
 
@@ -92,6 +92,12 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
 
     inspect(options.data, verify=options.verify)
     return 0
+
+
+def _verify(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.verify import verify
+
+    return verify(options.path)
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
@@ -226,6 +232,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("data", type=path, metavar="DIR")
     inspect.add_argument("--verify", action="store_true", help="read everything and check every hash")
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check every hash of a run's checkpoints, and name what is damaged")
+    verify.add_argument("path", type=path, nargs="+", metavar="PATH", help="a checkpoint, or a run directory")
+    verify.set_defaults(run=_verify)
 
     evaluate = commands.add_parser(
         "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"

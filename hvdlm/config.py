@@ -1,33 +1,29 @@
-"""Every setting hvdlm has: one typed section each, read from TOML and overridden on the command line.
+"""Every setting hvdlm has: one typed section each.
 
-A setting is declared once, here, with its type, its bounds, its default and its meaning. Unknown keys, wrong types and
-impossible values are errors that name the key and the nearest valid ones.
+A setting is declared once, here, with its type, its bounds, its default and its meaning. config_reader.py makes a
+`Config` of TOML and a command line.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from hvdlm.arguments import parse_overrides
-from hvdlm.errors import HvdlmError
+from hvdlm.arguments import duration
 from hvdlm.paths import expand_path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Algorithm = Literal["adamw", "dion"]
+
+
+def _check_duration(text: str) -> str:
+    duration(text)
+    return text
+
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
 
@@ -239,8 +235,30 @@ class LocalStepsSection(Section):
 class CheckpointSection(Section):
     """`[checkpoint]`: when checkpoints are written, and how many are kept."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_check_duration)] = Field(
+        "30min", description="steps between checkpoints, or time: 90s, 30min, 2h; 0: only at the end"
+    )
     keep: int = Field(3, gt=0, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of multiples of so many steps are kept, too; 0: of none")
+    keep_best: bool = Field(
+        False,
+        description="each validation is preceded by a checkpoint; the one of the least loss is kept, and is `best`",
+    )
+    max_failures: int = Field(
+        3,
+        gt=0,
+        description="checkpoints in a row that cannot be written before the job ends; a run's last one ends it alone",
+    )
+
+    @property
+    def steps_between(self) -> int:
+        """From one checkpoint to the next; 0 if that is not told in steps."""
+        return self.every if isinstance(self.every, int) else 0
+
+    @property
+    def seconds_between(self) -> float:
+        """From one checkpoint to the next; 0 if that is not told in time."""
+        return 0.0 if isinstance(self.every, int) else duration(self.every)
 
 
 class LogSection(Section):
@@ -250,7 +268,7 @@ class LogSection(Section):
 
 
 class Config(Section):
-    """All sections. `load` makes one."""
+    """All sections. `config_reader.load` makes one."""
 
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -296,99 +314,9 @@ class Config(Section):
         return self
 
     def to_toml(self) -> str:
-        """This configuration as the text of a TOML file that `load` reads back to an equal one."""
+        """This configuration as the text of a TOML file that `config_reader.load` reads back to an equal one."""
         return tomli_w.dumps(self.model_dump())
 
     def digest(self) -> str:
         """SHA-256 (hex) over every setting: equal on two ranks exactly if they were configured alike."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
-
-Presets = Mapping[str, Mapping[str, Any]]
-
-
-def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Config:
-    """Reads a TOML file (None: an empty one), then applies `--section.key value` overrides.
-
-    `presets` maps a name of `model.preset` to the `[model]` values it stands for; given values win over the preset's.
-
-    Raises HvdlmError for an unreadable file, an unknown key, a wrong type or an impossible combination.
-    """
-    settings = _read_toml(path) if path else {}
-    origin = " and ".join(([str(path)] if path else []) + (["the command line"] if overrides else []))
-    for key, value in parse_overrides(overrides):
-        section, _, name = key.partition(".")
-        table = settings.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise HvdlmError(f"{origin}: {section} must be a section, [{section}]")
-        table[name] = _typed(section, name, value)
-    return from_dict(settings, origin, presets)
-
-
-def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Config:
-    """The configuration that nested `settings` describe; `origin` names their source in errors."""
-    filled = dict(settings)
-    model = filled.get("model", {})
-    if isinstance(model, dict):
-        name = model.get("preset", ModelSection.model_fields["preset"].default)
-        if not isinstance(name, str) or name not in presets:
-            raise HvdlmError(f"{origin}: model.preset = {name!r} is unknown{_nearest(str(name), list(presets))}")
-        filled["model"] = {**presets[name], **model, "preset": name}
-    try:
-        return Config.model_validate(filled)
-    except ValidationError as error:
-        raise HvdlmError(f"{origin}: {'; '.join(_sentence(detail) for detail in error.errors())}") from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark at the beginning
-    except OSError as error:
-        raise HvdlmError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise HvdlmError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise HvdlmError(f"{path} is not valid TOML: {error}") from None
-
-
-def _typed(section: str, name: str, text: str) -> Any:
-    """The text of an override as the type its setting has: strings need no quotes on a command line."""
-    section_field = Config.model_fields.get(section)
-    fields = section_field.annotation.model_fields if section_field and section_field.annotation else {}
-    if name in fields and _takes_text(fields[name].annotation):
-        return text
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _takes_text(annotation: Any) -> bool:
-    return annotation is str or getattr(annotation, "__origin__", None) is Literal
-
-
-def _sentence(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        section = Config.model_fields.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else None
-        annotation: Any = section.annotation if section else Config
-        prefix = f"{detail['loc'][0]}." if section else ""
-        return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.model_fields), prefix)}"
-    if detail["type"] == "model_type":
-        return f"{key} must be a section, [{key}]"
-    if detail["type"] == "string_too_short":
-        return f"{key} is empty: give a path, or leave it out"
-    if detail["type"] == "value_error":
-        said = str(detail["ctx"]["error"])
-        return f"{key} = {said}" if len(detail["loc"]) > 1 else said  # of one setting, or of several together
-    return f"{key} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
-
-
-def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
-    # first those that the name has become by a prefix, as rank -> matrix_rank
-    close = [each for each in valid if each.endswith(f"_{name}")] or difflib.get_close_matches(
-        name, valid, n=1, cutoff=0.5
-    )
-    if close:
-        return f" (did you mean {' or '.join(prefix + each for each in close)}?)"
-    return f" (valid: {', '.join(prefix + each for each in sorted(valid))})"

@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector
 
 from compare.measurement import Request, measure, model_hash
 from compare.registry import build
-from hvdlm.config import load
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.job import job

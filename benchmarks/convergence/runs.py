@@ -12,7 +12,8 @@ from common.methods import Method
 from common.processes import end_launcher, hvdlm_command, start_launcher
 from common.script import as_overrides
 from common.setups import Cluster
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS

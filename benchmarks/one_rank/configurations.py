@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.script import as_overrides
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.model.presets import PRESETS
 
 _SMALL = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.context_length": 256}

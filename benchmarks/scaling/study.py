@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from common.methods import parse_method
-from hvdlm.config import Config, Section, from_dict
+from hvdlm.config import Config, Section
+from hvdlm.config_reader import from_dict
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import AUTO, codec_factory
 from hvdlm.model.presets import PRESETS

@@ -25,7 +25,8 @@ from common.conditions import describe_machine, describe_versions
 from common.results import write_results
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.replicas import parameter_hash
-from hvdlm.config import Config, from_dict
+from hvdlm.config import Config
+from hvdlm.config_reader import from_dict
 from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.gradients.auto.switchable import SwitchableCodec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,12 +40,17 @@ def on_rank_0(communicator: Communicator, action: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         task = thread.submit(action) if communicator.rank == 0 else None
-        is_running = True
-        while is_running:
-            is_running_here = task is not None and bool(wait([task], timeout=_HEARTBEAT).not_done)
-            is_running = bool(communicator.all_reduce_(torch.tensor([int(is_running_here)]), ReduceOp.MAX))
+        wait_for_tasks(communicator, task)
         result = on_all_ranks(communicator, lambda: None if task is None else task.result())
     return communicator.broadcast_object(result)  # type: ignore[return-value]
+
+
+def wait_for_tasks(communicator: Communicator, task: Future[Any] | None) -> None:
+    """Returns when the tasks of all ranks have ended, by whatever outcome and however long they take. Collective."""
+    is_running = True
+    while is_running:
+        is_running_here = task is not None and bool(wait([task], timeout=_HEARTBEAT).not_done)
+        is_running = bool(communicator.all_reduce_(torch.tensor([int(is_running_here)]), ReduceOp.MAX))
 
 
 def raise_on_all_ranks(communicator: Communicator, errors: list[str | None]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.rate import parse_rate
-from hvdlm.config import load
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.fit import fit

@@ -18,7 +18,7 @@ from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
-from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable, report
+from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
 class EveryStep(Strategy):
@@ -41,18 +41,18 @@ class EveryStep(Strategy):
         self._parameters = dict(model.named_parameters())
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
-        self._stop = False
+        self._stop = self._save = False  # what ranks ask for in the step under way
 
-    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
-        reduction = self.communicator.all_reduce_async_(report(tokens, stop, error))  # while the first passes run
+    def begin_step(self, own: Report) -> Work[int]:
+        reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
         self.sync.zero_grad()
-        return reduction.then(partial(self._read_totals, error))
+        return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
-        tokens, stops, errors = totals.tolist()
+        tokens, stops, saves, errors = totals.tolist()
         if errors:
             raise_if_unreadable(self.communicator, error)
-        self._stop = stops > 0
+        self._stop, self._save = stops > 0, saves > 0
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
@@ -86,7 +86,7 @@ class EveryStep(Strategy):
 
     def end_step(self) -> StepEnd:
         self._model.update_low_precision_weights()
-        return StepEnd(self._stop, ranks_have_met=True)
+        return StepEnd(self._stop, self._save, ranks_have_met=True)
 
     def arrive(self) -> None:
         pass  # it has, when `wait` returns

@@ -2,7 +2,7 @@
 
 The loop computes a loss on micro-batches, and knows of other ranks only by a `Strategy`:
 
-    tokens = strategy.begin_step(tokens of this rank, stop requested, error)
+    tokens = strategy.begin_step(Report(tokens of this rank, stop requested, ...))
     for each micro-batch: (before the backward pass of the last one: tokens.wait(), set_last_micro_batch())
         loss.backward()
     strategy.wait()
@@ -29,10 +29,24 @@ from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 
 
-class StepEnd(NamedTuple):
-    """What is known when a step has ended."""
+class Report(NamedTuple):
+    """What a rank tells the others of a step."""
 
-    stop: bool  # whether all ranks are to stop after this step
+    tokens: int = 0  # its targets that count
+    stop: bool = False  # it is asked to stop
+    save: bool = False  # it asks for a checkpoint
+    error: str | None = None  # why it could not read its part of the batch
+
+    def message(self) -> Tensor:
+        """(4,) int64; of several ranks they add up."""
+        return torch.tensor([self.tokens, int(self.stop), int(self.save), int(self.error is not None)])
+
+
+class StepEnd(NamedTuple):
+    """What is known when a step has ended, the same on all ranks."""
+
+    stop: bool  # some rank is asked to stop
+    save: bool  # some rank asks for a checkpoint
     ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
     event: str | None = None  # what the user is to be told
 
@@ -67,9 +81,8 @@ class Strategy(ABC):
         return True
 
     @abstractmethod
-    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
-        """Clears gradients, and tells what this rank has: the number of its targets that count, whether it is asked to
-        stop, why it could not read its part of the batch.
+    def begin_step(self, own: Report) -> Work[int]:
+        """Clears gradients, and tells the others of this rank.
 
         The result: the targets over whose mean loss the gradients of `wait` are. Waiting for it raises
         UnreadableBatchError on all ranks if some rank could not read.
@@ -197,8 +210,3 @@ def raise_if_unreadable(communicator: Communicator, error: str | None) -> None:
         raise_on_all_ranks(communicator, communicator.all_gather_object(error))
     except JobError as failure:
         raise UnreadableBatchError(str(failure)) from None
-
-
-def report(tokens: int, stop: bool, error: str | None) -> Tensor:
-    """What a rank tells the others of a step, (3,) int64: they add up."""
-    return torch.tensor([tokens, int(stop), int(error is not None)])

@@ -2,16 +2,17 @@
 
     checkpoints/
       latest                    the name of the newest one
+      best                      a link to the one of the least validation loss, with checkpoint.keep_best
       step_00001000/
         model.safetensors       parameters by name
         optimizer.safetensors   moments and step counts by name
         state.json              everything else
         tokenizer.json          of the data set, so that `hvdlm generate` needs nothing but the checkpoint
         ranks/                  what differs from rank to rank, if anything does: rank_00003.safetensors
-        manifest.json           size and SHA-256 of each file above
+        manifest.json           the step, size and SHA-256 of each file above
 
-A checkpoint is written under a temporary name, flushed to disk and renamed. Only rank 0 reads and writes: replicas are
-equal, and hosts need not share a file system.
+A checkpoint is written under a temporary name, flushed to disk and renamed, by rank 0: replicas are equal, and hosts
+need not share a file system.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from torch import Tensor
 import hvdlm
 from hvdlm.data.staging import make_durable
 from hvdlm.errors import HvdlmError, write_failure
+from hvdlm.training.retention import Retention
 
 logger = logging.getLogger(__name__)
 
 _FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
 _STEP = "step_" + "[0-9]" * 8
 _LATEST = "latest"
+_BEST = "best"
 _RANKS = "ranks"
 _PARTIAL = ".partial"
 
@@ -80,8 +83,13 @@ class Checkpoint:
 
     def rank_state(self, rank: int) -> dict[str, Tensor]:
         """The tensors of that rank alone, on the CPU; none if ranks did not differ."""
-        file = self.path / _RANKS / f"rank_{rank:05d}.safetensors"
+        file = self.path / _RANKS / rank_file_name(rank)
         return safetensors.torch.load_file(file) if file.exists() else {}
+
+    def bytes(self) -> int:
+        """Of all its files."""
+        with self._noticing_removal():
+            return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @contextmanager
     def _noticing_removal(self) -> Iterator[None]:
@@ -100,13 +108,14 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     tokenizer: bytes,
-    keep: int,
+    keep: Retention,
     ranks: Path | None = None,
+    rank_entries: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes all but the `keep` newest up to it.
+    """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes those up to it that are not to `keep`.
 
     `tokenizer`: the content of a tokenizer.json. `ranks`: a directory in `parent` of files by rank, which becomes a
-    part of the checkpoint.
+    part of the checkpoint, and `rank_entries` what `file_entry` has said of them.
 
     Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
@@ -125,12 +134,11 @@ def save(
             ranks.rename(partial / _RANKS)
         for file in partial.rglob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
             shutil.copymode(partial / "state.json", file)
-        files = {
-            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
-        (partial / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+        known = {f"{_RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
+        names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+        files = {name: known.get(name) or file_entry(partial / name) for name in names}
+        manifest = json.dumps({"step": step, "files": files}, indent=1)
+        (partial / "manifest.json").write_text(manifest, encoding="utf-8")
         for path_inside in partial.rglob("*"):
             make_durable(path_inside)
         make_durable(partial)
@@ -141,16 +149,40 @@ def save(
         make_durable(parent.parent)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise HvdlmError(
-            f"cannot write the checkpoint {path}: {save_failure(error)} or choose another train.run_dir, then resume "
-            "from the checkpoint before it"
-        ) from error
-    for old in [each for each in _by_step(parent) if each <= path][:-keep]:
-        try:
-            _remove(old)
-        except OSError as error:  # files that somebody has open on NFS, a mount: the next save tries again
-            logger.warning("cannot remove the old checkpoint %s: %s", old, _reason(error))
+        raise HvdlmError(f"cannot write the checkpoint {path}: {save_failure(error)}") from error
+    retain(path, keep)
     return path
+
+
+def retain(newest: Path, keep: Retention) -> None:
+    """Removes checkpoints up to the `newest` that are not to be kept, and points `best` at the best; a failure is a
+    warning."""
+    saved = {_step_of(each): each for each in _by_step(newest.parent) if each <= newest}
+    for step in saved.keys() - keep.kept(saved):
+        try:
+            _remove(saved[step])
+        except OSError as error:  # files that somebody has open on NFS, a mount: the next save tries again
+            logger.warning("cannot remove the old checkpoint %s: %s", saved[step], _reason(error))
+    best = keep.best(saved)
+    if best is not None:
+        link = newest.with_name(_BEST)
+        try:
+            unfinished = link.with_name(_BEST + _PARTIAL)
+            unfinished.unlink(missing_ok=True)
+            unfinished.symlink_to(saved[best].name)
+            unfinished.replace(link)
+        except OSError as error:  # some file systems have no links
+            logger.warning("cannot make %s lead to %s: %s", link, saved[best].name, _reason(error))
+
+
+def rank_file_name(rank: int) -> str:
+    """Of the file of what one rank has of its own."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def save_failure(error: OSError | safetensors.SafetensorError) -> str:
@@ -182,7 +214,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises HvdlmError if there is none, or if the one named is damaged.
     """
-    if (path / "manifest.json").exists() or path.match(_STEP):
+    if _is_one(path):
         _verify(path)
         return Checkpoint(path)
     parent = directory(path) if directory(path).is_dir() else path
@@ -200,9 +232,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
             damaged = error
             continue
         return Checkpoint(candidate)
-    raise damaged or HvdlmError(
-        f"{path} holds no checkpoint: give a checkpoint, or the run directory of a run that saved"
-    )
+    raise damaged or _none_in(path)
+
+
+def all_in(path: Path) -> list[Path]:
+    """The checkpoint that `path` is, or those that it holds as a run directory, good or damaged, by step.
+
+    Raises HvdlmError if there is none.
+    """
+    if _is_one(path):
+        return [path]
+    parent = directory(path) if directory(path).is_dir() else path
+    if found := _by_step(parent):
+        return found
+    raise _none_in(path)
 
 
 def open_state(path: Path) -> dict[str, Any]:
@@ -222,9 +265,22 @@ def directory(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def is_saved(run_dir: Path, step: int) -> bool:
+    """Whether a run has a checkpoint of a step, good or damaged."""
+    return (directory(run_dir) / f"step_{step:08d}").exists()
+
+
 def exists_in(run_dir: Path) -> bool:
     """Whether a run has any checkpoint, good or damaged."""
     return bool(_by_step(directory(run_dir)))
+
+
+def _is_one(path: Path) -> bool:
+    return (path / "manifest.json").exists() or path.match(_STEP)
+
+
+def _none_in(path: Path) -> HvdlmError:
+    return HvdlmError(f"{path} holds no checkpoint: give a checkpoint, or the run directory of a run that saved")
 
 
 def _by_step(parent: Path) -> list[Path]:
@@ -263,7 +319,7 @@ def _remove(path: Path) -> None:
 def _verify(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if not manifest["files"].keys() >= _FILES:
+        if not manifest["files"].keys() >= _FILES or manifest.keys() - {"step", "files"}:
             raise KeyError
         for name, expected in manifest["files"].items():
             file = path / name
@@ -274,10 +330,26 @@ def _verify(path: Path) -> None:
                 raise HvdlmError(f"checkpoint {path} is damaged: {name} has {sizes}")
             if _sha256(file) != expected["sha256"]:
                 raise HvdlmError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
+        _check_steps(path, manifest.get("step"))
     except OSError as error:
         raise HvdlmError(f"cannot read the checkpoint {error.filename or path}: {_reason(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise HvdlmError(f"checkpoint {path} is damaged: manifest.json is not what was written") from None
+
+
+def _check_steps(path: Path, step: int | None) -> None:
+    """Raises HvdlmError if a checkpoint's name, its manifest, of version 0.1 without a step, and its state differ."""
+    told = {"its manifest": step, "state.json": json.loads((path / "state.json").read_bytes()).get("step")}
+    if path.resolve().match(_STEP):
+        told["its name"] = _step_of(path.resolve())
+    known = {name: value for name, value in told.items() if value is not None}
+    if len(set(known.values())) > 1:
+        said = ", ".join(f"{name} says {value}" for name, value in known.items())
+        raise HvdlmError(f"checkpoint {path} is mixed of several: {said}")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

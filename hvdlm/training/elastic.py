@@ -104,6 +104,7 @@ class Elastic:
         trainer.strategy.abandon()
         names = communicator.all_gather_object(self._name)
         self._agree()
+        trainer.saver.recover()
         self._replace_strategy()
         loader.close()
         loader = trainer.open_loader()

@@ -14,7 +14,8 @@ from rich.table import Table
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
-from hvdlm.config import Config, ModelSection, from_dict
+from hvdlm.config import Config, ModelSection
+from hvdlm.config_reader import from_dict
 from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer

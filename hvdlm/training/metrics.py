@@ -29,6 +29,7 @@ class MetricsLog:
         except OSError as error:
             raise self._write_error(write_failure(error)) from error
         self._held = {(record["kind"], record["step"]) for record in kept}
+        self.losses = {record["step"]: record["loss"] for record in kept if _is_validation(record)}
 
     def holds(self, kind: str, step: int) -> bool:
         """Whether there is a record of that kind of a step."""
@@ -51,6 +52,8 @@ class MetricsLog:
         if written != len(line):
             raise self._write_error("only a part of the line fits; make room")
         self._held.add((kind, step))
+        if _is_validation(record):
+            self.losses[step] = record["loss"]
         self._view.show(record)
 
     def _write_error(self, reason: str) -> HvdlmError:
@@ -75,6 +78,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _is_validation(record: dict[str, Any]) -> bool:
+    return record["kind"] == "eval" and record["loss"] is not None
 
 
 def _finite(value: Any) -> Any:

@@ -1,48 +1,17 @@
-"""State that differs between ranks in a checkpoint: gathered to rank 0 and scattered again, one rank at a time.
-
-Only rank 0 reads and writes files, since hosts need not share a file system.
-"""
+"""State that differs between ranks, from a checkpoint that rank 0 reads, since hosts need not share a file system."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Mapping
+from functools import cache
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import on_rank_0
-from hvdlm.errors import HvdlmError
 from hvdlm.strategies.strategy import RankState
-from hvdlm.training.checkpoint import Checkpoint, save_failure
-
-
-def gather_to_files(communicator: Communicator, own: Mapping[str, Tensor], parent: Path) -> Path | None:
-    """Writes each rank's tensors to a file of its own in a new directory in `parent`, which rank 0 gets back.
-
-    Names and shapes are equal on all ranks; None where there are none. Collective; raises JobError on every rank if
-    rank 0 cannot write.
-    """
-    if not own:
-        return None
-    directory = parent / "ranks.partial"
-
-    def begin() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-
-    _on_rank_0(communicator, directory, begin)
-    for rank in range(communicator.size):
-        tensors = {name: _move(communicator, tensor, rank, 0) for name, tensor in own.items()}
-        communicator.arrival(next(iter(own.values())).device).wait()  # for a rank that has died, with a deadline
-        plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        write = partial(safetensors.torch.save_file, plain, directory / f"rank_{rank:05d}.safetensors")
-        _on_rank_0(communicator, directory, write)
-    return directory
+from hvdlm.training.checkpoint import Checkpoint
 
 
 def read_equal_state(source: Checkpoint | None, tensors: Mapping[str, Tensor], old_size: int) -> None:
@@ -79,7 +48,7 @@ def scatter_from_checkpoint(
             saved = _read(communicator, source, rank)
             for name, tensor in own.tensors().items():
                 found = saved[name] if name in saved else read_equal().get(name, tensor)
-                moved = _move(communicator, found.to(tensor.device), 0, rank)
+                moved = move(communicator, found.to(tensor.device), 0, rank)
                 if communicator.rank == rank:
                     tensor.copy_(moved)
         return
@@ -104,21 +73,7 @@ def _read(communicator: Communicator, source: Checkpoint | None, rank: int) -> d
     return saved
 
 
-def _on_rank_0(communicator: Communicator, directory: Path, write: Callable[[], None]) -> None:
-    """Writes on rank 0, for which the others wait however slow its disk is. Collective."""
-
-    def try_to_write() -> None:
-        try:
-            write()
-        except (OSError, safetensors.SafetensorError) as error:
-            raise HvdlmError(
-                f"cannot write {directory}: {save_failure(error)}, then go on with --resume latest"
-            ) from error
-
-    on_rank_0(communicator, try_to_write)
-
-
-def _move(communicator: Communicator, tensor: Tensor, source: int, destination: int) -> Tensor:
+def move(communicator: Communicator, tensor: Tensor, source: int, destination: int) -> Tensor:
     """`tensor` of rank `source`, on rank `destination`; on other ranks any tensor of its shape. Collective."""
     if source == destination:
         return tensor

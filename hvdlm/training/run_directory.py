@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from hvdlm.config import Config, from_dict
+from hvdlm.config import Config
+from hvdlm.config_reader import from_dict
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.model.presets import PRESETS

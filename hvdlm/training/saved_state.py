@@ -1,17 +1,15 @@
-"""A trainer's state to a checkpoint and back."""
+"""What a checkpoint holds of a trainer, and a trainer's state from a checkpoint."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import LocalStepsSection
-from hvdlm.errors import JobError
 from hvdlm.strategies.strategy import RankState
 from hvdlm.training import checkpoint
-from hvdlm.training.rank_states import gather_to_files, read_equal_state, scatter_from_checkpoint
+from hvdlm.training.rank_states import read_equal_state, scatter_from_checkpoint
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -31,12 +29,12 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
     broadcast_tensors(communicator, equal.values())
     loss_scale.load_state_dict(state["loss_scale"])
-    own = _rank_state(trainer)
+    own = own_state(trainer)
     scatter_from_checkpoint(communicator, source, own, size)
     if "loss_scale" in own.dropped:
         loss_scale.load_tensor(own.dropped["loss_scale"])
     strategy.restored(loss_scale.factor / state["loss_scale"]["factor"])  # precision may differ
-    trainer.step = trainer.saved_step = state["step"]
+    trainer.step = trainer.saver.step = state["step"]
     if as_saved or state.get("ranks_are_equal", True):
         return []
     return [
@@ -45,27 +43,7 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     ]
 
 
-def save(trainer: Trainer) -> None:
-    """Raises JobError, and leaves the checkpoints as they are, if the weights are of no use. Collective."""
-    communicator, config = trainer.communicator, trainer.config
-    equal = trainer.parameters, trainer.strategy.optimizer_state()
-    if name := checkpoint.not_finite(equal[0]):
-        raise JobError(
-            f"{name} holds NaN or infinite numbers after step {trainer.step}, which is not saved: lower optimizer.lr, "
-            "and resume from the last checkpoint"
-        )
-    parent, keep = checkpoint.directory(config.train.run_dir), config.checkpoint.keep
-    ranks = gather_to_files(communicator, _rank_state(trainer).tensors(), parent)
-
-    def write() -> Path:
-        state, tokenizer = _state(trainer), trainer.tokenizer
-        return checkpoint.save(parent, trainer.step, *equal, state, tokenizer, keep, ranks)
-
-    trainer.write("event", message=f"saved {on_rank_0(communicator, write)}")
-    trainer.saved_step = trainer.step
-
-
-def _state(trainer: Trainer) -> dict[str, Any]:
+def state_of(trainer: Trainer) -> dict[str, Any]:
     """The contents of a checkpoint's state.json."""
     return {
         "step": trainer.step,
@@ -81,7 +59,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _rank_state(trainer: Trainer) -> RankState:
+def own_state(trainer: Trainer) -> RankState:
     """What each rank has of its own; its loss scale, too, where ranks step by gradients of their own."""
     state = trainer.strategy.rank_state()
     if trainer.loss_scale.is_dynamic and not trainer.strategy.ranks_are_equal:

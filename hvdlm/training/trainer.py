@@ -23,7 +23,7 @@ from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
 from hvdlm.strategies import make_strategy
 from hvdlm.strategies.optimizer import make_optimizer
-from hvdlm.strategies.strategy import UnreadableBatchError
+from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
 from hvdlm.training import checkpoint
@@ -35,7 +35,7 @@ from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
-from hvdlm.training.saved_state import save
+from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.step_metrics import StepMetrics
 
@@ -64,7 +64,7 @@ class Trainer:
         self.sync = self.strategy.sync
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
-        self.saved_step = 0  # the last one of which there is a checkpoint
+        self.saver = Saver(self)
         self.metrics: MetricsLog | None = None  # rank 0 has one
         flops = flops_per_token(config.model, vocab_size)
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
@@ -78,7 +78,8 @@ class Trainer:
         self._own_tokens = self._tokens = 0  # of this rank, of all
         self._rate, self.norm = 0.0, torch.tensor(math.nan)
         self._ranks_have_met = True
-        self.due = Due(first_step=True)
+        self.due = Due()
+        self._has_done_a_step = False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
         self.elastic = Elastic(self) if config.comm.elastic and communicator.size > 1 else None
@@ -125,20 +126,22 @@ class Trainer:
     def _do_what_is_due(self, preemption: Preemption) -> None:
         """What follows a step, or followed one that a rank has died after."""
         self._report_step()
-        if self.due.first_step and self.step > self.saved_step:
+        self.saver.tell()
+        if self.due.first_step:
             self.write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
             self.due.first_step = False
         if self.due.save:
             if self.step == self.config.train.steps:
                 self.strategy.finish()
-            save(self)
+            self.saver.save(in_background=not (self.stop or self.step == self.config.train.steps))
             self.due.save = False
         if self.due.validation:
             self.stop |= not self._validate(preemption)
             self.due.validation = False
-            if self.stop and self.saved_step != self.step:
-                self.due.save = True
-                self._do_what_is_due(preemption)
+            if self.stop:
+                self._save_what_is_done()
+            else:
+                self.saver.tell_validated()
 
     def _validates(self) -> bool:
         """Whether a validation follows the step that was done last."""
@@ -163,7 +166,8 @@ class Trainer:
 
         tokens: int | None = None
         self._own_tokens = int((batch.targets != IGNORE).sum())
-        status = self.strategy.begin_step(self._own_tokens, stop_here, error)
+        report = Report(self._own_tokens, stop_here, self.saver.is_due_by_time(), error)
+        status = self.strategy.begin_step(report)
         if self.elastic:
             self.elastic.begin_step()
         self._seed_dropout()
@@ -210,10 +214,13 @@ class Trainer:
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop
         train, is_last = self.config.train, self.step == self.config.train.steps
+        self.due.first_step |= not self._has_done_a_step
+        self._has_done_a_step = True
         self.due.log |= is_last or _is_due(self.step, self.config.log.every)
         self.due.check |= _is_due(self.step, train.check_replicas_every)
-        self.due.save |= is_last or end.stop or _is_due(self.step, self.config.checkpoint.every)
         self.due.validation |= self._validates() and not end.stop
+        self.due.save |= is_last or end.stop or end.save or self.saver.is_due_by_step()
+        self.due.save |= self.due.validation and self.config.checkpoint.keep_best
 
     def _report_step(self) -> None:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
@@ -359,9 +366,10 @@ class Trainer:
 
     def _save_what_is_done(self) -> str:
         """Saves the last step, unless it is saved; returns what an error message says of it."""
-        if self.saved_step == self.step:
+        if self.saver.step == self.step:
+            self.saver.wait(must_succeed=True)
             return ""
-        save(self)
+        self.saver.save(in_background=False)
         return f"; step {self.step} was saved: go on with --resume latest"
 
     def open_loader(self) -> Loader:

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from hvdlm.comm.gpus import visible_gpus
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import CommSection, CompressionSection, ModelSection, load
+from hvdlm.config import CommSection, CompressionSection, ModelSection
+from hvdlm.config_reader import load
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.attention import causal_attention
 from hvdlm.model.loss import token_loss

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import commands
+import pytest
 from launcher import BIN, Job, Result, launcher_command, run, start
 from pool import RankPool
 from safetensors.torch import load_file
+
+WAIT_SECONDS = 90.0
 
 SETTINGS = {
     "model.layers": 2,
@@ -84,7 +88,8 @@ class Ranks:
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """Those whose line is complete: a job may be writing the last one."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
@@ -107,3 +112,13 @@ def assert_same_curve(actual: dict[int, float], expected: dict[int, float], rela
     assert actual.keys() == expected.keys()
     worst = max(abs(actual[step] / expected[step] - 1) for step in expected)
     assert worst <= relative, worst
+
+
+def wait_for(condition: Callable[[], bool], job: Job) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            members = job.members()
+            job.kill()
+            pytest.fail(f"not within {WAIT_SECONDS:g} s; alive were {members}:\n{job.finish(WAIT_SECONDS).output}")
+        time.sleep(0.05)

@@ -17,7 +17,8 @@ import torch
 import torch._inductor.config
 from forked import hvdlm
 
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.model import check_compiler

@@ -7,27 +7,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from jobs import command, records, start_training
-from launcher import Job, launcher_command, run
+from jobs import command, records, start_training, wait_for
+from launcher import launcher_command, run
 
 SABOTAGE = Path(__file__).with_name("sabotage.py")
 
 DEADLINE = 90.0  # seconds
-
-
-def wait_for(condition: Callable[[], bool], job: Job) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        if time.monotonic() > end:
-            members = job.members()
-            job.kill()
-            pytest.fail(f"not within {DEADLINE:g} s; alive were {members}:\n{job.finish(DEADLINE).output}")
-        time.sleep(0.05)
 
 
 def steps_done(run_dir: Path) -> int:

@@ -8,12 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import pytest
-from jobs import Ranks, command, losses, start_training
+from jobs import Ranks, command, start_training
 from launcher import Result, launcher_command, run
 from pool import Pools
 
@@ -250,28 +249,6 @@ def test_data_set_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) -> N
     result = ranks.train(2, small_data, tmp_path / "run", model__context_length=500_000)
     assert_said_once(result, "context_length")
     assert ranks.train(2, small_data, tmp_path / "run", train__steps=5).status == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KiB: room for one checkpoint of the test's model and a part of the next."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.needs_root
-def test_full_disk(ranks: Ranks, small_disk: Path, small_data: Path, tmp_path: Path) -> None:
-    run_dir = small_disk / "run"
-    result = ranks.train(2, small_data, run_dir, checkpoint__every=10, log__every=10)
-    assert_said_once(result, "cannot write the checkpoint", "step_00000020", "No space left on device")
-    assert [path.name for path in sorted((run_dir / "checkpoints").glob("step_*"))] == ["step_00000010"]
-    resumed = ranks.train(2, small_data, tmp_path / "run", "--resume", str(run_dir), log__every=10)
-    assert resumed.status == 0, resumed.output
-    assert "step_00000010, step 10" in resumed.output
-    assert max(losses(tmp_path / "run")) == 50
 
 
 def test_horovod_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

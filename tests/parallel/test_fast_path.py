@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.gradients.sync import GradientSync
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS

@@ -17,6 +17,7 @@ from training_body import plain_loss as loss_of_batch
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, Precision
 from hvdlm.strategies.dion.strategy import Dion
+from hvdlm.strategies.strategy import Report
 from hvdlm.training.trainer import Trainer
 
 R, MU, RATIO, DECAY = 5, 0.9, 0.1, 0.02
@@ -163,7 +164,7 @@ def check_other_parameters_by_any_codec(comm: Communicator, codec: str) -> None:
 def check_a_momentum_that_is_not_finite_ends_training(comm: Communicator) -> None:
     """On all ranks, though only one has made it, and of one matrix only."""
     trainer, strategy = make_dion_trainer(comm, dion_config())
-    strategy.begin_step(100, False, None).wait()
+    strategy.begin_step(Report(100)).wait()
     trainer.model.output_weight.sum().backward()
     if comm.rank == 1:
         trainer.model.blocks[1].mlp.up.weight.grad = torch.full((256, 64), math.inf)

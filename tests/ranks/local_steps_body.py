@@ -24,7 +24,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config, LocalStepsSection
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.strategy import LocalSteps
-from hvdlm.strategies.strategy import Strategy
+from hvdlm.strategies.strategy import Report, Strategy
 from hvdlm.training.trainer import Trainer
 
 
@@ -264,7 +264,7 @@ def _two_numbers(comm: Communicator, overlap: int, alpha: float) -> tuple[_TwoNu
 
 def _step(model: _TwoNumbers, strategy: LocalSteps, trained: Sequence[Tensor] | None = None) -> tuple[float, ...]:
     """The parameters, and the outer ones, after one more step, in which the gradients of `trained` are 2: of both."""
-    strategy.begin_step(SEQUENCES * LENGTH // 2, False, None).wait()  # all of a rank's tokens count
+    strategy.begin_step(Report(SEQUENCES * LENGTH // 2)).wait()  # all of a rank's tokens count
     for parameter in (model.first, model.second) if trained is None else trained:
         (2 * parameter).sum().backward()
     strategy.wait()

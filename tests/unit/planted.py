@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvdlm.config import from_dict
+from hvdlm.config_reader import from_dict
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.point import Bucket, Machine, Place, Point, Repetition
 

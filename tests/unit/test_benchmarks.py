@@ -25,7 +25,8 @@ from compare.measurement import Measurement, SystemResult, measure, over_ranks, 
 from compare.registry import SystemGroup, group_systems, is_dense, table_order
 from compare.systems import StepReport, System
 from convergence import curves, runs
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.training import checkpoint
+from hvdlm.training.retention import Retention
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
 TOKENIZER = '{"kind": "byte"}'
@@ -45,7 +46,7 @@ def save(parent: Path, step: int, keep: int = 3, numbers: int = 6) -> Path:
         {"step.weight": torch.tensor(float(step)), "exp_avg.weight": torch.full((2, 3), -float(step))},
         {"step": step, "data": {"seed": 5, "batch": step}, "text": "ü"},
         TOKENIZER.encode(),
-        keep,
+        Retention(keep),
     )
 
 
@@ -97,7 +98,7 @@ def test_the_safetensors_library_itself_reads_the_files(parent: Path) -> None:
 def test_parameters_and_strided_tensors_are_saved_as_they_are(parent: Path) -> None:
     strided = torch.arange(12.0).view(3, 4).t()
     parameter = torch.nn.Parameter(torch.ones(2))
-    path = checkpoint.save(parent, 1, {"a": parameter}, {"b": strided}, {}, TOKENIZER.encode(), keep=1)
+    path = checkpoint.save(parent, 1, {"a": parameter}, {"b": strided}, {}, TOKENIZER.encode(), keep=Retention(1))
     opened = checkpoint.open_checkpoint(path)
     assert torch.equal(opened.model()["a"], torch.ones(2))
     assert torch.equal(opened.optimizer()["b"], strided)
@@ -135,7 +136,7 @@ def test_what_a_user_puts_beside_them_is_left_alone(parent: Path) -> None:
 def test_the_same_step_is_saved_again(parent: Path) -> None:
     save(parent, 1)
     path = checkpoint.save(
-        parent, 1, {"a": torch.ones(1)}, {"b": torch.ones(1)}, {"again": True}, TOKENIZER.encode(), keep=3
+        parent, 1, {"a": torch.ones(1)}, {"b": torch.ones(1)}, {"again": True}, TOKENIZER.encode(), keep=Retention(3)
     )
     assert names(parent) == ["latest", "step_00000001"]
     assert checkpoint.open_checkpoint(path).state == {"again": True}
@@ -293,7 +294,7 @@ def small_files() -> Iterator[None]:
 @pytest.mark.usefixtures("small_files")
 def test_a_write_that_fails_in_the_middle_leaves_the_checkpoint_before_it_whole(parent: Path) -> None:
     save(parent, 10)
-    with pytest.raises(HvdlmError, match=r"cannot write .*File too large; raise .* or choose another train\.run_dir"):
+    with pytest.raises(HvdlmError, match=r"cannot write .*File too large; raise the limit"):
         save(parent, 20, numbers=10_000)
     assert names(parent) == ["latest", "step_00000010"]
     assert_whole(checkpoint.open_checkpoint(parent).path)
@@ -328,6 +329,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 import torch
 from hvdlm.training import checkpoint
+from hvdlm.training.retention import Retention
 
 base, work, step, keep = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 left, counting = 0, False
@@ -356,7 +358,7 @@ while status:
     if child == 0:
         counting = True
         model = {"weight": torch.arange(6).float().view(2, -1) + step, "bias": torch.full((3,), step / 7)}
-        checkpoint.save(victim, step, model, {"b": torch.ones(2)}, {"step": step}, b"{}", keep)
+        checkpoint.save(victim, step, model, {"b": torch.ones(2)}, {"step": step}, b"{}", Retention(keep))
         counting = False
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -371,7 +373,9 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_done(
 ) -> None:
     base, work = tmp_path / "base", tmp_path / "work"
     for earlier in (10, 20):
-        checkpoint.save(base, earlier, model_at(earlier), {"b": torch.ones(2)}, {"step": earlier}, b"{}", keep=3)
+        checkpoint.save(
+            base, earlier, model_at(earlier), {"b": torch.ones(2)}, {"step": earlier}, b"{}", keep=Retention(3)
+        )
     arguments = [str(base), str(work), str(step), str(keep)]
     subprocess.run([sys.executable, "-c", KILLER, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -388,7 +392,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_half_done(
         assert newest.state["step"] in (max(steps), 20 if 20 in steps else max(steps))
         outcomes.append(step in steps and newest.state["step"] == step)
         # the next one clears away what is left
-        checkpoint.save(victim, 40, model_at(40), {"b": torch.ones(2)}, {"step": 40}, b"{}", keep=1)
+        checkpoint.save(victim, 40, model_at(40), {"b": torch.ones(2)}, {"step": 40}, b"{}", keep=Retention(1))
         assert names(victim) == ["latest", "step_00000040"]
     assert outcomes[-1]
     if step == 30:
@@ -408,7 +412,7 @@ def test_what_a_crash_has_left_is_cleared_by_the_next_save(parent: Path) -> None
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_of_no_use_are_named(parent: Path, number: float) -> None:
     tensors = {"good": torch.zeros(3), "bad": torch.tensor([0.0, number])}
-    path = checkpoint.save(parent, 5, tensors, tensors, {}, TOKENIZER.encode(), keep=1)
+    path = checkpoint.save(parent, 5, tensors, tensors, {}, TOKENIZER.encode(), keep=Retention(1))
     with pytest.raises(HvdlmError, match="step_00000005 is of no use: bad holds NaN or infinite numbers"):
         checkpoint.open_checkpoint(path).model()
 

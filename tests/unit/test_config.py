@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from forked import hvdlm
 
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 
 PRESETS = {

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hvdlm.config import Config, load
+from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.model import check_deterministic, make_model

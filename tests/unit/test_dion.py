@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import CompressionSection, ModelSection, OptimizerSection, load
+from hvdlm.config import CompressionSection, ModelSection, OptimizerSection
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.exchange import Exchange

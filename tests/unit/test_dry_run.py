@@ -9,7 +9,7 @@ import pytest
 from forked import hvdlm
 
 from hvdlm.comm.launch import Launch
-from hvdlm.config import load
+from hvdlm.config_reader import load
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.dry_run import print_dry_run
 

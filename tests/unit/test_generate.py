@@ -17,6 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.generate import generate, next_token_probabilities
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.training import checkpoint
+from hvdlm.training.retention import Retention
 
 VOCABULARY = 61
 GPT2 = ModelSection(layers=2, heads=2, width=16, context_length=16)
@@ -290,7 +291,7 @@ def test_a_model_that_has_diverged(trained):
     opened = checkpoint.Checkpoint(path)
     weights = {name: tensor.fill_(math.nan) for name, tensor in opened.model().items()}
     tokenizer = (path / "tokenizer.json").read_bytes()
-    checkpoint.save(parent, 1, weights, opened.optimizer(), opened.state, tokenizer, keep=1)
+    checkpoint.save(parent, 1, weights, opened.optimizer(), opened.state, tokenizer, keep=Retention(1))
     commands = [["generate", "diverged"], ["evaluate", "diverged", "--data", "data"]]
     commands.append(["train", "config.toml", "--train.run_dir", "diverged", "--resume", "latest"])
     for words in commands:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import LocalStepsSection, load
+from hvdlm.config import LocalStepsSection
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket

@@ -16,6 +16,7 @@ import torch
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.training import checkpoint
+from hvdlm.training.retention import Retention
 from hvdlm.training.run_directory import RunDirectory, _check_resumable
 
 DATA: Any = SimpleNamespace(fingerprint="f", path=Path("data"))
@@ -56,7 +57,7 @@ def make_run(path: Path, *steps: int) -> Path:
     for step in steps:
         state = {"step": step, "config": Config().model_dump(), "fingerprint": "f", "vocab_size": 257}
         tensors = {"w": torch.full((2,), float(step))}
-        checkpoint.save(checkpoint.directory(path), step, tensors, tensors, state, b"{}", keep=9)
+        checkpoint.save(checkpoint.directory(path), step, tensors, tensors, state, b"{}", keep=Retention(9))
     saved = [{"kind": "event", "step": step, "message": f"saved step {step}"} for step in steps]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in saved))
     return path

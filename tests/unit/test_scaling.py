@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from planted import EFFICIENCY, ELEMENTS, LATENCY, make_point
 
-from hvdlm.config import CommSection, CompressionSection, from_dict
+from hvdlm.config import CommSection, CompressionSection
+from hvdlm.config_reader import from_dict
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.auto.forecast import BackwardPass
 from hvdlm.model.presets import PRESETS

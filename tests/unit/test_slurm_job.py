@@ -19,6 +19,7 @@ from hvdlm.cluster.slurm.start_log import StartLog, newest_checkpoint_step
 from hvdlm.cluster.slurm.time_limit import default_lead, limit_seconds
 from hvdlm.errors import HvdlmError
 from hvdlm.training import checkpoint
+from hvdlm.training.retention import Retention
 
 STEPS = 100
 CONFIG = "[train]\nsteps = 100\nrun_dir = 'runs/mine'\n"
@@ -224,7 +225,7 @@ def test_the_newest_checkpoint_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint_step(tmp_path) == 0
     tensors = {"a": torch.zeros(1)}
     for step in (7, 12):
-        checkpoint.save(checkpoint.directory(tmp_path), step, tensors, tensors, {}, b"", keep=2)
+        checkpoint.save(checkpoint.directory(tmp_path), step, tensors, tensors, {}, b"", keep=Retention(2))
     assert newest_checkpoint_step(tmp_path) == 12
 
 

@@ -16,7 +16,8 @@ from hvdlm.cluster.slurm import commands
 from hvdlm.cluster.slurm.script import Script
 from hvdlm.cluster.slurm.start_log import newest_checkpoint_step
 from hvdlm.cluster.slurm.time_limit import default_lead, limit_seconds
-from hvdlm.config import Config, from_dict, load
+from hvdlm.config import Config
+from hvdlm.config_reader import from_dict, load
 from hvdlm.data.shard import DataSet
 from hvdlm.data.staging import staged
 from hvdlm.errors import HvdlmError
@@ -59,7 +60,7 @@ def write_job(
     It contains `job.sh`, and `config.toml` with all settings and absolute paths. `submit`: also submit the job.
 
     Args:
-        config, overrides: as for `hvdlm.config.load`.
+        config, overrides: as for `hvdlm.config_reader.load`.
         gpus_per_rank: 0 or 1.
         time: limit of one start, in sbatch's notation.
         launcher: "mpirun", "srun" or "horovodrun".

@@ -29,7 +29,7 @@ from hvdlm.cluster.slurm.start_log import (
     StartLog,
     newest_checkpoint_step,
 )
-from hvdlm.config import load
+from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.presets import PRESETS

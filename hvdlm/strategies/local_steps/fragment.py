@@ -21,7 +21,7 @@ from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.groups import Groups
 from hvdlm.strategies.local_steps.merge_loops import step_and_merge
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
-from hvdlm.strategies.strategy import RankState, report
+from hvdlm.strategies.strategy import RankState, Report
 
 # Of so many rounds of a fragment one is measured for `drift`
 _ROUNDS_TO_MEASURE = 10
@@ -131,7 +131,7 @@ class Fragment:
         # Squared lengths of the differences of a round: this rank's, and their average
         self.own_square = self.average_square = 0.0
         self._handles: list[Work[None]] = []
-        self._totals: Work[Tensor] = Work.done(report(0, False, None))
+        self._totals: Work[Tensor] = Work.done(Report().message())
         self._nominal_tokens = 1.0
         self._factor: float | None = None  # from what the buckets hold to the average; None: it may be arriving
 
@@ -142,15 +142,15 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(self, nominal: float, stop: bool, error: str | None, told: Tensor | None = None) -> None:
+    def begin(self, nominal: float, own: Report, told: Tensor | None = None) -> None:
         """Begins a round: the leader of each group submits its differences, weighted by the tokens of its group.
 
         `nominal`: tokens of a group in a step. Weights are over those of as many steps, so that they are about 1: what
-        a codec has not delivered counts as much in a shorter round. `stop`, `error`, `told`, (n,) int64: what this rank
-        tells the others.
+        a codec has not delivered counts as much in a shorter round. `own` but for its tokens, and `told`, (n,) int64:
+        what this rank tells the others.
         """
         is_leader, channels = self._groups.is_leader, self._groups.channels
-        message = report(int(self.tokens) * is_leader, stop, error)
+        message = own._replace(tokens=int(self.tokens) * is_leader).message()
         self._totals = self._groups.everyone.all_reduce_async_(message if told is None else torch.cat([message, told]))
         self._nominal_tokens = self.steps * nominal
         weight = int(self.tokens) / self._nominal_tokens
@@ -177,8 +177,8 @@ class Fragment:
         return (self.rounds - self.is_under_way) % _ROUNDS_TO_MEASURE == 0
 
     def arrive(self) -> Tensor:
-        """Waits until the buckets hold the sum over all ranks, and returns what these have told: tokens, requests to
-        stop, errors and what `begin` was given beside, (3 + n,) int64."""
+        """Waits until the buckets hold the sum over all ranks, and returns what these have told: the sum of their
+        reports' messages and of what `begin` was given beside, (4 + n,) int64."""
         totals = self._totals.wait()
         if self._factor is None:
             for handle in self._handles:
@@ -216,7 +216,7 @@ class Fragment:
 
     def resume(self) -> None:
         """Goes on with a round that was saved under way: its buckets are to be filled with the average."""
-        self._totals = Work.done(report(0, False, None))
+        self._totals = Work.done(Report().message())
         self.is_under_way, self._factor = True, 1.0
 
     def restart(self, arrived: Container[str]) -> None:

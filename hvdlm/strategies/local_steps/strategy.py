@@ -29,7 +29,7 @@ from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, cho
 from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 from hvdlm.strategies.optimizer import optimizer_tensors
-from hvdlm.strategies.strategy import RankState, StepEnd, Strategy, raise_if_unreadable
+from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 # Codecs of gradients with which a model trains as with dense ones (docs/codecs.md). Before the first local step another
 # one is replaced: one that delivers few numbers at once would leave AdamW with second moments of them.
@@ -64,8 +64,7 @@ class LocalSteps(Strategy):
         nominal = config.train.global_batch_size * config.model.context_length
         self._nominal_tokens = nominal / self._groups.count  # of a group in a step
         self._step = 0  # steps done
-        self._stop = False  # whether this rank has been asked to stop
-        self._error: str | None = None  # why this rank could not read its part of some batch, until it is told
+        self._own = Report()  # what this rank has not told the others yet
         self._traffic = self.sync.traffic
         self._chooses_interval = settings.every == "auto"  # when the first local step begins
         self._pace = Pace(self._groups.index, self._groups.count) if settings.by == "seconds" else None
@@ -88,17 +87,18 @@ class LocalSteps(Strategy):
         self._takes_part = self._pace is None or not self.is_local or self._pace.takes_part()
         return self._takes_part
 
-    def begin_step(self, tokens: int, stop: bool, error: str | None) -> Work[int]:
+    def begin_step(self, own: Report) -> Work[int]:
         if self._timer:
             self._timer.begin_step()
         if not self.is_local:
-            return self._every_step.begin_step(tokens, stop, error)
+            return self._every_step.begin_step(own)
         if self._step == self._rounds.warmup_steps:
             self._begin_local_steps()
-        self._stop, self._error = self._stop or stop, self._error or error
+        # What ranks tell of errors and ask for, they tell in a round
+        stop, save, error = self._own.stop or own.stop, self._own.save or own.save, self._own.error or own.error
+        self._own = Report(stop=stop, save=save, error=error)
         self._measure_traffic()
-        # What ranks tell of errors and requests to stop, they tell in a round
-        return self._every_step.begin_step(tokens, False, None).then(self._count)
+        return self._every_step.begin_step(Report(own.tokens)).then(self._count)
 
     def _count(self, tokens: int) -> int:
         """Counts the tokens of this group's step."""
@@ -154,11 +154,15 @@ class LocalSteps(Strategy):
         for fragment in (self.fragments[index] for index in self._rounds.ending(self._step)):
             if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
                 totals.append(fragment.end(has_overlapped=True))
+        has_told = False
         for fragment in (self.fragments[index] for index in self._rounds.beginning(self._step)):
             told = self._pace.tell(self._groups.is_leader) if self._pace else None
-            fragment.begin(self._nominal_tokens, self._stop, self._error, told)
+            fragment.begin(self._nominal_tokens, self._own, told)
+            has_told = True
             if not self._rounds.overlap or fragment.is_own_average:
                 totals.append(fragment.end(has_overlapped=False))
+        if has_told:
+            self._own = self._own._replace(save=False)  # asked for once
         return self._meet(totals)
 
     def arrive(self) -> None:
@@ -175,7 +179,7 @@ class LocalSteps(Strategy):
                 fragment.end(has_overlapped=True)
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
-            fragment.begin(self._nominal_tokens, self._stop, self._error)
+            fragment.begin(self._nominal_tokens, self._own)
         for fragment in trained:
             fragment.end(has_overlapped=False)
         self._model.update_low_precision_weights()
@@ -215,12 +219,13 @@ class LocalSteps(Strategy):
         event, self._event = self._event, None
         self._model.update_low_precision_weights()
         if not totals:
-            return StepEnd(stop=False, ranks_have_met=False, event=event)
-        if any(int(each[2]) for each in totals):
-            raise_if_unreadable(self.communicator, self._error)
+            return StepEnd(stop=False, save=False, ranks_have_met=False, event=event)
+        _, stops, saves, errors = torch.stack([each[:4] for each in totals]).sum(0).tolist()
+        if errors:
+            raise_if_unreadable(self.communicator, self._own.error)
         if self._pace:
-            self._pace.hear(totals[-1][3:])
-        return StepEnd(stop=any(int(each[1]) > 0 for each in totals), ranks_have_met=True, event=event)
+            self._pace.hear(totals[-1][4:])
+        return StepEnd(stops > 0, saves > 0, ranks_have_met=True, event=event)
 
     # ---- the parameters to keep
 

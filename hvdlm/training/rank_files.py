@@ -1,0 +1,144 @@
+"""Files of what each rank has of its own, while a checkpoint is written.
+
+Ranks that see the directory of the checkpoint write their own files, all at once, each beside an entry that tells its
+size and hash, or why it could not be written. Where hosts do not share it, rank 0 receives what the others have and
+writes for them, one rank at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.failure import RunningTime
+from hvdlm.comm.rank_errors import on_rank_0
+from hvdlm.data.staging import make_durable
+from hvdlm.errors import HvdlmError
+from hvdlm.training.checkpoint import file_entry, rank_file_name, save_failure
+from hvdlm.training.rank_states import move
+
+logger = logging.getLogger(__name__)
+
+# Bytes of a message to rank 0: after each of them all ranks meet, so that none waits long for another
+_PIECE = 16 * 2**20
+
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def make_directory(communicator: Communicator, parent: Path) -> tuple[Path, bool]:
+    """A new directory in `parent`, made by rank 0; and whether all ranks see it. Collective; raises JobError."""
+    directory = parent / "ranks.partial"
+
+    def make() -> str:
+        token = f"token_{secrets.token_hex(8)}"
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            (directory / token).touch()
+        except OSError as error:
+            raise HvdlmError(f"cannot write {directory}: {save_failure(error)}") from error
+        return token
+
+    token = on_rank_0(communicator, make)
+    are_seeing = communicator.all_gather_object((directory / token).exists())
+    on_rank_0(communicator, lambda: (directory / token).unlink(missing_ok=True))
+    return directory, all(are_seeing)
+
+
+def write_own(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the file of one rank, then its entry."""
+    file = directory / rank_file_name(rank)
+    try:
+        safetensors.torch.save_file(dict(tensors), file)
+        make_durable(file)
+        entry = file_entry(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        entry = {"error": f"cannot write {file}: {save_failure(error)}"}
+    try:
+        unfinished = file.with_suffix(".partial")
+        unfinished.write_text(json.dumps(entry), encoding="utf-8")
+        unfinished.rename(_entry(file))
+    except OSError as error:  # rank 0 will wait in vain
+        logger.warning("rank %d: %s", rank, entry.get("error", f"cannot write {_entry(file)}: {save_failure(error)}"))
+
+
+def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: threading.Event) -> None:
+    """Returns when the files of `size` ranks are written.
+
+    Raises HvdlmError if a rank could not write, if its file has not grown for `timeout` seconds, or if nobody waits for
+    it any more.
+    """
+    for rank in range(size):
+        file = directory / rank_file_name(rank)
+        clock, length = RunningTime(), -1
+        while not _entry(file).exists():
+            lengths = {each.name: each.stat().st_size for each in directory.iterdir()}  # by which NFS looks again
+            if lengths.get(file.name, -1) != length:
+                clock, length = RunningTime(), lengths.get(file.name, -1)
+            if is_given_up.is_set():
+                raise HvdlmError(f"{directory} is not complete: a rank has died")
+            if clock.seconds() > timeout:
+                raise HvdlmError(f"rank {rank} has written nothing to {file} for {timeout:g} s (comm.timeout)")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        _check(directory, rank)
+
+
+def entries(directory: Path) -> dict[str, dict[str, int | str]]:
+    """Size and hash of each rank's file, by its name, as its rank has told it; the entries are removed."""
+    told = {}
+    for entry in sorted(directory.glob("*.json")):
+        told[entry.stem] = json.loads(entry.read_text(encoding="utf-8"))
+        entry.unlink()
+    return told
+
+
+def gather(communicator: Communicator, directory: Path, own: Mapping[str, Tensor]) -> None:
+    """Rank 0 writes each rank's tensors. Names and shapes are equal on all ranks. Collective; raises JobError."""
+    for rank in range(communicator.size):
+        tensors = {name: _move_to_rank_0(communicator, tensor, rank) for name, tensor in own.items()}
+        on_rank_0(communicator, partial(_write_and_check, directory, rank, tensors))
+
+
+def _write_and_check(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    write_own(directory, rank, tensors)
+    _check(directory, rank)
+
+
+def _check(directory: Path, rank: int) -> None:
+    """Raises HvdlmError if a rank's file could not be written."""
+    told = json.loads(_entry(directory / rank_file_name(rank)).read_text(encoding="utf-8"))
+    if "error" in told:
+        raise HvdlmError(f"rank {rank}: {told['error']}")
+
+
+def _move_to_rank_0(communicator: Communicator, tensor: Tensor, source: int) -> Tensor:
+    """`tensor` of rank `source`, on rank 0 in memory of its own; elsewhere an empty one. Collective."""
+    flat = tensor.detach().reshape(-1)
+    moved = torch.empty(tensor.shape, dtype=tensor.dtype) if communicator.rank == 0 else torch.empty(0)
+    if source == 0:
+        return moved.copy_(tensor) if communicator.rank == 0 else moved
+    position = 0
+    for piece in flat.split(max(1, _PIECE // tensor.element_size())):
+        arrived = move(communicator, piece, source, 0)
+        if communicator.rank == 0:
+            moved.view(-1)[position : position + piece.numel()] = arrived
+        position += piece.numel()
+        communicator.arrival(tensor.device).wait()  # for a rank that has died, with a deadline
+        communicator.barrier()
+    return moved
+
+
+def _entry(file: Path) -> Path:
+    return file.with_name(file.name + ".json")

@@ -1,0 +1,233 @@
+"""Writes checkpoints while training goes on.
+
+A save copies the state, which takes as long as memory takes to be copied; a thread then writes the copy. At most one
+save is under way: the next one waits for it. One that fails leaves the checkpoint before it as it was, and is told;
+`checkpoint.max_failures` of them in a row end the job, and the last chance is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.rank_errors import on_rank_0, wait_for_tasks
+from hvdlm.errors import HvdlmError, JobError
+from hvdlm.training import checkpoint, rank_files
+from hvdlm.training.retention import Retention
+from hvdlm.training.saved_state import own_state, state_of
+
+if TYPE_CHECKING:
+    from hvdlm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class UselessWeightsError(HvdlmError):
+    """The weights to be saved are NaN or infinite: no later save will be of more use."""
+
+
+class Saver:
+    """Saves what a trainer has learned, and restores nothing."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.step = 0  # the last one whose save has begun, or that a run goes on from
+        self._settings = trainer.config.checkpoint
+        self._begun = time.monotonic()  # the last save
+        self._has_asked = False  # for the next one
+        self._failures = 0  # in a row
+        self._is_under_way = False  # whether a save has begun whose end not all ranks know
+        self._task: Future[Path] | None = None  # of this rank, in that save
+        self._has_told = False  # the user, how that ended
+        self._is_given_up = threading.Event()
+        self._copies: dict[str, Tensor] = {}
+
+    # ---- when
+
+    def is_due_by_time(self) -> bool:
+        """Whether this rank, rank 0, is to ask for a checkpoint; once for each."""
+        seconds = self._settings.seconds_between
+        if self._trainer.communicator.rank or not seconds or self._has_asked:
+            return False
+        self._has_asked = time.monotonic() - self._begun >= seconds
+        return self._has_asked
+
+    def is_due_by_step(self) -> bool:
+        """Whether a checkpoint of the step that was done last is wanted, by its number."""
+        steps = self._settings.steps_between
+        return steps > 0 and self._trainer.step % steps == 0
+
+    # ---- saving
+
+    def save(self, in_background: bool) -> None:
+        """Saves the state after the trainer's last step. Collective.
+
+        In the background it returns when the state is copied. Otherwise it returns when the checkpoint is written, and
+        raises JobError on all ranks if that fails.
+        """
+        self.wait()
+        trainer = self._trainer
+        self.step, self._begun, self._has_asked = trainer.step, time.monotonic(), False
+        is_last_chance = self._failures + 1 >= self._settings.max_failures
+        copies = in_background and not is_last_chance
+        self._is_under_way, self._has_told, self._task = True, False, None
+        self._is_given_up = threading.Event()
+        try:
+            self._begin(copies)
+        except JobError as error:  # of files of other ranks, which rank 0 writes now
+            self._task = Future()
+            self._task.set_exception(error)
+        if not copies:
+            self.wait(must_succeed=not in_background)
+
+    def wait(self, must_succeed: bool = False) -> None:
+        """Returns when no save is under way. Collective.
+
+        Raises JobError on all ranks if the one that was has failed and it must not, or if too many in a row have.
+        """
+        if not self._is_under_way:
+            return
+        communicator = self._trainer.communicator
+        wait_for_tasks(communicator, self._task)
+        failure, is_fatal = communicator.broadcast_object(self._failure())
+        self.tell()
+        self._is_under_way = False
+        self._failures = self._failures + 1 if failure else 0
+        if failure and (must_succeed or is_fatal or self._failures >= self._settings.max_failures):
+            raise JobError(failure if is_fatal else f"{failure}, or choose another train.run_dir; {_GO_ON}")
+
+    def tell(self) -> None:
+        """Tells the user of a save that has ended. On rank 0; does nothing elsewhere, or twice."""
+        metrics, task = self._trainer.metrics, self._task
+        if metrics is None or task is None or self._has_told or not task.done():
+            return
+        self._has_told = True
+        error = task.exception()
+        if error is None:
+            metrics.write("event", self.step, message=f"saved {task.result()}")
+        elif isinstance(error, HvdlmError):
+            left = self._settings.max_failures - self._failures - 1
+            message = f"step {self.step} was not saved: {error}; {left} more may fail (checkpoint.max_failures)"
+            metrics.write("event", self.step, message=message)
+
+    def tell_validated(self) -> None:
+        """Lets `best` lead to the step that was validated, if it is the best and saved. On rank 0."""
+        task = self._task
+        if self._settings.keep_best and task is not None and task.done() and task.exception() is None:
+            checkpoint.retain(task.result(), self._retention())
+
+    def recover(self) -> None:
+        """After a rank has died: finds out whether the last save came to its end; if not, it is due again. Collective.
+
+        Rank 0 may be another one now.
+        """
+        trainer = self._trainer
+        self._is_given_up.set()  # by a rank 0 that waits for a file of the dead one
+        wait_for_tasks(trainer.communicator, self._task)
+        self._has_asked, self._is_under_way = False, False
+        standings = trainer.communicator.all_gather_object((self.step, self._failures))
+        self.step, self._failures = max(step for step, _ in standings), standings[0][1]
+        run_dir = Path(trainer.config.train.run_dir)
+        if self.step and not on_rank_0(trainer.communicator, lambda: checkpoint.is_saved(run_dir, self.step)):
+            self.step, self._has_told, trainer.due.save = 0, True, True
+
+    # ---- parts of a save
+
+    def _begin(self, copies: bool) -> None:
+        """Copies what is to be written, if asked for, and begins to write it. Collective."""
+        trainer = self._trainer
+        rank, parent = trainer.communicator.rank, checkpoint.directory(trainer.config.train.run_dir)
+        keep = self._copy if copies else _as_it_is
+        own = own_state(trainer).tensors()
+        directory, is_shared = rank_files.make_directory(trainer.communicator, parent) if own else (None, False)
+        if directory is not None and not is_shared:
+            rank_files.gather(trainer.communicator, directory, own)
+        model: Mapping[str, Tensor] = {}
+        optimizer: Mapping[str, Tensor] = {}
+        if rank == 0:
+            model, optimizer = keep("model", trainer.parameters), keep("optimizer", trainer.strategy.optimizer_state())
+        shared = keep("rank", own) if is_shared else {}
+        if trainer.device.type == "cuda":
+            torch.cuda.current_stream(trainer.device).synchronize()
+        if rank == 0:
+            state, tokenizer, retention = state_of(trainer), trainer.tokenizer, self._retention()
+            self._start(lambda: self._write(parent, model, optimizer, state, tokenizer, retention, directory, shared))
+        elif directory is not None and is_shared:
+            self._start(lambda: rank_files.write_own(directory, rank, shared))
+
+    def _write(
+        self,
+        parent: Path,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        tokenizer: bytes,
+        retention: Retention,
+        directory: Path | None,
+        own: Mapping[str, Tensor],
+    ) -> Path:
+        """The part of rank 0, which waits for those of the others."""
+        step: int = state["step"]
+        if name := checkpoint.not_finite(model):
+            raise UselessWeightsError(
+                f"{name} holds NaN or infinite numbers after step {step}, which is not saved: lower optimizer.lr, and "
+                "resume from the last checkpoint"
+            )
+        entries = {}
+        if directory is not None:
+            if own:
+                rank_files.write_own(directory, 0, own)
+            rank_files.wait_for_all(
+                directory, state["world_size"], self._trainer.config.comm.timeout, self._is_given_up
+            )
+            entries = rank_files.entries(directory)
+        return checkpoint.save(parent, step, model, optimizer, state, tokenizer, retention, directory, entries)
+
+    def _start(self, write: Callable[[], Any]) -> None:
+        """Runs `write` on a thread. The interpreter waits for that thread before it ends."""
+        task: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                task.set_result(write())
+            except BaseException as error:
+                task.set_exception(error)
+
+        self._task = task
+        threading.Thread(target=run, name="hvdlm-saver").start()
+
+    def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU, in memory that is kept for the next save."""
+        for name, tensor in tensors.items():
+            key = f"{kind}.{name}"
+            if key not in self._copies or self._copies[key].shape != tensor.shape:
+                self._copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[key].copy_(tensor.detach(), non_blocking=True)
+        return {name: self._copies[f"{kind}.{name}"] for name in tensors}
+
+    def _retention(self) -> Retention:
+        settings, metrics = self._settings, self._trainer.metrics
+        losses = dict(metrics.losses) if settings.keep_best and metrics is not None else {}
+        return Retention(settings.keep, settings.keep_every, losses)
+
+    def _failure(self) -> tuple[str | None, bool]:
+        """Why the save has failed, and whether no later one can succeed."""
+        error = self._task.exception() if self._task is not None else None
+        if error is not None and not isinstance(error, HvdlmError):
+            raise error
+        return (None if error is None else str(error)), isinstance(error, UselessWeightsError)
+
+
+_GO_ON = "then resume from the checkpoint before it"
+
+
+def _as_it_is(_: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return tensors
