@@ -14,6 +14,7 @@ from typing import Any
 import hvdlm
 from hvdlm.arguments import finite, path, path_text, seconds, split_overrides
 from hvdlm.errors import HvdlmError
+from hvdlm.exit_status import INTERRUPTED
 from hvdlm.output import product_status, tolerant_output
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.error("%s", error, exc_info=options.traceback)
             return 1
         except KeyboardInterrupt:
-            return 130
+            return INTERRUPTED
         if options.command in _PRINTS_ON_THE_WAY and not getattr(options, "dry_run", False):
             return status
         lost, sentence = product_status(stdout)

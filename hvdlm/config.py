@@ -25,6 +25,13 @@ def _check_duration(text: str) -> str:
     return text
 
 
+def _check_signals(text: str) -> str:
+    known = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise ValueError(f"{text!r}: {unknown[0]!r} is none of {', '.join(known)}")
+    return text
+
+
 UserPath = Annotated[str, AfterValidator(expand_path)]
 
 
@@ -74,6 +81,11 @@ class DataSection(Section):
 
     path: UserPath = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
     read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail",
+        description="where a shard is damaged or gone in mid-run: fail: the job ends, with its steps saved; skip: the "
+        "sequences that cannot be read are left out, and counted",
+    )
 
 
 class TrainSection(Section):
@@ -86,6 +98,10 @@ class TrainSection(Section):
     )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
+    stop_signals: Annotated[str, AfterValidator(_check_signals)] = Field(
+        "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        description="signals at which all ranks finish the step, save and exit with 75; a second SIGINT ends at once",
+    )
     run_dir: UserPath = Field(
         "runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go"
     )
@@ -101,7 +117,15 @@ class TrainSection(Section):
     )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
+    max_skipped: int = Field(
+        10, ge=0, description="steps in a row that may be left out because a gradient is NaN or infinite"
+    )
     check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")
+    heal_replicas: bool = Field(
+        False,
+        description="a rank whose parameters are found to differ gets those of most ranks, of two those of rank 0; "
+        "otherwise the job ends",
+    )
 
 
 class OptimizerSection(Section):

@@ -2,3 +2,6 @@
 
 STOPPED_EARLY = 75
 """Training saved a checkpoint and stopped before its last step: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+INTERRUPTED = 130
+"""Ctrl-C where nothing is saved, or for the second time: 128 + SIGINT, as shells have it."""

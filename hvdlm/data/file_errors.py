@@ -26,6 +26,11 @@ _OBSTACLES = _DISK | OUT_OF_DESCRIPTORS | _FORBIDDEN | _GONE | {errno.ENOMEM}
 class UnreadableFileError(HvdlmError):
     """The system does not let this process read a file, whatever its contents: these may be as they were written."""
 
+    def __init__(self, sentence: str, is_gone: bool = False) -> None:
+        """`is_gone`: there is no such file any more."""
+        super().__init__(sentence)
+        self.is_gone = is_gone
+
 
 def error_number(error: Exception) -> int | None:
     """The number of the system's error (errno) behind an exception of Python or h5py; None if there is none.
@@ -43,7 +48,8 @@ def unreadable(path: Path, error: Exception) -> UnreadableFileError | None:
     number = error_number(error)
     if number not in _OBSTACLES:
         return None
-    return UnreadableFileError(f"{path} cannot be read: {os.strerror(number)}; {_remedy(number)}")
+    sentence = f"{path} cannot be read: {os.strerror(number)}; {_remedy(number)}"
+    return UnreadableFileError(sentence, is_gone=number in _GONE)
 
 
 def _remedy(number: int) -> str:

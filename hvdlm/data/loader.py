@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.sampler import Sampler, rank_part
 from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError
 from hvdlm.targets import IGNORE
 
 
@@ -27,11 +29,13 @@ class Batch:
         index: number of the batch, from 0.
         inputs: (b, T) int64.
         targets: (b, T) int64; the token after each input, or IGNORE.
+        errors: for each sequence that could not be read, and has no targets, why.
     """
 
     index: int
     inputs: torch.Tensor
     targets: torch.Tensor
+    errors: tuple[str, ...] = ()
 
 
 class Loader:
@@ -51,17 +55,20 @@ class Loader:
         read_ahead: int,
         start: int = 0,
         pin_memory: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         """`batch_size` counts the sequences of all ranks; `pin_memory` allows asynchronous copies to a GPU.
 
+        `skip_unreadable`: sequences whose shard is damaged or gone are in `Batch.errors`, instead of an error.
+
         Raises HvdlmError if the training split is too small.
         """
-        self._split = data.train
+        self._split, self._end_of_text = data.train, data.eos_id
         self._context_length = context_length
         windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
         self._sampler = Sampler(windows, batch_size, seed, data.fingerprint)
         self._indices = rank_part(batch_size, rank, size)
-        self._pin_memory = pin_memory
+        self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
         self._next = start
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=read_ahead)
@@ -118,12 +125,21 @@ class Loader:
         own = slice(self._indices.start, self._indices.stop)
         length = self._context_length
         rows = np.empty((len(self._indices), length + 1), dtype=np.int64)
-        for row, shard, window in zip(rows, shards[own].tolist(), windows[own].tolist(), strict=True):
-            row[:] = self._split.read(shard, window * length, length + 1)
-        batch = Batch(index, _tensor(rows[:, :-1]), _tensor(rows[:, 1:]))
+        unread, errors = [], []
+        for number, (shard, window) in enumerate(zip(shards[own].tolist(), windows[own].tolist(), strict=True)):
+            try:
+                rows[number] = self._split.read(shard, window * length, length + 1)
+            except HvdlmError as error:
+                if not self._skip_unreadable or (isinstance(error, UnreadableFileError) and not error.is_gone):
+                    raise
+                rows[number] = self._end_of_text
+                unread.append(number)
+                errors.append(str(error))
+        inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
+        targets[unread] = IGNORE
         if self._pin_memory:
-            return Batch(index, batch.inputs.pin_memory(), batch.targets.pin_memory())
-        return batch
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return Batch(index, inputs, targets, tuple(errors))
 
 
 def validation_batches(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
@@ -17,7 +16,7 @@ from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import optimizer_tensors, set_learning_rate
+from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors, set_learning_rate
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -27,7 +26,7 @@ class EveryStep(Strategy):
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FrozenVarianceAdamW,
         communicator: Communicator,
         config: Config,
         own_codec: OwnCodec | None = None,
@@ -41,7 +40,7 @@ class EveryStep(Strategy):
         self._parameters = dict(model.named_parameters())
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
-        self._stop = self._save = False  # what ranks ask for in the step under way
+        self._asked = (0, 0, 0)  # by how many ranks to stop and to save in this step, and what is unread of its batch
 
     def begin_step(self, own: Report) -> Work[int]:
         reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
@@ -49,10 +48,10 @@ class EveryStep(Strategy):
         return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
-        tokens, stops, saves, errors = totals.tolist()
+        tokens, *asked, errors = totals.tolist()
         if errors:
             raise_if_unreadable(self.communicator, error)
-        self._stop, self._save = stops > 0, saves > 0
+        self._asked = tuple(asked)
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
@@ -80,19 +79,23 @@ class EveryStep(Strategy):
     def scale_residuals_(self, factor: float) -> None:
         self.sync.scale_residuals_(factor)
 
+    def leave_out_if(self, found: Tensor) -> bool:
+        return self._optimizer.leave_out_if(found)
+
     def apply(self, rate: float) -> None:
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
 
     def end_step(self) -> StepEnd:
         self._model.update_low_precision_weights()
-        return StepEnd(self._stop, self._save, ranks_have_met=True)
+        stops, saves, unread = self._asked
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True)
 
     def arrive(self) -> None:
         pass  # it has, when `wait` returns
 
-    def finish(self) -> None:
-        pass
+    def finish(self) -> int:
+        return 0
 
     def abandon(self) -> None:
         self.sync.abandon()

@@ -32,6 +32,15 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
         self._freeze_variance_after = freeze_variance_after
         self._steps: int | None = None
 
+    def leave_out_if(self, found: Tensor) -> bool:
+        """Lets the next step change nothing if `found`, a boolean scalar on the parameters' device, is true: the fused
+        kernel reads it. Returns False where another kernel will step.
+        """
+        if self._freeze_variance_after:
+            return False
+        self.found_inf = found.float()  # by this name PyTorch's own scaler of gradients tells the kernel
+        return True
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if not self._freeze_variance_after:
@@ -73,7 +82,7 @@ def _runs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield run
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: OptimizerSection) -> FrozenVarianceAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) over the parameters of `model`.
 
     Embeddings and weights of linear layers decay; biases and normalisation weights, which have one dimension, do not.

@@ -35,11 +35,17 @@ class Report(NamedTuple):
     tokens: int = 0  # its targets that count
     stop: bool = False  # it is asked to stop
     save: bool = False  # it asks for a checkpoint
-    error: str | None = None  # why it could not read its part of the batch
+    unread: int = 0  # sequences that it leaves out, because they cannot be read
+    error: str | None = None  # why it cannot go on
 
     def message(self) -> Tensor:
-        """(4,) int64; of several ranks they add up."""
-        return torch.tensor([self.tokens, int(self.stop), int(self.save), int(self.error is not None)])
+        """(5,) int64; of several ranks they add up."""
+        return torch.tensor([self.tokens, int(self.stop), int(self.save), self.unread, int(self.error is not None)])
+
+    @staticmethod
+    def unread_of(messages: Tensor) -> int:
+        """The sequences that ranks have left out, by the sum of their messages."""
+        return int(messages[3])
 
 
 class StepEnd(NamedTuple):
@@ -47,6 +53,7 @@ class StepEnd(NamedTuple):
 
     stop: bool  # some rank is asked to stop
     save: bool  # some rank asks for a checkpoint
+    unread: int  # sequences that ranks have left out since they have met
     ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
     event: str | None = None  # what the user is to be told
 
@@ -119,6 +126,12 @@ class Strategy(ABC):
         """Multiplies by a number what has not been delivered of gradients, as the loss is scaled from now on."""
 
     @abstractmethod
+    def leave_out_if(self, found: Tensor) -> bool:
+        """Lets the next `apply` change nothing if `found`, a boolean scalar on a GPU, is true, for which the host need
+        not wait. Returns False where that is not possible.
+        """
+
+    @abstractmethod
     def apply(self, rate: float) -> None:
         """The optimizer's step on the gradients, with learning rate `rate`."""
 
@@ -134,8 +147,11 @@ class Strategy(ABC):
         """Returns when nothing that this rank has begun to send is under way."""
 
     @abstractmethod
-    def finish(self) -> None:
-        """After the last step of a run: the parameters of all ranks become those that are to be kept."""
+    def finish(self) -> int:
+        """After the last step of a run: the parameters of all ranks become those that are to be kept.
+
+        Returns how many sequences ranks have left out since they have met.
+        """
 
     @abstractmethod
     def abandon(self) -> None:

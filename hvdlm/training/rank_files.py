@@ -84,9 +84,10 @@ def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: thread
         file = directory / rank_file_name(rank)
         clock, length = RunningTime(), -1
         while not _entry(file).exists():
-            lengths = {each.name: each.stat().st_size for each in directory.iterdir()}  # by which NFS looks again
-            if lengths.get(file.name, -1) != length:
-                clock, length = RunningTime(), lengths.get(file.name, -1)
+            is_begun = file.name in {each.name for each in directory.iterdir()}  # by which NFS looks again
+            now = file.stat().st_size if is_begun else -1
+            if now != length:
+                clock, length = RunningTime(), now
             if is_given_up.is_set():
                 raise HvdlmError(f"{directory} is not complete: a rank has died")
             if clock.seconds() > timeout:

@@ -55,7 +55,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
     run_directory = RunDirectory(Path(config.train.run_dir))
     with (
         closing(run_directory),
-        Preemption() as preemption,
+        Preemption(config.train.stop_signals.split(",")) as preemption,
         job(config.comm.engine, config.comm.timeout, config.digest()) as communicator,
     ):
         check_elastic(config, communicator)

@@ -29,6 +29,7 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
     broadcast_tensors(communicator, equal.values())
     loss_scale.load_state_dict(state["loss_scale"])
+    trainer.unread = state.get("unread", 0)
     own = own_state(trainer)
     scatter_from_checkpoint(communicator, source, own, size)
     if "loss_scale" in own.dropped:
@@ -50,6 +51,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "data": {"seed": trainer.config.train.seed, "batch": trainer.step},
         "loss_scale": trainer.loss_scale.state_dict(),
         **trainer.strategy.state_dict(),
+        "unread": trainer.unread,
         "ranks_are_equal": trainer.strategy.ranks_are_equal,
         "config": trainer.config.model_dump(),
         "vocab_size": trainer.model.vocab_size,

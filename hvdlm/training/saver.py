@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.rank_errors import on_rank_0, wait_for_tasks
-from hvdlm.errors import HvdlmError, JobError
+from hvdlm.errors import HvdlmError, JobError, write_failure
 from hvdlm.training import checkpoint, rank_files
 from hvdlm.training.retention import Retention
 from hvdlm.training.saved_state import own_state, state_of
@@ -198,6 +198,8 @@ class Saver:
         def run() -> None:
             try:
                 task.set_result(write())
+            except OSError as error:  # of a directory that has gone, say
+                task.set_exception(HvdlmError(f"cannot write {error.filename}: {write_failure(error)}"))
             except BaseException as error:
                 task.set_exception(error)
 

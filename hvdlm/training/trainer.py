@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.failure import DeadRankError
-from hvdlm.comm.replicas import check_replicas
+from hvdlm.comm.replicas import check_replicas, heal_replicas
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.shard import DataSet
@@ -26,18 +27,21 @@ from hvdlm.strategies.optimizer import make_optimizer
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
-from hvdlm.training import checkpoint
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
-from hvdlm.training.late_number import LateNumber
+from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import MetricsLog
 from hvdlm.training.model import make_model
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
+from hvdlm.training.skipped_steps import SkippedSteps
 from hvdlm.training.step_metrics import StepMetrics
+from hvdlm.training.stragglers import Stragglers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +76,9 @@ class Trainer:
         # Tokens of a global batch in which every target counts
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
-        self._unchecked_norm: tuple[int, LateNumber] | None = None  # of the step before, on a GPU
+        self.skipped = SkippedSteps(self)
+        self._loss_spikes, self._stragglers = LossSpikes(), Stragglers()
+        self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
         self._own_tokens = self._tokens = 0  # of this rank, of all
@@ -132,7 +138,7 @@ class Trainer:
             self.due.first_step = False
         if self.due.save:
             if self.step == self.config.train.steps:
-                self.strategy.finish()
+                self._count_unread(self.strategy.finish())
             self.saver.save(in_background=not (self.stop or self.step == self.config.train.steps))
             self.due.save = False
         if self.due.validation:
@@ -166,8 +172,9 @@ class Trainer:
 
         tokens: int | None = None
         self._own_tokens = int((batch.targets != IGNORE).sum())
-        report = Report(self._own_tokens, stop_here, self.saver.is_due_by_time(), error)
-        status = self.strategy.begin_step(report)
+        asks, unread = self.saver.is_due_by_time(), len(batch.errors)
+        error = error or self.skipped.error
+        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error))
         if self.elastic:
             self.elastic.begin_step()
         self._seed_dropout()
@@ -198,9 +205,9 @@ class Trainer:
 
     def complete_step(self, norm: Tensor) -> None:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
-        unscale = self._unscale() if self._tokens else 1.0  # `_skip_step` may change the scale of the loss
+        unscale = self._unscale() if self._tokens else 1.0  # `skips` may change the scale of the loss
         self.norm, self._rate = norm, learning_rate(self.step, self.config.train.steps, self.config.optimizer)
-        if self._tokens and not self._skip_step(norm):
+        if self._tokens and not self.skipped.skips(norm):
             self._scale_and_clip(unscale, norm)
             self._update(self._rate)
         self.timer.end_phase("optimizer")
@@ -209,6 +216,7 @@ class Trainer:
         self.timer.end_phase("wait")
         if end.event is not None:
             self.write("event", message=end.event)
+        self._count_unread(end.unread)
         seconds = time.perf_counter() - self.timer.begin
         self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
@@ -229,15 +237,32 @@ class Trainer:
             self._log()
             self.due.log = False
         if self.due.check and self._ranks_have_met:
-            check_replicas(self.communicator, self.parameters, self.step)
+            self._compare_replicas()
             self.due.check = False
+
+    def _compare_replicas(self) -> None:
+        if not self.config.train.heal_replicas:
+            check_replicas(self.communicator, self.parameters, self.step)
+            return
+        state = self.strategy.optimizer_state().values()
+        if said := heal_replicas(self.communicator, self.parameters, state, self.step):
+            self.model.update_low_precision_weights()
+            self.write("event", message=said)
+
+    def _count_unread(self, sequences: int) -> None:
+        if sequences:
+            self.unread += sequences
+            self.write("event", message=f"{sequences} sequences cannot be read and are left out, {self.unread} so far")
 
     def _next_batch(self, loader: Loader) -> tuple[Batch, str | None]:
         """This rank's part of the next global batch; or an empty one and why it cannot be read."""
         try:
-            return loader.next(), None
+            batch = loader.next()
         except HvdlmError as error:
             return self._empty_batch(), str(error)
+        for said in dict.fromkeys(batch.errors):
+            logger.warning("rank %d leaves out a sequence: %s", self.communicator.rank, said)
+        return batch, None
 
     def _empty_batch(self) -> Batch:
         empty = torch.empty((0, self.config.model.context_length), dtype=torch.int64)
@@ -269,56 +294,6 @@ class Trainer:
         """By what the summed gradients are multiplied to be those of the mean loss."""
         return self.nominal_tokens / (self._tokens * self.loss_scale.factor)
 
-    def _skip_step(self, norm: Tensor) -> bool:
-        """Whether fp16 gradients overflowed, so that this step is skipped; adapts the loss scale.
-
-        Raises JobError if the norm is not finite in another precision, or if no loss scale helps.
-        """
-        if not self.loss_scale.is_dynamic:
-            self._check_norm(norm)
-            return False
-        self.sync.synchronize()
-        skip = not math.isfinite(norm)
-        if skip:
-            self._check_overflow()
-        self.strategy.scale_residuals_(self.loss_scale.update(skip))
-        if skip:
-            factor = self.loss_scale.factor
-            self.write("event", message=f"fp16 gradients overflowed: step skipped, loss scale now {factor:g}")
-        return skip
-
-    def _check_norm(self, norm: Tensor) -> None:
-        """Raises JobError if the gradient norm is not finite.
-
-        On a GPU it is that of the step before, which has arrived by now: the host does not wait in the step.
-        """
-        checked: tuple[int, float] | None = None
-        if not norm.is_cuda:
-            checked = self.step + 1, float(norm)
-        elif self._unchecked_norm is not None:
-            step, late = self._unchecked_norm
-            checked = step, late.read(self.communicator, self.config.comm.timeout)
-        self._unchecked_norm = (self.step + 1, LateNumber(norm)) if norm.is_cuda else None
-        if checked is not None and not math.isfinite(checked[1]):
-            raise JobError(
-                f"the gradient norm is {checked[1]} at step {checked[0]}: lower optimizer.lr, or resume from the last "
-                "checkpoint with other settings"
-            )
-
-    def _check_overflow(self) -> None:
-        """Raises JobError if gradients have overflowed for a reason that no loss scale mends."""
-        step = self.step + 1
-        if name := checkpoint.not_finite(dict(self.model.named_parameters())):
-            raise JobError(
-                f"{name} holds NaN or infinite numbers at step {step}: lower optimizer.lr or lengthen "
-                "optimizer.warmup_steps, and resume from the last checkpoint"
-            )
-        if self.loss_scale.is_least:
-            raise JobError(
-                f"fp16 gradients overflow at step {step} even with the least loss scale, {self.loss_scale.factor:g}: "
-                "set train.precision to bf16, or lower optimizer.lr"
-            )
-
     def _scale_and_clip(self, unscale: float, norm: Tensor) -> None:
         """Makes the summed gradients those of the mean loss, whose norm is `norm`, and clips their global norm."""
         clip_norm = self.config.optimizer.clip_norm
@@ -343,6 +318,13 @@ class Trainer:
         loss = self.elastic.loss() if self.elastic else self.own_loss()
         numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
         self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
+        if score := self._loss_spikes.add(numbers["loss"]):
+            said = f"the loss of batch {self.step - 1}, {numbers['loss']:.4f}, is {score:.1f} standard deviations above"
+            self.write("event", message=f"{said} the mean of the last ones")
+        if slow := self._stragglers.add(self.step_metrics.compute_seconds):
+            rank, ratio = slow
+            where = f"rank {rank} on {self.communicator.hosts[rank]}"
+            self.write("event", message=f"{where} is a straggler: it computes {ratio:.1f} times as long as the others")
 
     def _validate(self, preemption: Preemption) -> bool:
         """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
@@ -375,11 +357,17 @@ class Trainer:
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
         train, communicator = self.config.train, self.communicator
-        length, pin = self.config.model.context_length, self.device.type == "cuda"
-        share = (communicator.rank, communicator.size)
-        ahead = self.config.data.read_ahead
         return Loader(
-            self.data, length, train.global_batch_size, train.seed, *share, ahead, start=self.step, pin_memory=pin
+            self.data,
+            self.config.model.context_length,
+            train.global_batch_size,
+            train.seed,
+            communicator.rank,
+            communicator.size,
+            self.config.data.read_ahead,
+            start=self.step,
+            pin_memory=self.device.type == "cuda",
+            skip_unreadable=self.config.data.on_corrupt == "skip",
         )
 
     def write(self, kind: str, **values: Any) -> None:

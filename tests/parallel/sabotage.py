@@ -65,6 +65,19 @@ def stopped() -> None:
     Trainer._forward = stopping_forward  # type: ignore[method-assign]
 
 
+def flipped_bit() -> None:
+    """In one moment, and the parameter that it belongs to goes its own way from then on."""
+    update = Trainer._update
+
+    def update_wrongly(self: Trainer, rate: float) -> None:
+        update(self, rate)
+        if self.step == 12:
+            moment = self.strategy.optimizer_state()["exp_avg.final_norm.weight"]
+            moment.view(torch.int32)[0] ^= 1 << 22
+
+    Trainer._update = update_wrongly  # type: ignore[method-assign]
+
+
 def slow() -> None:
     forward = Trainer._forward
 

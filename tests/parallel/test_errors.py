@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from jobs import Ranks, command, start_training
+from jobs import Ranks, command, records, start_training
 from launcher import Result, launcher_command, run
 from pool import Pools
 
@@ -112,6 +112,26 @@ def test_replicas_that_drift_apart(small_data: Path, tmp_path: Path) -> None:
     assert_said_once(result, "after step 15 the parameters of rank 1 on", "differ")
 
 
+@pytest.mark.parametrize(("ranks", "odd", "good"), [(3, 0, 1), (2, 1, 0)])
+def test_a_flipped_bit_is_healed(ranks: int, odd: int, good: int, small_data: Path, tmp_path: Path) -> None:
+    """Of three ranks from the two that agree, of two from rank 0; all go on with equal parameters and moments."""
+    words = command(small_data, tmp_path / "run", train__check_replicas_every=5, train__heal_replicas="true")[1:]
+    result = run([*launcher_command("mpirun", ranks), sys.executable, str(SABOTAGE), "flipped_bit", str(odd), *words])
+    assert result.status == 0, result.output
+    healed = re.findall(
+        r"after step (\d+) the parameters of rank (\d) on .*: it has those of rank (\d) now", result.output
+    )
+    assert healed == [("15", str(odd), str(good))], result.output
+
+
+def test_a_straggler_is_named(small_data: Path, tmp_path: Path) -> None:
+    words = command(small_data, tmp_path / "run", log__every=5)[1:]
+    result = run([*launcher_command("mpirun", 2), sys.executable, str(SABOTAGE), "slow", "1", *words])
+    assert result.status == 0, result.output
+    said = re.findall(r"step (\d+)/50  rank (\d) on \S+ is a straggler: it computes [\d.]+ times", result.output)
+    assert said == [("15", "1")], result.output
+
+
 def test_bug_on_one_rank_ends_all(small_data: Path, tmp_path: Path) -> None:
     result = sabotaged("bug", 1, small_data, tmp_path / "run")
     assert result.status != 0
@@ -185,7 +205,7 @@ def test_vocabulary_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"train__precision": "fp16"}, "fp16 gradients overflow at step 18 even with the least loss scale, 1"),
+        ({"train__precision": "fp16"}, "with the least loss scale, 1 at step 28, the last of 11 in a row (batch 27)"),
         ({"train__precision": "fp16", "train__steps": 2}, "the validation loss is"),
         ({"train__precision": "fp32", "train__steps": 1}, "the validation loss is"),
     ],
@@ -209,16 +229,53 @@ def test_weights_that_are_not_finite_are_not_saved(ranks: Ranks, small_data: Pat
 def test_no_loss_scale_helps(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Every step overflows: 16 halvings bring the loss scale from 65,536 to 1."""
     steps = range(1, 31)
-    result = ranks.train(2, small_data, tmp_path / "run", overflow_at=steps, train__steps=30, train__precision="fp16")
+    result = ranks.train(
+        2,
+        small_data,
+        tmp_path / "run",
+        overflow_at=steps,
+        train__steps=30,
+        train__precision="fp16",
+        train__max_skipped=2,
+    )
     assert_said_once(
-        result, "fp16 gradients overflow at step 17 even with the least loss scale, 1: set train.precision"
+        result,
+        "the gradient of final_norm.weight overflows in fp16 even with the least loss scale, 1 at step 19, the last "
+        "of 3 in a row (batch 18): set train.precision to bf16",
     )
 
 
 def test_divergence(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     result = ranks.train(2, small_data, tmp_path / "run", optimizer__lr=1e30, optimizer__warmup_steps=0)
-    assert_said_once(result, "the gradient norm is", "at step", "optimizer.lr")
+    assert_said_once(result, "is not finite at step 12, the last of 11 in a row", "lower optimizer.lr")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_gradients_that_are_not_finite(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """One rank's alone: all leave out the step alike, two in a row too; the third in a row ends the job."""
+    options = {"train__steps": 12, "train__max_skipped": 2, "train__check_replicas_every": 1}
+    result = ranks.train(2, small_data, tmp_path / "run", overflow_at=(3, 6, 7), **options)
+    assert result.status == 0, result.output
+    for step in (3, 6, 7):
+        said = f"step {step} is left out: the gradient of final_norm.weight is not finite (batch {step - 1})"
+        assert result.output.count(said) == 1, result.output
+    norms = {record["step"]: record["grad_norm"] for record in records(tmp_path / "run")}
+    assert [step for step in norms if norms[step] is None] == [3, 6, 7]
+    result = ranks.train(2, small_data, tmp_path / "other", overflow_at=(3, 6, 7, 8), **options)
+    assert_said_once(
+        result, "the gradient of final_norm.weight is not finite at step 8, the last of 3 in a row (batch 7): lower"
+    )
+
+
+def test_gradients_of_local_steps_that_are_not_finite(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """The rank that has them leaves out its own step, and tells the others at the end of a round that it gives up."""
+    options = {"train__steps": 20, "train__max_skipped": 1, "local_steps__every": 4}
+    result = ranks.train(2, small_data, tmp_path / "run", overflow_at=(6, 8), **options)
+    assert result.status == 0, result.output
+    for step in (6, 8):
+        assert result.output.count(f"rank 1: step {step} is left out: the gradient of final_norm.weight") == 1
+    result = ranks.train(2, small_data, tmp_path / "other", overflow_at=(6, 7), **options)
+    assert_said_once(result, "rank 1 on", "final_norm.weight is not finite at step 7, the last of 2 in a row (batch 6)")
 
 
 @pytest.mark.parametrize(

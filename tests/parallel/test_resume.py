@@ -16,6 +16,9 @@ from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records
 from launcher import Job
 from safetensors.torch import load_file
 
+from hvdlm.data.sampler import Sampler
+from hvdlm.data.shard import DataSet
+
 SAVING = {"checkpoint__every": 7, "model__dropout": 0.1}
 
 
@@ -217,6 +220,46 @@ def test_data_that_moves_while_a_job_runs(small_data: Path, tmp_path: Path) -> N
     assert (run_dir / "checkpoints" / "step_00000200" / "manifest.json").exists()
 
 
+def damage_last_chunk(shard: Path) -> int:
+    """Flips a bit in the last chunk, which few sequences are in; returns its first token."""
+    with h5py.File(shard) as file:
+        tokens = file["tokens"].id
+        info = tokens.get_chunk_info(tokens.get_num_chunks() - 1)
+    with shard.open("r+b") as stream:
+        stream.seek(info.byte_offset + 9)
+        flipped = bytes([stream.read(1)[0] ^ 1])
+        stream.seek(info.byte_offset + 9)
+        stream.write(flipped)
+    return int(info.chunk_offset[0])
+
+
+def test_sequences_that_cannot_be_read_are_left_out(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """The same ones on any number of ranks, and with local steps; their number goes on when the run does."""
+    data = Path(shutil.copytree(small_data, tmp_path / "data"))
+    begin = damage_last_chunk(data / "shard_00003.h5")
+    opened = DataSet(data)
+    length, batch = 32, 16
+    windows = [(shard.n_tokens - 1) // length for shard in opened.train.shards]
+    sampler = Sampler(windows, batch, 0, opened.fingerprint)
+    drawn = [pair for step in range(50) for pair in zip(*sampler.batch(step), strict=True)]
+    expected = sum(shard == 3 and (window + 1) * length >= begin for shard, window in drawn)
+    assert 5 < expected < 200
+    options: dict[str, object] = {"data__on_corrupt": "skip", "compression__codec": "none"}
+    for size in (1, 3):
+        result = ranks.train(size, data, tmp_path / str(size), **options)
+        assert result.status == 0, result.output
+        said = re.findall(r"(\d+) sequences cannot be read and are left out, (\d+) so far", result.output)
+        assert sum(int(count) for count, _ in said) == int(said[-1][1]) == expected
+        assert "leaves out a sequence: " in result.output and "shard_00003.h5 cannot be read at chunk" in result.output
+    assert_same_curve(losses(tmp_path / "3"), losses(tmp_path / "1"), 1e-4)
+    first = ranks.train(2, data, tmp_path / "stopped", **options, stop_after=20)
+    assert first.status == 75, first.output
+    second = ranks.train(2, data, tmp_path / "stopped", "--resume", "latest", **options)
+    local = ranks.train(2, data, tmp_path / "local", local_steps__every=4, local_steps__overlap=1, **options)
+    for result in (second, local):
+        assert f"left out, {expected} so far" in result.output, result.output
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"local_steps__every": 4, "local_steps__overlap": 2}], ids=["", "local steps"]
 )
@@ -225,13 +268,7 @@ def test_a_shard_that_breaks_in_mid_run_costs_no_step(
 ) -> None:
     """With local steps all ranks end where the next round does."""
     data, run_dir = Path(shutil.copytree(small_data, tmp_path / "data")), tmp_path / "run"
-    with h5py.File(data / "shard_00003.h5") as shard:  # its last chunk, which few sequences are in
-        info = shard["tokens"].id.get_chunk_info(shard["tokens"].id.get_num_chunks() - 1)
-    with (data / "shard_00003.h5").open("r+b") as file:
-        file.seek(info.byte_offset + 9)
-        flipped = bytes([file.read(1)[0] ^ 1])
-        file.seek(info.byte_offset + 9)
-        file.write(flipped)
+    damage_last_chunk(data / "shard_00003.h5")
     result = ranks.train(2, data, run_dir, train__steps=2000, train__global_batch_size=2, **settings)
     assert result.status == 1, result.output
     (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]

@@ -30,7 +30,7 @@ LOSS_SCALE = 2.0**10
 CPU = torch.device("cpu")
 
 
-def make_config(precision: Precision, clip_norm: float, codec: str = "none") -> Config:
+def make_config(precision: Precision, clip_norm: float, codec: str = "none", local_every: int = 0) -> Config:
     """SGD's rate is constant: without warm-up, `wsd` begins to fall only after a thousand steps."""
     return Config.model_validate(
         {
@@ -39,6 +39,7 @@ def make_config(precision: Precision, clip_norm: float, codec: str = "none") -> 
             "optimizer": {"lr": RATE, "clip_norm": clip_norm, "schedule": "wsd", "warmup_steps": 0},
             "compression": {"codec": codec, "density": 0.05},
             "comm": {"bucket_mb": 40_000 / 2**20},
+            "local_steps": {"every": local_every},
             "log": {"every": 1},
         }
     )
@@ -141,6 +142,38 @@ def check_steps_of_sgd(comm: Communicator, precision: Precision, clip_norm: floa
         assert abs(record["loss"] / float(loss) - 1) <= within, (step, record["loss"], loss)
     assert not trainer.metrics.events  # no step was skipped
     assert min(norms) > 0.3  # so 0.3 clips them all
+
+
+@check(sizes=[1, 3], local_every=[0, 3])
+def check_gradients_that_are_not_finite(comm: Communicator, local_every: int) -> None:
+    """In steps 1 and 3 of 5, of one rank: all ranks stay where they are, and the rest is SGD on the other batches.
+
+    With local steps only that rank stays, so that the averages are those of plain models, one a rank.
+    """
+    trainer, batches = make_trainer(comm, make_config("fp32", 0.3, local_every=local_every)), Batches(comm, 0, False)
+    plain = make_plain_model(trainer.config)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=RATE)
+    begin = flat(plain)
+    for step in range(5):
+        before = flat(trainer.model)
+        overflows = step in (1, 3) and comm.rank == comm.size - 1
+        with infinite_gradient(trainer.model) if overflows else nullcontext():
+            trainer.train_step(batches, False)
+        stays = overflows if local_every else step in (1, 3)
+        if step + 1 != local_every:  # no average in this step
+            assert torch.equal(flat(trainer.model), before) == stays, step
+        if local_every or stays:
+            continue
+        optimizer.zero_grad()
+        plain_loss(plain, step, ignored=False).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+        optimizer.step()
+        moved, expected = flat(trainer.model) - begin, flat(plain) - begin
+        assert (moved - expected).norm() <= 1e-5 * expected.norm(), (step, (moved - expected).norm(), expected.norm())
+    assert bool(flat(trainer.model).isfinite().all())
+    said = [f"step {step} is left out: the gradient of final_norm.weight is not finite" for step in (2, 4)]
+    told = comm.rank == comm.size - 1 or not local_every
+    assert [event.partition(" (batch")[0] for event in trainer.metrics.events] == (said if told else [])
 
 
 class Saved:

@@ -62,6 +62,41 @@ def stored_tokens(file: Path) -> np.ndarray:
         return opened["tokens"][:].astype(np.int64)
 
 
+def test_sequences_of_a_damaged_shard_are_told_and_have_no_targets(path: Path) -> None:
+    """Whatever the number of ranks; all others are as before."""
+    whole = [read(path, 6, rank, 3) for rank in range(3)]
+    shard = path / "shard_00001.h5"
+    content = shard.read_bytes()
+    with h5py.File(shard) as file:
+        offset = file["tokens"].id.get_chunk_info(0).byte_offset
+    shard.write_bytes(content[: offset + 5] + bytes([content[offset + 5] ^ 1]) + content[offset + 6 :])
+    data = DataSet(path)
+    windows = [(each.n_tokens - 1) // LENGTH for each in data.train.shards]
+    sampler = Sampler(windows, BATCH, 5, data.fingerprint)
+    drawn = [shard for index in range(6) for shard in sampler.batch(index)[0]]
+    left_out = 0
+    for rank in range(3):
+        with Loader(data, LENGTH, BATCH, 5, rank, 3, read_ahead=2, skip_unreadable=True) as loader:
+            for expected in whole[rank]:
+                batch = loader.next()
+                is_out = (batch.targets == IGNORE).all(dim=1)
+                assert int(is_out.sum()) == len(batch.errors)
+                assert all("shard_00001.h5 cannot be read" in error for error in batch.errors)
+                assert batch.inputs[~is_out].equal(expected.inputs[~is_out])
+                assert batch.targets[~is_out].equal(expected.targets[~is_out])
+                left_out += len(batch.errors)
+    assert left_out == drawn.count(1) > 0  # it has one chunk
+
+
+def test_sequences_of_a_shard_that_is_gone(path: Path) -> None:
+    data = DataSet(path)
+    (path / "shard_00001.h5").unlink()
+    with Loader(data, LENGTH, BATCH, 5, 0, 1, 2, skip_unreadable=True) as loader:
+        errors = loader.next().errors
+    assert errors
+    assert all("No such file" in error for error in errors)
+
+
 def test_batches_are_the_sampler_s_windows(path: Path) -> None:
     data = DataSet(path)
     shards = [stored_tokens(path / f"shard_{i:05}.h5") for i in range(4)]

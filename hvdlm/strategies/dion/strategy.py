@@ -22,6 +22,7 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.dion.matrices import hidden_matrices, matrix_rank
 from hvdlm.strategies.dion.momentum import MatrixMomentum
 from hvdlm.strategies.every_step import EveryStep
+from hvdlm.strategies.optimizer import FrozenVarianceAdamW
 
 
 class Dion(EveryStep):
@@ -30,7 +31,7 @@ class Dion(EveryStep):
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FrozenVarianceAdamW,
         communicator: Communicator,
         config: Config,
         algorithm_costs: Sequence[AlgorithmCost] = (),
@@ -62,6 +63,9 @@ class Dion(EveryStep):
         """That of the gradients that AdamW steps by, as no rank has the sum of the others; NaN if an update is."""
         marks = torch.stack([momentum.bucket.buffer[0] for momentum in self._momenta])
         return self.sync.norm() + 0 * marks.sum()
+
+    def leave_out_if(self, found: Tensor) -> bool:
+        return False  # updates of matrices are not AdamW's
 
     def apply(self, rate: float) -> None:
         settings = self._settings

@@ -178,7 +178,7 @@ class Fragment:
 
     def arrive(self) -> Tensor:
         """Waits until the buckets hold the sum over all ranks, and returns what these have told: the sum of their
-        reports' messages and of what `begin` was given beside, (4 + n,) int64."""
+        reports' messages and of what `begin` was given beside, (5 + n,) int64."""
         totals = self._totals.wait()
         if self._factor is None:
             for handle in self._handles:

@@ -28,7 +28,7 @@ from hvdlm.strategies.local_steps.groups import make_groups
 from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds
 from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
-from hvdlm.strategies.optimizer import optimizer_tensors
+from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 # Codecs of gradients with which a model trains as with dense ones (docs/codecs.md). Before the first local step another
@@ -41,7 +41,7 @@ class LocalSteps(Strategy):
     """`local_steps.warmup_steps` steps of all ranks together, then local steps and rounds."""
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, communicator: Communicator, config: Config
+        self, model: Transformer, optimizer: FrozenVarianceAdamW, communicator: Communicator, config: Config
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
@@ -95,8 +95,9 @@ class LocalSteps(Strategy):
         if self._step == self._rounds.warmup_steps:
             self._begin_local_steps()
         # What ranks tell of errors and ask for, they tell in a round
-        stop, save, error = self._own.stop or own.stop, self._own.save or own.save, self._own.error or own.error
-        self._own = Report(stop=stop, save=save, error=error)
+        kept = self._own
+        stop, save, unread = kept.stop or own.stop, kept.save or own.save, kept.unread + own.unread
+        self._own = Report(0, stop, save, unread, kept.error or own.error)
         self._measure_traffic()
         return self._every_step.begin_step(Report(own.tokens)).then(self._count)
 
@@ -139,6 +140,9 @@ class LocalSteps(Strategy):
     def scale_residuals_(self, factor: float) -> None:
         self._every_step.scale_residuals_(factor)
 
+    def leave_out_if(self, found: Tensor) -> bool:
+        return self._every_step.leave_out_if(found)
+
     def apply(self, rate: float) -> None:
         self._every_step.apply(rate)
 
@@ -162,7 +166,7 @@ class LocalSteps(Strategy):
             if not self._rounds.overlap or fragment.is_own_average:
                 totals.append(fragment.end(has_overlapped=False))
         if has_told:
-            self._own = self._own._replace(save=False)  # asked for once
+            self._own = self._own._replace(save=False, unread=0)  # told once
         return self._meet(totals)
 
     def arrive(self) -> None:
@@ -170,19 +174,18 @@ class LocalSteps(Strategy):
             if fragment.is_under_way:
                 fragment.arrive()
 
-    def finish(self) -> None:
+    def finish(self) -> int:
         """Ends the rounds under way, and then has one of every fragment that has been trained since its last."""
         if self.ranks_are_equal:
-            return
-        for fragment in self.fragments:
-            if fragment.is_under_way:
-                fragment.end(has_overlapped=True)
+            return 0
+        totals = [each.end(has_overlapped=True) for each in self.fragments if each.is_under_way]
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
             fragment.begin(self._nominal_tokens, self._own)
-        for fragment in trained:
-            fragment.end(has_overlapped=False)
+            self._own = self._own._replace(unread=0)
+        totals += [fragment.end(has_overlapped=False) for fragment in trained]
         self._model.update_low_precision_weights()
+        return sum(Report.unread_of(each) for each in totals)
 
     def abandon(self) -> None:
         self._every_step.abandon()
@@ -219,13 +222,14 @@ class LocalSteps(Strategy):
         event, self._event = self._event, None
         self._model.update_low_precision_weights()
         if not totals:
-            return StepEnd(stop=False, save=False, ranks_have_met=False, event=event)
-        _, stops, saves, errors = torch.stack([each[:4] for each in totals]).sum(0).tolist()
+            return StepEnd(stop=False, save=False, unread=0, ranks_have_met=False, event=event)
+        told = len(Report().message())
+        _, stops, saves, unread, errors = torch.stack([each[:told] for each in totals]).sum(0).tolist()
         if errors:
             raise_if_unreadable(self.communicator, self._own.error)
         if self._pace:
-            self._pace.hear(totals[-1][4:])
-        return StepEnd(stops > 0, saves > 0, ranks_have_met=True, event=event)
+            self._pace.hear(totals[-1][told:])
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event)
 
     # ---- the parameters to keep
 
