@@ -1,9 +1,8 @@
 """The one interface through which ranks communicate: `Communicator`, `Work`, `ReduceOp`.
 
-This file handles what all engines share: dtypes, strided and empty tensors, tensors on a device that the
-engine cannot reach, Python objects, which ranks share a node. An engine (solo.py, mpi.py, horovod.py,
-torch.py) adds primitives that see only contiguous one-dimensional tensors of dtypes that it supports.
-Data that is only moved is sent as bytes, so only reductions depend on dtypes.
+This file handles what all engines share: dtypes, strided and empty tensors, tensors on a device that the engine cannot
+reach, Python objects, which ranks share a node. An engine (solo.py, mpi.py, horovod.py, torch.py) adds primitives that
+see only contiguous one-dimensional tensors of dtypes that it supports. Data that is only moved is sent as bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from hvdlm.comm.activity import Activity
 from hvdlm.comm.failure import wait_until
 from hvdlm.comm.payload import as_rows, copy_back, pickled, unpickled
 from hvdlm.errors import HvdlmError
@@ -78,9 +78,9 @@ class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
     Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
-    are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are
-    float32, float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each
-    tensor operation has an `_async` form that returns a `Work`.
+    are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are float32,
+    float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each tensor operation has an
+    `_async` form that returns a `Work`. `activity`: what this rank is doing.
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
     engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"
@@ -99,6 +99,7 @@ class Communicator(ABC):
     _timeout: float = math.inf  # seconds that a rank waits for another
 
     def __init__(self) -> None:
+        self.activity = Activity()
         self._groups: list[Communicator] = []  # that were split off
         self._is_closed = False
         # Called when ranks have been left out, on all others; they may communicate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -15,6 +16,9 @@ from typing import NoReturn, TypeVar
 from hvdlm.errors import HvdlmError
 
 T = TypeVar("T")
+
+# For a sentence to be printed, where whoever reads it does not
+_SECONDS_TO_PRINT = 2.0
 
 # Polls before the first sleep: ranks that arrive together lose nothing. Then a sleep is a tenth of the wait so far,
 # between these bounds in seconds: a long wait leaves the core to processes that compute, and ends little later.
@@ -108,7 +112,18 @@ def end_process(reason: str) -> NoReturn:
 
 
 def say(reason: str) -> None:
-    """Prints `reason` to stderr, unless it is empty; a stderr that is closed or full keeps no rank from ending."""
-    if reason:
+    """Prints `reason` to stderr, unless it is empty; a stderr that is closed, full or not read keeps no rank alive."""
+
+    def write() -> None:
         with suppress(OSError, ValueError):
             print(reason, file=sys.stderr, flush=True)
+
+    if reason:
+        try_for(_SECONDS_TO_PRINT, write)
+
+
+def try_for(seconds: float, action: Callable[[], object]) -> None:
+    """Runs `action` on a thread, and leaves it to itself if it takes longer than `seconds`."""
+    thread = threading.Thread(target=action, name="hvdlm-last-words", daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -13,7 +13,7 @@ _CLIENT_TIMEOUT = 1.0
 
 
 class LivenessServer:
-    """Sends its token, then its `state` and the end of the line, to whoever connects, from now until `close`."""
+    """Sends its token, its `state`, and what its process is `doing` to whoever connects, from now until `close`."""
 
     def __init__(
         self, token: str, poll_interval: float = 0.5, password: str = "", on_end: Callable[[], None] | None = None
@@ -23,12 +23,13 @@ class LivenessServer:
         `on_end`: called when a client sends `password`, which is how it asks this process to end.
         """
         self.state = ""
+        self.doing: Callable[[], str] = lambda: ""
         liveness = self
 
         class Answer(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 with suppress(OSError):
-                    self.request.sendall(f"{token}{liveness.state}\n".encode())
+                    self.request.sendall(f"{token}{liveness.state}\t{liveness.doing()}\n".encode())
                     if on_end is not None:
                         self.request.settimeout(_CLIENT_TIMEOUT)
                         if self.request.recv(len(password), socket.MSG_WAITALL) == password.encode():
@@ -54,16 +55,23 @@ def is_alive(address: str, port: int, token: str, timeout: float) -> bool:
 
 
 def ask_state(address: str, port: int, token: str, timeout: float, password: str = "") -> str | None:
-    """The state of the server at `address` and `port`; None if nobody there answers with `token` within `timeout`
-    seconds for each wait. With its `password`, its process is then asked to end."""
+    """The state of the server at `address` and `port`; for the rest see `ask`."""
+    answer = ask(address, port, token, timeout, password)
+    return None if answer is None else answer[0]
+
+
+def ask(address: str, port: int, token: str, timeout: float, password: str = "") -> tuple[str, str] | None:
+    """The state of the server at `address` and `port`, and what its process is doing; None if nobody there answers with
+    `token` within `timeout` seconds for each wait. With its `password`, its process is then asked to end."""
     try:
         with socket.create_connection((address, port), timeout=timeout) as connection:
             if connection.recv(len(token), socket.MSG_WAITALL) != token.encode():
                 return None
-            state = b""
-            while not state.endswith(b"\n") and (part := connection.recv(64)):
-                state += part
+            answer = b""
+            while not answer.endswith(b"\n") and (part := connection.recv(256)):
+                answer += part
             connection.sendall(password.encode())
-            return state.decode().rstrip("\n")
+            state, _, doing = answer.decode().rstrip("\n").partition("\t")
+            return state, doing
     except OSError:
         return None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from hvdlm.comm.activity import is_waiting
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import RunningTime
 from hvdlm.comm.interfaces import own_interfaces
-from hvdlm.comm.liveness import LivenessServer, ask_state
+from hvdlm.comm.liveness import LivenessServer, ask
 
 # Seconds for one address to answer; TCP sends a lost packet again after one second.
 _PROBE_TIMEOUT = 1.5
@@ -34,8 +35,8 @@ _FAILED, _CLOSING = "failed", "closing"
 class MissingRankReporter:
     """Answers the probes of other ranks, and probes them when asked for a report."""
 
-    def __init__(self, communicator: Communicator) -> None:
-        """Collective."""
+    def __init__(self, communicator: Communicator, doing: Callable[[], str] = lambda: "") -> None:
+        """`doing`: what this rank is doing, for others that ask. Collective."""
         self._rank, self._hosts = communicator.rank, communicator.hosts
         # Whoever connects is told the name of the job; who may end it knows the other word too
         job, self._password = communicator.broadcast_object((uuid.uuid4().hex, uuid.uuid4().hex))
@@ -43,14 +44,20 @@ class MissingRankReporter:
         self._others = [rank for rank in range(communicator.size) if rank != self._rank]
         token, end = self._tokens[self._rank], lambda: os._exit(1)
         self._server = LivenessServer(token, password=self._password, on_end=end)
+        self._server.doing = doing
         addresses = [str(interface.address.ip) for interface in own_interfaces()]
         self._endpoints: list[tuple[list[str], int]] = communicator.all_gather_object((addresses, self._server.port))
 
     def report(self) -> str:
         """Which ranks do not answer, and what to look for, as a phrase that ends a sentence."""
-        states = self._ask(self._others)
-        silent = [rank for rank, state in zip(self._others, states, strict=True) if state is None]
+        answers = self._ask_all(self._others)
+        silent = [rank for rank, answer in zip(self._others, answers, strict=True) if answer is None]
         if not silent:
+            doing = {rank: answer[1] for rank, answer in zip(self._others, answers, strict=True) if answer is not None}
+            behind = [rank for rank, what in doing.items() if what and not is_waiting(what)][:_MAX_NAMED_RANKS]
+            if behind:
+                said = (f"rank {rank} on {self._hosts[rank]} is behind: it {doing[rank]}" for rank in behind)
+                return "; ".join(said)
             return "all ranks answer: look for one that has fallen behind, or for a network that loses messages"
         if len(silent) == len(self._others) > 1:
             return f"none of the other ranks answers: look at the network of {self._hosts[self._rank]}"
@@ -98,14 +105,18 @@ class MissingRankReporter:
 
     def _ask(self, ranks: Sequence[int], password: str = "") -> list[str | None]:
         """The state of each of `ranks`; None of one that does not answer. With the password they are asked to end."""
+        return [None if answer is None else answer[0] for answer in self._ask_all(ranks, password)]
+
+    def _ask_all(self, ranks: Sequence[int], password: str = "") -> list[tuple[str, str] | None]:
+        """The state of each of `ranks` and what it is doing."""
         if len(ranks) == 1:
             return [self._ask_one(ranks[0], password)]
         with ThreadPoolExecutor(_MAX_CONCURRENT_PROBES) as pool:
             return list(pool.map(lambda rank: self._ask_one(rank, password), ranks))
 
-    def _ask_one(self, rank: int, password: str) -> str | None:
+    def _ask_one(self, rank: int, password: str) -> tuple[str, str] | None:
         addresses, port = self._endpoints[rank]
         if self._hosts[rank] == self._hosts[self._rank]:
             addresses = ["127.0.0.1"]
-        answers = (ask_state(each, port, self._tokens[rank], _PROBE_TIMEOUT, password) for each in addresses)
+        answers = (ask(each, port, self._tokens[rank], _PROBE_TIMEOUT, password) for each in addresses)
         return next((answer for answer in answers if answer is not None), None)

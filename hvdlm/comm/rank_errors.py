@@ -16,6 +16,9 @@ T = TypeVar("T")
 # Seconds between the messages by which rank 0 tells the others that it is still at work.
 _HEARTBEAT = 1.0
 
+# How many times `comm.timeout` a task may take before a file system counts as one that does not answer.
+_PATIENCE = 10.0
+
 
 def on_all_ranks(communicator: Communicator, action: Callable[[], T]) -> T:
     """Runs `action`, which must not communicate, on every rank and returns each rank its own result. Collective.
@@ -47,6 +50,11 @@ def on_rank_0(communicator: Communicator, action: Callable[[], T]) -> T:
 
 def wait_for_tasks(communicator: Communicator, task: Future[Any] | None) -> None:
     """Returns when the tasks of all ranks have ended, by whatever outcome and however long they take. Collective."""
+    with communicator.activity.within("waits for files", _PATIENCE):
+        _wait_for_tasks(communicator, task)
+
+
+def _wait_for_tasks(communicator: Communicator, task: Future[Any] | None) -> None:
     is_running = True
     while is_running:
         is_running_here = task is not None and bool(wait([task], timeout=_HEARTBEAT).not_done)

@@ -59,6 +59,7 @@ def evaluate(
         running = 1
         while running:
             error, batch = None, None
+            communicator.activity.begin("validates")
             try:
                 batch = next(batches, None)
             except HvdlmError as failure:
@@ -66,6 +67,7 @@ def evaluate(
             if batch is not None:
                 own.add(model, batch, data.eos_id)
             flags = torch.tensor([batch is not None, stop_requested(), error is not None], dtype=torch.int32)
+            communicator.activity.begin_wait("a validation")
             running, stops, errors = communicator.all_reduce_(flags).tolist()
             if errors:
                 raise_on_all_ranks(communicator, communicator.all_gather_object(error))

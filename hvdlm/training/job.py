@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from hvdlm.comm.activity import Watchdog
 from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.failure import DeadRankError, LostRankError, say
+from hvdlm.comm.failure import DeadRankError, LostRankError, say, try_for
 from hvdlm.comm.launch import connect, detect
 from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
@@ -23,40 +27,57 @@ logger = logging.getLogger(__name__)
 # Seconds in which all ranks that have lost another can print that, before the first of them ends the job.
 _SECONDS_TO_PRINT = 1.0
 
+# Seconds for other ranks to be ended by one that is stuck
+_SECONDS_TO_END = 5.0
+
+# With comm.elastic a rank that is stuck ends before the others have waited `comm.timeout` for it: then they would end
+_SOONER = 0.8
+
 # Seconds within which ranks reach an error that all of them raise; after that a rank has raised it alone.
 _SECONDS_TO_AGREE = 3.0
 
 
 @contextmanager
-def job(engine: str, timeout: float, config_digest: str) -> Iterator[Communicator]:
+def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = False) -> Iterator[Communicator]:
     """The communicator of this job: `connect(engine, timeout)`, once `check_ranks_match` has passed.
 
     An error that all ranks raise together (JobError) is printed by rank 0, and all ranks shut down. One that a rank
     raises alone is printed by that rank, which then aborts the job: the others may be waiting for it for ever. A
     JobError that not all ranks raise is treated so too, by the lowest rank that has raised it.
+
+    A rank for which what its `activity` says takes longer than `timeout` seconds ends the job; if that `is_elastic`, it
+    ends itself, and the others outlive it.
     """
     refuse_ranks_that_seem_alone(detect(os.environ))
     communicator = connect(engine, timeout)
     where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
     reporter: MissingRankReporter | None = None
 
+    def end_this_rank(doing: str) -> None:
+        _end_stuck(communicator, reporter, f"hvdlm: error: {where} is stuck: it {doing} (comm.timeout)", is_elastic)
+
+    patience = math.inf if communicator.size == 1 else timeout * _SOONER if is_elastic else timeout
+    watchdog = Watchdog(communicator.activity, patience, end_this_rank)
+
     def find_others() -> None:
         nonlocal reporter
         if reporter is not None:
             reporter.close()
-        reporter = MissingRankReporter(communicator)
+        reporter = MissingRankReporter(communicator, watchdog.doing)
 
     try:
         check_ranks_match(communicator, config_digest)
         find_others()
         communicator.after_shrink.append(find_others)
         yield communicator
+        watchdog.close()
         with suppress(DeadRankError):  # one that has died here has done all that it had to do
             communicator.barrier()
         assert reporter is not None
         reporter.close()
         communicator.close()
     except JobError as error:
+        watchdog.close()
         _end_by_job_error(communicator, reporter, error)
     except LostRankError as error:
         missing = f"; {reporter.report()}" if reporter else ""
@@ -98,6 +119,22 @@ def _end_by_job_error(communicator: Communicator, reporter: MissingRankReporter 
         reporter.close()
     communicator.close()
     raise SystemExit(1) from None
+
+
+def _end_stuck(
+    communicator: Communicator, reporter: MissingRankReporter | None, reason: str, is_elastic: bool
+) -> NoReturn:
+    """Ends this rank with status 1, from a thread of its own, and the others unless they can go on without it.
+
+    None of what it does is waited for long: whatever does not answer may be what the rank is stuck in.
+    """
+    say(reason)
+    try_for(_SECONDS_TO_PRINT, lambda: faulthandler.dump_traceback(sys.stderr, all_threads=True))
+    if not is_elastic:
+        if reporter is not None:
+            try_for(_SECONDS_TO_END, reporter.end_others)
+        try_for(_SECONDS_TO_END, lambda: communicator.abort(""))
+    os._exit(1)
 
 
 def _end_all(communicator: Communicator, reporter: MissingRankReporter | None, reason: str) -> NoReturn:

@@ -56,7 +56,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
     with (
         closing(run_directory),
         Preemption(config.train.stop_signals.split(",")) as preemption,
-        job(config.comm.engine, config.comm.timeout, config.digest()) as communicator,
+        job(config.comm.engine, config.comm.timeout, config.digest(), config.comm.elastic) as communicator,
     ):
         check_elastic(config, communicator)
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))

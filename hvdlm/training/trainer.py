@@ -126,6 +126,7 @@ class Trainer:
                         raise
                     loader = self.elastic.recover(error, loader)
         finally:
+            self.communicator.activity.idle()
             loader.close()
         return self.step >= steps and not self.stop  # more, if it goes on with fewer steps than are done
 
@@ -165,6 +166,8 @@ class Trainer:
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank asks to stop after it."""
         timer = self.timer = StepTimer(self.device)
+        activity, step = self.communicator.activity, self.step + 1
+        activity.begin(f"reads the batch of step {step}")
         batch, error = self._next_batch(loader)
         if not self.strategy.takes_part():
             batch = self._empty_batch()
@@ -183,6 +186,7 @@ class Trainer:
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
         factor = self.loss_scale.factor / self.nominal_tokens
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            activity.begin(f"computes micro-batch {number} of step {step}")
             loss = self._forward(inputs, targets, factor)
             losses.append(loss.detach())
             timer.end_phase("forward")
@@ -194,8 +198,10 @@ class Trainer:
         if tokens is None:  # this rank has no sequences, and contributes zeros
             tokens = self._wait_for(status)
             self.strategy.set_last_micro_batch()
+        activity.begin_wait(f"the gradients of step {step}")
         self.strategy.wait()
         timer.end_phase("wait")
+        activity.begin_wait(f"the other ranks at the end of step {step}")
         self._losses, self._tokens = losses, tokens
         if self.elastic:
             self.elastic.have_sums()
@@ -278,7 +284,9 @@ class Trainer:
 
     def _wait_for(self, status: Work[int]) -> int:
         """The tokens over whose mean loss gradients are; raises UnreadableBatchError on all ranks if some could not."""
+        self.communicator.activity.begin_wait(f"the other ranks in step {self.step + 1}")
         tokens = status.wait()
+        self.communicator.activity.begin(f"computes the gradients of step {self.step + 1}")
         self.timer.end_phase("wait")  # on a GPU, zero while it is busy with what the host has queued
         return tokens
 

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -76,6 +77,27 @@ def flipped_bit() -> None:
             moment.view(torch.int32)[0] ^= 1 << 22
 
     Trainer._update = update_wrongly  # type: ignore[method-assign]
+
+
+def stuck() -> None:
+    """In the middle of a forward pass, in a way that other threads of the process go on."""
+    forward = Trainer._forward
+
+    def endless_forward(self: Trainer, *arguments: Any) -> Tensor:
+        if self.step == 12:
+            time.sleep(1000)
+        return forward(self, *arguments)
+
+    Trainer._forward = endless_forward  # type: ignore[method-assign]
+
+
+def stuck_file_system() -> None:
+    """The first checkpoint never gets written."""
+
+    def save_for_ever(*_: object, **__: object) -> None:
+        time.sleep(1000)
+
+    safetensors.torch.save_file = save_for_ever
 
 
 def slow() -> None:

@@ -124,6 +124,44 @@ def test_a_flipped_bit_is_healed(ranks: int, odd: int, good: int, small_data: Pa
     assert healed == [("15", str(odd), str(good))], result.output
 
 
+# Goes on as another program whose stderr is a pipe that is full
+FILL_STDERR = """
+import os, sys
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+try:
+    while os.write(writer, bytes(4096)):
+        pass
+except BlockingIOError:
+    os.set_blocking(writer, True)
+os.dup2(writer, 2)
+os.set_inheritable(reader, True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("stderr", ["read", "not read"])
+def test_a_rank_that_is_stuck(stderr: str, small_data: Path, tmp_path: Path) -> None:
+    """It says what it does and for how long, with every thread's stack, and ends the job, even if nobody reads that."""
+    words = command(small_data, tmp_path / "run", comm__timeout=5)[1:]
+    sabotaged = [sys.executable, str(SABOTAGE), "stuck", "1", *words]
+    if stderr == "not read":
+        sabotaged = [sys.executable, "-c", FILL_STDERR, *sabotaged]
+    result = run([*launcher_command("mpirun", 2), *sabotaged], deadline=90)
+    assert result.status not in (0, 75), result.output
+    if stderr == "read":
+        assert re.search(r"rank 1 on \S+ is stuck: it computes micro-batch 1 of step 13, for 5 s", result.output)
+        assert "in endless_forward" in result.output
+        assert "hvdlm-watchdog" in result.output or "_watch" in result.output
+
+
+def test_a_file_system_that_is_stuck(small_data: Path, tmp_path: Path) -> None:
+    """Ten times comm.timeout is what a checkpoint may take."""
+    result = sabotaged("stuck_file_system", 0, small_data, tmp_path / "run", checkpoint__every=10, comm__timeout=3)
+    assert result.status not in (0, 75), result.output
+    assert re.search(r"is stuck: it waits for files, for 30 s \(comm.timeout\)", result.output)
+
+
 def test_a_straggler_is_named(small_data: Path, tmp_path: Path) -> None:
     words = command(small_data, tmp_path / "run", log__every=5)[1:]
     result = run([*launcher_command("mpirun", 2), sys.executable, str(SABOTAGE), "slow", "1", *words])

@@ -55,6 +55,17 @@ def test_of_several_ranks_without_rank_0_the_lowest_says_it() -> None:
     assert on_ranks(4, body) == ["at work", False, "at work", None]
 
 
+def test_a_rank_that_is_behind_is_named_with_what_it_does() -> None:
+    def body(communicator: Communicator, reporter: MissingRankReporter) -> object:
+        reporter._server.doing = lambda: "waits for step 7, for 9 s" if communicator.rank != 2 else "reads, for 12 s"
+        communicator.barrier()
+        said = reporter.report() if communicator.rank == 0 else ""
+        communicator.barrier()
+        return said
+
+    assert on_ranks(4, body)[0] == "rank 2 on here is behind: it reads, for 12 s"
+
+
 def test_a_rank_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(missing_ranks.os, "_exit", lambda status: ended.append(status))
