@@ -77,14 +77,14 @@ def part_lengths(length: int, parts: int) -> list[int]:
 class Communicator(ABC):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
-    Every rank calls the same collective operations in the same order; `root`, `destination` and `source`
-    are ranks of this communicator. Operations that end in `_` change their tensor in place. dtypes are float32,
-    float16, bfloat16, int32, int64 and uint8; shapes, strides and emptiness are free. Each tensor operation has an
-    `_async` form that returns a `Work`. `activity`: what this rank is doing.
+    Every rank calls the same collective operations in the same order; `root`, `destination` and `source` are ranks of
+    this communicator. Operations that end in `_` change their tensor in place. dtypes are float32, float16, bfloat16,
+    int32, int64 and uint8; shapes, strides and emptiness are free. Each tensor operation has an `_async` form that
+    returns a `Work`. `activity`: what this rank is doing.
 
-    Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other
-    engines sum them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda"
-    (GPU tensors need no staging through host memory), "shrink" (ranks that have died can be left out).
+    Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other engines sum
+    them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda" (GPU tensors need no
+    staging through host memory), "shrink" (ranks that have died can be left out).
     """
 
     engine: str
@@ -372,8 +372,7 @@ class Communicator(ABC):
         if not tensor.is_cuda or self.supports("cuda"):
             return tensor
         _warn_once(f"engine {self.engine} cannot reach GPU memory: tensors are staged through pinned host memory")
-        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return staged.copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:
