@@ -36,6 +36,11 @@ class Preemption:
         self._previous = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
+    def renew(self) -> None:
+        """Takes the signals again, once libraries have started that take some of them: Open MPI takes SIGHUP."""
+        for number in self._previous:
+            signal.signal(number, self._request)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

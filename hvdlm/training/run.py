@@ -58,6 +58,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         Preemption(config.train.stop_signals.split(",")) as preemption,
         job(config.comm.engine, config.comm.timeout, config.digest(), config.comm.elastic) as communicator,
     ):
+        preemption.renew()
         check_elastic(config, communicator)
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
         check_data_matches(communicator, data)

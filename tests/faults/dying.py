@@ -1,17 +1,21 @@
-"""`hvdlm train` whose ranks die by SIGKILL: `dying.py PLACE:STEP:RANK,... ARGUMENTS...`.
+"""`hvdlm train` whose ranks die by SIGKILL, or suffer otherwise: `dying.py PLACE:STEP:RANK,... ARGUMENTS...`.
 
 RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps.
+HVDLM_FAULT_TIMES names a file that gets the time of each fault, HVDLM_REST says how long a rank rests in each step.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from hvdlm.cli import main
@@ -33,7 +37,17 @@ class Here:
     passed = 0
 
 
+NOW = time.time  # as it is before a fault below
+
+
+def note_fault() -> None:
+    if path := os.environ.get("HVDLM_FAULT_TIMES"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            print(NOW(), file=file, flush=True)
+
+
 def die() -> None:
+    note_fault()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -57,6 +71,7 @@ def note_steps() -> None:
 
     def noting(self: Trainer, *arguments: Any) -> Any:
         Here.trainer, Here.step, Here.passed = self, self.step, 0
+        time.sleep(float(os.environ.get("HVDLM_REST", "0")))
         return original(self, *arguments)
 
     Trainer._next_batch = noting  # type: ignore[method-assign]
@@ -149,6 +164,65 @@ def rebuilding(step: int) -> None:
     before(Elastic, "_replace_strategy", step)
 
 
+# ---- faults of which nobody dies
+
+
+def stuck(step: int) -> None:
+    def sleep_for_ever() -> None:
+        note_fault()
+        time.sleep(10_000)
+
+    before(Trainer, "_forward", step, act=sleep_for_ever)
+
+
+def infinite(step: int) -> None:
+    """A gradient of this rank is infinite, in this step alone."""
+
+    def spoil() -> None:
+        note_fault()
+        own = Here.step
+        weight = Here.trainer.model.final_norm.weight
+        weight.register_hook(lambda gradient: gradient * float("inf") if Here.step == own else gradient)
+
+    before(Trainer, "_forward", step, act=spoil)
+
+
+def flip(step: int) -> None:
+    """A bit of this rank's moments, by which its parameters go their own way."""
+
+    def spoil() -> None:
+        note_fault()
+        Here.trainer.strategy.optimizer_state()["exp_avg.final_norm.weight"].view(torch.int32)[0] ^= 1 << 22
+
+    before(Trainer, "_update", step, act=spoil)
+
+
+def clock_forward(step: int) -> None:
+    before(Trainer, "_forward", step, act=lambda: set_clock(86_400))
+
+
+def clock_backward(step: int) -> None:
+    before(Trainer, "_forward", step, act=lambda: set_clock(-86_400))
+
+
+def set_clock(seconds: float) -> None:
+    note_fault()
+    time.time = lambda: NOW() + seconds
+
+
+def quota(step: int) -> None:
+    """This rank cannot write its part of the checkpoint of this step."""
+    save_file = safetensors.torch.save_file
+
+    def failing(tensors: Any, file: Any, *rest: Any) -> None:
+        if f"rank_{OWN_RANK:05d}" in str(file) and Here.trainer.saver.step == step + 1:
+            note_fault()
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        save_file(tensors, file, *rest)
+
+    safetensors.torch.save_file = failing
+
+
 def residuals(step: int) -> None:
     """This rank does not die: it says whether codecs have what they had before the step, once it goes on."""
     begin, agree, replace = Elastic.begin_step, Elastic._agree, Elastic._replace_strategy
@@ -177,7 +251,7 @@ def residuals(step: int) -> None:
 
 if __name__ == "__main__":
     plan, *arguments = sys.argv[1:]
-    own = [each.split(":") for each in plan.split(",") if int(each.split(":")[2]) == OWN_RANK]
+    own = [each.split(":") for each in plan.split(",") if each and int(each.split(":")[2]) == OWN_RANK]
     for place, step, _ in own:
         globals()[place](int(step))
     note_steps()

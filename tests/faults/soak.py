@@ -122,11 +122,12 @@ class _Supervised:
         return True
 
     def act(self, draw: random.Random) -> None:
-        """One fault, if ranks are there to suffer it."""
+        """One fault, if ranks train: one that dies while they start is a job that does not start."""
         (kind,) = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))
         number = draw.random()
         ranks = self._job.ranks()
-        if not ranks or not (self._run_dir / "metrics.jsonl").exists():
+        metrics = self._run_dir / "metrics.jsonl"
+        if not ranks or not metrics.exists() or metrics.stat().st_mtime < self._started + 1:
             return
         victim = ranks[int(number * len(ranks))]
         with suppress(psutil.Error):
@@ -138,6 +139,7 @@ class _Supervised:
 
     def _start(self) -> None:
         self._outcome.starts += 1
+        self._started = time.time()
         self._lines: list[str] = []
         self._job: Job = start(self._command)
         stdout = self._job.process.stdout

@@ -65,7 +65,7 @@ def test_killed_and_resumed(size: int, ranks: Ranks, small_data: Path, tmp_path:
     assert_bit_identical(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(("launcher", "which"), [("mpirun", 0), ("mpirun", 1), ("horovodrun --gloo", 1)])
 def test_signal_to_any_rank(
     number: signal.Signals, launcher: str, which: int, small_data: Path, tmp_path: Path
