@@ -58,6 +58,9 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "memory a rank, estimated": f"{(memory.total + residuals + averages + libraries) / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
+    if config.checkpoint.every:
+        copied = memory.parameters + memory.moments
+        rows["host memory of rank 0 besides"] = f"{copied / 2**20:,.0f} MiB, to copy a checkpoint"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
