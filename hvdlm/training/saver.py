@@ -121,7 +121,8 @@ class Saver:
     def tell_validated(self) -> None:
         """Lets `best` lead to the step that was validated, if it is the best and saved. On rank 0."""
         task = self._task
-        if self._settings.keep_best and task is not None and task.done() and task.exception() is None:
+        is_written = task is not None and task.done() and task.exception() is None
+        if self._settings.keep_best and self._trainer.metrics is not None and task is not None and is_written:
             checkpoint.retain(task.result(), self._retention())
 
     def recover(self) -> None:
@@ -133,6 +134,8 @@ class Saver:
         self._is_given_up.set()  # by a rank 0 that waits for a file of the dead one
         wait_for_tasks(trainer.communicator, self._task)
         self._has_asked, self._is_under_way = False, False
+        if trainer.metrics is None:  # rank 0, which has written it, has told of it
+            self._task, self._has_told = None, True
         standings = trainer.communicator.all_gather_object((self.step, self._failures))
         self.step, self._failures = max(step for step, _ in standings), standings[0][1]
         run_dir = Path(trainer.config.train.run_dir)

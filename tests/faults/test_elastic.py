@@ -74,6 +74,17 @@ def test_rank_0_and_those_that_follow_it(small_data: Path, tmp_path: Path, undis
     assert records(tmp_path / "run")[-1]["world_size"] == 1
 
 
+def test_rank_0_dies_after_a_checkpoint_of_parts(small_data: Path, tmp_path: Path) -> None:
+    """The next one had only written what it has of its own."""
+    plan, best = "forward:12:0", {"checkpoint__keep_best": "true", "compression__codec": "int4"}
+    result = train(3, plan, small_data, tmp_path / "run", **SAVING, **best)
+    assert result.status == 0, result.output
+    said = [str(each["message"]) for each in records(tmp_path / "run", "event")]
+    saved = [each.rpartition("/")[2] for each in said if each.startswith("saved ")]
+    assert saved == ["step_00000010", "step_00000020", "step_00000030"]
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name in saved
+
+
 def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """Some have completed the step of a death, others have not: those are told the norm."""
     plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
