@@ -90,13 +90,14 @@ class Faulty:
         self._wait(lambda: self._job.process.poll() is not None)
 
     def ranks(self) -> list[psutil.Process]:
-        """By rank; without the helpers that they start for a moment."""
-        found = []
-        for each in self._job.ranks():
+        """By rank; not the processes that they start for a moment."""
+        found: dict[int, psutil.Process] = {}
+        for each in self._job.members():
             with contextlib.suppress(psutil.Error):
-                if str(DYING) in each.cmdline():
-                    found.append(each)
-        return found
+                rank = each.environ().get("OMPI_COMM_WORLD_RANK")
+                if rank is not None and str(DYING) in each.cmdline():
+                    found[int(rank)] = min(each, found.get(int(rank), each), key=psutil.Process.create_time)
+        return [found[rank] for rank in sorted(found)]
 
     def launcher(self) -> psutil.Process:
         return psutil.Process(self._job.process.pid)
