@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from hvdlm.comm.activity import Activity
 from hvdlm.comm.communicator import Communicator, ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
 
@@ -21,6 +22,7 @@ class ThreadRank(SoloCommunicator):
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
         self.hosts = [f"n{rank}" for rank in range(self.size)]
+        self.activity = Activity()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         self.slots[self.rank] = value
