@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -74,12 +75,13 @@ def write_own(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None
         logger.warning("rank %d: %s", rank, entry.get("error", f"cannot write {_entry(file)}: {save_failure(error)}"))
 
 
-def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: threading.Event) -> None:
-    """Returns when the files of `size` ranks are written.
+def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: threading.Event) -> dict[str, dict[str, Any]]:
+    """Size and hash of the files of `size` ranks, by name, once they are written; their entries are removed.
 
     Raises HvdlmError if a rank could not write, if its file has not grown for `timeout` seconds, or if nobody waits for
     it any more.
     """
+    told = {}
     for rank in range(size):
         file = directory / rank_file_name(rank)
         clock, length = RunningTime(), -1
@@ -93,15 +95,8 @@ def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: thread
             if clock.seconds() > timeout:
                 raise HvdlmError(f"rank {rank} has written nothing to {file} for {timeout:g} s (comm.timeout)")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        _check(directory, rank)
-
-
-def entries(directory: Path) -> dict[str, dict[str, int | str]]:
-    """Size and hash of each rank's file, by its name, as its rank has told it; the entries are removed."""
-    told = {}
-    for entry in sorted(directory.glob("*.json")):
-        told[entry.stem] = json.loads(entry.read_text(encoding="utf-8"))
-        entry.unlink()
+        told[file.name] = _read_entry(directory, rank)
+        _entry(file).unlink()
     return told
 
 
@@ -114,14 +109,15 @@ def gather(communicator: Communicator, directory: Path, own: Mapping[str, Tensor
 
 def _write_and_check(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
     write_own(directory, rank, tensors)
-    _check(directory, rank)
+    _read_entry(directory, rank)
 
 
-def _check(directory: Path, rank: int) -> None:
-    """Raises HvdlmError if a rank's file could not be written."""
-    told = json.loads(_entry(directory / rank_file_name(rank)).read_text(encoding="utf-8"))
+def _read_entry(directory: Path, rank: int) -> dict[str, Any]:
+    """What a rank has told of its file. Raises HvdlmError if it could not be written."""
+    told: dict[str, Any] = json.loads(_entry(directory / rank_file_name(rank)).read_text(encoding="utf-8"))
     if "error" in told:
         raise HvdlmError(f"rank {rank}: {told['error']}")
+    return told
 
 
 def _move_to_rank_0(communicator: Communicator, tensor: Tensor, source: int) -> Tensor:

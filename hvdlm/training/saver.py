@@ -7,11 +7,11 @@ save is under way: the next one waits for it. One that fails leaves the checkpoi
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,6 @@ from hvdlm.training.saved_state import own_state, state_of
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
 
-logger = logging.getLogger(__name__)
-
 
 class UselessWeightsError(HvdlmError):
     """The weights to be saved are NaN or infinite: no later save will be of more use."""
@@ -41,6 +39,7 @@ class Saver:
         self._trainer = trainer
         self.step = 0  # the last one whose save has begun, or that a run goes on from
         self._settings = trainer.config.checkpoint
+        self._seconds = self._settings.seconds_between
         self._begun = time.monotonic()  # the last save
         self._has_asked = False  # for the next one
         self._failures = 0  # in a row
@@ -54,10 +53,9 @@ class Saver:
 
     def is_due_by_time(self) -> bool:
         """Whether this rank, rank 0, is to ask for a checkpoint; once for each."""
-        seconds = self._settings.seconds_between
-        if self._trainer.communicator.rank or not seconds or self._has_asked:
+        if self._trainer.communicator.rank or not self._seconds or self._has_asked:
             return False
-        self._has_asked = time.monotonic() - self._begun >= seconds
+        self._has_asked = time.monotonic() - self._begun >= self._seconds
         return self._has_asked
 
     def is_due_by_step(self) -> bool:
@@ -161,38 +159,32 @@ class Saver:
         if trainer.device.type == "cuda":
             torch.cuda.current_stream(trainer.device).synchronize()
         if rank == 0:
-            state, tokenizer, retention = state_of(trainer), trainer.tokenizer, self._retention()
-            self._start(lambda: self._write(parent, model, optimizer, state, tokenizer, retention, directory, shared))
+            state, retention, size = state_of(trainer), self._retention(), trainer.communicator.size
+            save = partial(checkpoint.save, parent, self.step, model, optimizer, state, trainer.tokenizer, retention)
+            self._start(lambda: self._write(save, model, directory, shared, size))
         elif directory is not None and is_shared:
             self._start(lambda: rank_files.write_own(directory, rank, shared))
 
     def _write(
         self,
-        parent: Path,
+        save: Callable[..., Path],
         model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        tokenizer: bytes,
-        retention: Retention,
         directory: Path | None,
         own: Mapping[str, Tensor],
+        size: int,
     ) -> Path:
-        """The part of rank 0, which waits for those of the others."""
-        step: int = state["step"]
+        """The part of rank 0, which waits for those of the others. `save`: `checkpoint.save` but for what ranks own."""
         if name := checkpoint.not_finite(model):
             raise UselessWeightsError(
-                f"{name} holds NaN or infinite numbers after step {step}, which is not saved: lower optimizer.lr, and "
-                "resume from the last checkpoint"
+                f"{name} holds NaN or infinite numbers after step {self.step}, which is not saved: lower optimizer.lr, "
+                "and resume from the last checkpoint"
             )
-        entries = {}
-        if directory is not None:
-            if own:
-                rank_files.write_own(directory, 0, own)
-            rank_files.wait_for_all(
-                directory, state["world_size"], self._trainer.config.comm.timeout, self._is_given_up
-            )
-            entries = rank_files.entries(directory)
-        return checkpoint.save(parent, step, model, optimizer, state, tokenizer, retention, directory, entries)
+        if directory is None:
+            return save()
+        if own:
+            rank_files.write_own(directory, 0, own)
+        timeout = self._trainer.config.comm.timeout
+        return save(directory, rank_files.wait_for_all(directory, size, timeout, self._is_given_up))
 
     def _start(self, write: Callable[[], Any]) -> None:
         """Runs `write` on a thread. The interpreter waits for that thread before it ends."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+from disks import flip_bit
 
 
 class Run(Protocol):
@@ -147,12 +148,6 @@ def with_damage(damage: Callable[[Path], object]) -> Act:
         damage(sorted((run.run_dir / "checkpoints").glob("step_" + "[0-9]" * 8))[-1])
 
     return act
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def mix(checkpoint: Path) -> None:

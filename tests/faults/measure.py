@@ -22,8 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +32,7 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS / folder) for folder in ("parallel", "ranks")]
 
 from catalogue import FAULTS, Fault  # noqa: E402
+from disks import small_disk  # noqa: E402
 from jobs import command, losses, records  # noqa: E402
 from launcher import start  # noqa: E402
 
@@ -202,18 +202,8 @@ class Faulty:
 def measure(fault: Fault, data: Path, whole: Mapping[int, float]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="hvdlm-fault-") as directory:
         folder = Path(directory)
-        with small_disk(folder / "disk"):
+        with small_disk(folder / "disk", "16m"):
             return Faulty(fault, Path(shutil.copytree(data, folder / "data")), folder).measure(whole)
-
-
-@contextmanager
-def small_disk(path: Path) -> Iterator[None]:
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def undisturbed(data: Path) -> dict[int, float]:

@@ -20,14 +20,12 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +34,7 @@ import psutil
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS / folder) for folder in ("parallel", "ranks")]
 
+from disks import flip_bit, small_disk  # noqa: E402
 from jobs import command, losses, records  # noqa: E402
 from launcher import Job, run, start  # noqa: E402
 
@@ -83,7 +82,8 @@ def soak(data: Path, folder: Path, minutes: float, seed: int = 0) -> Outcome:
     outcome = Outcome(steps=round(60 * minutes * 0.75 / STEP), minutes=0.0)  # a quarter goes on starting again
     run_dir = folder / "run"
     begin = time.monotonic()
-    with small_disk(run_dir):
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if os.geteuid() else small_disk(run_dir.parent, "64m"):  # as root, one that can be filled
         job = _Supervised(data, run_dir, outcome)
         draw = random.Random(seed)
         next_fault = time.monotonic() + draw.expovariate(1 / INTERVAL)
@@ -170,26 +170,9 @@ class _Supervised:
         saved = sorted((self._run_dir / "checkpoints").glob("step_" + "[0-9]" * 8))
         if len(saved) < 2:
             raise psutil.Error("there is none before it")
-        file = saved[-1] / "model.safetensors"
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        flip_bit(saved[-1] / "model.safetensors")
         for each in ranks:
             each.kill()
-
-
-@contextmanager
-def small_disk(run_dir: Path) -> Iterator[None]:
-    """As root the run has a file system of its own, that can be filled."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    if os.geteuid():
-        yield
-        return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run_dir.parent)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(run_dir.parent)], check=True)
 
 
 def _compare(data: Path, folder: Path, run_dir: Path, outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from disks import flip_bit, small_disk
 from jobs import Ranks, assert_bit_identical, command, losses, records, start_training, wait_for
 from launcher import BIN, launcher_command, run
 from safetensors.torch import load_file
@@ -31,14 +32,11 @@ def made(run_dir: Path) -> list[int]:
     return [int(event.rpartition("_")[2]) for event in events(run_dir) if event.startswith("saved ")]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KiB: room for one checkpoint of the test's model and a part of the next."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+@pytest.fixture(name="small_disk")
+def make_small_disk(tmp_path: Path) -> Iterator[Path]:
+    """600 KiB: room for one checkpoint of the test's model and a part of the next."""
+    with small_disk(tmp_path / "disk", "600k"):
+        yield tmp_path / "disk"
 
 
 @pytest.mark.needs_root
@@ -171,12 +169,6 @@ def three(ranks: Ranks, small_data: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
-
-
 def mix(checkpoint: Path) -> None:
     """The model of one step in the checkpoint of another, manifest and all, as a copy that was broken off leaves it."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -188,8 +180,11 @@ def mix(checkpoint: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flipped": (lambda path: flip(path / "model.safetensors"), "model.safetensors does not match its SHA-256"),
-    "flipped, of a rank": (lambda path: flip(path / "ranks" / "rank_00001.safetensors"), "rank_00001.safetensors does"),
+    "flipped": (lambda path: flip_bit(path / "model.safetensors"), "model.safetensors does not match its SHA-256"),
+    "flipped, of a rank": (
+        lambda path: flip_bit(path / "ranks" / "rank_00001.safetensors"),
+        "rank_00001.safetensors does",
+    ),
     "truncated": (lambda path: (path / "optimizer.safetensors").write_bytes(b"short"), "has 5 bytes instead of"),
     "torn": (lambda path: (path / "manifest.json").unlink(), "manifest.json: No such file"),
     "mixed": (mix, "is mixed of several: its manifest says 40, state.json says 20, its name says 40"),
