@@ -25,7 +25,7 @@ class StepMetrics:
         self._precision, self._flops_per_token = precision, flops_per_token
         self._peak_flops: float | None = None
         self._has_looked_up_peak = False
-        self.compute_seconds: list[float] = []  # of each rank in a step, as `collect` has learned
+        self.compute_seconds: list[float] = []  # of each rank, as the last `collect` has learned
         self._clear()
 
     def _clear(self) -> None:
@@ -61,7 +61,7 @@ class StepMetrics:
         told = (loss_sum, tokens, self._tokens, self._peak_flops, own)
         self._is_collected = True  # the numbers stay for a second call, if a rank dies in this one
         losses, counts, all_tokens, peaks, times = zip(*self._communicator.all_gather_object(told), strict=True)
-        self.compute_seconds = [each[2] / steps for each in times]
+        self.compute_seconds = [each[2] for each in times]
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
         tokens_per_second = sum(all_tokens) / whole
         return {

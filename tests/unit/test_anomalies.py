@@ -35,15 +35,22 @@ def test_a_loss_that_falls_as_at_a_run_s_beginning_has_no_spikes() -> None:
 
 def test_a_straggler_is_told_once_when_it_is_slow_for_the_third_time() -> None:
     stragglers = Stragglers()
-    assert stragglers.add([0.1, 0.1, 0.2]) is None
-    assert stragglers.add([0.1, 0.1, 0.1]) is None
+    assert stragglers.add([1.0, 1.0, 2.0]) is None
+    assert stragglers.add([1.0, 1.0, 1.0]) is None
     for expected in (None, None, (2, pytest.approx(2.0)), None, None):
-        assert stragglers.add([0.1, 0.1, 0.2]) == expected
+        assert stragglers.add([1.0, 1.0, 2.0]) == expected
     for expected in (None, None, (0, pytest.approx(4.0))):
-        assert stragglers.add([0.4, 0.1, 0.1]) == expected
+        assert stragglers.add([4.0, 1.0, 1.0]) == expected
+    assert stragglers.add([1.0, 4.0]) is None  # other ranks
 
 
-@pytest.mark.parametrize("seconds", [[1.0], [1.0, 1.4], [0.0001, 0.002], [0.0, 0.0]])
+def test_short_times_are_added_up_before_they_are_compared() -> None:
+    stragglers = Stragglers()
+    told = [stragglers.add([0.125, 0.25]) for _ in range(16)]  # a comparison each fourth time
+    assert told == [None] * 11 + [(1, pytest.approx(2.0))] + [None] * 4
+
+
+@pytest.mark.parametrize("seconds", [[1.0], [1.0, 1.4], [0.0, 0.1], [0.0, 0.0]])
 def test_no_straggler(seconds: list[float]) -> None:
     stragglers = Stragglers()
     assert [stragglers.add(seconds) for _ in range(9)] == [None] * 9
