@@ -326,8 +326,11 @@ class Config(Section):
             ),
             "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
             "optimizer.algorithm = 'dion' leaves to AdamW": is_dion and compression.codec == "auto",
-            "comm.elastic = true does not go with local steps yet: leave out local_steps.every, or comm.elastic": (
-                self.comm.elastic and bool(local_steps.every)
+            "comm.elastic = true goes neither with local_steps.hierarchical nor with local_steps.by = 'seconds': leave "
+            "out one of them": (
+                self.comm.elastic
+                and bool(local_steps.every)
+                and (local_steps.hierarchical or local_steps.by == "seconds")
             ),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hvdlm.data.file_errors import UnreadableFileError
+from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.sampler import Sampler, rank_part
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
@@ -39,7 +40,7 @@ class Batch:
 
 
 class Loader:
-    """Context manager that yields one rank's part of the global batches `start`, `start` + 1, ... without end.
+    """Context manager that yields what one rank trains on of global batches `start`, `start` + 1, ... without end.
 
     A thread reads up to `read_ahead` batches ahead.
     """
@@ -48,16 +49,15 @@ class Loader:
         self,
         data: DataSet,
         context_length: int,
-        batch_size: int,
+        parts: RankParts,
         seed: int,
         rank: int,
-        size: int,
         read_ahead: int,
         start: int = 0,
         pin_memory: bool = False,
         skip_unreadable: bool = False,
     ) -> None:
-        """`batch_size` counts the sequences of all ranks; `pin_memory` allows asynchronous copies to a GPU.
+        """`rank`: its number in `parts`. `pin_memory` allows asynchronous copies to a GPU.
 
         `skip_unreadable`: sequences whose shard is damaged or gone are in `Batch.errors`, instead of an error.
 
@@ -66,8 +66,8 @@ class Loader:
         self._split, self._end_of_text = data.train, data.eos_id
         self._context_length = context_length
         windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
-        self._sampler = Sampler(windows, batch_size, seed, data.fingerprint)
-        self._indices = rank_part(batch_size, rank, size)
+        self._sampler = Sampler(windows, parts.batch_size, seed, data.fingerprint)
+        self._parts, self._rank = parts, rank
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
         self._next = start
@@ -121,14 +121,15 @@ class Loader:
             self._queue.put(error)
 
     def _read(self, index: int) -> Batch:
-        shards, windows = self._sampler.batch(index)
-        own = slice(self._indices.start, self._indices.stop)
+        own = self._parts.own(index, self._rank)
+        batches = {each: self._sampler.batch(each) for each in sorted({batch for batch, _ in own})}
         length = self._context_length
-        rows = np.empty((len(self._indices), length + 1), dtype=np.int64)
+        rows = np.empty((len(own), length + 1), dtype=np.int64)
         unread, errors = [], []
-        for number, (shard, window) in enumerate(zip(shards[own].tolist(), windows[own].tolist(), strict=True)):
+        for number, (batch, place) in enumerate(own):
+            shards, windows = batches[batch]
             try:
-                rows[number] = self._split.read(shard, window * length, length + 1)
+                rows[number] = self._split.read(int(shards[place]), int(windows[place]) * length, length + 1)
             except HvdlmError as error:
                 if not self._skip_unreadable or (isinstance(error, UnreadableFileError) and not error.is_gone):
                     raise

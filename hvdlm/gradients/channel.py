@@ -52,7 +52,7 @@ class Channel:
             self.communicator.close()
 
     def abandon(self) -> None:
-        """Ends the thread, whose operations have been revoked. Not collective."""
+        """Ends the thread, whose operations have been revoked. Not collective; a second call does nothing."""
         self._thread.shutdown(cancel_futures=True)
 
     def reset_counters(self) -> None:
@@ -90,6 +90,10 @@ class Channel:
             torch.cuda.current_stream().wait_event(finished)
 
         return Work(finish)
+
+    def submit_barrier(self) -> Work[None]:
+        """Queues a barrier: it ends when all ranks have reduced what was submitted before."""
+        return Work(self._thread.submit(self.communicator.barrier).result)
 
     def reduce_(self, codec: Codec, gradients: Tensor, step: int, name: str) -> None:
         """Replaces `gradients` by their sum over all ranks; `name`: of the span that this takes."""

@@ -195,12 +195,15 @@ class GradientSync:
         self._communicator.arrival(self._device).wait()
 
     def abandon(self) -> None:
-        """Lets go of the module and ends channels, whose operations have been revoked. Not collective."""
-        for hook in self._hooks:
-            hook.remove()
+        """Ends channels, whose operations have been revoked. Not collective."""
         for channel in self.channels:
             channel.abandon()
         self._handles.clear()
+
+    def release(self) -> None:
+        """Lets go of the module. Not collective."""
+        for hook in self._hooks:
+            hook.remove()
 
     def close(self) -> None:
         """Closes channels and their groups of ranks, in the order in which all ranks have opened them. Collective."""

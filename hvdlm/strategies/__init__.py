@@ -27,7 +27,7 @@ def make_strategy(
     `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
     """
     if config.local_steps.every:
-        return LocalSteps(model, optimizer, communicator, config)
+        return LocalSteps(model, optimizer, communicator, config, algorithm_costs)
     if config.optimizer.algorithm == "dion":
         return Dion(model, optimizer, communicator, config, algorithm_costs)
     return EveryStep(model, optimizer, communicator, config, algorithm_costs=algorithm_costs)

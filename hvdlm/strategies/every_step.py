@@ -97,14 +97,17 @@ class EveryStep(Strategy):
     def finish(self) -> int:
         return 0
 
+    def close(self) -> None:
+        self.sync.close()
+
     def abandon(self) -> None:
         self.sync.abandon()
 
+    def release(self) -> None:
+        self.sync.release()
+
     def step_state(self) -> dict[str, Tensor]:
         return self.sync.codec_state()
-
-    def close(self) -> None:
-        self.sync.close()
 
     @property
     def ranks_are_equal(self) -> bool:

@@ -14,7 +14,7 @@ The loop computes a loss on micro-batches, and knows of other ranks only by a `S
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -137,7 +137,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def end_step(self) -> StepEnd:
-        """Ends a step, whether or not its gradients were applied.
+        """Ends a step, whether or not its gradients were applied. After a rank has died in it, the next call goes on.
 
         Raises UnreadableBatchError on all ranks if some rank could not read its part of this or an earlier batch.
         """
@@ -154,18 +154,38 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def close(self) -> None:
+        """Closes what was opened for messages between ranks. Collective."""
+
+    # ---- after a rank has died (training/elastic.py)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no rank waits for another in the next step."""
+        return False
+
+    @abstractmethod
     def abandon(self) -> None:
-        """Lets go of the model, whose `.grad` another strategy may take over. For after a rank has died, when nothing
-        is under way any more; not collective.
-        """
+        """Ends the threads of channels, whose operations have been revoked. Not collective."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of the model, whose `.grad` another strategy may take over. After `abandon`; not collective."""
 
     @abstractmethod
     def step_state(self) -> dict[str, Tensor]:
         """What the messages of a step change before it is applied, by name: views."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Closes what was opened for messages between ranks. Collective."""
+    def progress(self) -> Any:
+        """What the others need to know of this rank for all to `go_on`; None if it can do without. After `abandon`."""
+        return None
+
+    def go_on(self, progress: Sequence[Any]) -> int:
+        """Goes on among the ranks that are left, of whom some told a `progress` that is not None. Collective.
+
+        Returns the first batch of which the others have not got what the dead ranks have learned.
+        """
+        raise NotImplementedError
 
     # ---- the parameters to keep
 

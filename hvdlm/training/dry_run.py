@@ -33,7 +33,9 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic  # and what they were before the step
-    averages = memory.parameters * numbers_kept(config.local_steps) if config.local_steps.every else 0
+    averages = (
+        memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
+    )
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,

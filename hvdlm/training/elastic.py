@@ -4,6 +4,11 @@ The samples of a step do not depend on who computes it. So a step that no rank h
 again by those that are left: no sample is lost, none is trained on twice. A rank completes a step once it has the norm
 of its gradients, to which each rank gives its part, and no rank does so before it has the sum of all gradients. So
 where one rank has completed a step, every other can: it has the sum, and is told the norm.
+
+In local steps no rank waits for another, so a death is noticed in the next round, and some ranks may have come further
+than others. What the dead rank has learned since its last round is lost with it: the others train on those samples
+again, beside their own. What follows a step on all ranks together (a line of metrics, a checkpoint, a validation) ends
+with a barrier, so that no rank has left another one behind in it.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import logging
 import struct
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +25,27 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.config import Config
 from hvdlm.data.loader import Loader
+from hvdlm.data.rank_parts import RankParts
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
+from hvdlm.training.due import Due
 
 if TYPE_CHECKING:
-    from hvdlm.training.trainer import Due, Trainer
+    from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-class _Standing(NamedTuple):
+class _Progress(NamedTuple):
     """How far a rank has come."""
 
     step: int
     norm: Tensor  # of the last step that it has completed
     losses: list[tuple[float, int]]  # of that step, by rank
-    due: Due
+    due: Due  # after that step
     stop: bool
+    parts: RankParts
+    strategy: Any  # `Strategy.progress`
 
 
 class Elastic:
@@ -46,8 +55,10 @@ class Elastic:
         """Collective."""
         self._trainer = trainer
         communicator = trainer.communicator
-        self._name = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
-        self._names = communicator.all_gather_object(self._name)
+        self.rank = communicator.rank  # a number that stays when others die
+        self._names = [f"rank {rank} on {host}" for rank, host in enumerate(communicator.hosts)]
+        # What some rank has found due after a step to which this one has not come yet
+        self._later, self._later_due, self._later_stop = -1, Due(), False
         self._before: dict[str, Tensor] = {}  # what messages of a step change, as it was before
         self._sync_step = 0
         self._open = -1  # the step that has begun and may be taken back
@@ -58,8 +69,11 @@ class Elastic:
 
     def begin_step(self) -> None:
         """Keeps what is needed to take the step back, before its gradients are sent."""
-        self._open, self._has_sums = self._trainer.step, False
         strategy = self._trainer.strategy
+        if strategy.is_local:
+            self._open = -1
+            return
+        self._open, self._has_sums = self._trainer.step, False
         self._sync_step = strategy.sync.step
         for name, tensor in strategy.step_state().items():
             if name in self._before:
@@ -69,6 +83,9 @@ class Elastic:
 
     def have_sums(self) -> None:
         """This rank has the sum of all gradients. Collective."""
+        if self._trainer.strategy.is_local:
+            self._losses = []
+            return
         self._has_sums = True
         loss, tokens = self._trainer.own_loss()
         # As whole numbers of 64 bits, which every engine sends
@@ -77,11 +94,20 @@ class Elastic:
         self._losses = [struct.unpack("<dq", struct.pack("<qq", *each)) for each in gathered]
 
     def loss(self) -> tuple[float, int]:
-        """What this rank adds to the loss of the last step and its tokens: all of it on rank 0, nothing elsewhere."""
+        """What this rank adds to the loss of the last step and its tokens: after a local step its own; otherwise all of
+        it on rank 0, nothing elsewhere.
+        """
+        if not self._losses:
+            return self._trainer.own_loss()
         if self._trainer.communicator.rank:
             return 0.0, 0
         losses, tokens = zip(*self._losses, strict=True)
         return sum(losses), sum(tokens)
+
+    def add_due(self) -> None:
+        """Adds what others have found due after the step that has ended."""
+        if self._trainer.step == self._later:
+            self._require(self._later, self._later_due, self._later_stop)
 
     # ---- after a death
 
@@ -91,52 +117,86 @@ class Elastic:
         If fewer than `comm.min_ranks` are left, they are to save and stop.
         """
         noticed = time.monotonic()
-        logger.debug("%s: %s", self._name, error)
+        logger.debug("%s: %s", self._names[self.rank], error)
         while True:
             try:
                 return self._recover(noticed, loader)
             except DeadRankError as another:
-                logger.debug("%s, while it goes on: %s", self._name, another)
+                logger.debug("%s, while it goes on: %s", self._names[self.rank], another)
 
     def _recover(self, noticed: float, loader: Loader) -> Loader:
         trainer, communicator = self._trainer, self._trainer.communicator
         communicator.shrink_()
         trainer.strategy.abandon()
-        names = communicator.all_gather_object(self._name)
-        self._agree()
-        trainer.saver.recover()
-        self._replace_strategy()
+        alive = communicator.all_gather_object(self.rank)
+        progress = self._agree()
+        step = max(each.step for each in progress)
+        if trainer.saver.recover():
+            self._require(step, Due(save=True))
+        if any(each.strategy is not None for each in progress):
+            delivered = trainer.strategy.go_on([each.strategy for each in progress])
+        else:
+            self._replace_strategy()
+            delivered = step
+        parts = min((each.parts for each in progress), key=lambda each: len(each.ranks))
+        dead = [rank for rank in parts.ranks if rank not in alive]
+        trainer.parts, lost = parts.without(dead, delivered, step, trainer.config.train.steps)
         loader.close()
         loader = trainer.open_loader()
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
-        dead = [name for name in self._names if name not in names]
-        seconds = time.monotonic() - noticed
-        trainer.write("event", message=_sentence(dead, trainer.step, communicator.size, seconds))
-        self._names = names
+        self._tell([self._names[rank] for rank in dead], step, time.monotonic() - noticed, step - delivered, lost)
         if communicator.size < trainer.config.comm.min_ranks:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
-            trainer.stop, trainer.due.save = True, trainer.step > 0
+            self._require(step, Due(save=step > 0), stop=True)
         return loader
 
-    def _agree(self) -> None:
+    def _agree(self) -> list[_Progress]:
         """Completes the step under way if some rank has, otherwise takes it back; finds out what is still to be done
-        after it. Collective.
+        after the last step of all. Returns the progress of all ranks. Collective.
         """
-        trainer = self._trainer
-        own = _Standing(trainer.step, trainer.norm.cpu(), self._losses, trainer.due, trainer.stop)
-        standings: list[_Standing] = trainer.communicator.all_gather_object(own)
-        first = max(standings, key=lambda each: each.step)
-        if trainer.step < first.step:
+        trainer, strategy = self._trainer, self._trainer.strategy
+        norm = trainer.norm.cpu()
+        own = _Progress(trainer.step, norm, self._losses, trainer.due, trainer.stop, trainer.parts, strategy.progress())
+        progress: list[_Progress] = trainer.communicator.all_gather_object(own)
+        first = max(progress, key=lambda each: each.step)
+        if trainer.step < first.step and not strategy.is_local:
             assert self._has_sums, "a rank has completed a step of whose gradients this one has no sum"
             self._losses = first.losses
             trainer.complete_step(first.norm.to(trainer.device))
         elif self._open == trainer.step:
             self._take_back()
         self._open = -1
-        for name in vars(trainer.due):
-            setattr(trainer.due, name, any(getattr(each.due, name) for each in standings))
-        trainer.stop = any(each.stop for each in standings)
+        for each in progress:
+            if each.step == first.step:
+                self._require(first.step, each.due, each.stop)
+        return progress
+
+    def _require(self, step: int, due: Due, stop: bool = False) -> None:
+        """This is to be done after a step: the last one, or one to which this rank has still to come."""
+        trainer = self._trainer
+        if trainer.step != step and self._later != step:
+            self._later, self._later_due, self._later_stop = step, Due(), False
+        target = trainer.due if trainer.step == step else self._later_due
+        for name, is_due in vars(due).items():
+            setattr(target, name, getattr(target, name) or is_due)
+        if trainer.step == step:
+            trainer.stop |= stop
+        else:
+            self._later_stop |= stop
+
+    def _tell(self, dead: list[str], step: int, seconds: float, unsent: int, lost: int) -> None:
+        """`unsent`: steps of which the dead have not sent what they had learned; `lost`: sequences lost for good."""
+        size = self._trainer.communicator.size
+        said = (
+            f"{', '.join(dead)} {'has' if len(dead) == 1 else 'have'} died: {size} ranks go on from step {step}, after "
+            f"{seconds:.2f} s"
+        )
+        if lost:
+            said += f"; what was learned from {lost} sequences of the last {unsent} steps is lost"
+        elif unsent:
+            said += f", and train again on what was theirs of the last {unsent} steps"
+        self._trainer.write("event", message=said)
 
     def _take_back(self) -> None:
         strategy = self._trainer.strategy
@@ -147,6 +207,7 @@ class Elastic:
     def _replace_strategy(self) -> None:
         """The same strategy among the ranks that are left, with what this rank had not delivered. Collective."""
         trainer, old = self._trainer, self._trainer.strategy
+        old.release()
         costs = old.sync.algorithm_costs  # measuring them again would take longer than all else here
         new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config, costs)
         try:
@@ -158,6 +219,7 @@ class Elastic:
             new.restored(1.0)
         except DeadRankError:
             new.abandon()
+            new.release()
             raise
         trainer.strategy, trainer.sync = new, new.sync
         self._before = {}
@@ -170,10 +232,3 @@ def check_elastic(config: Config, communicator: Communicator) -> None:
             f"comm.elastic = true needs engine mpi, and ranks that outlive one that dies: start the job by mpirun "
             f"--with-ft ulfm (this is engine {communicator.engine})"
         )
-
-
-def _sentence(dead: list[str], step: int, size: int, seconds: float) -> str:
-    return (
-        f"{', '.join(dead)} {'has' if len(dead) == 1 else 'have'} died: {size} ranks go on from step {step}, after "
-        f"{seconds:.2f} s"
-    )

@@ -123,8 +123,8 @@ class Saver:
         if self._settings.keep_best and self._trainer.metrics is not None and task is not None and is_written:
             checkpoint.retain(task.result(), self._retention())
 
-    def recover(self) -> None:
-        """After a rank has died: finds out whether the last save came to its end; if not, it is due again. Collective.
+    def recover(self) -> bool:
+        """After a rank has died: whether the last save did not come to its end, and is due again. Collective.
 
         Rank 0 may be another one now.
         """
@@ -138,7 +138,9 @@ class Saver:
         self.step, self._failures = max(step for step, _ in standings), standings[0][1]
         run_dir = Path(trainer.config.train.run_dir)
         if self.step and not on_rank_0(trainer.communicator, lambda: checkpoint.is_saved(run_dir, self.step)):
-            self.step, self._has_told, trainer.due.save = 0, True, True
+            self.step, self._has_told = 0, True
+            return True
+        return False
 
     # ---- parts of a save
 

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hvdlm.comm.failure import DeadRankError
 from hvdlm.comm.replicas import check_replicas, heal_replicas
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
+from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_loss
@@ -27,6 +27,7 @@ from hvdlm.strategies.optimizer import make_optimizer
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
+from hvdlm.training.due import Due
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
@@ -42,17 +43,6 @@ from hvdlm.training.step_metrics import StepMetrics
 from hvdlm.training.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Due:
-    """What follows the last step, and has not been done yet."""
-
-    log: bool = False
-    check: bool = False
-    first_step: bool = False
-    save: bool = False
-    validation: bool = False
 
 
 class Trainer:
@@ -84,10 +74,13 @@ class Trainer:
         self._own_tokens = self._tokens = 0  # of this rank, of all
         self._rate, self.norm = 0.0, torch.tensor(math.nan)
         self._ranks_have_met = True
+        self._is_ending = False  # whether messages of the step's end are under way
+        self._has_done_what_was_due = False  # something that all ranks did together, since they were last even
         self.due = Due()
         self._has_done_a_step = False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
+        self.parts = RankParts(config.train.global_batch_size, communicator.size)
         self.elastic = Elastic(self) if config.comm.elastic and communicator.size > 1 else None
 
     @property
@@ -115,6 +108,8 @@ class Trainer:
         try:
             while True:
                 try:
+                    if self._is_ending:
+                        self._end_step()
                     self._do_what_is_due(preemption)
                     if self.step >= steps or self.stop:
                         break
@@ -141,7 +136,7 @@ class Trainer:
             if self.step == self.config.train.steps:
                 self._count_unread(self.strategy.finish())
             self.saver.save(in_background=not (self.stop or self.step == self.config.train.steps))
-            self.due.save = False
+            self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
             self.stop |= not self._validate(preemption)
             self.due.validation = False
@@ -149,6 +144,10 @@ class Trainer:
                 self._save_what_is_done()
             else:
                 self.saver.tell_validated()
+            self._has_done_what_was_due = True
+        if self.elastic and self.strategy.is_local and self._has_done_what_was_due:
+            self._has_done_what_was_due = False  # on every rank that comes here, though not every one may leave
+            self.communicator.barrier()
 
     def _validates(self) -> bool:
         """Whether a validation follows the step that was done last."""
@@ -218,7 +217,13 @@ class Trainer:
             self._update(self._rate)
         self.timer.end_phase("optimizer")
         self.step += 1
+        self._is_ending = True
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Ends the step, or goes on with that after a rank has died."""
         end = self.strategy.end_step()
+        self._is_ending = False
         self.timer.end_phase("wait")
         if end.event is not None:
             self.write("event", message=end.event)
@@ -235,16 +240,18 @@ class Trainer:
         self.due.validation |= self._validates() and not end.stop
         self.due.save |= is_last or end.stop or end.save or self.saver.is_due_by_step()
         self.due.save |= self.due.validation and self.config.checkpoint.keep_best
+        if self.elastic:
+            self.elastic.add_due()
 
     def _report_step(self) -> None:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
         if self.due.log and (self._ranks_have_met or self.step == self.config.train.steps):
             self.sync.synchronize()
             self._log()
-            self.due.log = False
+            self.due.log, self._has_done_what_was_due = False, True
         if self.due.check and self._ranks_have_met:
             self._compare_replicas()
-            self.due.check = False
+            self.due.check, self._has_done_what_was_due = False, True
 
     def _compare_replicas(self) -> None:
         if not self.config.train.heal_replicas:
@@ -364,14 +371,12 @@ class Trainer:
 
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
-        train, communicator = self.config.train, self.communicator
         return Loader(
             self.data,
             self.config.model.context_length,
-            train.global_batch_size,
-            train.seed,
-            communicator.rank,
-            communicator.size,
+            self.parts,
+            self.config.train.seed,
+            self.elastic.rank if self.elastic else self.communicator.rank,
             self.config.data.read_ahead,
             start=self.step,
             pin_memory=self.device.type == "cuda",

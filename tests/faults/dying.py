@@ -1,12 +1,14 @@
 """`hvdlm train` whose ranks die by SIGKILL, or suffer otherwise: `dying.py PLACE:STEP:RANK,... ARGUMENTS...`.
 
 RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps.
-HVDLM_FAULT_TIMES names a file that gets the time of each fault, HVDLM_REST says how long a rank rests in each step.
+HVDLM_FAULT_TIMES names a file that gets the time of each fault, HVDLM_REST says how long a rank rests in each step,
+HVDLM_SEQUENCES names a directory that gets a file a rank with what it trains on.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -22,6 +24,8 @@ from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.gradients.channel import Channel
 from hvdlm.strategies.every_step import EveryStep
+from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
+from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
@@ -72,9 +76,16 @@ def note_steps() -> None:
     def noting(self: Trainer, *arguments: Any) -> Any:
         Here.trainer, Here.step, Here.passed = self, self.step, 0
         time.sleep(float(os.environ.get("HVDLM_REST", "0")))
+        note_sequences(self)
         return original(self, *arguments)
 
     Trainer._next_batch = noting  # type: ignore[method-assign]
+
+
+def note_sequences(trainer: Trainer) -> None:
+    if path := os.environ.get("HVDLM_SEQUENCES"):
+        with (Path(path) / f"rank_{OWN_RANK}").open("a", encoding="utf-8") as file:
+            print(json.dumps([trainer.step, trainer.parts.own(trainer.step, OWN_RANK)]), file=file, flush=True)
 
 
 def data(step: int) -> None:
@@ -131,6 +142,45 @@ def kept_from_the_norm(step: int) -> None:
         return found
 
     EveryStep.norm = norm_that_fails  # type: ignore[method-assign]
+
+
+def kept_from_the_barrier(step: int) -> None:
+    """This rank does not die: it has the sums of the round that follows this step, and is told that another has died."""
+    original = Fragment.end
+
+    def end_that_fails(self: Fragment, has_overlapped: bool) -> torch.Tensor:
+        self.arrive()
+        if Here.step == step and not Here.passed:
+            Here.passed = 1
+            for barrier in self._barriers:
+                barrier.wait()
+            Here.trainer.communicator.revoke()
+            raise DeadRankError("for the test")
+        return original(self, has_overlapped)
+
+    Fragment.end = end_that_fails  # type: ignore[method-assign]
+
+
+def begin_local_steps(step: int) -> None:
+    """The others may have begun them."""
+    before(LocalSteps, "_leave_warm_up", step)
+
+
+def begin_round(step: int) -> None:
+    before(Fragment, "begin", step)
+
+
+def end_round(step: int) -> None:
+    before(Fragment, "end", step)
+
+
+def merge(step: int) -> None:
+    """All ranks have the sums of the round, and some may have ended it."""
+    before(DifferenceBucket, "end_round_", step)
+
+
+def last_round(step: int) -> None:
+    before(LocalSteps, "finish", step)
 
 
 def log(step: int) -> None:

@@ -8,12 +8,15 @@ steps go on; `end` lets the outer optimizer step by their average, and merges th
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from concurrent.futures import CancelledError
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Work
+from hvdlm.comm.failure import DeadRankError
 from hvdlm.config import CompressionSection, LocalStepsSection
 from hvdlm.gradients.bucket import Bucket, group_parameters
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
@@ -21,31 +24,33 @@ from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.groups import Groups
 from hvdlm.strategies.local_steps.merge_loops import step_and_merge
 from hvdlm.strategies.local_steps.outer_optimizer import OuterOptimizer
+from hvdlm.strategies.local_steps.round_progress import RoundProgress
 from hvdlm.strategies.strategy import RankState, Report
 
 # Of so many rounds of a fragment one is measured for `drift`
 _ROUNDS_TO_MEASURE = 10
 
 
-def keeps_sent(settings: LocalStepsSection) -> bool:
-    """Whether ranks keep what they have sent, to add the steps that they make meanwhile."""
-    return settings.merge == "add" and (settings.overlap > 0 or settings.every == "auto")
+def keeps_sent(settings: LocalStepsSection, is_elastic: bool) -> bool:
+    """Whether ranks keep what they have sent, to add the steps that they make meanwhile, or to send it again."""
+    overlaps = settings.overlap > 0 or settings.every == "auto"
+    return overlaps and (settings.merge == "add" or is_elastic)
 
 
-def numbers_kept(settings: LocalStepsSection) -> int:
+def numbers_kept(settings: LocalStepsSection, is_elastic: bool) -> int:
     """Float32 numbers of a `DifferenceBucket` for each parameter."""
-    return 2 + keeps_sent(settings) + (settings.momentum > 0)  # outer parameters and differences
+    return 2 + keeps_sent(settings, is_elastic) + (settings.momentum > 0)  # outer parameters and differences
 
 
 class DifferenceBucket(Bucket):
     """Parameters of which this rank's minus the outer ones lie in `buffer`."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LocalStepsSection) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LocalStepsSection, is_elastic: bool) -> None:
         super().__init__(parameters)
         self.outer = torch.zeros_like(self.buffer)
         self.velocity = torch.zeros_like(self.buffer) if settings.momentum else None
-        # This rank's parameters as they were when their round began, for a merge that keeps the steps made since
-        self.sent = torch.zeros_like(self.buffer) if keeps_sent(settings) else None
+        # This rank's parameters as they were when their round began
+        self.sent = torch.zeros_like(self.buffer) if keeps_sent(settings, is_elastic) else None
         self._outer = self.split(self.outer)
         self._sent = None if self.sent is None else self.split(self.sent)
         self._differences = self.split(self.buffer)
@@ -70,6 +75,13 @@ class DifferenceBucket(Bucket):
             self.buffer.sub_(self.outer)
         else:
             torch._foreach_copy_(self._sent, self.local())
+            torch.sub(self.sent, self.outer, out=self.buffer)
+
+    def take_differences_again_(self) -> None:
+        """Fills `buffer` with what `take_differences_` has filled it with, while that round is under way."""
+        if self.sent is None:
+            self.take_differences_()
+        else:
             torch.sub(self.sent, self.outer, out=self.buffer)
 
     def end_round_(self, optimizer: OuterOptimizer, factor: float, has_overlapped: bool) -> None:
@@ -116,24 +128,36 @@ class Fragment:
         bucket_bytes: int,
         settings: LocalStepsSection,
         compression: CompressionSection,
+        is_elastic: bool,
     ) -> None:
-        """`name`: in what is said of it. `groups`: those that average it."""
-        self.name, self._groups = name, groups
-        self.buckets = [DifferenceBucket(each, settings) for each in group_parameters(parameters, bucket_bytes)]
+        """`name`: in what is said of it. `groups`: those that average it. `is_elastic`: ranks may die."""
+        self.name, self.groups, self._is_elastic = name, groups, is_elastic
+        flat = group_parameters(parameters, bucket_bytes)
+        self.buckets = [DifferenceBucket(each, settings, is_elastic) for each in flat]
         self.codecs = [codec_factory(compression.codec)(bucket, compression) for bucket in self.buckets]
         self.outer_optimizer = OuterOptimizer(settings.lr, settings.momentum)
-        # Whether there is one group, whose parameters become the outer ones, bit for bit
-        self.is_own_average = groups.count == 1 and self.outer_optimizer.sets_average
         self.tokens = torch.zeros((), dtype=torch.int64)  # that this rank has trained on since its last round began
         self.steps = 0  # since its last round began, the same on all ranks
         self.rounds = 0  # begun
         self.is_under_way = False
+        # The step after which the last round began, and the last one that has ended: so far ranks know of each other
+        self.began_at = self.delivered = 0
         # Squared lengths of the differences of a round: this rank's, and their average
         self.own_square = self.average_square = 0.0
         self._handles: list[Work[None]] = []
+        self._barriers: list[Work[None]] = []  # where ranks may die: whether all have the sums
         self._totals: Work[Tensor] = Work.done(Report().message())
         self._nominal_tokens = 1.0
         self._factor: float | None = None  # from what the buckets hold to the average; None: it may be arriving
+        # Of the last round, to send it again: what this rank told, over how many steps, and what codecs had kept before
+        self._message, self._round_steps = Report().message(), 0
+        self._has_sent = False  # whether its buckets were sent, so that they hold an average when it ends
+        self._kept: list[Tensor] = []
+
+    @property
+    def is_own_average(self) -> bool:
+        """Whether there is one group, whose parameters become the outer ones, bit for bit."""
+        return self.groups.count == 1 and self.outer_optimizer.sets_average
 
     # ---- a round
 
@@ -142,23 +166,46 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(self, nominal: float, own: Report, told: Tensor | None = None) -> None:
-        """Begins a round: the leader of each group submits its differences, weighted by the tokens of its group.
+    def begin(self, step: int, nominal: float, own: Report, told: Tensor | None = None) -> None:
+        """Begins a round after `step` steps: the leader of each group submits its differences, weighted by the tokens
+        of its group.
 
         `nominal`: tokens of a group in a step. Weights are over those of as many steps, so that they are about 1: what
         a codec has not delivered counts as much in a shorter round. `own` but for its tokens, and `told`, (n,) int64:
         what this rank tells the others.
         """
-        is_leader, channels = self._groups.is_leader, self._groups.channels
-        message = own._replace(tokens=int(self.tokens) * is_leader).message()
-        self._totals = self._groups.everyone.all_reduce_async_(message if told is None else torch.cat([message, told]))
-        self._nominal_tokens = self.steps * nominal
-        weight = int(self.tokens) / self._nominal_tokens
+        message = own._replace(tokens=int(self.tokens)).message()
+        self._message = message if told is None else torch.cat([message, told])
+        self.began_at, self._round_steps = step, self.steps
+        self.tokens.zero_()
+        self.steps = 0
+        self.rounds += 1
+        self.is_under_way = True
+        if self._is_elastic:
+            self._kept = [tensor.clone() for tensor in self._codec_state().values()]
+        self._send(nominal, DifferenceBucket.take_differences_)
+
+    def begin_again(self, nominal: float) -> None:
+        """Begins the round that is under way once more, among the ranks that are left."""
+        for tensor, before in zip(self._codec_state().values(), self._kept, strict=True):
+            tensor.copy_(before)
+        self._send(nominal, DifferenceBucket.take_differences_again_)
+
+    def _send(self, nominal: float, take: Callable[[DifferenceBucket], None]) -> None:
+        is_leader, channels = self.groups.is_leader, self.groups.channels
+        message = self._message.clone()
+        tokens = int(message[0])
+        message[0] *= is_leader
+        self._totals = self.groups.everyone.all_reduce_async_(message)
+        self._factor, self._nominal_tokens = None, self._round_steps * nominal
+        weight = tokens / self._nominal_tokens
         if measures := self._measures_drift():
             self.own_square = 0.0
-        pairs = [] if self.is_own_average else zip(self.buckets, self.codecs, strict=True)
+        self._handles, self._barriers = [], []
+        self._has_sent = not self.is_own_average
+        pairs = zip(self.buckets, self.codecs, strict=True) if self._has_sent else []
         for index, (bucket, codec) in enumerate(pairs):
-            bucket.take_differences_()
+            take(bucket)
             if measures:
                 self.own_square += _square(bucket.buffer) * is_leader
             if weight != 1:
@@ -166,15 +213,13 @@ class Fragment:
             if is_leader:
                 name = f"{self.name}, bucket {index + 1}"
                 channel = channels[index % len(channels)]
-                self._handles.append(channel.submit(codec, bucket.buffer, self.rounds, name))
-        self.tokens.zero_()
-        self.steps = 0
-        self.rounds += 1
-        self.is_under_way, self._factor = True, None
+                self._handles.append(channel.submit(codec, bucket.buffer, self.rounds - 1, name))
+        if self._is_elastic:
+            self._barriers = [channel.submit_barrier() for channel in channels]
 
     def _measures_drift(self) -> bool:
-        """Whether this round's differences are measured: that takes two passes over them."""
-        return (self.rounds - self.is_under_way) % _ROUNDS_TO_MEASURE == 0
+        """Whether the differences of the round under way are measured: that takes two passes over them."""
+        return (self.rounds - 1) % _ROUNDS_TO_MEASURE == 0
 
     def arrive(self) -> Tensor:
         """Waits until the buckets hold the sum over all ranks, and returns what these have told: the sum of their
@@ -186,7 +231,7 @@ class Fragment:
             self._handles.clear()
             self._factor = self._nominal_tokens / max(1, int(totals[0]))
             for bucket in self.buckets:
-                self._groups.share_(bucket.buffer)
+                self.groups.share_(bucket.buffer)
             if self._measures_drift():
                 self.average_square = self._factor**2 * sum(_square(bucket.buffer) for bucket in self.buckets)
         return totals
@@ -204,20 +249,34 @@ class Fragment:
         `has_overlapped`: whether steps were made since it began.
         """
         totals = self.arrive()
+        for barrier in self._barriers:
+            barrier.wait()
         assert self._factor is not None
         with torch.no_grad():
             for bucket in self.buckets:
-                if self.is_own_average:
-                    bucket.set_outer_()
-                else:
+                if self._has_sent:
                     bucket.end_round_(self.outer_optimizer, self._factor, has_overlapped)
-        self.is_under_way = False
+                else:
+                    bucket.set_outer_()
+        self.is_under_way, self.delivered = False, self.began_at
         return totals
+
+    # ---- after a rank has died
+
+    def progress(self) -> RoundProgress:
+        """How far this rank has come. After its channels have been abandoned."""
+        has_sums = self._factor is not None or all(_has_ended(each) for each in self._handles)
+        totals = self._totals.wait() if _has_ended(self._totals) else None
+        return RoundProgress(self.rounds, self.is_under_way, has_sums, totals, self.began_at, self.delivered)
+
+    def have_arrived(self, totals: Tensor) -> None:
+        """All ranks that are left have the sums of the round under way, and these totals: it can end."""
+        self._totals, self._barriers = Work.done(totals), []
 
     def resume(self) -> None:
         """Goes on with a round that was saved under way: its buckets are to be filled with the average."""
         self._totals = Work.done(Report().message())
-        self.is_under_way, self._factor = True, 1.0
+        self.is_under_way, self._has_sent, self._factor = True, True, 1.0
 
     def restart(self, arrived: Container[str]) -> None:
         """Makes the outer parameters this rank's, after a step by the average differences that have `arrived`.
@@ -262,7 +321,7 @@ class Fragment:
 
     def rank_state(self) -> RankState:
         """What this rank has of its own."""
-        codecs = {f"difference_{name}": tensor for name, tensor in codec_state(self.buckets, self.codecs).items()}
+        codecs = {f"difference_{name}": tensor for name, tensor in self._codec_state().items()}
         own = {
             f"local.{name}": tensor
             for bucket in self.buckets
@@ -272,6 +331,9 @@ class Fragment:
             own.update(self._named("sent", lambda bucket: bucket.sent))
         own[f"tokens.{self.name}"] = self.tokens
         return RankState(summed=codecs, dropped=own)
+
+    def _codec_state(self) -> dict[str, Tensor]:
+        return codec_state(self.buckets, self.codecs)
 
     def _named(self, kind: str, flat: Callable[[DifferenceBucket], Tensor | None]) -> dict[str, Tensor]:
         return {f"{kind}.{name}": view for name, view in self._by_name(flat).items()}
@@ -283,6 +345,15 @@ class Fragment:
             if tensor is not None:
                 found.update(bucket.by_name(tensor))
         return found
+
+
+def _has_ended(work: Work[Any]) -> bool:
+    """Whether it has come to its result, and not to an error."""
+    try:
+        work.wait()
+    except (DeadRankError, CancelledError):
+        return False
+    return True
 
 
 def _square(values: Tensor) -> float:

@@ -58,8 +58,13 @@ def make_groups(
     `largest`: elements of the largest bucket.
     """
     if not config.local_steps.hierarchical or communicator.node_count == communicator.size:
-        return Groups(communicator, SoloCommunicator(), communicator.size, communicator.rank, channels)
+        return each_alone(communicator, channels)
     own = communicator.split(communicator.node_rank, communicator.rank)
     leaders = communicator.split(int(own.rank > 0), communicator.rank)
     among = open_channels(leaders, device, config.comm, config.compression, largest) if own.rank == 0 else []
     return Groups(communicator, own, communicator.node_count, communicator.node_rank, among)
+
+
+def each_alone(communicator: Communicator, channels: list[Channel]) -> Groups:
+    """Each rank as a group of its own; `channels`: among all."""
+    return Groups(communicator, SoloCommunicator(), communicator.size, communicator.rank, channels)

@@ -8,25 +8,28 @@ another: each steps as every_step.py does. Before the first local step all ranks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import Config, LocalStepsSection
-from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import Fragment
-from hvdlm.strategies.local_steps.groups import make_groups
+from hvdlm.strategies.local_steps.groups import each_alone, make_groups
 from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds
 from hvdlm.strategies.local_steps.pace import Pace
+from hvdlm.strategies.local_steps.round_progress import RoundProgress, rounds_ended
 from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
 from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
@@ -41,29 +44,44 @@ class LocalSteps(Strategy):
     """`local_steps.warmup_steps` steps of all ranks together, then local steps and rounds."""
 
     def __init__(
-        self, model: Transformer, optimizer: FrozenVarianceAdamW, communicator: Communicator, config: Config
+        self,
+        model: Transformer,
+        optimizer: FrozenVarianceAdamW,
+        communicator: Communicator,
+        config: Config,
+        algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
-        """Takes over `.grad` of all trainable parameters. Collective."""
+        """Takes over `.grad` of all trainable parameters. Collective. `algorithm_costs`: see `open_channels`."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         settings = config.local_steps
         self._rounds = _rounds(settings)
         self._compression = config.compression
         # Of all ranks before the first local step, then of a group
-        self._every_step = EveryStep(model, optimizer, communicator, _with_warmup_codec(config))
+        self._every_step = EveryStep(
+            model, optimizer, communicator, _with_warmup_codec(config), algorithm_costs=algorithm_costs
+        )
         self.sync = self._every_step.sync
         self._first_channels = self.sync.channels
         device = model.output_weight.device
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
         largest = max(len(bucket.buffer) for bucket in self.sync.buckets)
         self._groups = make_groups(communicator, self.sync.channels, device, config, largest)
+        self._reopen = partial(open_channels, communicator, device, config.comm, config.compression, largest)
         named = dict(model.named_parameters())
         self.fragments = [
-            Fragment(f"fragment {index + 1}", group, self._groups, nbytes, settings, config.compression)
+            Fragment(
+                f"fragment {index + 1}", group, self._groups, nbytes, settings, config.compression, config.comm.elastic
+            )
             for index, group in enumerate(split_into_fragments(named, settings.fragments))
         ]
-        nominal = config.train.global_batch_size * config.model.context_length
-        self._nominal_tokens = nominal / self._groups.count  # of a group in a step
+        self._global_tokens = config.train.global_batch_size * config.model.context_length
         self._step = 0  # steps done
+        self._has_begun = False  # local steps have, on this rank
+        # Whether a step is ending; of it, fragments whose round has still to end and to begin, and totals of ended ones
+        self._is_ending = False
+        self._to_end: list[Fragment] = []
+        self._to_begin: list[Fragment] = []
+        self._totals: list[Tensor] = []
         self._own = Report()  # what this rank has not told the others yet
         self._traffic = self.sync.traffic
         self._chooses_interval = settings.every == "auto"  # when the first local step begins
@@ -92,7 +110,7 @@ class LocalSteps(Strategy):
             self._timer.begin_step()
         if not self.is_local:
             return self._every_step.begin_step(own)
-        if self._step == self._rounds.warmup_steps:
+        if not self._has_begun:
             self._begin_local_steps()
         # What ranks tell of errors and ask for, they tell in a round
         kept = self._own
@@ -147,27 +165,43 @@ class LocalSteps(Strategy):
         self._every_step.apply(rate)
 
     def end_step(self) -> StepEnd:
-        was_local = self.is_local
-        self._step += 1
-        seconds = self._timer.end_step() if self._timer else 0.0
-        if self._pace and was_local and self._takes_part:
-            self._pace.add(seconds)
-        if not was_local:
-            return self._every_step.end_step()
-        totals = []
-        for fragment in (self.fragments[index] for index in self._rounds.ending(self._step)):
-            if fragment.is_under_way:  # all are, but where a resumed run has begun its rounds anew
-                totals.append(fragment.end(has_overlapped=True))
-        has_told = False
-        for fragment in (self.fragments[index] for index in self._rounds.beginning(self._step)):
-            told = self._pace.tell(self._groups.is_leader) if self._pace else None
-            fragment.begin(self._nominal_tokens, self._own, told)
-            has_told = True
+        if not self._is_ending:
+            was_local = self.is_local
+            self._step += 1
+            seconds = self._timer.end_step() if self._timer else 0.0
+            if self._pace and was_local and self._takes_part:
+                self._pace.add(seconds)
+            if not was_local:
+                return self._every_step.end_step()
+            # All that end are under way, but where a resumed run has begun its rounds anew
+            ending = (self.fragments[index] for index in self._rounds.ending(self._step))
+            self._to_end = [fragment for fragment in ending if fragment.is_under_way]
+            self._to_begin = [self.fragments[index] for index in self._rounds.beginning(self._step)]
+            self._is_ending = True
+        self._have_rounds()
+        end = self._meet(self._totals)
+        self._is_ending, self._totals = False, []
+        return end
+
+    def _have_rounds(self) -> None:
+        """Those that follow the last local step; the rest of them after a rank has died."""
+        while self._to_end:
+            self._totals.append(self._to_end[0].end(has_overlapped=True))
+            self._to_end.pop(0)
+        while self._to_begin:
+            fragment = self._to_begin[0]
+            if not fragment.is_under_way:
+                told = self._pace.tell(self._groups.is_leader) if self._pace else None
+                fragment.begin(self._step, self._nominal_tokens, self._own, told)
+                self._own = self._own._replace(save=False, unread=0)  # told once
             if not self._rounds.overlap or fragment.is_own_average:
-                totals.append(fragment.end(has_overlapped=False))
-        if has_told:
-            self._own = self._own._replace(save=False, unread=0)  # told once
-        return self._meet(totals)
+                self._totals.append(fragment.end(has_overlapped=False))
+            self._to_begin.pop(0)
+
+    @property
+    def _nominal_tokens(self) -> float:
+        """Of a group in a step."""
+        return self._global_tokens / self._groups.count
 
     def arrive(self) -> None:
         for fragment in self.fragments:
@@ -181,19 +215,11 @@ class LocalSteps(Strategy):
         totals = [each.end(has_overlapped=True) for each in self.fragments if each.is_under_way]
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
-            fragment.begin(self._nominal_tokens, self._own)
+            fragment.begin(self._step, self._nominal_tokens, self._own)
             self._own = self._own._replace(unread=0)
         totals += [fragment.end(has_overlapped=False) for fragment in trained]
         self._model.update_low_precision_weights()
         return sum(Report.unread_of(each) for each in totals)
-
-    def abandon(self) -> None:
-        self._every_step.abandon()
-        for channel in [*self._first_channels, *self._groups.channels]:
-            channel.abandon()
-
-    def step_state(self) -> dict[str, Tensor]:
-        return self._every_step.step_state()
 
     def close(self) -> None:
         for channel in self._first_channels:
@@ -203,14 +229,20 @@ class LocalSteps(Strategy):
 
     def _begin_local_steps(self) -> None:
         """All ranks hold the same model: it is the first average."""
-        for fragment in self.fragments:
-            for bucket in fragment.buckets:
-                bucket.set_outer_()
         if self._timer and self._chooses_interval:
             round_ = round_seconds(self._groups, self.fragments, self._compression)
             self._rounds, self._event = choose(self._rounds, self._groups, self._timer.seconds(), round_)
+        self.communicator.barrier()  # where one rank has begun, every other has all that it needs to do so
+        self._leave_warm_up()
+
+    def _leave_warm_up(self) -> None:
+        for fragment in self.fragments:
+            fragment.began_at = fragment.delivered = self._step
+            for bucket in fragment.buckets:
+                bucket.set_outer_()
         self._interval_is_known()
         self._every_step.narrow_to(self._groups.own)
+        self._has_begun = True
 
     def _interval_is_known(self) -> None:
         self._chooses_interval = False
@@ -230,6 +262,44 @@ class LocalSteps(Strategy):
         if self._pace:
             self._pace.hear(totals[-1][told:])
         return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event)
+
+    # ---- after a rank has died
+
+    def abandon(self) -> None:
+        for channel in [*self._first_channels, *self._groups.channels]:
+            channel.abandon()
+
+    def release(self) -> None:
+        self._every_step.release()
+
+    def step_state(self) -> dict[str, Tensor]:
+        return self._every_step.step_state()
+
+    def progress(self) -> list[RoundProgress] | None:
+        return [fragment.progress() for fragment in self.fragments] if self._has_begun else None
+
+    def go_on(self, progress: Sequence[list[RoundProgress] | None]) -> int:
+        """A round that some rank has ended, of which then all have the sums, ends everywhere. So does one of which all
+        that are left have the sums. Any other begins anew: the differences stand in `sent`, or have not changed.
+        """
+        if not self._has_begun:  # some rank has
+            self._leave_warm_up()
+        costs = self._first_channels[0].exchange.algorithm_costs
+        self._first_channels = self._reopen(costs)
+        self._groups = each_alone(self.communicator, self._first_channels)
+        delivered, begin_again = 0, []
+        for index, fragment in enumerate(self.fragments):
+            fragment.groups = self._groups
+            ended = rounds_ended([None if told is None else told[index] for told in progress])
+            delivered = max(delivered, ended.delivered)
+            if fragment.is_under_way and fragment.rounds == ended.rounds:
+                assert ended.totals is not None
+                fragment.have_arrived(ended.totals)
+            elif fragment.is_under_way:
+                begin_again.append(fragment)
+        for fragment in sorted(begin_again, key=lambda each: each.began_at):  # as where some begin only now
+            fragment.begin_again(self._nominal_tokens)
+        return delivered
 
     # ---- the parameters to keep
 
@@ -279,6 +349,8 @@ class LocalSteps(Strategy):
                 "warmup_steps": self._rounds.warmup_steps,
                 "rounds": [fragment.rounds for fragment in self.fragments],
                 "steps": [fragment.steps for fragment in self.fragments],
+                "began_at": [fragment.began_at for fragment in self.fragments],
+                "delivered": [fragment.delivered for fragment in self.fragments],
                 "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
                 "pace": self._pace.state_dict() if self._pace else None,
             },
@@ -297,14 +369,18 @@ class LocalSteps(Strategy):
             self._every_step.load_state_dict(state, step, as_saved)
         else:
             self._every_step.narrow_to(self._groups.own)
+            self._has_begun = True
+        for fragment in self.fragments:
+            fragment.began_at = fragment.delivered = step
         self._goes_on = as_saved and saved is not None
         self._arrived = saved["under_way"] if saved is not None else []
         if not self._goes_on or saved is None:
             return
         if self._pace and saved["pace"]:
             self._pace.load_state_dict(saved["pace"])
-        for fragment, rounds, steps in zip(self.fragments, saved["rounds"], saved["steps"], strict=True):
-            fragment.rounds, fragment.steps = rounds, steps
+        for index, fragment in enumerate(self.fragments):
+            fragment.rounds, fragment.steps = saved["rounds"][index], saved["steps"][index]
+            fragment.began_at, fragment.delivered = saved["began_at"][index], saved["delivered"][index]
             if fragment.outer_parameters().keys() & set(self._arrived):
                 fragment.resume()
 

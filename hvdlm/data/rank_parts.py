@@ -1,0 +1,85 @@
+"""Which sequences of the global batches each rank trains on, also after some ranks have died."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from hvdlm.data.sampler import rank_part
+
+Sequences = list[tuple[int, int]]  # the number of a global batch, and an index in it
+
+
+class RankParts:
+    """Ranks share each global batch equally; one that has died leaves its part to the others.
+
+    Ranks have numbers that stay when others die. Where each rank trains on its own between two averages, what a dead
+    rank has trained on since the last one is lost with it: the others train on these sequences again, beside their own.
+    """
+
+    def __init__(self, batch_size: int, ranks: int) -> None:
+        """`batch_size`: sequences of a global batch. `ranks`: as many as there are at the start."""
+        self.batch_size = batch_size
+        self._members = [(0, list(range(ranks)))]  # from which batch on, which ranks share them; the last batch first
+        self._made_up: dict[int, dict[int, Sequences]] = {}  # by batch and rank: sequences of earlier batches
+
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of those that live."""
+        return self._members[0][1]
+
+    def own(self, batch: int, rank: int) -> Sequences:
+        """What a rank trains on in the step of a global batch: its part of it, then what it makes up for."""
+        ranks = next(each for first, each in self._members if first <= batch)
+        if rank not in ranks:
+            return []
+        part = rank_part(self.batch_size, ranks.index(rank), len(ranks))
+        return [(batch, index) for index in part] + self._made_up.get(batch, {}).get(rank, [])
+
+    def without(self, dead: Collection[int], sent: int, batch: int, end: int) -> tuple[RankParts, int]:
+        """Parts without the ranks that have died, from `batch` on; and how many sequences are lost for good.
+
+        `sent`: the first batch of which the others have not got what the dead have learned. Their sequences from there
+        to `batch` are dealt out over as many steps as that were, but none after batch `end` - 1.
+        """
+        missing = [each for k in range(sent, batch) for rank in sorted(dead) for each in self.own(k, rank)]
+        parts = copy.deepcopy(self)
+        for _, by_rank in sorted((step, each) for step, each in parts._made_up.items() if step >= batch):
+            missing += [each for rank in sorted(dead) for each in by_rank.pop(rank, [])]
+        alive = [rank for rank in self.ranks if rank not in dead]
+        older = [each for each in parts._members if each[0] < batch]
+        parts._members = [(batch, alive), *older]
+        return parts, parts._deal(missing, batch, min(end - batch, max(1, batch - sent)))
+
+    def _deal(self, sequences: Sequence[tuple[int, int]], first: int, steps: int) -> int:
+        """Deals out sequences over `steps` steps from batch `first` on; returns how many are left, without steps."""
+        if steps <= 0:
+            return len(sequences)
+        for step in range(steps):
+            piece = [sequences[index] for index in rank_part(len(sequences), step, steps)]
+            by_rank = self._made_up.setdefault(first + step, {})
+            for index, rank in enumerate(self.ranks):
+                own = [piece[each] for each in rank_part(len(piece), index, len(self.ranks))]
+                by_rank[rank] = by_rank.get(rank, []) + own
+        return 0
+
+    def state_dict(self, batch: int) -> list[Any]:
+        """What is to be made up for from `batch` on: batch, place among those that live, and sequences."""
+        return [
+            (step, self.ranks.index(rank), sequences)
+            for step, by_rank in sorted(self._made_up.items())
+            for rank, sequences in by_rank.items()
+            if step >= batch and sequences
+        ]
+
+    def load_state_dict(self, state: Sequence[Any], batch: int, end: int, as_saved: bool) -> None:
+        """Restores it at the start; deals it out anew if there are not as many ranks."""
+        if not as_saved:
+            self._deal([(k, index) for _, _, each in state for k, index in each], batch, min(len(state), end - batch))
+            return
+        made_up: dict[int, dict[int, Sequences]] = defaultdict(dict)
+        for step, rank, sequences in state:
+            made_up[step][rank] = [(k, index) for k, index in sequences]
+        self._made_up = dict(made_up)

@@ -1,0 +1,16 @@
+"""What follows a step on all ranks together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Due:
+    """What follows the last step, and has not been done yet."""
+
+    log: bool = False
+    check: bool = False
+    first_step: bool = False
+    save: bool = False
+    validation: bool = False
