@@ -135,6 +135,7 @@ class Elastic:
             self._require(step, Due(save=True))
         if any(each.strategy is not None for each in progress):
             delivered = trainer.strategy.go_on([each.strategy for each in progress])
+            communicator.barrier()  # whoever dies until here is told of together with the others
         else:
             self._replace_strategy()
             delivered = step

@@ -134,8 +134,8 @@ class Saver:
         self._has_asked, self._is_under_way = False, False
         if trainer.metrics is None:  # rank 0, which has written it, has told of it
             self._task, self._has_told = None, True
-        standings = trainer.communicator.all_gather_object((self.step, self._failures))
-        self.step, self._failures = max(step for step, _ in standings), standings[0][1]
+        saves = trainer.communicator.all_gather_object((self.step, self._failures))
+        self.step, self._failures = max(step for step, _ in saves), saves[0][1]
         run_dir = Path(trainer.config.train.run_dir)
         if self.step and not on_rank_0(trainer.communicator, lambda: checkpoint.is_saved(run_dir, self.step)):
             self.step, self._has_told = 0, True

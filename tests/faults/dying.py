@@ -22,6 +22,7 @@ import torch
 
 from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.gradients.bucket_codecs import flat_states
 from hvdlm.gradients.channel import Channel
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
@@ -145,7 +146,7 @@ def kept_from_the_norm(step: int) -> None:
 
 
 def kept_from_the_barrier(step: int) -> None:
-    """This rank does not die: it has the sums of the round that follows this step, and is told that another has died."""
+    """This rank does not die: it has the sums of the round after this step, and is told that another has died."""
     original = Fragment.end
 
     def end_that_fails(self: Fragment, has_overlapped: bool) -> torch.Tensor:
@@ -297,6 +298,37 @@ def residuals(step: int) -> None:
         print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before()}", flush=True)
 
     Elastic.begin_step, Elastic._agree, Elastic._replace_strategy = noting, agreeing, replacing  # type: ignore[method-assign]
+
+
+def reopening(step: int) -> None:
+    """While the rounds that were under way begin anew."""
+    before(Fragment, "begin_again", step)
+
+
+def round_residuals(step: int) -> None:
+    """This rank does not die: it says whether codecs have what they had before the round, when that begins anew."""
+    begin, again, send = Fragment.begin, Fragment.begin_again, Fragment._send
+    own: dict[str, list[torch.Tensor]] = {}
+
+    def are_as_before(fragment: Fragment) -> bool:
+        return all(map(torch.equal, flat_states(fragment.codecs), own[fragment.name]))
+
+    def beginning(self: Fragment, *arguments: Any) -> None:
+        own[self.name] = [each.clone() for each in flat_states(self.codecs)]
+        begin(self, *arguments)
+
+    def beginning_again(self: Fragment, *arguments: Any) -> None:
+        had_changed = not are_as_before(self)
+
+        def sending(fragment: Fragment, *arguments: Any) -> None:
+            print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before(fragment)}", flush=True)
+            send(fragment, *arguments)
+
+        Fragment._send = sending  # type: ignore[method-assign]
+        again(self, *arguments)
+        Fragment._send = send  # type: ignore[method-assign]
+
+    Fragment.begin, Fragment.begin_again = beginning, beginning_again  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
     )
 
 
+@pytest.mark.parametrize("other", [("--local_steps.hierarchical", "true"), ("--local_steps.by", "seconds")])
+def test_local_steps_that_do_not_outlive_a_rank_are_refused(other: tuple[str, str]) -> None:
+    local = ("--local_steps.every", "4", *other)
+    assert "comm.elastic = true goes neither with local_steps.hierarchical nor" in refusal(
+        "--comm.elastic", "true", *local
+    )
+    assert configure(*local).local_steps.every == 4
+    assert configure("--comm.elastic", "true", "--local_steps.every", "4").comm.elastic
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     message = refusal("--train.steps", "0", "--model.layers", "x", "--log.evry", "3")
     for part in ("train.steps = 0", "model.layers = 'x'", "log.evry (did you mean log.every?)"):

@@ -30,6 +30,9 @@ from hvdlm.strategies.strategy import RankState, Report
 # Of so many rounds of a fragment one is measured for `drift`
 _ROUNDS_TO_MEASURE = 10
 
+# Attributes of a fragment that are equal on all ranks and no tensors
+_SAVED = ("rounds", "steps", "began_at", "delivered")
+
 
 def keeps_sent(settings: LocalStepsSection, is_elastic: bool) -> bool:
     """Whether ranks keep what they have sent, to add the steps that they make meanwhile, or to send it again."""
@@ -166,13 +169,13 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(self, step: int, nominal: float, own: Report, told: Tensor | None = None) -> None:
+    def begin(self, step: int, global_tokens: int, own: Report, told: Tensor | None = None) -> None:
         """Begins a round after `step` steps: the leader of each group submits its differences, weighted by the tokens
         of its group.
 
-        `nominal`: tokens of a group in a step. Weights are over those of as many steps, so that they are about 1: what
-        a codec has not delivered counts as much in a shorter round. `own` but for its tokens, and `told`, (n,) int64:
-        what this rank tells the others.
+        `global_tokens`: of all ranks in a step. Weights are over a group's part of as many steps, so that they are
+        about 1: what a codec has not delivered counts as much in a shorter round. `own` but for its tokens, and `told`,
+        (n,) int64: what this rank tells the others.
         """
         message = own._replace(tokens=int(self.tokens)).message()
         self._message = message if told is None else torch.cat([message, told])
@@ -183,21 +186,21 @@ class Fragment:
         self.is_under_way = True
         if self._is_elastic:
             self._kept = [tensor.clone() for tensor in self._codec_state().values()]
-        self._send(nominal, DifferenceBucket.take_differences_)
+        self._send(global_tokens, DifferenceBucket.take_differences_)
 
-    def begin_again(self, nominal: float) -> None:
+    def begin_again(self, global_tokens: int) -> None:
         """Begins the round that is under way once more, among the ranks that are left."""
         for tensor, before in zip(self._codec_state().values(), self._kept, strict=True):
             tensor.copy_(before)
-        self._send(nominal, DifferenceBucket.take_differences_again_)
+        self._send(global_tokens, DifferenceBucket.take_differences_again_)
 
-    def _send(self, nominal: float, take: Callable[[DifferenceBucket], None]) -> None:
+    def _send(self, global_tokens: int, take: Callable[[DifferenceBucket], None]) -> None:
         is_leader, channels = self.groups.is_leader, self.groups.channels
         message = self._message.clone()
         tokens = int(message[0])
         message[0] *= is_leader
         self._totals = self.groups.everyone.all_reduce_async_(message)
-        self._factor, self._nominal_tokens = None, self._round_steps * nominal
+        self._factor, self._nominal_tokens = None, self._round_steps * global_tokens / self.groups.count
         weight = tokens / self._nominal_tokens
         if measures := self._measures_drift():
             self.own_square = 0.0
@@ -297,6 +300,15 @@ class Fragment:
         self.steps, self.is_under_way = 0, False
 
     # ---- state
+
+    def state_dict(self) -> dict[str, int]:
+        """What is equal on all ranks and no tensor."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restores it."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
 
     def outer_parameters(self) -> dict[str, Tensor]:
         """By name: views."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from hvdlm.config import CompressionSection
+from hvdlm.config import CompressionSection, LocalStepsSection
 from hvdlm.gradients.auto.probe import probe_codec_on_channel
 from hvdlm.gradients.codecs.registry import codec_factory
 from hvdlm.strategies.local_steps.fragment import Fragment
@@ -67,6 +67,13 @@ def round_seconds(groups: Groups, fragments: Sequence[Fragment], compression: Co
         cost = probe_codec_on_channel(groups.channels[0], codec, bucket.buffer, step, "probe of a round")
         seconds += cost.communicating
     return groups.everyone.broadcast_object(seconds)
+
+
+def rounds_of(settings: LocalStepsSection) -> Rounds:
+    """With the least interval in the place of one that is still to be chosen, after some steps."""
+    if settings.every == "auto":
+        return Rounds(1, settings.fragments, 1, max(settings.warmup_steps, TIMED_STEPS))
+    return Rounds(settings.every, settings.fragments, settings.overlap, settings.warmup_steps)
 
 
 def choose(rounds: Rounds, groups: Groups, compute: float, round_: float) -> tuple[Rounds, str]:

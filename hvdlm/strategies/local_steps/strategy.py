@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator, Work
-from hvdlm.config import Config, LocalStepsSection
+from hvdlm.config import Config
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
@@ -27,17 +27,13 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import each_alone, make_groups
-from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds
+from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds, rounds_of
 from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.round_progress import RoundProgress, rounds_ended
-from hvdlm.strategies.local_steps.rounds import Rounds, split_into_fragments
+from hvdlm.strategies.local_steps.rounds import split_into_fragments
+from hvdlm.strategies.local_steps.warmup import with_warmup_codec
 from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
-
-# Codecs of gradients with which a model trains as with dense ones (docs/codecs.md). Before the first local step another
-# one is replaced: one that delivers few numbers at once would leave AdamW with second moments of them.
-_TRAIN_AS_DENSE = ("none", "fp16", "bf16", "int8", "int4")
-_OTHERWISE = "int4"
 
 
 class LocalSteps(Strategy):
@@ -54,11 +50,11 @@ class LocalSteps(Strategy):
         """Takes over `.grad` of all trainable parameters. Collective. `algorithm_costs`: see `open_channels`."""
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         settings = config.local_steps
-        self._rounds = _rounds(settings)
+        self._rounds = rounds_of(settings)
         self._compression = config.compression
         # Of all ranks before the first local step, then of a group
         self._every_step = EveryStep(
-            model, optimizer, communicator, _with_warmup_codec(config), algorithm_costs=algorithm_costs
+            model, optimizer, communicator, with_warmup_codec(config), algorithm_costs=algorithm_costs
         )
         self.sync = self._every_step.sync
         self._first_channels = self.sync.channels
@@ -77,11 +73,9 @@ class LocalSteps(Strategy):
         self._global_tokens = config.train.global_batch_size * config.model.context_length
         self._step = 0  # steps done
         self._has_begun = False  # local steps have, on this rank
-        # Whether a step is ending; of it, fragments whose round has still to end and to begin, and totals of ended ones
-        self._is_ending = False
-        self._to_end: list[Fragment] = []
-        self._to_begin: list[Fragment] = []
-        self._totals: list[Tensor] = []
+        self._is_ending = False  # a step is; of it, what still has to end and to begin, and totals of what has ended
+        self._to_end, self._to_begin = list[Fragment](), list[Fragment]()
+        self._totals = list[Tensor]()
         self._own = Report()  # what this rank has not told the others yet
         self._traffic = self.sync.traffic
         self._chooses_interval = settings.every == "auto"  # when the first local step begins
@@ -89,8 +83,7 @@ class LocalSteps(Strategy):
         self._timer = ComputeTimer(device) if self._chooses_interval or self._pace else None
         self._takes_part = True  # in the step under way
         self._event: str | None = None  # what is to be said of the next step
-        # While a checkpoint is restored: whether local steps go on as they were, and which parameters' average
-        # differences had arrived, to be used in a later step
+        # While a checkpoint is restored: do local steps go on as they were, and whose average differences had arrived
         self._goes_on = False
         self._arrived: list[str] = []
 
@@ -192,16 +185,11 @@ class LocalSteps(Strategy):
             fragment = self._to_begin[0]
             if not fragment.is_under_way:
                 told = self._pace.tell(self._groups.is_leader) if self._pace else None
-                fragment.begin(self._step, self._nominal_tokens, self._own, told)
+                fragment.begin(self._step, self._global_tokens, self._own, told)
                 self._own = self._own._replace(save=False, unread=0)  # told once
             if not self._rounds.overlap or fragment.is_own_average:
                 self._totals.append(fragment.end(has_overlapped=False))
             self._to_begin.pop(0)
-
-    @property
-    def _nominal_tokens(self) -> float:
-        """Of a group in a step."""
-        return self._global_tokens / self._groups.count
 
     def arrive(self) -> None:
         for fragment in self.fragments:
@@ -215,7 +203,7 @@ class LocalSteps(Strategy):
         totals = [each.end(has_overlapped=True) for each in self.fragments if each.is_under_way]
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
-            fragment.begin(self._step, self._nominal_tokens, self._own)
+            fragment.begin(self._step, self._global_tokens, self._own)
             self._own = self._own._replace(unread=0)
         totals += [fragment.end(has_overlapped=False) for fragment in trained]
         self._model.update_low_precision_weights()
@@ -298,7 +286,7 @@ class LocalSteps(Strategy):
             elif fragment.is_under_way:
                 begin_again.append(fragment)
         for fragment in sorted(begin_again, key=lambda each: each.began_at):  # as where some begin only now
-            fragment.begin_again(self._nominal_tokens)
+            fragment.begin_again(self._global_tokens)
         return delivered
 
     # ---- the parameters to keep
@@ -347,10 +335,7 @@ class LocalSteps(Strategy):
                 "every": self._rounds.every,
                 "overlap": self._rounds.overlap,
                 "warmup_steps": self._rounds.warmup_steps,
-                "rounds": [fragment.rounds for fragment in self.fragments],
-                "steps": [fragment.steps for fragment in self.fragments],
-                "began_at": [fragment.began_at for fragment in self.fragments],
-                "delivered": [fragment.delivered for fragment in self.fragments],
+                "fragments": [fragment.state_dict() for fragment in self.fragments],
                 "under_way": [name for each in self.fragments if each.is_under_way for name in each.outer_parameters()],
                 "pace": self._pace.state_dict() if self._pace else None,
             },
@@ -378,9 +363,8 @@ class LocalSteps(Strategy):
             return
         if self._pace and saved["pace"]:
             self._pace.load_state_dict(saved["pace"])
-        for index, fragment in enumerate(self.fragments):
-            fragment.rounds, fragment.steps = saved["rounds"][index], saved["steps"][index]
-            fragment.began_at, fragment.delivered = saved["began_at"][index], saved["delivered"][index]
+        for fragment, own in zip(self.fragments, saved["fragments"], strict=True):
+            fragment.load_state_dict(own)
             if fragment.outer_parameters().keys() & set(self._arrived):
                 fragment.resume()
 
@@ -414,16 +398,3 @@ class LocalSteps(Strategy):
                 for residual in fragment.residuals():
                     self._groups.move_to_leaders_(residual)
         self._every_step.restored(residual_factor)
-
-
-def _rounds(settings: LocalStepsSection) -> Rounds:
-    """With the least interval in the place of one that is still to be chosen, after some steps."""
-    if settings.every == "auto":
-        return Rounds(1, settings.fragments, 1, max(settings.warmup_steps, TIMED_STEPS))
-    return Rounds(settings.every, settings.fragments, settings.overlap, settings.warmup_steps)
-
-
-def _with_warmup_codec(config: Config) -> Config:
-    codec = config.compression.codec
-    chosen = {"codec": codec if codec in _TRAIN_AS_DENSE else _OTHERWISE}
-    return config.model_copy(update={"compression": config.compression.model_copy(update=chosen)})

@@ -1,0 +1,74 @@
+"""Parts of global batches, before and after ranks have died: each sequence is somebody's, and nobody's twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from hvdlm.data.rank_parts import RankParts
+
+BATCH, END = 12, 20
+ONCE = Counter((batch, index) for batch in range(END) for index in range(BATCH))
+
+
+def all_of(parts: RankParts, ranks: list[int], batches: range) -> Counter:
+    return Counter(each for rank in ranks for batch in batches for each in parts.own(batch, rank))
+
+
+def test_each_rank_has_its_part_of_a_batch() -> None:
+    parts = RankParts(BATCH, 4)
+    assert parts.ranks == [0, 1, 2, 3]
+    assert parts.own(7, 1) == [(7, 3), (7, 4), (7, 5)]
+    assert all_of(parts, parts.ranks, range(END)) == ONCE
+
+
+def test_others_take_over_from_the_batch_under_way() -> None:
+    """As where ranks step together: all that the dead one has computed before is in the model."""
+    parts, lost = RankParts(BATCH, 4).without([2], sent=5, batch=5, end=END)
+    assert (parts.ranks, lost) == ([0, 1, 3], 0)
+    assert parts.own(4, 2) == [(4, 6), (4, 7), (4, 8)]
+    assert parts.own(5, 3) == [(5, 8), (5, 9), (5, 10), (5, 11)]
+    assert parts.own(5, 2) == []
+
+
+def test_what_was_not_sent_is_made_up_for() -> None:
+    """Batches 5 and 6 of rank 0, three sequences each, in as many steps: one a rank and step."""
+    parts, lost = RankParts(BATCH, 4).without([0], sent=5, batch=7, end=END)
+    assert lost == 0
+    assert parts.own(7, 1) == [(7, 0), (7, 1), (7, 2), (7, 3), (5, 0)]
+    assert parts.own(8, 3) == [(8, 8), (8, 9), (8, 10), (8, 11), (6, 2)]
+    assert parts.own(9, 1) == [(9, 0), (9, 1), (9, 2), (9, 3)]
+    assert all_of(parts, [1, 2, 3], range(END)) + all_of(parts, [0], range(5)) == ONCE
+
+
+def test_who_makes_up_for_it_dies_too() -> None:
+    """Before it has, and before it has sent anything since the first death."""
+    parts, _ = RankParts(BATCH, 4).without([0], sent=4, batch=7, end=END)
+    parts, lost = parts.without([1, 2], sent=4, batch=8, end=END)
+    assert (parts.ranks, lost) == ([3], 0)
+    assert all_of(parts, [3], range(END)) + all_of(parts, [0, 1, 2], range(4)) == ONCE
+
+
+@pytest.mark.parametrize(("batch", "lost"), [(20, 9), (19, 0)])
+def test_at_the_end_of_a_run(batch: int, lost: int) -> None:
+    """Without a step there is nobody to train on it: 3 sequences of 3 batches. One step takes it all."""
+    parts, found = RankParts(BATCH, 4).without([3], sent=17, batch=batch, end=END)
+    assert found == lost
+    trained = all_of(parts, [0, 1, 2], range(END)) + all_of(parts, [3], range(17))
+    assert sum((ONCE - trained).values()) == lost
+    assert not trained - ONCE
+
+
+def test_a_run_that_is_resumed_makes_up_for_it() -> None:
+    parts, _ = RankParts(BATCH, 4).without([1], sent=5, batch=8, end=END)
+    saved = json.loads(json.dumps(parts.state_dict(9)))
+    for size in (3, 2, 5):
+        again = RankParts(BATCH, size)
+        again.load_state_dict(saved, 9, END, as_saved=size == 3)
+        both = all_of(parts, [0, 2, 3], range(9)) + all_of(parts, [1], range(5))
+        assert both + all_of(again, list(range(size)), range(9, END)) == ONCE
+        if size == 3:
+            own = [[parts.own(k, rank) for k in range(9, END)] for rank in (0, 2, 3)]
+            assert [[again.own(k, rank) for k in range(9, END)] for rank in range(3)] == own
