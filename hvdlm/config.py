@@ -189,6 +189,10 @@ class CommSection(Section):
         False, description="when a rank dies, the others go on without it; needs engine mpi and mpirun --with-ft ulfm"
     )
     min_ranks: int = Field(1, gt=0, description="with elastic, fewer ranks save and end the job")
+    mirror_residuals: bool = Field(
+        False,
+        description="with elastic, each rank sends its residuals to the next one in every step: they outlive it",
+    )
 
 
 class CompressionSection(Section):
@@ -331,6 +335,12 @@ class Config(Section):
                 self.comm.elastic
                 and bool(local_steps.every)
                 and (local_steps.hierarchical or local_steps.by == "seconds")
+            ),
+            "comm.mirror_residuals = true needs comm.elastic = true": (
+                self.comm.mirror_residuals and not self.comm.elastic
+            ),
+            "comm.mirror_residuals = true sends the residuals of gradients, not of local steps: leave it out": (
+                self.comm.mirror_residuals and bool(local_steps.every)
             ),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width

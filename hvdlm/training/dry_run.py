@@ -32,7 +32,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         config.optimizer.algorithm,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
-    residuals *= 1 + config.comm.elastic  # and what they were before the step
+    residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before
     averages = (
         memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
     )

@@ -14,6 +14,7 @@ with a barrier, so that no rank has left another one behind in it.
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ from hvdlm.data.rank_parts import RankParts
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
 from hvdlm.training.due import Due
+from hvdlm.training.residual_mirror import ResidualMirror
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -64,6 +66,8 @@ class Elastic:
         self._open = -1  # the step that has begun and may be taken back
         self._has_sums = False  # of that step
         self._losses: list[tuple[float, int]] = []  # of the last step: of each rank's tokens, and their number
+        self._mirror = ResidualMirror() if trainer.config.comm.mirror_residuals else None
+        self._residual_norms: dict[int, float] = {}  # of each rank, when a line of metrics was written
 
     # ---- one step
 
@@ -87,6 +91,7 @@ class Elastic:
             self._losses = []
             return
         self._has_sums = True
+        self._mirror_residuals(self._trainer.step + 1)
         loss, tokens = self._trainer.own_loss()
         # As whole numbers of 64 bits, which every engine sends
         own = torch.tensor(struct.unpack("<qq", struct.pack("<dq", loss, tokens)))
@@ -103,6 +108,12 @@ class Elastic:
             return 0.0, 0
         losses, tokens = zip(*self._losses, strict=True)
         return sum(losses), sum(tokens)
+
+    def note_residuals(self) -> None:
+        """How much ranks have not delivered, should one of them die. Collective."""
+        norms = [float(torch.linalg.vector_norm(each)) for each in self._residuals()]
+        numbers = self._trainer.communicator.all_gather_object((self.rank, math.hypot(*norms)))
+        self._residual_norms = dict(numbers)
 
     def add_due(self) -> None:
         """Adds what others have found due after the step that has ended."""
@@ -133,20 +144,24 @@ class Elastic:
         step = max(each.step for each in progress)
         if trainer.saver.recover():
             self._require(step, Due(save=True))
+        parts = min((each.parts for each in progress), key=lambda each: len(each.ranks))
+        dead = [rank for rank in parts.ranks if rank not in alive]
+        kept: list[int | None] = []
+        if self._mirror is not None:
+            kept = communicator.all_gather_object(self._mirror.take_over(dead, self._residuals(), step))
         if any(each.strategy is not None for each in progress):
             delivered = trainer.strategy.go_on([each.strategy for each in progress])
             communicator.barrier()  # whoever dies until here is told of together with the others
         else:
             self._replace_strategy()
             delivered = step
-        parts = min((each.parts for each in progress), key=lambda each: len(each.ranks))
-        dead = [rank for rank in parts.ranks if rank not in alive]
         trainer.parts, lost = parts.without(dead, delivered, step, trainer.config.train.steps)
         loader.close()
         loader = trainer.open_loader()
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
-        self._tell([self._names[rank] for rank in dead], step, time.monotonic() - noticed, step - delivered, lost)
+        self._mirror_residuals(step)
+        self._tell(dead, kept, step, time.monotonic() - noticed, step - delivered, lost)
         if communicator.size < trainer.config.comm.min_ranks:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             self._require(step, Due(save=step > 0), stop=True)
@@ -186,18 +201,30 @@ class Elastic:
         else:
             self._later_stop |= stop
 
-    def _tell(self, dead: list[str], step: int, seconds: float, unsent: int, lost: int) -> None:
-        """`unsent`: steps of which the dead have not sent what they had learned; `lost`: sequences lost for good."""
-        size = self._trainer.communicator.size
-        said = (
-            f"{', '.join(dead)} {'has' if len(dead) == 1 else 'have'} died: {size} ranks go on from step {step}, after "
-            f"{seconds:.2f} s"
-        )
+    def _tell(self, dead: list[int], kept: list[int | None], step: int, seconds: float, unsent: int, lost: int) -> None:
+        """`kept`: ranks whose residuals were mirrored. `unsent`: steps of which the dead have not sent what they had
+        learned; `lost`: sequences lost for good.
+        """
+        names, size = ", ".join(self._names[rank] for rank in dead), self._trainer.communicator.size
+        verb = "has" if len(dead) == 1 else "have"
+        said = f"{names} {verb} died: {size} ranks go on from step {step}, after {seconds:.2f} s"
+        norms = [self._residual_norms[rank] for rank in dead if rank not in kept and self._residual_norms.get(rank)]
+        if norms:
+            said += f"; a residual of norm {math.hypot(*norms):.3g}, when it was logged last, is lost"
         if lost:
             said += f"; what was learned from {lost} sequences of the last {unsent} steps is lost"
         elif unsent:
             said += f", and train again on what was theirs of the last {unsent} steps"
         self._trainer.write("event", message=said)
+
+    def _residuals(self) -> list[Tensor]:
+        return list(self._trainer.strategy.rank_state().summed.values())
+
+    def _mirror_residuals(self, steps: int) -> None:
+        """As they are after so many steps. Collective."""
+        if self._mirror is not None:
+            trainer = self._trainer
+            self._mirror.exchange(trainer.communicator, trainer.parts.ranks, self._residuals(), steps)
 
     def _take_back(self) -> None:
         strategy = self._trainer.strategy

@@ -101,3 +101,8 @@ def make_model(config: Config, vocab_size: int, device: torch.device) -> Transfo
         for block in model.blocks:  # one compiled backward pass of the whole model would make all gradients at its end
             block.compile()
     return model
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """By seed, step and rank: resuming needs no random-number state."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)

@@ -33,7 +33,7 @@ from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import MetricsLog
-from hvdlm.training.model import make_model
+from hvdlm.training.model import make_model, seed_dropout
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.saver import Saver
@@ -179,7 +179,7 @@ class Trainer:
         status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error))
         if self.elastic:
             self.elastic.begin_step()
-        self._seed_dropout()
+        seed_dropout(self.config.train.seed, self.step, self.communicator.rank)
         losses: list[Tensor] = []
         micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
@@ -340,6 +340,8 @@ class Trainer:
             rank, ratio = slow
             where = f"rank {rank} on {self.communicator.hosts[rank]}"
             self.write("event", message=f"{where} is a straggler: it computes {ratio:.1f} times as long as the others")
+        if self.elastic:
+            self.elastic.note_residuals()
 
     def _validate(self, preemption: Preemption) -> bool:
         """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
@@ -389,11 +391,6 @@ class Trainer:
 
     def _tokens_done(self) -> int:
         return self.step * self.nominal_tokens
-
-    def _seed_dropout(self) -> None:
-        """By seed, step and rank: resuming needs no random-number state."""
-        seed = (self.config.train.seed * 1_000_003 + self.step) * 1_000_003 + self.communicator.rank
-        torch.manual_seed(seed % 2**63)
 
 
 def _is_due(step: int, every: int) -> bool:

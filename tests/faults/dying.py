@@ -2,7 +2,7 @@
 
 RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps.
 HVDLM_FAULT_TIMES names a file that gets the time of each fault, HVDLM_REST says how long a rank rests in each step,
-HVDLM_SEQUENCES names a directory that gets a file a rank with what it trains on.
+HVDLM_SEQUENCES names a directory that gets a file a rank with what it trains on, and other files.
 """
 
 from __future__ import annotations
@@ -289,15 +289,35 @@ def residuals(step: int) -> None:
         if Here.step == step and not own:
             own.update({name: each.clone() for name, each in Here.trainer.strategy.step_state().items()})
 
-    def agreeing(self: Elastic) -> None:
+    def agreeing(self: Elastic) -> Any:
         had_changed.append(not are_as_before())
-        agree(self)
+        return agree(self)
 
     def replacing(self: Elastic) -> None:
         replace(self)
         print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before()}", flush=True)
 
     Elastic.begin_step, Elastic._agree, Elastic._replace_strategy = noting, agreeing, replacing  # type: ignore[method-assign]
+
+
+def saves_residuals(step: int) -> None:
+    """This rank keeps in files what it has not delivered before a step, and when the others go on with that step."""
+    begin, replace = Elastic.begin_step, Elastic._replace_strategy
+
+    def save(when: str) -> None:
+        path = Path(os.environ["HVDLM_SEQUENCES"]) / f"{when}_{OWN_RANK}.pt"
+        torch.save({name: each.clone() for name, each in Here.trainer.strategy.rank_state().summed.items()}, path)
+
+    def beginning(self: Elastic) -> None:
+        begin(self)
+        if Here.step == step and Here.trainer.communicator.size == int(os.environ["OMPI_COMM_WORLD_SIZE"]):
+            save("before")
+
+    def replacing(self: Elastic) -> None:
+        replace(self)
+        save("after")
+
+    Elastic.begin_step, Elastic._replace_strategy = beginning, replacing  # type: ignore[method-assign]
 
 
 def reopening(step: int) -> None:

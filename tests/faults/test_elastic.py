@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import assert_same_curve, command, losses, records
 from launcher import Result, run
 
@@ -111,6 +113,23 @@ def test_without_mpirun_s_tolerance(small_data: Path, tmp_path: Path) -> None:
     assert result.output.count("start the job by mpirun --with-ft ulfm (this is engine mpi)") == 1, result.output
 
 
+@pytest.mark.parametrize("codec", ["int4", "topk"])
+def test_a_mirrored_residual_outlives_its_rank(codec: str, small_data: Path, tmp_path: Path) -> None:
+    """Before a step all ranks have not delivered as much as, after a death in it, those that are left."""
+    plan = ",".join(f"saves_residuals:12:{rank}" for rank in range(3)) + ",codec:12:1"
+    settings = {**SETTINGS, "compression__codec": codec, "model__width": 64, "comm__mirror_residuals": "true"}
+    words = command(small_data, tmp_path / "run", **settings)[1:]
+    launcher = [*MPIRUN, "3", "-x", f"HVDLM_SEQUENCES={tmp_path}"]
+    result = run([*launcher, sys.executable, str(DYING), plan, *words], deadline=120)
+    assert result.status == 0, result.output
+    before = [torch.load(tmp_path / f"before_{rank}.pt") for rank in range(3)]
+    after = [torch.load(tmp_path / f"after_{rank}.pt") for rank in (0, 2)]
+    assert any(each.any() for each in before[1].values())
+    for name, first in before[0].items():
+        expected = first + before[1][name] + before[2][name]
+        torch.testing.assert_close(after[0][name] + after[1][name], expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("codec", ["int4", "topk", "powersgd", "dion"])
 def test_what_survivors_have_not_delivered_stays(
     codec: str, small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]
@@ -125,3 +144,5 @@ def test_what_survivors_have_not_delivered_stays(
     assert_goes_on(result, tmp_path / "run", undisturbed(**settings), deaths=1, relative=0.05)
     for rank in (0, 2):
         assert f"rank {rank}: had changed [True], as before: True" in result.output, result.output
+    (said,) = [str(each["message"]) for each in records(tmp_path / "run", "event") if "died" in str(each["message"])]
+    assert re.search(r"; a residual of norm \d[\d.e-]*, when it was logged last, is lost", said), said
