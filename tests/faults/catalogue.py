@@ -34,6 +34,10 @@ class Run(Protocol):
 
     def note_fault(self) -> None: ...
 
+    def processes_of(self, host: str) -> list[psutil.Process]: ...
+
+    def set_link(self, host: str, change: str) -> None: ...
+
     def wait_for_end(self) -> None: ...
 
 
@@ -53,6 +57,7 @@ class Fault:
     act: Act | None = None  # what is done from outside
     elastic: bool = True
     settings: Mapping[str, object] = field(default_factory=dict)
+    hosts: int = 0  # of an emulated cluster, which share the ranks equally; 0: this machine
     changes_curve: bool = False  # from that of a dense run: samples are left out, or the codec is lossy
 
 
@@ -98,6 +103,31 @@ def suspended(ranks: Sequence[int], seconds: float) -> Act:
         time.sleep(seconds)
         for each in victims:
             each.resume()
+
+    return act
+
+
+def link_cut(seconds: float) -> Act:
+    def act(run: Run) -> None:
+        run.wait_for(STEP)
+        run.note_fault()
+        run.set_link("h2", "down")
+        time.sleep(seconds)
+        run.set_link("h2", "up")
+
+    return act
+
+
+def killed_on_host(and_daemon: bool) -> Act:
+    """All ranks of a host; or all that runs there for the job, as when its power is gone."""
+
+    def act(run: Run) -> None:
+        run.wait_for(STEP)
+        ranks = {each.pid for each in run.ranks()}
+        run.note_fault()
+        for each in run.processes_of("h2"):
+            if and_daemon or each.pid in ranks:
+                each.kill()
 
     return act
 
@@ -236,6 +266,19 @@ def _signals() -> list[Fault]:
     return rows
 
 
+def _hosts() -> list[Fault]:
+    """Two hosts of two ranks each."""
+    rows = []
+    for elastic in (True, False):
+        own: dict[str, object] = {"elastic": elastic, "hosts": 2, "settings": {} if elastic else SAVING}
+        rows += [
+            Fault("the link of a host is cut for 3 s, and healed", "step", act=link_cut(3.0), **own),
+            Fault("kill -9 of all ranks of a host", "step", act=killed_on_host(False), **own),
+            Fault("a host is gone, Open MPI's daemon too", "step", act=killed_on_host(True), **own),
+        ]
+    return rows
+
+
 def _disks() -> list[Fault]:
     rows = [
         Fault("the disk is full for a second", "checkpoint", act=full_disk(1.0), elastic=False, settings=SAVING),
@@ -282,4 +325,4 @@ def _numbers_and_data() -> list[Fault]:
     return rows + [replace(each, changes_curve=True) for each in changing]
 
 
-FAULTS = [*_deaths(), *_signals(), *_disks(), *_numbers_and_data()]
+FAULTS = [*_deaths(), *_signals(), *_hosts(), *_disks(), *_numbers_and_data()]

@@ -1,7 +1,8 @@
 """Measures what each fault of catalogue.py costs, and writes it into docs/faults.md: `python tests/faults/measure.py`.
 
-Each is a real job of four ranks on this machine, with 16 sequences a step, that ends in 40 steps, if need be by being
-started again with `--resume latest`, as a queue does. As root, since disks are filled and mounted.
+Each is a real job of four ranks on this machine, or on two emulated hosts, with 16 sequences a step, that ends in 40
+steps, if need be by being started again with `--resume latest`, as a queue does. As root, since disks are filled and
+mounted.
 
     seconds     from the fault to the end of the first step that no rank had ended before it
     lost        sequences that the finished run has not been trained on
@@ -22,16 +23,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS / folder) for folder in ("parallel", "ranks")]
+sys.path[:0] = [str(TESTS / folder) for folder in ("parallel", "ranks", "integration")]
 
 from catalogue import FAULTS, Fault  # noqa: E402
+from cluster import Cluster  # noqa: E402
 from disks import small_disk  # noqa: E402
 from jobs import command, losses, records  # noqa: E402
 from launcher import start  # noqa: E402
@@ -66,8 +68,8 @@ class Outcome:
 class Faulty:
     """A run with a fault, as catalogue.py's `Run` has it."""
 
-    def __init__(self, fault: Fault, data: Path, folder: Path) -> None:
-        self.fault, self.data = fault, data
+    def __init__(self, fault: Fault, data: Path, folder: Path, cluster: Cluster | None) -> None:
+        self.fault, self.data, self._cluster = fault, data, cluster
         self.run_dir = folder / "disk" / "run"
         self._times = folder / "times"
         settings = {**SETTINGS, **fault.settings, "comm.elastic": str(fault.elastic).lower()}
@@ -92,7 +94,7 @@ class Faulty:
     def ranks(self) -> list[psutil.Process]:
         """By rank; not the processes that they start for a moment."""
         found: dict[int, psutil.Process] = {}
-        for each in self._job.members():
+        for each in self._members():
             with contextlib.suppress(psutil.Error):
                 rank = each.environ().get("OMPI_COMM_WORLD_RANK")
                 if rank is not None and str(DYING) in each.cmdline():
@@ -105,6 +107,14 @@ class Faulty:
     def note_fault(self) -> None:
         with self._times.open("a", encoding="utf-8") as file:
             print(time.time(), file=file)
+
+    def processes_of(self, host: str) -> list[psutil.Process]:
+        assert self._cluster is not None
+        return self._cluster.fabric.jobs(host)
+
+    def set_link(self, host: str, change: str) -> None:
+        assert self._cluster is not None
+        self._cluster.fabric.link(host, change)
 
     # ---- the measurement
 
@@ -137,9 +147,16 @@ class Faulty:
 
     def _run(self, plan: str, act: object) -> int:
         """One start of the job; returns its status once no process of it is left."""
-        launcher = ["mpirun", *self._tolerance, "--oversubscribe", "--bind-to", "none", "-np", str(RANKS)]
         variables = {"HVDLM_FAULT_TIMES": str(self._times), "HVDLM_REST": str(REST)}
-        with start([*launcher, sys.executable, str(DYING), plan, *self._words], variables) as self._job:
+        where = ["--oversubscribe"]
+        if self._cluster is not None:
+            where = ["--hostfile", str(self._cluster.hostfile)]
+            where += [word for name in ("PATH", "OMP_NUM_THREADS", *variables) for word in ("-x", name)]
+        launcher = ["mpirun", *self._tolerance, *where, "--bind-to", "none", "-np", str(RANKS)]
+        words = [*launcher, sys.executable, str(DYING), plan, *self._words]
+        if self._cluster is not None:
+            words = self._cluster.inside("h1", words)
+        with start(words, variables) as self._job:
             stdout = self._job.process.stdout
             assert stdout is not None
             reader = threading.Thread(target=self._lines.extend, args=(stdout,), daemon=True)
@@ -147,10 +164,15 @@ class Faulty:
             if callable(act):
                 act(self)
             status = self._job.process.wait(DEADLINE)
-            _, left = psutil.wait_procs(self._job.members(), timeout=20)
+            _, left = psutil.wait_procs(self._members(), timeout=20)
             assert not left, f"{self.fault}: processes are left: {left}"
             reader.join(5)
         return status
+
+    def _members(self) -> list[psutil.Process]:
+        """The job's processes, on all hosts."""
+        hosts = self._cluster.hosts if self._cluster is not None else []
+        return [*self._job.members(), *(each for host in hosts for each in self.processes_of(host))]
 
     def _watch(self) -> None:
         """Notes when lines of steps appear."""
@@ -202,8 +224,21 @@ class Faulty:
 def measure(fault: Fault, data: Path, whole: Mapping[int, float]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="hvdlm-fault-") as directory:
         folder = Path(directory)
-        with small_disk(folder / "disk", "16m"):
-            return Faulty(fault, Path(shutil.copytree(data, folder / "data")), folder).measure(whole)
+        with small_disk(folder / "disk", "16m"), cluster_of(fault.hosts, folder / "fabric") as cluster:
+            return Faulty(fault, Path(shutil.copytree(data, folder / "data")), folder, cluster).measure(whole)
+
+
+@contextlib.contextmanager
+def cluster_of(hosts: int, state: Path) -> Iterator[Cluster | None]:
+    """An emulated cluster on which ranks have the host's part of all ranks as slots; none for 0 hosts."""
+    if not hosts:
+        yield None
+        return
+    cluster = Cluster.start(state, hosts, RANKS // hosts)
+    try:
+        yield cluster
+    finally:
+        cluster.down()
 
 
 def undisturbed(data: Path) -> dict[int, float]:
@@ -232,7 +267,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="of hvdlm prepare")
     parser.add_argument("--only", default="", help="faults whose name and phase contain this, which are only printed")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(OMP_NUM_THREADS="1", OMPI_MCA_mpi_yield_when_idle="1")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ranks of a shell that ignores it would, too
     whole = undisturbed(options.data)
     rows = []
