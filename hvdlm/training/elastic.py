@@ -9,6 +9,7 @@ where one rank has completed a step, every other can: it has the sum, and is tol
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ from hvdlm.config import Config
 from hvdlm.data.loader import Loader
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
+from hvdlm.training.joining import share_state, share_tensors
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Due, Trainer
@@ -37,6 +39,7 @@ class _Standing(NamedTuple):
     losses: list[tuple[float, int]]  # of that step, by rank
     due: Due
     stop: bool
+    is_new: bool  # it is about to join
 
 
 class Elastic:
@@ -46,7 +49,10 @@ class Elastic:
         """Collective."""
         self._trainer = trainer
         communicator = trainer.communicator
+        self.is_regroup_due = communicator.is_new  # before the next step, because hosts have come or gone
         self._name = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+        if communicator.is_new:
+            self._name = f"process {os.getpid()} on {communicator.hosts[communicator.rank]}"
         self._names = communicator.all_gather_object(self._name)
         self._before: dict[str, Tensor] = {}  # what messages of a step change, as it was before
         self._sync_step = 0
@@ -71,10 +77,14 @@ class Elastic:
         """This rank has the sum of all gradients. Collective."""
         self._has_sums = True
         loss, tokens = self._trainer.own_loss()
+        communicator = self._trainer.communicator
         # As whole numbers of 64 bits, which every engine sends
-        own = torch.tensor(struct.unpack("<qq", struct.pack("<dq", loss, tokens)))
-        gathered = self._trainer.communicator.all_gather(own).tolist()
-        self._losses = [struct.unpack("<dq", struct.pack("<qq", *each)) for each in gathered]
+        own = torch.tensor(struct.unpack("<qqq", struct.pack("<dqq", loss, tokens, communicator.hosts_have_changed)))
+        gathered = communicator.all_gather(own).tolist()
+        *own_losses, changed = zip(
+            *(struct.unpack("<dqq", struct.pack("<qqq", *each)) for each in gathered), strict=True
+        )
+        self._losses, self.is_regroup_due = list(zip(*own_losses, strict=True)), any(changed)
 
     def loss(self) -> tuple[float, int]:
         """What this rank adds to the loss of the last step and its tokens: all of it on rank 0, nothing elsewhere."""
@@ -83,15 +93,25 @@ class Elastic:
         losses, tokens = zip(*self._losses, strict=True)
         return sum(losses), sum(tokens)
 
-    # ---- after a death
+    # ---- other ranks
+
+    def regroup(self, loader: Loader) -> Loader:
+        """Lets ranks join, or leave, before the next step: returns what reads this rank's part from now on."""
+        if not self._trainer.communicator.is_new:
+            self._trainer.saver.wait()  # rank 0 may be among those that leave
+            self._trainer.communicator.barrier()
+        return self._go_on(loader)
 
     def recover(self, error: DeadRankError, loader: Loader) -> Loader:
         """Goes on without the ranks that have died: returns what reads this rank's part from now on.
 
         If fewer than `comm.min_ranks` are left, they are to save and stop.
         """
-        noticed = time.monotonic()
         logger.debug("%s: %s", self._name, error)
+        return self._go_on(loader)
+
+    def _go_on(self, loader: Loader) -> Loader:
+        noticed = time.monotonic()
         while True:
             try:
                 return self._recover(noticed, loader)
@@ -103,31 +123,38 @@ class Elastic:
         communicator.shrink_()
         trainer.strategy.abandon()
         names = communicator.all_gather_object(self._name)
-        self._agree()
+        standings = self._agree()
         trainer.saver.recover()
-        self._replace_strategy()
+        self._replace_strategy(standings)
         loader.close()
         loader = trainer.open_loader()
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
-        dead = [name for name in self._names if name not in names]
-        seconds = time.monotonic() - noticed
-        trainer.write("event", message=_sentence(dead, trainer.step, communicator.size, seconds))
-        self._names = names
+        gone = [name for name in self._names if name not in names]
+        joined = [name for name in names if name not in self._names]
+        end = f"{communicator.size} ranks go on from step {trainer.step}, after {time.monotonic() - noticed:.2f} s"
+        trainer.write("event", message=f"{_who(gone, 'died')}{_who(joined, 'joined')}{end}")
+        self._names, self.is_regroup_due = names, False
         if communicator.size < trainer.config.comm.min_ranks:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             trainer.stop, trainer.due.save = True, trainer.step > 0
         return loader
 
-    def _agree(self) -> None:
+    def _agree(self) -> list[_Standing]:
         """Completes the step under way if some rank has, otherwise takes it back; finds out what is still to be done
-        after it. Collective.
+        after it. Collective; returns how far each rank had come.
         """
-        trainer = self._trainer
-        own = _Standing(trainer.step, trainer.norm.cpu(), self._losses, trainer.due, trainer.stop)
+        trainer, is_new = self._trainer, self._trainer.communicator.is_new
+        own = _Standing(
+            -1 if is_new else trainer.step, trainer.norm.cpu(), self._losses, trainer.due, trainer.stop, is_new
+        )
         standings: list[_Standing] = trainer.communicator.all_gather_object(own)
         first = max(standings, key=lambda each: each.step)
-        if trainer.step < first.step:
+        if first.is_new:
+            raise JobError("no rank that has trained is left: go on with --resume latest")
+        if is_new:
+            trainer.step, trainer.norm, self._losses = first.step, first.norm.to(trainer.device), first.losses
+        elif trainer.step < first.step:
             assert self._has_sums, "a rank has completed a step of whose gradients this one has no sum"
             self._losses = first.losses
             trainer.complete_step(first.norm.to(trainer.device))
@@ -137,6 +164,7 @@ class Elastic:
         for name in vars(trainer.due):
             setattr(trainer.due, name, any(getattr(each.due, name) for each in standings))
         trainer.stop = any(each.stop for each in standings)
+        return standings
 
     def _take_back(self) -> None:
         strategy = self._trainer.strategy
@@ -144,22 +172,30 @@ class Elastic:
             tensor.copy_(self._before[name])
         strategy.sync.step = self._sync_step
 
-    def _replace_strategy(self) -> None:
-        """The same strategy among the ranks that are left, with what this rank had not delivered. Collective."""
-        trainer, old = self._trainer, self._trainer.strategy
-        costs = old.sync.algorithm_costs  # measuring them again would take longer than all else here
+    def _replace_strategy(self, standings: list[_Standing]) -> None:
+        """The same strategy among the ranks that there are now, with what this rank had not delivered. Collective."""
+        trainer, old, is_new = self._trainer, self._trainer.strategy, self._trainer.communicator.is_new
+        some_are_new = any(each.is_new for each in standings)
+        root = [each.is_new for each in standings].index(False)
+        costs, state = old.sync.algorithm_costs, old.state_dict()  # measuring costs takes longer than all else here
+        if some_are_new:
+            shared = share_state(trainer, root)
+            costs, state = shared.algorithm_costs, shared.strategy
         new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config, costs)
         try:
-            new.load_state_dict(old.state_dict(), trainer.step, as_saved=False)
-            kept = {**old.optimizer_state(), **old.rank_state().tensors()}
+            new.load_state_dict(state, trainer.step, as_saved=False)
+            kept = {} if is_new else {**old.optimizer_state(), **old.rank_state().tensors()}
             for name, tensor in {**new.optimizer_state(), **new.rank_state().tensors()}.items():
                 if name in kept and kept[name] is not tensor:
                     tensor.copy_(kept[name])
+            if some_are_new:
+                share_tensors(new, root)
             new.restored(1.0)
         except DeadRankError:
             new.abandon()
             raise
         trainer.strategy, trainer.sync = new, new.sync
+        trainer.communicator.is_new = False
         self._before = {}
 
 
@@ -167,13 +203,11 @@ def check_elastic(config: Config, communicator: Communicator) -> None:
     """Raises JobError on all ranks if `comm.elastic` asks for what this job's engine or launcher does not have."""
     if config.comm.elastic and communicator.size > 1 and not communicator.supports("shrink"):
         raise JobError(
-            f"comm.elastic = true needs engine mpi, and ranks that outlive one that dies: start the job by mpirun "
-            f"--with-ft ulfm (this is engine {communicator.engine})"
+            f"comm.elastic = true needs ranks that outlive one that dies: start the job by mpirun --with-ft ulfm and "
+            f"engine mpi, or by horovodrun --host-discovery-script (this is engine {communicator.engine})"
         )
 
 
-def _sentence(dead: list[str], step: int, size: int, seconds: float) -> str:
-    return (
-        f"{', '.join(dead)} {'has' if len(dead) == 1 else 'have'} died: {size} ranks go on from step {step}, after "
-        f"{seconds:.2f} s"
-    )
+def _who(names: list[str], what: str) -> str:
+    """Of whom something is to be told, as the beginning of a sentence."""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} {what}: " if names else ""

@@ -16,11 +16,12 @@ from typing import NoReturn
 from hvdlm.comm.activity import Watchdog
 from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.failure import DeadRankError, LostRankError, say, try_for
+from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, say, try_for
 from hvdlm.comm.launch import connect, detect
 from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
+from hvdlm.exit_status import STOPPED_EARLY
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,15 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     ends itself, and the others outlive it.
     """
     refuse_ranks_that_seem_alone(detect(os.environ))
-    communicator = connect(engine, timeout)
+    communicator = connect(engine, timeout, is_elastic)
     where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
     reporter: MissingRankReporter | None = None
 
     def end_this_rank(doing: str) -> None:
         _end_stuck(communicator, reporter, f"hvdlm: error: {where} is stuck: it {doing} (comm.timeout)", is_elastic)
 
-    patience = math.inf if communicator.size == 1 else timeout * _SOONER if is_elastic else timeout
+    is_alone = communicator.size == 1 and not communicator.supports("join")
+    patience = math.inf if is_alone else timeout * _SOONER if is_elastic else timeout
     watchdog = Watchdog(communicator.activity, patience, end_this_rank)
 
     def find_others() -> None:
@@ -68,6 +70,8 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     try:
         check_ranks_match(communicator, config_digest)
         find_others()
+        if communicator.supports("join"):
+            communicator.after_shrink.append(lambda: check_ranks_match(communicator, config_digest))
         communicator.after_shrink.append(find_others)
         yield communicator
         watchdog.close()
@@ -76,6 +80,9 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
         assert reporter is not None
         reporter.close()
         communicator.close()
+    except LeftOutError as error:
+        say(f"hvdlm: {error}")
+        os._exit(STOPPED_EARLY)
     except JobError as error:
         watchdog.close()
         _end_by_job_error(communicator, reporter, error)

@@ -24,8 +24,12 @@ class StepMetrics:
         self._communicator, self._device = communicator, device
         self._precision, self._flops_per_token = precision, flops_per_token
         self._peak_flops: float | None = None
-        self._has_looked_up_peak = False
         self.compute_seconds: list[float] = []  # of each rank, as the last `collect` has learned
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forgets all steps, and what ranks were asked once: some have joined. On all ranks alike."""
+        self._has_looked_up_peak = False
         self._clear()
 
     def _clear(self) -> None:

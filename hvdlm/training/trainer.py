@@ -88,7 +88,8 @@ class Trainer:
         self._has_done_a_step = False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
-        self.elastic = Elastic(self) if config.comm.elastic and communicator.size > 1 else None
+        can_change = communicator.size > 1 or communicator.supports("join")
+        self.elastic = Elastic(self) if config.comm.elastic and can_change else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -118,6 +119,9 @@ class Trainer:
                     self._do_what_is_due(preemption)
                     if self.step >= steps or self.stop:
                         break
+                    if self.elastic and self.elastic.is_regroup_due:
+                        loader = self.elastic.regroup(loader)
+                        continue
                     self.train_step(loader, preemption.requested)
                 except UnreadableBatchError as error:
                     raise JobError(f"{error}{self._save_what_is_done()}") from None

@@ -26,7 +26,7 @@ from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
 
-OWN_RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
+OWN_RANK = int(next(os.environ[name] for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK") if name in os.environ))
 
 
 class Here:
