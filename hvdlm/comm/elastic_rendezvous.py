@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from hvdlm.comm.death_watch import has_died
 from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, RunningTime, result_within, timeout_error
+from hvdlm.comm.startup import STARTUP_TIMEOUT
 from hvdlm.comm.tcp_connections import Endpoint
 
 # Seconds between two questions for what is not there yet, and between two whether the process still lives
 _ASK_EVERY = 0.05
-_PROBE_EVERY = 0.5
+_CHECK_EVERY = 0.5
 
 # Seconds for horovodrun to answer what it knows
 _ANSWER_TIMEOUT = 30.0
@@ -80,37 +81,48 @@ class ElasticRendezvous:
 
     def announce(self, watch: Endpoint, trains: bool) -> None:
         """Says that this process is there, and whether it has been training."""
+        self._trains = trains
         self._put(f"here.{self.rank}", [watch, trains])
 
     def others_train(self) -> bool:
         """Whether this process has been started to join ranks that train. Once it is announced."""
         if self.rank == 0:
             return False  # the process that is there longest
-        _, trains = self._wait_for("here.0", lambda: None)
+        _, trains = self._wait_for("here.0", self._timeout)
         return bool(trains)
 
     def meet(self, own: Member) -> list[Member]:
-        """All ranks of the group, once each has called this. Raises DeadRankError if one has died meanwhile."""
+        """All ranks of the group, once each has called this.
+
+        Raises DeadRankError if one has died meanwhile, or does not come: those that live meet in the next group.
+        """
         self._put(f"member.{self.rank}", own)
         if self.rank == 0:
             self._gather()
-        return [_member(each) for each in self._wait_for("members", lambda: self._check_lives(0))]
+        # Rank 0 gives up first
+        members = self._wait_for("members", 2 * self._timeout, lambda: self._check_lives(0))
+        return [Member(*(Endpoint(*end) for end in each)) for each in members]
 
     def _gather(self) -> None:
         """Rank 0 collects what ranks have put: so each has one question to horovodrun, not one for each other."""
         members: list[Any] = []
-        for rank in range(self.size):
-
-            def check(rank: int = rank) -> None:
-                for each in range(1, rank + 1):
-                    self._check_lives(each)
-
-            members.append(self._wait_for(f"member.{rank}", check))
+        try:
+            for rank in range(self.size):
+                # A process that was started to join may have ended before it could say anything
+                self._wait_for(f"here.{rank}", min(self._timeout, STARTUP_TIMEOUT) if self._trains else self._timeout)
+            for rank in range(self.size):
+                members.append(self._wait_for(f"member.{rank}", self._timeout, self._check_all_live))
+        except LostRankError as error:
+            raise DeadRankError(str(error)) from error
         self._put("members", members)
+
+    def _check_all_live(self) -> None:
+        for rank in range(1, self.size):
+            self._check_lives(rank)
 
     def _check_lives(self, rank: int) -> None:
         announced = self._get(f"here.{rank}")
-        if rank != self.rank and announced is not None and has_died(Endpoint(*announced[0])):
+        if announced is not None and has_died(Endpoint(*announced[0])):
             raise DeadRankError(f"rank {self.rank} on {socket.gethostname()}: rank {rank} has died before all had met")
 
     # ---- hosts
@@ -125,16 +137,18 @@ class ElasticRendezvous:
 
     # ---- the key-value store
 
-    def _wait_for(self, key: str, check: Callable[[], None]) -> Any:
-        """The value of a key once it is there; `check` is called now and then, and may raise."""
-        clock, probed = RunningTime(), time.monotonic()
+    def _wait_for(self, key: str, timeout: float, check: Callable[[], None] = lambda: None) -> Any:
+        """The value of a key once it is there; `check` is called now and then, and may raise.
+
+        Raises LostRankError after `timeout` seconds.
+        """
+        clock, checked = RunningTime(), time.monotonic()
         while (value := self._get(key)) is None:
-            if clock.seconds() > self._timeout:
-                # Not dead, as far as can be told; whoever does not come is left out by those that regroup
-                raise timeout_error(self._timeout, self.rank, "the other ranks of its group")
-            if time.monotonic() - probed > _PROBE_EVERY:
+            if clock.seconds() > timeout:
+                raise timeout_error(timeout, self.rank, "the other ranks of its group")
+            if time.monotonic() - checked > _CHECK_EVERY:
                 check()
-                probed = time.monotonic()
+                checked = time.monotonic()
             time.sleep(_ASK_EVERY)
         return value
 
@@ -171,7 +185,3 @@ class _Listener:
     def on_hosts_updated(self, timestamp: int, change: int) -> None:
         """Called by Horovod. `change`: whether hosts have come, or gone, or both."""
         self._on_change()
-
-
-def _member(ends: Any) -> Member:
-    return Member(*(Endpoint(*each) for each in ends))

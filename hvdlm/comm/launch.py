@@ -149,7 +149,7 @@ def connect(engine: str, timeout: float, is_elastic: bool = False) -> Communicat
             f"but engine {engine} sees {communicator.size} and takes itself for rank {communicator.rank}: "
             f"{_size_remedy(engine)}"
         )
-    if communicator.rank == 0:
+    if communicator.rank == 0 and not communicator.is_new:
         logger.info("engine %s, because %s", engine, reason)
     return communicator
 

@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -99,8 +100,9 @@ class Elastic:
         """Lets ranks join, or leave, before the next step: returns what reads this rank's part from now on."""
         if not self._trainer.communicator.is_new:
             self._trainer.saver.wait()  # rank 0 may be among those that leave
-            self._trainer.communicator.barrier()
-        return self._go_on(loader)
+            with suppress(DeadRankError):  # others may be about to regroup already
+                self._trainer.communicator.barrier()
+        return self._go_on(loader, "left")
 
     def recover(self, error: DeadRankError, loader: Loader) -> Loader:
         """Goes on without the ranks that have died: returns what reads this rank's part from now on.
@@ -108,17 +110,18 @@ class Elastic:
         If fewer than `comm.min_ranks` are left, they are to save and stop.
         """
         logger.debug("%s: %s", self._name, error)
-        return self._go_on(loader)
+        return self._go_on(loader, "died")
 
-    def _go_on(self, loader: Loader) -> Loader:
+    def _go_on(self, loader: Loader, lost: str) -> Loader:
+        """`lost`: what those have done that are no longer there."""
         noticed = time.monotonic()
         while True:
             try:
-                return self._recover(noticed, loader)
+                return self._recover(noticed, loader, lost)
             except DeadRankError as another:
                 logger.debug("%s, while it goes on: %s", self._name, another)
 
-    def _recover(self, noticed: float, loader: Loader) -> Loader:
+    def _recover(self, noticed: float, loader: Loader, lost: str) -> Loader:
         trainer, communicator = self._trainer, self._trainer.communicator
         communicator.shrink_()
         trainer.strategy.abandon()
@@ -133,7 +136,8 @@ class Elastic:
         gone = [name for name in self._names if name not in names]
         joined = [name for name in names if name not in self._names]
         end = f"{communicator.size} ranks go on from step {trainer.step}, after {time.monotonic() - noticed:.2f} s"
-        trainer.write("event", message=f"{_who(gone, 'died')}{_who(joined, 'joined')}{end}")
+        said = f"{_who(gone, lost)}{_who(joined, 'joined')}" or "ranks have regrouped: "
+        trainer.write("event", message=said + end)
         self._names, self.is_regroup_due = names, False
         if communicator.size < trainer.config.comm.min_ranks:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
