@@ -51,7 +51,8 @@ class DeathWatch:
         self._monitor(connection)
 
     def add(self, connections: TcpConnections) -> None:
-        """Lets `connections` end when a rank dies, or now if one has."""
+        """Lets `connections` end when a rank dies, or now if one has; a death that they notice is one for all."""
+        connections.on_death = self.break_
         with self._lock:
             self._connections.append(connections)
             is_broken = self.is_broken

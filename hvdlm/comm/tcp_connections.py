@@ -50,6 +50,9 @@ class TcpConnections:
         self._outgoing: dict[int, socket.socket] = {}  # by rank; its sender's thread alone opens one
         self._incoming: list[Future[socket.socket]] = []  # by rank
         self._is_closed = self._is_revoked = False
+        # Called when another rank is found to have died, before anybody is told: what this one would send next, those
+        # that have not noticed it would take for what they wait for
+        self.on_death: Callable[[], None] = lambda: None
 
     def open(self, rank: int, endpoints: Sequence[Endpoint]) -> None:
         """`rank`: this one; `endpoints`: of all ranks, in their order."""
@@ -136,7 +139,10 @@ class TcpConnections:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             greet(connection, to.token, self._rank)
         except OSError as error:
-            kind = DeadRankError if isinstance(error, ConnectionRefusedError) else LostRankError
+            kind = LostRankError
+            if isinstance(error, ConnectionRefusedError):
+                kind = DeadRankError
+                self.on_death()
             raise kind(
                 f"rank {self._rank} on {self.endpoint.host} does not reach rank {destination} on {to.host} at "
                 f"{to.address}:{to.port} ({error.strerror or error}): it has ended, or a firewall is between the "
@@ -167,6 +173,7 @@ class TcpConnections:
     def _lost(self, peer: int, reason: OSError) -> DeadRankError:
         if self._is_revoked:
             return self._revoked()
+        self.on_death()
         return DeadRankError(
             f"rank {self._rank} on {self.endpoint.host} has lost the connection with rank {peer} on "
             f"{self._endpoints[peer].host}: {reason.strerror or reason}"

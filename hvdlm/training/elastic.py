@@ -119,6 +119,7 @@ class Elastic:
             try:
                 return self._recover(noticed, loader, lost)
             except DeadRankError as another:
+                lost = "died"
                 logger.debug("%s, while it goes on: %s", self._name, another)
 
     def _recover(self, noticed: float, loader: Loader, lost: str) -> Loader:
