@@ -110,7 +110,7 @@ def assert_goes_on(result: Result, fleet: Fleet, whole: Path, deaths: int, relat
         assert abs(float(str(one["loss"])) / float(str(other["loss"])) - 1) < relative
 
 
-def test_one_after_the_other(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
+def test_ranks_of_horovodrun_die_one_after_the_other(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """Also while the others regroup: before a rank has asked horovodrun for its place, and when it has one."""
     plan = "data:3:1,regrouping:3:2,backward:8:3,meeting:8:4,bucket:12:5"
     result = fleet.run(plan, on_own_hosts(6), **SAVING)
@@ -118,7 +118,7 @@ def test_one_after_the_other(fleet: Fleet, undisturbed: Callable[..., Path]) -> 
     assert records(fleet.run_dir)[-1]["world_size"] == 1
 
 
-def test_rank_0_and_those_that_follow_it(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
+def test_rank_0_of_horovodrun_and_those_that_follow_it(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """While it logs, validates, saves, and while the others agree how to go on."""
     plan = "log:4:0,validation:9:1,saving:19:2,forward:23:3,recovery:23:4"
     result = fleet.run(plan, on_own_hosts(6), **SAVING)
@@ -127,7 +127,7 @@ def test_rank_0_and_those_that_follow_it(fleet: Fleet, undisturbed: Callable[...
     assert said == ["step_00000010", "step_00000020", "step_00000030"]
 
 
-def test_a_rank_that_is_one_step_behind(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
+def test_a_rank_of_horovodrun_that_is_one_step_behind(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """Some have completed the step of a death, others have not: those are told the norm."""
     plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
     result = fleet.run(plan, on_own_hosts(4), **SAVING)
@@ -177,7 +177,7 @@ def test_the_first_host_is_taken_away(fleet: Fleet, undisturbed: Callable[..., P
     assert records(fleet.run_dir)[-1]["world_size"] == 2
 
 
-def test_too_few_are_left(fleet: Fleet) -> None:
+def test_too_few_are_left_under_horovodrun(fleet: Fleet) -> None:
     result = fleet.run("backward:7:0", on_own_hosts(3), comm__min_ranks=3, **SAVING)
     assert result.status == 1, result.output  # of each rank it is 75, which horovodrun does not pass on
     assert "fewer than comm.min_ranks = 3 are left" in result.output
