@@ -281,7 +281,7 @@ class Communicator(ABC):
         """Leaves out the ranks that have died; the others keep their order. For each of these, after a DeadRankError.
 
         Operations under way end by that error, and groups that were split off are gone. Raises it again if another rank
-        dies meanwhile; and LostRankError if one neither answers nor dies, or if all live.
+        dies meanwhile; LostRankError if one neither answers nor dies; LeftOutError if this one is to end.
         """
         self.revoke()
         while self._groups:

@@ -29,7 +29,7 @@ class DeathWatch:
         self._listener = socket.create_server((own_address(os.environ), 0), backlog=4096)
         address, port = self._listener.getsockname()
         self.endpoint = Endpoint(socket.gethostname(), address, port, uuid.uuid4().hex)
-        self._lock = threading.Lock()
+        self._lock, self._breaking = threading.Lock(), threading.Lock()
         self._sockets: list[socket.socket] = []  # to the next rank, and from the one before
         self._connections: list[TcpConnections] = []
         self._has_ended = False
@@ -60,15 +60,16 @@ class DeathWatch:
             connections.revoke()
 
     def break_(self) -> None:
-        """Ends all connections of this rank, and thereby those of the others."""
-        with self._lock:
-            if self._has_ended:
-                return
-            self._has_ended = self.is_broken = True
-            connections = list(self._connections)
-        self._end(b"")
-        for each in connections:
-            each.revoke()
+        """Ends all connections of this rank, and thereby those of the others; they have ended when it returns."""
+        with self._breaking:
+            with self._lock:
+                if self._has_ended:
+                    return
+                self._has_ended = self.is_broken = True
+                connections = list(self._connections)
+            self._end(b"")
+            for each in connections:
+                each.revoke()
 
     def close(self) -> None:
         """Leaves the ring, without a death."""

@@ -51,11 +51,13 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     """
     refuse_ranks_that_seem_alone(detect(os.environ))
     communicator = connect(engine, timeout, is_elastic)
-    where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
     reporter: MissingRankReporter | None = None
 
+    def where() -> str:  # with comm.elastic the number may change
+        return f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+
     def end_this_rank(doing: str) -> None:
-        _end_stuck(communicator, reporter, f"hvdlm: error: {where} is stuck: it {doing} (comm.timeout)", is_elastic)
+        _end_stuck(communicator, reporter, f"hvdlm: error: {where()} is stuck: it {doing} (comm.timeout)", is_elastic)
 
     is_alone = communicator.size == 1 and not communicator.supports("join")
     patience = math.inf if is_alone else timeout * _SOONER if is_elastic else timeout
@@ -90,12 +92,12 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
         missing = f"; {reporter.report()}" if reporter else ""
         say(f"hvdlm: error: {error}{missing}")
         time.sleep(_SECONDS_TO_PRINT)
-        communicator.abort(f"hvdlm: {where} ends the job")
+        communicator.abort(f"hvdlm: {where()} ends the job")
     except HvdlmError as error:
         if communicator.size == 1:
             raise
         logger.debug("where the error arose", exc_info=True)
-        _end_all(communicator, reporter, f"hvdlm: error: {where}: {error}")
+        _end_all(communicator, reporter, f"hvdlm: error: {where()}: {error}")
     except Exception:
         if communicator.size == 1:
             raise
