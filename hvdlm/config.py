@@ -186,7 +186,9 @@ class CommSection(Section):
         "suspended itself do not count",
     )
     elastic: bool = Field(
-        False, description="when a rank dies, the others go on without it; needs engine mpi and mpirun --with-ft ulfm"
+        False,
+        description="when a rank dies, the others go on without it; needs engine mpi and mpirun --with-ft ulfm, or "
+        "horovodrun with a host-discovery script, where ranks can join, too",
     )
     min_ranks: int = Field(1, gt=0, description="with elastic, fewer ranks save and end the job")
     mirror_residuals: bool = Field(

@@ -13,6 +13,7 @@ import torch
 
 import hvdlm
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.failure import DeadRankError, LeftOutError
 from hvdlm.errors import JobError
 
 _MAX_NAMED_RANKS = 8
@@ -41,8 +42,12 @@ def check_ranks_match(communicator: Communicator, config_digest: str) -> None:
 
 
 def check_alike(communicator: Communicator, own: Mapping[str, Shared]) -> None:
-    """Raises JobError on every rank unless all have the values of rank 0, by subject. Collective."""
+    """Raises JobError on every rank unless all have the values of rank 0, by subject. Collective.
+
+    If ranks differ that are about to join others, only these end: they raise LeftOutError, the others DeadRankError.
+    """
     everyone = communicator.all_gather_object({subject: shared.value for subject, shared in own.items()})
+    are_new = communicator.all_gather_object(communicator.is_new) if communicator.supports("join") else []
     for subject in own:
         values = [each.get(subject, "nothing like it") for each in everyone]  # in another hvdlm
         expected = values[0]
@@ -51,10 +56,13 @@ def check_alike(communicator: Communicator, own: Mapping[str, Shared]) -> None:
             examples = ", ".join(
                 f"rank {rank} on {communicator.hosts[rank]} has {values[rank]}" for rank in different[:_MAX_NAMED_RANKS]
             )
-            raise JobError(
+            sentence = (
                 f"ranks differ in {subject}: rank 0 on {communicator.hosts[0]} has {expected}, {examples}"
                 f"{' and so on' if len(different) > _MAX_NAMED_RANKS else ''}; {own[subject].remedy}"
             )
+            if are_new and all(are_new[rank] for rank in different):
+                raise (LeftOutError if communicator.rank in different else DeadRankError)(sentence)
+            raise JobError(sentence)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ see only contiguous one-dimensional tensors of dtypes that it supports. Data tha
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import socket
@@ -84,7 +85,7 @@ class Communicator(ABC):
 
     Capabilities are asked for by name with `supports`: "float16" and "bfloat16" (summed natively; other engines sum
     them as float32 and round once at the end), "send" (`send` and `receive_`), "split", "cuda" (GPU tensors need no
-    staging through host memory), "shrink" (ranks that have died can be left out).
+    staging through host memory), "shrink" (ranks that have died can be left out), "join" (others can come instead).
     """
 
     engine: str
@@ -97,13 +98,15 @@ class Communicator(ABC):
     hosts: list[str]
     capabilities: frozenset[str]
     _timeout: float = math.inf  # seconds that a rank waits for another
+    is_new = False  # whether this rank was started to join others that train, and is a group of its own until `shrink_`
+    hosts_have_changed = False  # whether other ranks wait to join, or some are to leave; one rank alone may know
 
     def __init__(self) -> None:
         self.activity = Activity()
         self._groups: list[Communicator] = []  # that were split off
         self._is_closed = False
         # Called when ranks have been left out, on all others; they may communicate
-        self.after_shrink: list[Callable[[], None]] = []
+        self.after_shrink: list[Callable[[], object]] = []
 
     # ---- collective operations
 
@@ -278,7 +281,7 @@ class Communicator(ABC):
         """Leaves out the ranks that have died; the others keep their order. For each of these, after a DeadRankError.
 
         Operations under way end by that error, and groups that were split off are gone. Raises it again if another rank
-        dies meanwhile; and LostRankError if one neither answers nor dies, or if all live.
+        dies meanwhile; LostRankError if one neither answers nor dies; LeftOutError if this one is to end.
         """
         self.revoke()
         while self._groups:
@@ -391,10 +394,6 @@ def _check_dtype(tensor: Tensor) -> None:
         raise TypeError(f"{tensor.dtype} is not communicated; convert it to one of {names}")
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
+    logger.warning(message)

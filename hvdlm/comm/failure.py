@@ -61,6 +61,10 @@ class DeadRankError(LostRankError):
     """The engine has noticed that another rank has died, or another rank has: the others can go on without it."""
 
 
+class LeftOutError(HvdlmError):
+    """The launcher has taken this rank out of the job; others go on. It is to end by itself."""
+
+
 @contextmanager
 def lost_rank_errors(engine: str, rank: int, *failures: type[Exception]) -> Iterator[None]:
     """Turns what an engine raises when it has lost a rank into a LostRankError of one sentence."""

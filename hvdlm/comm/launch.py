@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hvdlm.comm.elastic_rendezvous import starts_elastically
 from hvdlm.comm.launcher_process import watch_launcher
 from hvdlm.comm.startup import exclude_guest_bridges, start_mpi
 from hvdlm.errors import HvdlmError
@@ -114,8 +115,9 @@ def choose_engine(launch: Launch, requested: str) -> tuple[str, str]:
     return "torch", f"{launch.launcher} started this job on GPUs and Horovod is not built with NCCL"
 
 
-def connect(engine: str, timeout: float) -> Communicator:
-    """Joins the job with an engine ("auto": the one that fits); `timeout`: seconds that a rank waits for another.
+def connect(engine: str, timeout: float, is_elastic: bool = False) -> Communicator:
+    """Joins the job with an engine ("auto": the one that fits); `timeout`: seconds that a rank waits for another;
+    `is_elastic`: whether ranks are to outlive others, where the launcher lets them.
 
     Raises HvdlmError on a rank that cannot, or that finds itself in another job than its launcher started.
     """
@@ -135,19 +137,19 @@ def connect(engine: str, timeout: float) -> Communicator:
     engine, reason = choose_engine(launch, engine)
     try:
         store = _agree(engine, launch, timeout) if is_free and launch.size > 1 else None
-        communicator = _start(engine, launch, timeout, store)
+        communicator = _start(engine, launch, timeout, store, is_elastic)
     except (RuntimeError, ImportError, OSError) as error:  # each library has errors of its own; these are their bases
         reason = str(error).strip().partition("\n")[0]
         raise HvdlmError(
             f"rank {launch.rank} on {socket.gethostname()} cannot start engine {engine}: {reason}"
         ) from error
-    if communicator.size != launch.size:
+    if communicator.size != launch.size and not communicator.is_new:
         raise HvdlmError(
             f"{launch.launcher} started {launch.size} ranks and this is rank {launch.rank} on {socket.gethostname()}, "
             f"but engine {engine} sees {communicator.size} and takes itself for rank {communicator.rank}: "
             f"{_size_remedy(engine)}"
         )
-    if communicator.rank == 0:
+    if communicator.rank == 0 and not communicator.is_new:
         logger.info("engine %s, because %s", engine, reason)
     return communicator
 
@@ -162,7 +164,7 @@ def _agree(engine: str, launch: Launch, timeout: float) -> Any:
     return store
 
 
-def _start(engine: str, launch: Launch, timeout: float, store: Any) -> Communicator:
+def _start(engine: str, launch: Launch, timeout: float, store: Any, is_elastic: bool) -> Communicator:
     # An engine's module is imported only where it is used: importing mpi4py starts MPI.
     if engine == "solo":
         from hvdlm.comm.solo import SoloCommunicator
@@ -173,6 +175,10 @@ def _start(engine: str, launch: Launch, timeout: float, store: Any) -> Communica
     if engine == "horovod":
         if importlib.util.find_spec("horovod") is None:
             raise HvdlmError("engine horovod needs Horovod, which is not installed: run `hvdlm install-horovod`")
+        if is_elastic and starts_elastically(os.environ):
+            from hvdlm.comm.elastic_tcp import ElasticTcpCommunicator
+
+            return ElasticTcpCommunicator(timeout)
         from hvdlm.comm.horovod import HorovodCommunicator
 
         return HorovodCommunicator.start(launch.rank, timeout)

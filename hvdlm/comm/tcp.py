@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, part_lengths
+from hvdlm.comm.death_watch import DeathWatch
 from hvdlm.comm.failure import end_process, result_within
 from hvdlm.comm.groups import group_by_color
-from hvdlm.comm.tcp_connections import TcpConnections
+from hvdlm.comm.tcp_connections import Endpoint, TcpConnections
 
 T = TypeVar("T")
 
@@ -36,14 +37,28 @@ class TcpCommunicator(Communicator):
         waits for another. Collective."""
         super().__init__()
         self._timeout = timeout
-        self._messages, self._collective = TcpConnections(), TcpConnections()
+        self._listen(parent._watch if isinstance(parent, TcpCommunicator) else None)
         everyone = parent.all_gather_object((color, key, self._messages.endpoint, self._collective.endpoint))
         members = group_by_color([each[:2] for each in everyone])[color]
-        self.rank, self.size = members.index(parent.rank), len(members)
-        self._messages.open(self.rank, [everyone[each][2] for each in members])
-        self._collective.open(self.rank, [everyone[each][3] for each in members])
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-tcp")
+        self._open(
+            members.index(parent.rank), [everyone[each][2] for each in members], [everyone[each][3] for each in members]
+        )
         self._locate()
+
+    def _listen(self, watch: DeathWatch | None) -> None:
+        """Makes this rank's ends of connections, which end when `watch` notices a death."""
+        self._watch = watch
+        self._messages, self._collective = TcpConnections(), TcpConnections()
+        if watch is not None:
+            watch.add(self._messages)
+            watch.add(self._collective)
+
+    def _open(self, rank: int, messages: Sequence[Endpoint], collective: Sequence[Endpoint]) -> None:
+        """`messages` and `collective`: where all ranks listen for them, in their order."""
+        self.rank, self.size = rank, len(messages)
+        self._messages.open(rank, messages)
+        self._collective.open(rank, collective)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-tcp")
 
     def _split(self, color: int, key: int) -> Communicator:
         return TcpCommunicator(self, color, key, self._timeout)
@@ -56,6 +71,13 @@ class TcpCommunicator(Communicator):
         self._thread.shutdown()
         self._messages.close()
         self._collective.close()
+
+    def _revoke(self) -> None:
+        if self._watch is not None:
+            self._watch.break_()
+
+    def _abandon(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool:
         return dtype in (torch.float32, torch.int32, torch.int64)

@@ -11,14 +11,14 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
 import psutil
 
-from hvdlm.comm.failure import LostRankError
+from hvdlm.comm.failure import DeadRankError, LostRankError
 from hvdlm.comm.startup import STARTUP_TIMEOUT
 from hvdlm.errors import HvdlmError
 
@@ -49,7 +49,10 @@ class TcpConnections:
         self._threads: dict[tuple[str, int], ThreadPoolExecutor] = {}  # one for each direction and rank
         self._outgoing: dict[int, socket.socket] = {}  # by rank; its sender's thread alone opens one
         self._incoming: list[Future[socket.socket]] = []  # by rank
-        self._is_closed = False
+        self._is_closed = self._is_revoked = False
+        # Called when another rank is found to have died, before anybody is told: what this one would send next, those
+        # that have not noticed it would take for what they wait for
+        self.on_death: Callable[[], None] = lambda: None
 
     def open(self, rank: int, endpoints: Sequence[Endpoint]) -> None:
         """`rank`: this one; `endpoints`: of all ranks, in their order."""
@@ -60,15 +63,21 @@ class TcpConnections:
     def send(self, message: memoryview, destination: int) -> Future[None]:
         """Sends `message`, of bytes, which must stay as it is until the future is done.
 
-        It raises LostRankError if the other rank cannot be reached, or is no longer there.
+        It raises LostRankError if the other rank cannot be reached, DeadRankError if it is no longer there.
         """
-        return self._thread("to", destination).submit(self._send, message, destination)
+        return self._submit("to", destination, self._send, message)
 
     def receive(self, message: memoryview, source: int) -> Future[None]:
-        """Fills `message` with the next one of `source`; the future raises LostRankError if that rank is no longer
+        """Fills `message` with the next one of `source`; the future raises DeadRankError if that rank is no longer
         there, HvdlmError if its message has another length.
         """
-        return self._thread("from", source).submit(self._receive, message, source)
+        return self._submit("from", source, self._receive, message)
+
+    def revoke(self) -> None:
+        """Ends all connections, since a rank has died: what is under way and what follows raises DeadRankError."""
+        with self._lock:
+            self._is_revoked = True
+        self.close()
 
     def close(self) -> None:
         """Ends all connections; whoever still waits for one gets an error."""
@@ -84,11 +93,17 @@ class TcpConnections:
         for thread in self._threads.values():
             thread.shutdown(wait=False)
 
-    def _thread(self, direction: str, peer: int) -> ThreadPoolExecutor:
+    def _submit(
+        self, direction: str, peer: int, transfer: Callable[[memoryview, int], None], message: memoryview
+    ) -> Future[None]:
         with self._lock:
+            if self._is_revoked:
+                failed: Future[None] = Future()
+                failed.set_exception(self._revoked())
+                return failed
             if (direction, peer) not in self._threads:
                 self._threads[direction, peer] = ThreadPoolExecutor(1, thread_name_prefix=f"hvdlm-{direction}-{peer}")
-            return self._threads[direction, peer]
+            return self._threads[direction, peer].submit(transfer, message, peer)
 
     def _send(self, message: memoryview, destination: int) -> None:
         connection = self._outgoing.get(destination) or self._connect(destination)
@@ -122,9 +137,13 @@ class TcpConnections:
             connection = socket.create_connection((to.address, to.port), timeout=STARTUP_TIMEOUT)
             connection.settimeout(None)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(to.token.encode() + self._rank.to_bytes(_RANK_BYTES, "little"))
+            greet(connection, to.token, self._rank)
         except OSError as error:
-            raise LostRankError(
+            kind = LostRankError
+            if isinstance(error, ConnectionRefusedError):
+                kind = DeadRankError
+                self.on_death()
+            raise kind(
                 f"rank {self._rank} on {self.endpoint.host} does not reach rank {destination} on {to.host} at "
                 f"{to.address}:{to.port} ({error.strerror or error}): it has ended, or a firewall is between the "
                 "hosts, or horovodrun needs --network-interfaces"
@@ -138,35 +157,47 @@ class TcpConnections:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 reason = "it is closed" if self._is_closed else error.strerror
+                said = HvdlmError(f"rank {self._rank} on {self.endpoint.host} accepts no connections: {reason}")
                 for each in self._incoming:
                     if not each.done():
-                        each.set_exception(
-                            HvdlmError(f"rank {self._rank} on {self.endpoint.host} accepts no connections: {reason}")
-                        )
+                        each.set_exception(self._revoked() if self._is_revoked else said)
                 return
-            source = self._greeting(connection)
+            source = greeting(connection, self.endpoint.token)
+            if source is not None and source >= len(self._endpoints):
+                source = None
             if source is None or self._incoming[source].done():
                 connection.close()  # not of this group
             else:
                 self._incoming[source].set_result(connection)
 
-    def _greeting(self, connection: socket.socket) -> int | None:
-        """The rank that has connected; None if it is none of this group."""
-        greeting = memoryview(bytearray(len(self.endpoint.token) + _RANK_BYTES))
-        with suppress(OSError):
-            connection.settimeout(_GREETING_TIMEOUT)
-            _fill(connection, greeting)
-            connection.settimeout(None)
-            rank = int.from_bytes(greeting[-_RANK_BYTES:], "little")
-            if greeting[:-_RANK_BYTES] == self.endpoint.token.encode() and rank < len(self._endpoints):
-                return rank
-        return None
-
-    def _lost(self, peer: int, reason: OSError) -> LostRankError:
-        return LostRankError(
+    def _lost(self, peer: int, reason: OSError) -> DeadRankError:
+        if self._is_revoked:
+            return self._revoked()
+        self.on_death()
+        return DeadRankError(
             f"rank {self._rank} on {self.endpoint.host} has lost the connection with rank {peer} on "
             f"{self._endpoints[peer].host}: {reason.strerror or reason}"
         )
+
+    def _revoked(self) -> DeadRankError:
+        return DeadRankError(f"rank {self._rank} on {self.endpoint.host}: another rank has died")
+
+
+def greet(connection: socket.socket, token: str, rank: int) -> None:
+    """Shows the token of whoever has accepted `connection`, and says who this is. Raises OSError."""
+    connection.sendall(token.encode() + rank.to_bytes(_RANK_BYTES, "little"))
+
+
+def greeting(connection: socket.socket, token: str) -> int | None:
+    """The rank that has connected; None if it does not show the `token`."""
+    received = memoryview(bytearray(len(token) + _RANK_BYTES))
+    with suppress(OSError):
+        connection.settimeout(_GREETING_TIMEOUT)
+        _fill(connection, received)
+        connection.settimeout(None)
+        if received[:-_RANK_BYTES] == token.encode():
+            return int.from_bytes(received[-_RANK_BYTES:], "little")
+    return None
 
 
 def own_address(environment: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hvdlm.data.sampler import rank_part
@@ -13,21 +13,25 @@ Sequences = list[tuple[int, int]]  # the number of a global batch, and an index 
 
 
 class RankParts:
-    """Ranks share each global batch equally; one that has died leaves its part to the others.
+    """Ranks share each global batch equally; one that has died leaves its part to the others, one that joins has its
+    own.
 
-    Ranks have numbers that stay when others die. Where each rank trains on its own between two averages, what a dead
-    rank has trained on since the last one is lost with it: the others train on these sequences again, beside their own.
+    Ranks have numbers that stay when others die or join. Where each rank trains on its own between two averages, what a
+    dead rank has trained on since the last one is lost with it: the others train on these sequences again, beside their
+    own.
     """
 
     def __init__(self, batch_size: int, ranks: int) -> None:
         """`batch_size`: sequences of a global batch. `ranks`: as many as there are at the start."""
         self.batch_size = batch_size
+        self.known = ranks  # numbers that have been given
+        self.changes = 0
         self._members = [(0, list(range(ranks)))]  # from which batch on, which ranks share them; the last batch first
         self._made_up: dict[int, dict[int, Sequences]] = {}  # by batch and rank: sequences of earlier batches
 
     @property
     def ranks(self) -> list[int]:
-        """The numbers of those that live."""
+        """The numbers of those that there are now, in their order."""
         return self._members[0][1]
 
     def own(self, batch: int, rank: int) -> Sequences:
@@ -38,19 +42,19 @@ class RankParts:
         part = rank_part(self.batch_size, ranks.index(rank), len(ranks))
         return [(batch, index) for index in part] + self._made_up.get(batch, {}).get(rank, [])
 
-    def without(self, dead: Collection[int], sent: int, batch: int, end: int) -> tuple[RankParts, int]:
-        """Parts without the ranks that have died, from `batch` on; and how many sequences are lost for good.
+    def regrouped(self, ranks: Sequence[int], sent: int, batch: int, end: int) -> tuple[RankParts, int]:
+        """Parts of these ranks alone, from `batch` on; and how many sequences are lost for good.
 
-        `sent`: the first batch of which the others have not got what the dead have learned. Their sequences from there
-        to `batch` are dealt out over as many steps as that were, but none after batch `end` - 1.
+        `sent`: the first batch of which the others have not got what those have learned that are gone. Their sequences
+        from there to `batch` are dealt out over as many steps as that were, but none after batch `end` - 1.
         """
-        missing = [each for k in range(sent, batch) for rank in sorted(dead) for each in self.own(k, rank)]
+        dead = [rank for rank in self.ranks if rank not in ranks]
+        missing = [each for k in range(sent, batch) for rank in dead for each in self.own(k, rank)]
         parts = copy.deepcopy(self)
         for _, by_rank in sorted((step, each) for step, each in parts._made_up.items() if step >= batch):
-            missing += [each for rank in sorted(dead) for each in by_rank.pop(rank, [])]
-        alive = [rank for rank in self.ranks if rank not in dead]
-        older = [each for each in parts._members if each[0] < batch]
-        parts._members = [(batch, alive), *older]
+            missing += [each for rank in dead for each in by_rank.pop(rank, [])]
+        parts._members = [(batch, list(ranks)), *(each for each in parts._members if each[0] < batch)]
+        parts.known, parts.changes = max(self.known, *(rank + 1 for rank in ranks)), self.changes + 1
         return parts, parts._deal(missing, batch, min(end - batch, max(1, batch - sent)))
 
     def _deal(self, sequences: Sequence[tuple[int, int]], first: int, steps: int) -> int:

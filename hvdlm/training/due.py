@@ -14,3 +14,8 @@ class Due:
     first_step: bool = False
     save: bool = False
     validation: bool = False
+
+    def add(self, other: Due) -> None:
+        """Adds what is due elsewhere."""
+        for name, is_due in vars(other).items():
+            setattr(self, name, getattr(self, name) or is_due)

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import struct
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ from hvdlm.data.rank_parts import RankParts
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
 from hvdlm.training.due import Due
+from hvdlm.training.joining import share_state, share_tensors
 from hvdlm.training.residual_mirror import ResidualMirror
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 class _Progress(NamedTuple):
     """How far a rank has come."""
 
+    rank: int  # its number, which stays when others die
+    name: str
+    is_new: bool  # it is about to join, and has come nowhere
     step: int
     norm: Tensor  # of the last step that it has completed
     losses: list[tuple[float, int]]  # of that step, by rank
@@ -54,11 +60,13 @@ class Elastic:
     """Keeps a trainer going while ranks die; it has all that a rank needs to take a step back or to complete it."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """Collective."""
         self._trainer = trainer
         communicator = trainer.communicator
+        self.is_regroup_due = communicator.is_new  # before the next step, because hosts have come or gone
         self.rank = communicator.rank  # a number that stays when others die
-        self._names = [f"rank {rank} on {host}" for rank, host in enumerate(communicator.hosts)]
+        host = communicator.hosts[communicator.rank]
+        self._name = f"process {os.getpid()} on {host}" if communicator.is_new else f"rank {self.rank} on {host}"
+        self._names = {rank: f"rank {rank} on {host}" for rank, host in enumerate(communicator.hosts)}
         # What some rank has found due after a step to which this one has not come yet
         self._later, self._later_due, self._later_stop = -1, Due(), False
         self._before: dict[str, Tensor] = {}  # what messages of a step change, as it was before
@@ -93,10 +101,14 @@ class Elastic:
         self._has_sums = True
         self._mirror_residuals(self._trainer.step + 1)
         loss, tokens = self._trainer.own_loss()
+        communicator = self._trainer.communicator
         # As whole numbers of 64 bits, which every engine sends
-        own = torch.tensor(struct.unpack("<qq", struct.pack("<dq", loss, tokens)))
-        gathered = self._trainer.communicator.all_gather(own).tolist()
-        self._losses = [struct.unpack("<dq", struct.pack("<qq", *each)) for each in gathered]
+        own = torch.tensor(struct.unpack("<qqq", struct.pack("<dqq", loss, tokens, communicator.hosts_have_changed)))
+        gathered = communicator.all_gather(own).tolist()
+        *own_losses, changed = zip(
+            *(struct.unpack("<dqq", struct.pack("<qqq", *each)) for each in gathered), strict=True
+        )
+        self._losses, self.is_regroup_due = list(zip(*own_losses, strict=True)), any(changed)
 
     def loss(self) -> tuple[float, int]:
         """What this rank adds to the loss of the last step and its tokens: after a local step its own; otherwise all of
@@ -112,56 +124,74 @@ class Elastic:
     def note_residuals(self) -> None:
         """How much ranks have not delivered, should one of them die. Collective."""
         norms = [float(torch.linalg.vector_norm(each)) for each in self._residuals()]
-        numbers = self._trainer.communicator.all_gather_object((self.rank, math.hypot(*norms)))
-        self._residual_norms = dict(numbers)
+        self._residual_norms = dict(self._trainer.communicator.all_gather_object((self.rank, math.hypot(*norms))))
 
     def add_due(self) -> None:
         """Adds what others have found due after the step that has ended."""
         if self._trainer.step == self._later:
             self._require(self._later, self._later_due, self._later_stop)
 
-    # ---- after a death
+    # ---- other ranks
+
+    def regroup(self, loader: Loader) -> Loader:
+        """Lets ranks join, or leave, before the next step: returns what reads this rank's part from now on."""
+        if not self._trainer.communicator.is_new:
+            self._trainer.saver.wait()  # rank 0 may be among those that leave
+            with suppress(DeadRankError):  # others may be about to regroup already
+                self._trainer.communicator.barrier()
+        return self._go_on(loader, "left")
 
     def recover(self, error: DeadRankError, loader: Loader) -> Loader:
         """Goes on without the ranks that have died: returns what reads this rank's part from now on.
 
         If fewer than `comm.min_ranks` are left, they are to save and stop.
         """
+        logger.debug("%s: %s", self._name, error)
+        return self._go_on(loader, "died")
+
+    def _go_on(self, loader: Loader, lost: str) -> Loader:
+        """`lost`: what those have done that are no longer there."""
         noticed = time.monotonic()
-        logger.debug("%s: %s", self._names[self.rank], error)
         while True:
             try:
-                return self._recover(noticed, loader)
+                return self._recover(noticed, loader, lost)
             except DeadRankError as another:
-                logger.debug("%s, while it goes on: %s", self._names[self.rank], another)
+                lost = "died"
+                logger.debug("%s, while it goes on: %s", self._name, another)
 
-    def _recover(self, noticed: float, loader: Loader) -> Loader:
+    def _recover(self, noticed: float, loader: Loader, lost: str) -> Loader:
         trainer, communicator = self._trainer, self._trainer.communicator
         communicator.shrink_()
         trainer.strategy.abandon()
-        alive = communicator.all_gather_object(self.rank)
         progress = self._agree()
         step = max(each.step for each in progress)
         if trainer.saver.recover():
             self._require(step, Due(save=True))
-        parts = min((each.parts for each in progress), key=lambda each: len(each.ranks))
-        dead = [rank for rank in parts.ranks if rank not in alive]
+        before = max((each.parts for each in progress if not each.is_new), key=lambda each: each.changes)
+        ranks = self._number(progress, before)
+        gone = [rank for rank in before.ranks if rank not in ranks]
         kept: list[int | None] = []
         if self._mirror is not None:
-            kept = communicator.all_gather_object(self._mirror.take_over(dead, self._residuals(), step))
+            kept = communicator.all_gather_object(self._mirror.take_over(gone, self._residuals(), step))
         if any(each.strategy is not None for each in progress):
-            delivered = trainer.strategy.go_on([each.strategy for each in progress])
+            sent = trainer.strategy.go_on([each.strategy for each in progress])
             communicator.barrier()  # whoever dies until here is told of together with the others
         else:
-            self._replace_strategy()
-            delivered = step
-        trainer.parts, lost = parts.without(dead, delivered, step, trainer.config.train.steps)
+            self._replace_strategy(progress)
+            sent = step
+        trainer.parts, unlearned = before.regrouped(ranks, sent, step, trainer.config.train.steps)
         loader.close()
         loader = trainer.open_loader()
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
         self._mirror_residuals(step)
-        self._tell(dead, kept, step, time.monotonic() - noticed, step - delivered, lost)
+        self.is_regroup_due = False
+        said = _who([self._names[rank] for rank in gone], lost)
+        said += _who([self._names[rank] for rank in ranks if rank not in before.ranks], "joined")
+        said = said or "ranks have regrouped: "
+        said += f"{communicator.size} ranks go on from step {step}, after {time.monotonic() - noticed:.2f} s"
+        said += self._losses_of([rank for rank in gone if rank not in kept], step - sent, unlearned)
+        trainer.write("event", message=said)
         if communicator.size < trainer.config.comm.min_ranks:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             self._require(step, Due(save=step > 0), stop=True)
@@ -171,12 +201,17 @@ class Elastic:
         """Completes the step under way if some rank has, otherwise takes it back; finds out what is still to be done
         after the last step of all. Returns the progress of all ranks. Collective.
         """
-        trainer, strategy = self._trainer, self._trainer.strategy
-        norm = trainer.norm.cpu()
-        own = _Progress(trainer.step, norm, self._losses, trainer.due, trainer.stop, trainer.parts, strategy.progress())
+        trainer, strategy, is_new = self._trainer, self._trainer.strategy, self._trainer.communicator.is_new
+        step = -1 if is_new else trainer.step
+        came_to = step, trainer.norm.cpu(), self._losses, trainer.due, trainer.stop, trainer.parts, strategy.progress()
+        own = _Progress(self.rank, self._name, is_new, *came_to)
         progress: list[_Progress] = trainer.communicator.all_gather_object(own)
         first = max(progress, key=lambda each: each.step)
-        if trainer.step < first.step and not strategy.is_local:
+        if first.is_new:
+            raise JobError("no rank that has trained is left: go on with --resume latest")
+        if is_new:
+            trainer.step, trainer.norm, self._losses = first.step, first.norm.to(trainer.device), first.losses
+        elif trainer.step < first.step and not strategy.is_local:
             assert self._has_sums, "a rank has completed a step of whose gradients this one has no sum"
             self._losses = first.losses
             trainer.complete_step(first.norm.to(trainer.device))
@@ -188,34 +223,40 @@ class Elastic:
                 self._require(first.step, each.due, each.stop)
         return progress
 
+    def _number(self, progress: list[_Progress], before: RankParts) -> list[int]:
+        """The numbers of all ranks, in their order; those that join get new ones."""
+        known = max([before.known, *(each.rank + 1 for each in progress if not each.is_new)])
+        ranks: list[int] = []
+        for each in progress:
+            ranks.append(known if each.is_new else each.rank)
+            known += each.is_new
+        self.rank = ranks[self._trainer.communicator.rank]
+        self._names.update(zip(ranks, (each.name for each in progress), strict=True))
+        return ranks
+
     def _require(self, step: int, due: Due, stop: bool = False) -> None:
         """This is to be done after a step: the last one, or one to which this rank has still to come."""
         trainer = self._trainer
-        if trainer.step != step and self._later != step:
-            self._later, self._later_due, self._later_stop = step, Due(), False
-        target = trainer.due if trainer.step == step else self._later_due
-        for name, is_due in vars(due).items():
-            setattr(target, name, getattr(target, name) or is_due)
         if trainer.step == step:
+            trainer.due.add(due)
             trainer.stop |= stop
-        else:
-            self._later_stop |= stop
+            return
+        if self._later != step:
+            self._later, self._later_due, self._later_stop = step, Due(), False
+        self._later_due.add(due)
+        self._later_stop |= stop
 
-    def _tell(self, dead: list[int], kept: list[int | None], step: int, seconds: float, unsent: int, lost: int) -> None:
-        """`kept`: ranks whose residuals were mirrored. `unsent`: steps of which the dead have not sent what they had
-        learned; `lost`: sequences lost for good.
+    def _losses_of(self, gone: list[int], steps: int, unlearned: int) -> str:
+        """What is lost with ranks, as the end of a sentence: residuals, and sequences that nobody can make up for.
+
+        `steps`: of which they had not sent what they had learned.
         """
-        names, size = ", ".join(self._names[rank] for rank in dead), self._trainer.communicator.size
-        verb = "has" if len(dead) == 1 else "have"
-        said = f"{names} {verb} died: {size} ranks go on from step {step}, after {seconds:.2f} s"
-        norms = [self._residual_norms[rank] for rank in dead if rank not in kept and self._residual_norms.get(rank)]
-        if norms:
+        said = ""
+        if norms := [self._residual_norms[rank] for rank in gone if self._residual_norms.get(rank)]:
             said += f"; a residual of norm {math.hypot(*norms):.3g}, when it was logged last, is lost"
-        if lost:
-            said += f"; what was learned from {lost} sequences of the last {unsent} steps is lost"
-        elif unsent:
-            said += f", and train again on what was theirs of the last {unsent} steps"
-        self._trainer.write("event", message=said)
+        if unlearned:
+            return f"{said}; what was learned from {unlearned} sequences of the last {steps} steps is lost"
+        return f"{said}, and train again on what was theirs of the last {steps} steps" if steps else said
 
     def _residuals(self) -> list[Tensor]:
         return list(self._trainer.strategy.rank_state().summed.values())
@@ -232,31 +273,50 @@ class Elastic:
             tensor.copy_(self._before[name])
         strategy.sync.step = self._sync_step
 
-    def _replace_strategy(self) -> None:
-        """The same strategy among the ranks that are left, with what this rank had not delivered. Collective."""
-        trainer, old = self._trainer, self._trainer.strategy
+    def _replace_strategy(self, progress: list[_Progress]) -> None:
+        """The same strategy among the ranks that there are now, with what this rank had not delivered. Collective."""
+        trainer, old, is_new = self._trainer, self._trainer.strategy, self._trainer.communicator.is_new
         old.release()
-        costs = old.sync.algorithm_costs  # measuring them again would take longer than all else here
+        some_are_new = any(each.is_new for each in progress)
+        root = [each.is_new for each in progress].index(False)
+        costs, state = old.sync.algorithm_costs, old.state_dict()  # measuring costs takes longer than all else here
+        if some_are_new:
+            shared = share_state(trainer, root)
+            costs, state = shared.algorithm_costs, shared.strategy
         new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config, costs)
         try:
-            new.load_state_dict(old.state_dict(), trainer.step, as_saved=False)
-            kept = {**old.optimizer_state(), **old.rank_state().tensors()}
+            new.load_state_dict(state, trainer.step, as_saved=False)
+            kept = {} if is_new else {**old.optimizer_state(), **old.rank_state().tensors()}
             for name, tensor in {**new.optimizer_state(), **new.rank_state().tensors()}.items():
                 if name in kept and kept[name] is not tensor:
                     tensor.copy_(kept[name])
+            if some_are_new:
+                share_tensors(new, root)
             new.restored(1.0)
         except DeadRankError:
             new.abandon()
             new.release()
             raise
         trainer.strategy, trainer.sync = new, new.sync
+        trainer.communicator.is_new = False
         self._before = {}
 
 
 def check_elastic(config: Config, communicator: Communicator) -> None:
     """Raises JobError on all ranks if `comm.elastic` asks for what this job's engine or launcher does not have."""
-    if config.comm.elastic and communicator.size > 1 and not communicator.supports("shrink"):
+    if not config.comm.elastic:
+        return
+    if communicator.size > 1 and not communicator.supports("shrink"):
         raise JobError(
-            f"comm.elastic = true needs engine mpi, and ranks that outlive one that dies: start the job by mpirun "
-            f"--with-ft ulfm (this is engine {communicator.engine})"
+            f"comm.elastic = true needs ranks that outlive one that dies: start the job by mpirun --with-ft ulfm and "
+            f"engine mpi, or by horovodrun --host-discovery-script (this is engine {communicator.engine})"
         )
+    if communicator.supports("join") and config.local_steps.every:
+        raise JobError(
+            "comm.elastic = true goes with local steps only under mpirun --with-ft ulfm: leave out local_steps.every"
+        )
+
+
+def _who(names: list[str], what: str) -> str:
+    """Of whom something is to be told, as the beginning of a sentence."""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} {what}: " if names else ""

@@ -52,7 +52,10 @@ def choose_device(wanted: str, communicator: Communicator) -> torch.device:
             f"ranks {', '.join(map(str, ranks))} on {communicator.hosts[ranks[0]]} share one GPU, which NCCL refuses: "
             "start one rank a GPU, or set comm.engine = 'mpi'"
         )
-    device = torch.device("cuda", deal_gpus(visible)[communicator.rank])
+    # One that is to join others does not see whom they compute on: the numbers of those are dealt by local rank, too
+    is_new, own = communicator.is_new, visible[communicator.rank]
+    number = communicator.local_rank % len(own) if is_new else deal_gpus(visible)[communicator.rank]
+    device = torch.device("cuda", number)
     raise_on_all_ranks(communicator, communicator.all_gather_object(_use_gpu(device)))
     if communicator.engine == "horovod" and communicator.supports("cuda"):
         # Where Horovod's thread allocates what it gathers it waits for the default stream, and so for a backward pass

@@ -16,11 +16,12 @@ from typing import NoReturn
 from hvdlm.comm.activity import Watchdog
 from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.failure import DeadRankError, LostRankError, say, try_for
+from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, say, try_for
 from hvdlm.comm.launch import connect, detect
 from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
+from hvdlm.exit_status import STOPPED_EARLY
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +50,17 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     ends itself, and the others outlive it.
     """
     refuse_ranks_that_seem_alone(detect(os.environ))
-    communicator = connect(engine, timeout)
-    where = f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
+    communicator = connect(engine, timeout, is_elastic)
     reporter: MissingRankReporter | None = None
 
-    def end_this_rank(doing: str) -> None:
-        _end_stuck(communicator, reporter, f"hvdlm: error: {where} is stuck: it {doing} (comm.timeout)", is_elastic)
+    def where() -> str:  # with comm.elastic the number may change
+        return f"rank {communicator.rank} on {communicator.hosts[communicator.rank]}"
 
-    patience = math.inf if communicator.size == 1 else timeout * _SOONER if is_elastic else timeout
+    def end_this_rank(doing: str) -> None:
+        _end_stuck(communicator, reporter, f"hvdlm: error: {where()} is stuck: it {doing} (comm.timeout)", is_elastic)
+
+    is_alone = communicator.size == 1 and not communicator.supports("join")
+    patience = math.inf if is_alone else timeout * _SOONER if is_elastic else timeout
     watchdog = Watchdog(communicator.activity, patience, end_this_rank)
 
     def find_others() -> None:
@@ -68,6 +72,8 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     try:
         check_ranks_match(communicator, config_digest)
         find_others()
+        if communicator.supports("join"):
+            communicator.after_shrink.append(lambda: check_ranks_match(communicator, config_digest))
         communicator.after_shrink.append(find_others)
         yield communicator
         watchdog.close()
@@ -76,6 +82,9 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
         assert reporter is not None
         reporter.close()
         communicator.close()
+    except LeftOutError as error:
+        say(f"hvdlm: {error}")
+        os._exit(STOPPED_EARLY)
     except JobError as error:
         watchdog.close()
         _end_by_job_error(communicator, reporter, error)
@@ -83,12 +92,12 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
         missing = f"; {reporter.report()}" if reporter else ""
         say(f"hvdlm: error: {error}{missing}")
         time.sleep(_SECONDS_TO_PRINT)
-        communicator.abort(f"hvdlm: {where} ends the job")
+        communicator.abort(f"hvdlm: {where()} ends the job")
     except HvdlmError as error:
         if communicator.size == 1:
             raise
         logger.debug("where the error arose", exc_info=True)
-        _end_all(communicator, reporter, f"hvdlm: error: {where}: {error}")
+        _end_all(communicator, reporter, f"hvdlm: error: {where()}: {error}")
     except Exception:
         if communicator.size == 1:
             raise

@@ -68,14 +68,22 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         on_all_ranks(communicator, lambda: check_deterministic(config, device))
         check_devices_match(communicator, device, config)
         threads = share_cores(config.train.threads, communicator)
+        if communicator.supports("join"):
+            communicator.after_shrink += [
+                lambda: check_data_matches(communicator, data),
+                lambda: check_devices_match(communicator, device, config),
+                lambda: share_cores(config.train.threads, communicator),
+            ]
         with out_of_memory_errors(_LESS_MEMORY):
             trainer = Trainer(config, communicator, data, vocab_size, device)
         sentences: list[str] = []
-        state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
+        state = None
+        if not communicator.is_new:
+            state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
         if state is not None:
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
             sentences = restore(trainer, source, state)
-        else:
+        elif not communicator.is_new:
             trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
 
@@ -87,7 +95,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             return open_metrics(step)
 
         trainer.open_metrics = take_over
-        if communicator.rank == 0:
+        if communicator.rank == 0 and not communicator.is_new:
             logger.info(
                 "%s parameters, %d ranks on %d nodes, %s, %d CPU threads a rank",
                 f"{parameter_count(config.model, vocab_size):,}",

@@ -30,7 +30,7 @@ class SkippedSteps:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._in_a_row = 0
+        self.in_a_row = 0  # equal on all ranks that step together
         self._late: tuple[int, LateNumber] | None = None  # of the step before, on a GPU
         self.error: str | None = None  # why this rank gives up, where it must tell the others
 
@@ -49,7 +49,7 @@ class SkippedSteps:
         was_least = scale.is_least
         trainer.strategy.scale_residuals_(scale.update(skip))
         if not skip:
-            self._in_a_row = 0
+            self.in_a_row = 0
         elif scale.is_dynamic and not was_least:
             self._check_weights(trainer.step + 1)
             trainer.write("event", message=f"fp16 gradients overflowed: step skipped, loss scale now {scale.factor:g}")
@@ -64,19 +64,19 @@ class SkippedSteps:
             return
         step, number = late
         if math.isfinite(number.read(self._trainer.communicator, self._trainer.config.comm.timeout)):
-            self._in_a_row = 0
+            self.in_a_row = 0
         else:
             self._count(step)
 
     def _count(self, step: int) -> None:
         self._check_weights(step)
-        self._in_a_row += 1
+        self.in_a_row += 1
         trainer = self._trainer
         gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
         name = checkpoint.not_finite(gradients)
         what = f"the gradient of {name}" if name else "a gradient"
-        if self._in_a_row > trainer.config.train.max_skipped:
-            steps = f", the last of {self._in_a_row} in a row" if self._in_a_row > 1 else ""
+        if self.in_a_row > trainer.config.train.max_skipped:
+            steps = f", the last of {self.in_a_row} in a row" if self.in_a_row > 1 else ""
             remedy = "lower optimizer.lr, or resume from the last checkpoint with other settings"
             if trainer.loss_scale.is_dynamic:
                 what += f" overflows in fp16 even with the least loss scale, {trainer.loss_scale.factor:g}"

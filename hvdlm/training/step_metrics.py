@@ -24,9 +24,13 @@ class StepMetrics:
         self._communicator, self._device = communicator, device
         self._precision, self._flops_per_token = precision, flops_per_token
         self._peak_flops: float | None = None
-        self._has_looked_up_peak = False
         self.compute_seconds: list[float] = []  # of each rank, as the last `collect` has learned
+        self._has_looked_up_peak = False
         self._clear()
+
+    def ranks_have_joined(self) -> None:
+        """Asks all ranks anew for what they are asked once."""
+        self._has_looked_up_peak = False
 
     def _clear(self) -> None:
         self._step_seconds = self._codec_seconds = 0.0
@@ -51,7 +55,7 @@ class StepMetrics:
         `loss_sum`: this rank's sum over its `tokens`, nats. Bytes are those of rank 0. Collective; sums
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
         """
-        steps = len(self._timers)
+        steps = max(1, len(self._timers))  # one that has just joined has done none
         if not self._has_looked_up_peak:  # between steps, when nothing else computes
             self._peak_flops, self._has_looked_up_peak = self._own_peak(), True
         seconds = [timer.seconds() for timer in self._timers]

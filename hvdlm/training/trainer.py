@@ -63,8 +63,7 @@ class Trainer:
         flops = flops_per_token(config.model, vocab_size)
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
         self.timer = StepTimer(device)  # of the last step
-        # Tokens of a global batch in which every target counts
-        self.nominal_tokens = config.train.global_batch_size * config.model.context_length
+        self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped = SkippedSteps(self)
         self._loss_spikes, self._stragglers = LossSpikes(), Stragglers()
@@ -81,7 +80,8 @@ class Trainer:
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
         self.parts = RankParts(config.train.global_batch_size, communicator.size)
-        self.elastic = Elastic(self) if config.comm.elastic and communicator.size > 1 else None
+        can_change = communicator.size > 1 or communicator.supports("join")
+        self.elastic = Elastic(self) if config.comm.elastic and can_change else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -113,7 +113,10 @@ class Trainer:
                     self._do_what_is_due(preemption)
                     if self.step >= steps or self.stop:
                         break
-                    self.train_step(loader, preemption.requested)
+                    if self.elastic and self.elastic.is_regroup_due:
+                        loader = self.elastic.regroup(loader)
+                    else:
+                        self.train_step(loader, preemption.requested)
                 except UnreadableBatchError as error:
                     raise JobError(f"{error}{self._save_what_is_done()}") from None
                 except DeadRankError as error:

@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+import hvdlm
 from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.gradients.bucket_codecs import flat_states
@@ -31,7 +32,8 @@ from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
 
-OWN_RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
+UNDER_HOROVODRUN = "HOROVOD_RANK" in os.environ
+OWN_RANK = int(os.environ["HOROVOD_RANK" if UNDER_HOROVODRUN else "OMPI_COMM_WORLD_RANK"])
 
 
 class Here:
@@ -107,9 +109,13 @@ def backward(step: int) -> None:
 
 def bucket(step: int) -> None:
     """In the third message of a step's sums: in the middle of a ring all-reduce."""
-    from hvdlm.comm.mpi import MPICommunicator
+    owner: type
+    if UNDER_HOROVODRUN:
+        from hvdlm.comm.tcp import TcpCommunicator as owner
+    else:
+        from hvdlm.comm.mpi import MPICommunicator as owner
 
-    before(MPICommunicator, "_send", step, passes=2)
+    before(owner, "_send", step, passes=2)
 
 
 def codec(step: int) -> None:
@@ -215,7 +221,31 @@ def rebuilding(step: int) -> None:
     before(Elastic, "_replace_strategy", step)
 
 
+def regrouping(step: int) -> None:
+    """Before it asks horovodrun for its place, after another death in this step."""
+    from hvdlm.comm.elastic_rendezvous import ElasticRendezvous
+
+    before(ElasticRendezvous, "regroup", step)
+
+
+def meeting(step: int) -> None:
+    """When it has its place, and the others wait for it."""
+    from hvdlm.comm.elastic_rendezvous import ElasticRendezvous
+
+    before(ElasticRendezvous, "meet", step)
+
+
+def preparing(step: int) -> None:
+    """While it gets ready to join others; `step` is -1, as it has not begun one."""
+    before(trainer, "make_model", step)
+
+
 # ---- faults of which nobody dies
+
+
+def unfit(step: int) -> None:
+    """This rank has another version of hvdlm."""
+    hvdlm.__version__ = "another"
 
 
 def stuck(step: int) -> None:
@@ -275,29 +305,40 @@ def quota(step: int) -> None:
 
 
 def residuals(step: int) -> None:
-    """This rank does not die: it says whether codecs have what they had before the step, once it goes on."""
-    begin, agree, replace = Elastic.begin_step, Elastic._agree, Elastic._replace_strategy
+    """This rank does not die: it says whether codecs have what they had before the step, or before others have joined,
+    once it goes on."""
+    begin, regroup, agree, replace = Elastic.begin_step, Elastic.regroup, Elastic._agree, Elastic._replace_strategy
     own: dict[str, torch.Tensor] = {}
     had_changed: list[bool] = []
 
-    def are_as_before() -> bool:
-        now = Here.trainer.strategy.step_state()
+    def note(self: Elastic) -> None:
+        own.update({name: each.clone() for name, each in self._trainer.strategy.step_state().items()})
+
+    def are_as_before(self: Elastic) -> bool:
+        now = self._trainer.strategy.step_state()
         return now.keys() == own.keys() and all(now[name].equal(own[name]) for name in own)
 
     def noting(self: Elastic) -> None:
         begin(self)
         if Here.step == step and not own:
-            own.update({name: each.clone() for name, each in Here.trainer.strategy.step_state().items()})
+            note(self)
+
+    def regrouping(self: Elastic, loader: Any) -> Any:
+        note(self)
+        return regroup(self, loader)
 
     def agreeing(self: Elastic) -> Any:
-        had_changed.append(not are_as_before())
+        had_changed.append(not are_as_before(self))
         return agree(self)
 
-    def replacing(self: Elastic) -> None:
-        replace(self)
-        print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before()}", flush=True)
+    def replacing(self: Elastic, progress: Any) -> None:
+        is_new = self._trainer.communicator.is_new
+        replace(self, progress)
+        if not is_new:
+            print(f"rank {OWN_RANK}: had changed {had_changed}, as before: {are_as_before(self)}", flush=True)
 
-    Elastic.begin_step, Elastic._agree, Elastic._replace_strategy = noting, agreeing, replacing  # type: ignore[method-assign]
+    Elastic.begin_step, Elastic.regroup = noting, regrouping  # type: ignore[method-assign]
+    Elastic._agree, Elastic._replace_strategy = agreeing, replacing  # type: ignore[method-assign]
 
 
 def saves_residuals(step: int) -> None:
@@ -313,8 +354,8 @@ def saves_residuals(step: int) -> None:
         if Here.step == step and Here.trainer.communicator.size == int(os.environ["OMPI_COMM_WORLD_SIZE"]):
             save("before")
 
-    def replacing(self: Elastic) -> None:
-        replace(self)
+    def replacing(self: Elastic, progress: Any) -> None:
+        replace(self, progress)
         save("after")
 
     Elastic.begin_step, Elastic._replace_strategy = beginning, replacing  # type: ignore[method-assign]

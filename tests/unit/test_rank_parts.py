@@ -26,7 +26,7 @@ def test_each_rank_has_its_part_of_a_batch() -> None:
 
 def test_others_take_over_from_the_batch_under_way() -> None:
     """As where ranks step together: all that the dead one has computed before is in the model."""
-    parts, lost = RankParts(BATCH, 4).without([2], sent=5, batch=5, end=END)
+    parts, lost = RankParts(BATCH, 4).regrouped([0, 1, 3], sent=5, batch=5, end=END)
     assert (parts.ranks, lost) == ([0, 1, 3], 0)
     assert parts.own(4, 2) == [(4, 6), (4, 7), (4, 8)]
     assert parts.own(5, 3) == [(5, 8), (5, 9), (5, 10), (5, 11)]
@@ -35,7 +35,7 @@ def test_others_take_over_from_the_batch_under_way() -> None:
 
 def test_what_was_not_sent_is_made_up_for() -> None:
     """Batches 5 and 6 of rank 0, three sequences each, in as many steps: one a rank and step."""
-    parts, lost = RankParts(BATCH, 4).without([0], sent=5, batch=7, end=END)
+    parts, lost = RankParts(BATCH, 4).regrouped([1, 2, 3], sent=5, batch=7, end=END)
     assert lost == 0
     assert parts.own(7, 1) == [(7, 0), (7, 1), (7, 2), (7, 3), (5, 0)]
     assert parts.own(8, 3) == [(8, 8), (8, 9), (8, 10), (8, 11), (6, 2)]
@@ -45,8 +45,8 @@ def test_what_was_not_sent_is_made_up_for() -> None:
 
 def test_who_makes_up_for_it_dies_too() -> None:
     """Before it has, and before it has sent anything since the first death."""
-    parts, _ = RankParts(BATCH, 4).without([0], sent=4, batch=7, end=END)
-    parts, lost = parts.without([1, 2], sent=4, batch=8, end=END)
+    parts, _ = RankParts(BATCH, 4).regrouped([1, 2, 3], sent=4, batch=7, end=END)
+    parts, lost = parts.regrouped([3], sent=4, batch=8, end=END)
     assert (parts.ranks, lost) == ([3], 0)
     assert all_of(parts, [3], range(END)) + all_of(parts, [0, 1, 2], range(4)) == ONCE
 
@@ -54,7 +54,7 @@ def test_who_makes_up_for_it_dies_too() -> None:
 @pytest.mark.parametrize(("batch", "lost"), [(20, 9), (19, 0)])
 def test_at_the_end_of_a_run(batch: int, lost: int) -> None:
     """Without a step there is nobody to train on it: 3 sequences of 3 batches. One step takes it all."""
-    parts, found = RankParts(BATCH, 4).without([3], sent=17, batch=batch, end=END)
+    parts, found = RankParts(BATCH, 4).regrouped([0, 1, 2], sent=17, batch=batch, end=END)
     assert found == lost
     trained = all_of(parts, [0, 1, 2], range(END)) + all_of(parts, [3], range(17))
     assert sum((ONCE - trained).values()) == lost
@@ -62,7 +62,7 @@ def test_at_the_end_of_a_run(batch: int, lost: int) -> None:
 
 
 def test_a_run_that_is_resumed_makes_up_for_it() -> None:
-    parts, _ = RankParts(BATCH, 4).without([1], sent=5, batch=8, end=END)
+    parts, _ = RankParts(BATCH, 4).regrouped([0, 2, 3], sent=5, batch=8, end=END)
     saved = json.loads(json.dumps(parts.state_dict(9)))
     for size in (3, 2, 5):
         again = RankParts(BATCH, size)
@@ -72,3 +72,14 @@ def test_a_run_that_is_resumed_makes_up_for_it() -> None:
         if size == 3:
             own = [[parts.own(k, rank) for k in range(9, END)] for rank in (0, 2, 3)]
             assert [[again.own(k, rank) for k in range(9, END)] for rank in range(3)] == own
+
+
+def test_ranks_that_join_have_their_part() -> None:
+    """Numbers that have been given are not given again; the order is that of ranks now."""
+    parts, _ = RankParts(BATCH, 3).regrouped([1, 2], sent=6, batch=6, end=END)
+    parts, lost = parts.regrouped([2, 1, parts.known], sent=9, batch=9, end=END)
+    assert (parts.ranks, lost, parts.known, parts.changes) == ([2, 1, 3], 0, 4, 2)
+    assert parts.own(9, 2) == [(9, 0), (9, 1), (9, 2), (9, 3)]
+    assert parts.own(9, 3) == [(9, 8), (9, 9), (9, 10), (9, 11)]
+    assert parts.own(8, 3) == []
+    assert all_of(parts, [0, 1, 2, 3], range(END)) == ONCE
