@@ -44,8 +44,9 @@ def main() -> None:
                 with optimizer.skip_synchronize():
                     optimizer.step()
                 state.batch += 1
-                state.commit()
+                # Before commit(), which may fail when it has saved the step, and then does not have it done again
                 log.write(Step(state.batch, loss.item(), own, training.batch_size, hvd.size()))
+                state.commit()
 
     train(hvd.elastic.TorchState(model, optimizer, batch=0))
 
