@@ -4,16 +4,15 @@
     python benchmarks/recovery.py --data data/convergence
 
 In each trial one rank of a job is killed (SIGKILL), at a moment and with a rank that the trial's number draws. Systems:
-`comm.elastic` under mpirun --with-ft ulfm; and mpirun started again with --resume latest once the job has ended. Trials
-of both alternate. Each run's losses are compared with those of a run in which nobody dies. Writes recovery.json and
-recovery.md; benchmarks/README.md defines the figures. Any setting can be overridden as for `hvdlm train`, by
---section.key value.
+`comm.elastic` under mpirun --with-ft ulfm; mpirun started again with --resume latest once the job has ended; elastic
+Horovod; torchft. Trials of all alternate. Losses are compared with those of a run of the same system in which nobody
+dies. Writes recovery.json and recovery.md; benchmarks/README.md defines the figures. Any setting can be overridden as
+for `hvdlm train`, by --section.key value.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.conditions import describe_run, describe_settings
-from common.processes import end_launcher, hvdlm_command, start_launcher
-from common.results import markdown_table, read_results, write_results, write_text
+from common.results import read_results, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from common.setups import ONE_HOST, Cluster, available_setups, open_cluster, parse_setup
 from hvdlm.config import Config
@@ -30,7 +28,10 @@ from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
-from recovery.trial import Lines, Trial, make_plan, run_trial
+from recovery.recovery_systems import HVDLM, SYSTEMS
+from recovery.recovery_table import table, worst_loss_difference
+from recovery.step_lines import LoggedStep
+from recovery.trial import Plan, Trial, make_plan, run_trial, run_undisturbed
 
 SETUPS = (ONE_HOST, "4x1gbit")
 SETTINGS = {
@@ -45,11 +46,13 @@ SETTINGS = {
     "checkpoint.every": 20,
     "log.every": 1,
 }
-SYSTEMS = ("elastic", "restart")
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Measures each set-up, and writes its results before the next one starts."""
+    """Measures each set-up, and writes its results before the next one starts.
+
+    Raises HvdlmError at the end if a trial of hvdlm has failed.
+    """
     DataSet(options.data)
     config = load(None, [*as_overrides(SETTINGS), *overrides, "--data.path", str(options.data)], PRESETS)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -60,89 +63,60 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             tempfile.TemporaryDirectory(prefix="hvdlm-recovery-") as directory,
             open_cluster(setup, Path(directory, "fabric")) as cluster,
         ):
-            found = _measure(cluster, config, options, Path(directory))
-        results[setup.name] = {**describe_run(), "settings": describe_settings(config), **found}
+            systems = _measure(cluster, config, options, Path(directory))
+        results[setup.name] = {
+            **describe_run("torchft"),
+            "settings": describe_settings(config),
+            "systems": systems,
+        }
         write_results(path, results)
         write_text(options.output / "recovery.md", table(results))
+        if failed := [name for name in HVDLM if systems.get(name, {}).get("failures")]:
+            raise HvdlmError(f"{setup.name}: trials of {' and '.join(failed)} failed, see {path}")
     print(table(results))
 
 
 def _measure(cluster: Cluster, config: Config, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """The undisturbed run, then trials of all systems in turns."""
-    whole, seconds = _undisturbed(cluster, config, directory)
-    trials: dict[str, list[dict[str, Any]]] = {system: [] for system in options.systems}
+    """The undisturbed run of each system, then trials of all in turns."""
+    systems: dict[str, Any] = {}
+    whole: dict[str, dict[int, LoggedStep]] = {}
+    for name in options.systems:
+        job = SYSTEMS[name](cluster, config, directory / f"{name.replace(' ', '-')}-undisturbed")
+        whole[name], seconds = run_undisturbed(job, config.train.steps, directory / f"{name}.log")
+        difference = worst_loss_difference(whole[name], whole[options.systems[0]])
+        systems[name] = {"step_seconds": seconds, "loss_difference": difference, "trials": [], "failures": []}
+        print(f"== {cluster.setup.name}, {name}: {seconds:.3f} s a step, loss within {difference:.1e}", flush=True)
     for seed in range(options.trials):
-        plan = make_plan(seed, cluster.setup.ranks, config.train.steps, seconds)
-        for system in options.systems:
-            run_dir, log = directory / f"{system}{seed}", directory / f"{system}{seed}.log"
-            start = _command(cluster, config, run_dir, system == "elastic")
-            again = [*start, "--resume", "latest"] if system == "restart" else None
-            trial = run_trial(start, again, run_dir, config.train.steps, plan, log)
-            worst = max(abs(trial.losses[step] / whole[step] - 1) for step in whole)
-            print(f"== {cluster.setup.name}, {system}, trial {seed}: {_sentence(trial, worst)}", flush=True)
-            kept = {name: value for name, value in asdict(trial).items() if name != "losses"}
-            trials[system].append({**kept, "worst_loss_difference": worst, "lost": len(whole.keys() - trial.losses)})
-    return {"step_seconds": seconds, "trials": trials}
+        plan = make_plan(seed, cluster.setup.ranks, config.train.steps)
+        for name, found in systems.items():
+            run_dir = directory / f"{name.replace(' ', '-')}-{seed}"
+            job = SYSTEMS[name](cluster, config, run_dir)
+            log = run_dir.with_suffix(".log")
+            try:
+                trial, steps = run_trial(
+                    job, config.train.steps, config.train.global_batch_size, found["step_seconds"], plan, log
+                )
+            except HvdlmError as error:
+                found["failures"].append({**asdict(plan), "cause": str(error)})
+                print(f"== {cluster.setup.name}, {name}, trial {seed}: {_failure(plan, error)}", flush=True)
+                continue
+            worst = None if trial.samples_lost else worst_loss_difference(steps, whole[name])
+            print(f"== {cluster.setup.name}, {name}, trial {seed}: {_sentence(trial)}", flush=True)
+            work_lost = trial.steps_repeated * found["step_seconds"]
+            found["trials"].append({**asdict(trial), "seconds_repeated": work_lost, "worst_loss_difference": worst})
+    return systems
 
 
-def _undisturbed(cluster: Cluster, config: Config, directory: Path) -> tuple[dict[int, float], float]:
-    """The losses of a run in which nobody dies, and the seconds of a step."""
-    run_dir, steps = directory / "undisturbed", config.train.steps
-    lines = Lines(run_dir)
-    with (directory / "undisturbed.log").open("wb") as log:
-        job = start_launcher(_command(cluster, config, run_dir, elastic=True), log)
-        try:
-            lines.wait_for(steps, job)
-            job.wait()
-        finally:
-            if job.poll() is None:
-                end_launcher(job)
-    return lines.losses, (lines.times[steps] - lines.times[steps // 4]) / (steps - steps // 4)
-
-
-def _command(cluster: Cluster, config: Config, run_dir: Path, elastic: bool) -> list[str]:
-    own = config.model_copy(
-        update={
-            "train": config.train.model_copy(update={"run_dir": str(run_dir)}),
-            "comm": config.comm.model_copy(update={"elastic": elastic}),
-        }
-    )
-    settings = run_dir.with_suffix(".toml")
-    settings.write_text(own.to_toml(), encoding="utf-8")
-    tolerance = ["--with-ft", "ulfm"] if elastic else []
-    words = ["train", str(settings), "--train.run_dir", str(run_dir)]
-    return [*cluster.launcher, *tolerance, hvdlm_command(), *words]
-
-
-def _sentence(trial: Trial, worst: float) -> str:
+def _sentence(trial: Trial) -> str:
     return (
         f"rank {trial.rank} killed after step {trial.step}, {trial.seconds:.2f} s to the end of a step, "
-        f"{trial.steps_repeated} steps repeated, loss within {worst:.1e}, ended after {trial.seconds_to_end:.1f} s"
+        f"{trial.steps_repeated} steps repeated, {trial.samples_lost} samples lost, "
+        f"ended after {trial.seconds_to_end:.1f} s"
     )
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown of what is in recovery.json."""
-    rows = [_row(setup, system, found) for setup, found in results.items() for system in found["trials"]]
-    columns = ("set-up", "system", "trials", "step, s", "median, s", "worst, s", "repeated", "lost", "loss", "end, s")
-    return markdown_table(columns, rows)
-
-
-def _row(setup: str, system: str, found: dict[str, Any]) -> list[str]:
-    trials = found["trials"][system]
-    seconds = [trial["seconds"] for trial in trials]
-    return [
-        setup,
-        system,
-        str(len(trials)),
-        f"{found['step_seconds']:.2f}",
-        f"{statistics.median(seconds):.2f}",
-        f"{max(seconds):.2f}",
-        str(sum(trial["steps_repeated"] for trial in trials)),
-        str(sum(trial["lost"] for trial in trials)),
-        f"{max(trial['worst_loss_difference'] for trial in trials):.0e}",
-        f"{max(trial['seconds_to_end'] for trial in trials):.1f}",
-    ]
+def _failure(plan: Plan, error: HvdlmError) -> str:
+    return f"rank {plan.rank} killed after step {plan.step}, {error}"
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
@@ -151,7 +125,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
     parser.add_argument("--setup", nargs="+", default=SETUPS, help=f"HOSTSxRATE, or {ONE_HOST} (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help=f"of {ONE_HOST}")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS, help="(default: all)")
+    parser.add_argument("--systems", nargs="+", default=tuple(SYSTEMS), choices=SYSTEMS, help="(default: all)")
     parser.add_argument("--trials", type=int, default=20)
     options, overrides = parser.parse_known_args()
     if options.trials < 1 or options.ranks < 2:

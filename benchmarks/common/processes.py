@@ -42,9 +42,9 @@ def hvdlm_command() -> str:
     return str(Path(sys.executable).with_name("hvdlm"))
 
 
-def on_first_host(fabric: Path) -> list[str]:
-    """The command before a program that runs it on host h1 of the fabric whose state is in `fabric`."""
-    return [hvdlm_command(), "fabric", "--state", str(fabric), "run", "h1", "--"]
+def on_host(fabric: Path, host: str) -> list[str]:
+    """The command before a program that runs it on host h1, h2, ... of the fabric whose state is in `fabric`."""
+    return [hvdlm_command(), "fabric", "--state", str(fabric), "run", host, "--"]
 
 
 def environment() -> dict[str, str]:

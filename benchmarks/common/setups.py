@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.processes import FORWARDED_VARIABLES, mpirun, on_first_host
+from common.processes import FORWARDED_VARIABLES, mpirun, on_host
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.fabric.programs import require
@@ -35,6 +35,7 @@ class Cluster:
     setup: Setup
     launcher: list[str]  # the command that starts its ranks; an absolute program path follows
     interface: str | None  # the network interface that carries all messages between hosts; None: one host
+    fabric: Path | None  # the state of the emulated hosts h1, h2, ...; None: one host
 
 
 def parse_setup(name: str, ranks: int) -> Setup:
@@ -82,12 +83,12 @@ def open_cluster(setup: Setup, state: Path) -> Iterator[Cluster]:
     """
     command = mpirun(setup.ranks)
     if setup.rate is None:
-        yield Cluster(setup, [*command, "--oversubscribe"], None)
+        yield Cluster(setup, [*command, "--oversubscribe"], None, None)
         return
     fabric = Fabric(state)
     fabric.up(setup.ranks, 1, setup.rate, slurm=False)
     try:
         options = ["--hostfile", str(state / "hostfile"), *FORWARDED_VARIABLES]
-        yield Cluster(setup, [*on_first_host(state), *command, *options], network.INTERFACE)
+        yield Cluster(setup, [*on_host(state, "h1"), *command, *options], network.INTERFACE, state)
     finally:
         fabric.down()

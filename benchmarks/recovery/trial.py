@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +13,18 @@ import psutil
 
 from common.processes import cause_of_failure, end_launcher, start_launcher
 from hvdlm.errors import HvdlmError
-
-# Seconds for which a job is waited for: to come to a step, and to end
-_PATIENCE = 300.0
-_POLL = 0.002
+from recovery.step_lines import PATIENCE, Lines, LoggedStep
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What one death has cost."""
+class Job:
+    """How a system trains in one directory."""
 
-    rank: int  # of the launcher, that was killed
-    step: int  # the last one that was logged before
-    seconds: float  # from the kill to the end of the first step that the others have made without the dead one
-    steps_repeated: int
-    seconds_to_end: float  # from the last step to the end of the launcher
-    losses: dict[int, float]  # of each step, as the run has logged it at last
+    start: Sequence[str]  # its launcher's command
+    again: Sequence[str] | None  # what begins once the job has ended of a death; None: it does not end
+    lines: Lines
+    word: str  # among the words of the command of each rank, and of no other job
+    rank_variables: Mapping[str, str]  # environment variables of a rank, with {rank} for its number
 
 
 @dataclass(frozen=True)
@@ -39,118 +33,103 @@ class Plan:
 
     rank: int
     step: int  # the kill follows this one
-    seconds: float  # after its end
+    moment: float  # in the step after it, 0 to 1
 
 
-def make_plan(seed: int, ranks: int, steps: int, step_seconds: float) -> Plan:
+@dataclass(frozen=True)
+class Trial:
+    """What one death has cost."""
+
+    rank: int  # of the launcher, that was killed
+    step: int  # the last one that was logged before
+    seconds: float  # from the kill to the end of the first step that nobody had ended before, without the dead rank
+    steps_repeated: int
+    samples_repeated: int
+    samples_lost: int  # of all global batches, those that entered no step
+    seconds_to_end: float  # from the last step to the end of the launcher
+
+
+def make_plan(seed: int, ranks: int, steps: int) -> Plan:
     """Any rank, at any moment of the middle half of a run."""
     draw = random.Random(seed)
-    return Plan(draw.randrange(ranks), draw.randint(steps // 4, 3 * steps // 4), draw.uniform(0, step_seconds))
+    return Plan(draw.randrange(ranks), draw.randint(steps // 4, 3 * steps // 4), draw.random())
 
 
-class Lines:
-    """The training steps that a run has logged, each with the time at which it was seen."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        self.losses: dict[int, float] = {}
-        self.times: dict[int, float] = {}  # time.monotonic(), of the first time
-        self.since_death: int | None = None  # the first step without the dead rank
-
-    def read(self) -> None:
-        """Looks once. Lines may have been dropped, and written again."""
-        if not self._path.exists():
-            return
-        now, has_died = time.monotonic(), False
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                return
-            has_died |= record["kind"] == "event" and " died: " in record["message"]
-            if record["kind"] == "train":
-                if has_died and self.since_death is None:
-                    self.since_death = record["step"]
-                self.losses[record["step"]] = record["loss"]
-                self.times.setdefault(record["step"], now)
-
-    @property
-    def last(self) -> int:
-        """The last step that was seen."""
-        return max(self.times, default=0)
-
-    def wait_for_survivors(self, job: subprocess.Popen[bytes]) -> float:
-        """Until the first step without the dead rank has ended, and when that was."""
-        while self.since_death is None:
-            self.wait_for(self.last + 1, job)
-        return self.times[self.since_death]
-
-    def wait_for(self, step: int, job: subprocess.Popen[bytes]) -> None:
-        """Until the step has ended. Raises HvdlmError if the job ends before, or after `_PATIENCE`."""
-        end = time.monotonic() + _PATIENCE
-        while self.last < step:
-            if job.poll() is not None and (self.read() or self.last < step):
-                raise HvdlmError(f"the job ended with status {job.returncode} at step {self.last}, before step {step}")
-            if time.monotonic() > end:
-                raise HvdlmError(f"step {step} has not ended within {_PATIENCE:g} s")
-            time.sleep(_POLL)
-            self.read()
-
-
-def run_trial(
-    start: Sequence[str], again: Sequence[str] | None, run_dir: Path, steps: int, plan: Plan, log: Path
-) -> Trial:
-    """Runs a job of `steps` steps. `again`: what begins anew once the job has ended of a death; None: it does not end.
-
-    Raises HvdlmError if the last step is not reached, or the last launcher ends with an error.
-    """
-    lines = Lines(run_dir)
-    with log.open("ab") as output:
-        job = start_launcher(start, output)
+def run_undisturbed(job: Job, steps: int, log: Path) -> tuple[dict[int, LoggedStep], float]:
+    """The steps of a run in which nobody dies, and the seconds of a step. Raises HvdlmError if it fails."""
+    with log.open("wb") as output:
+        launcher = start_launcher(job.start, output)
         try:
-            lines.wait_for(plan.step, job)
-            time.sleep(plan.seconds)
-            lines.read()
-            before = lines.last
-            killed = time.monotonic()
-            _rank(run_dir, plan.rank).kill()
-            repeated = 0
-            if again is None:
-                seconds = lines.wait_for_survivors(job) - killed
-            else:
-                job.wait(_PATIENCE)
-                lines.read()
-                before = lines.last
-                job = start_launcher(again, output)
-                repeated = before - _resumed_from(run_dir, before)
-                lines.wait_for(before + 1, job)
-                seconds = lines.times[before + 1] - killed
-            lines.wait_for(steps, job)
-            status = job.wait(_PATIENCE)
-            ended = time.monotonic()
+            job.lines.wait_for(steps, launcher)
+            launcher.wait(PATIENCE)
         except HvdlmError as error:
             raise HvdlmError(f"{error}: {cause_of_failure(log)}") from None
         finally:
-            if job.poll() is None:
-                end_launcher(job)
+            if launcher.poll() is None:
+                end_launcher(launcher)
+    job.lines.read()
+    times = job.lines.times
+    return job.lines.steps(), (times[steps] - times[steps // 4]) / (steps - steps // 4)
+
+
+def run_trial(
+    job: Job, steps: int, batch_size: int, step_seconds: float, plan: Plan, log: Path
+) -> tuple[Trial, dict[int, LoggedStep]]:
+    """Runs a job of `steps` steps, and kills a rank; returns the steps that it has logged at last, too.
+
+    Raises HvdlmError if the last step is not reached, or the last launcher ends with an error.
+    """
+    lines = job.lines
+    with log.open("ab") as output:
+        launcher = start_launcher(job.start, output)
+        try:
+            lines.wait_for(plan.step, launcher)
+            time.sleep(plan.moment * step_seconds)
+            lines.read()
+            before = lines.last
+            killed = time.monotonic()
+            _find_rank(job, plan.rank).kill()
+            if job.again is None:
+                seconds = lines.wait_for_survivors(launcher) - killed
+            else:
+                launcher.wait(PATIENCE)
+                lines.read()
+                lines.begin_again()
+                before = lines.last
+                launcher = start_launcher(job.again, output)
+                lines.wait_for(before + 1, launcher)
+                seconds = lines.times[before + 1] - killed
+            lines.wait_for(steps, launcher)
+            status = launcher.wait(PATIENCE)
+            ended = time.monotonic()
+            lines.read()
+        except HvdlmError as error:
+            raise HvdlmError(f"{error}: {cause_of_failure(log)}") from None
+        finally:
+            if launcher.poll() is None:
+                end_launcher(launcher)
     if status:
         raise HvdlmError(f"the job ended with status {status}: {cause_of_failure(log)}")
-    return Trial(plan.rank, before, seconds, repeated, ended - lines.times[steps], dict(lines.losses))
+    logged, repeated = lines.steps(), lines.repeated
+    return Trial(
+        rank=plan.rank,
+        step=before,
+        seconds=seconds,
+        steps_repeated=len(repeated),
+        samples_repeated=sum(repeated.values()),
+        samples_lost=steps * batch_size - sum(step.samples for step in logged.values()),
+        seconds_to_end=ended - lines.times[steps],
+    ), logged
 
 
-def _resumed_from(run_dir: Path, before: int) -> int:
-    """The step of the newest checkpoint."""
-    steps = [int(each.name.removeprefix("step_")) for each in (run_dir / "checkpoints").glob("step_" + "[0-9]" * 8)]
-    return max((step for step in steps if step <= before), default=0)
-
-
-def _rank(run_dir: Path, rank: int) -> psutil.Process:
-    """The process of a rank that trains in `run_dir`."""
+def _find_rank(job: Job, rank: int) -> psutil.Process:
+    """The process of a rank."""
+    variables = {name: value.format(rank=rank) for name, value in job.rank_variables.items()}
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has ended
-            if process.environ().get("OMPI_COMM_WORLD_RANK") == str(rank) and str(run_dir) in process.cmdline():
+            if job.word in process.cmdline() and variables.items() <= process.environ().items():
                 found.append(process)
     if not found:
-        raise HvdlmError(f"rank {rank} of {run_dir} is not running")
+        raise HvdlmError(f"rank {rank} of {job.word} is not running")
     return found[-1]

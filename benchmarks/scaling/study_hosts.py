@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.processes import FORWARDED_VARIABLES, find_program, mpirun, on_first_host
+from common.processes import FORWARDED_VARIABLES, find_program, mpirun, on_host
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.hostfile import read_hostfile
@@ -56,7 +56,7 @@ class StudyHosts:
         hostfile = self._fabric.state / f"hostfile-{hosts}"
         hostfile.write_text("\n".join(lines[:hosts]) + "\n", encoding="utf-8")
         launcher = [*mpirun(spec.ranks), "--hostfile", str(hostfile), *FORWARDED_VARIABLES]
-        return [*on_first_host(self._fabric.state), *launcher]
+        return [*on_host(self._fabric.state, "h1"), *launcher]
 
     def _on_hosts(self, spec: JobSpec) -> list[str]:
         each = self._study.ranks_per_host
