@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from hvdlm.comm.failure import say
+from hvdlm.comm.launcher_end import end_later
 from hvdlm.errors import HvdlmError
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ _SECONDS_BETWEEN_CHECKS = 1.0
 def launcher_processes() -> list[psutil.Process]:
     """The ancestors of this process that belong to a launcher, the nearest first."""
     return [each for each in psutil.Process().parents() if _is_launcher(each)]
+
+
+def end_launcher_after(seconds: float) -> None:
+    """For a rank that gives up: if its MPI launcher has not ended after so many seconds, it is killed."""
+    end_later([each for each in launcher_processes() if _name(each) in MPI_LAUNCHERS], seconds)
 
 
 def refuse_ranks_that_seem_alone(launch: Launch) -> None:

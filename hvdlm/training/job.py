@@ -18,7 +18,7 @@ from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, say, try_for
 from hvdlm.comm.launch import connect, detect
-from hvdlm.comm.launcher_process import refuse_ranks_that_seem_alone
+from hvdlm.comm.launcher_process import end_launcher_after, refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.exit_status import STOPPED_EARLY
@@ -36,6 +36,9 @@ _SOONER = 0.8
 
 # Seconds within which ranks reach an error that all of them raise; after that a rank has raised it alone.
 _SECONDS_TO_AGREE = 3.0
+
+# After which a launcher that has been asked to end the job, and has not, is killed
+_SECONDS_FOR_LAUNCHER = 20.0
 
 
 @contextmanager
@@ -91,6 +94,8 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     except LostRankError as error:
         missing = f"; {reporter.report()}" if reporter else ""
         say(f"hvdlm: error: {error}{missing}")
+        if communicator.local_rank == 0:
+            end_launcher_after(_SECONDS_FOR_LAUNCHER)
         time.sleep(_SECONDS_TO_PRINT)
         communicator.abort(f"hvdlm: {where()} ends the job")
     except HvdlmError as error:
