@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdlm.data.sampler import rank_part
@@ -69,21 +69,32 @@ class RankParts:
                 by_rank[rank] = by_rank.get(rank, []) + own
         return 0
 
-    def state_dict(self, batch: int) -> list[Any]:
-        """What is to be made up for from `batch` on: batch, place among those that live, and sequences."""
-        return [
-            (step, self.ranks.index(rank), sequences)
+    def state_dict(self) -> dict[str, Any]:
+        """With numbers as where a run begins: those of the ranks that there are now come first."""
+        gone = sorted({rank for _, ranks in self._members for rank in ranks} - set(self.ranks))
+        number = {rank: place for place, rank in enumerate([*self.ranks, *gone])}
+        made_up = [
+            (step, number[rank], sequences)
             for step, by_rank in sorted(self._made_up.items())
             for rank, sequences in by_rank.items()
-            if step >= batch and sequences
+            if sequences
         ]
+        members = [(first, [number[rank] for rank in ranks]) for first, ranks in self._members]
+        return {"members": members, "made_up": made_up}
 
-    def load_state_dict(self, state: Sequence[Any], batch: int, end: int, as_saved: bool) -> None:
-        """Restores it at the start; deals it out anew if there are not as many ranks."""
+    def load_state_dict(self, state: Mapping[str, Any], batch: int, end: int, as_saved: bool) -> None:
+        """Restores it where a run goes on, at `batch`. If there are not as many ranks as there were, only what is still
+        to be made up for, which is dealt out anew.
+        """
+        made_up = [(step, rank, [(k, index) for k, index in each]) for step, rank, each in state["made_up"]]
         if not as_saved:
-            self._deal([(k, index) for _, _, each in state for k, index in each], batch, min(len(state), end - batch))
+            still = [(step, each) for step, _, each in made_up if step >= batch]
+            steps = min(len({step for step, _ in still}), end - batch)
+            self._deal([sequence for _, each in still for sequence in each], batch, steps)
             return
-        made_up: dict[int, dict[int, Sequences]] = defaultdict(dict)
-        for step, rank, sequences in state:
-            made_up[step][rank] = [(k, index) for k, index in sequences]
-        self._made_up = dict(made_up)
+        self._members = [(first, list(ranks)) for first, ranks in state["members"]]
+        self.known = 1 + max(rank for _, ranks in self._members for rank in ranks)
+        by_step: dict[int, dict[int, Sequences]] = defaultdict(dict)
+        for step, rank, sequences in made_up:
+            by_step[step][rank] = sequences
+        self._made_up = dict(by_step)

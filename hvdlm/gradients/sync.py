@@ -252,6 +252,10 @@ class GradientSync:
                 if channel.exchange.algorithm_costs:
                     channel.exchange.algorithm_costs = [AlgorithmCost(*cost) for cost in state["trials"]]
 
+    def residuals(self) -> list[Tensor]:
+        """What this rank's codecs have not delivered, flat."""
+        return self._bucket_codecs.flat_states()
+
     def codec_state(self) -> dict[str, Tensor]:
         """What this rank's codecs keep from step to step, by kind and parameter: views, to be saved or filled."""
         return self._bucket_codecs.state()

@@ -109,6 +109,9 @@ class EveryStep(Strategy):
     def step_state(self) -> dict[str, Tensor]:
         return self.sync.codec_state()
 
+    def residuals(self) -> list[Tensor]:
+        return self.sync.residuals()
+
     @property
     def ranks_are_equal(self) -> bool:
         return True

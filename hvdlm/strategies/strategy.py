@@ -176,6 +176,10 @@ class Strategy(ABC):
     def step_state(self) -> dict[str, Tensor]:
         """What the messages of a step change before it is applied, by name: views."""
 
+    @abstractmethod
+    def residuals(self) -> list[Tensor]:
+        """What this rank has not delivered, flat: views."""
+
     def progress(self) -> Any:
         """What the others need to know of this rank for all to `go_on`; None if it can do without. After `abandon`."""
         return None
@@ -186,6 +190,9 @@ class Strategy(ABC):
         Returns the first batch of which the others have not got what the dead ranks have learned.
         """
         raise NotImplementedError
+
+    def send_again(self) -> None:  # noqa: B027
+        """Sends again what was under way when a rank died, once all ranks that are left have agreed how they go on."""
 
     # ---- the parameters to keep
 

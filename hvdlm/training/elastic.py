@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class _Progress(NamedTuple):
     """How far a rank has come."""
 
-    rank: int  # its number, which stays when others die
+    number: int  # of the rank, which stays when others die
     name: str
     is_new: bool  # it is about to join, and has come nowhere
     step: int
@@ -63,12 +63,12 @@ class Elastic:
         self._trainer = trainer
         communicator = trainer.communicator
         self.is_regroup_due = communicator.is_new  # before the next step, because hosts have come or gone
-        self.rank = communicator.rank  # a number that stays when others die
+        self.number = communicator.rank  # stays when others die
         host = communicator.hosts[communicator.rank]
-        self._name = f"process {os.getpid()} on {host}" if communicator.is_new else f"rank {self.rank} on {host}"
+        self._name = f"process {os.getpid()} on {host}" if communicator.is_new else f"rank {self.number} on {host}"
         self._names = {rank: f"rank {rank} on {host}" for rank, host in enumerate(communicator.hosts)}
-        # What some rank has found due after a step to which this one has not come yet
-        self._later, self._later_due, self._later_stop = -1, Due(), False
+        # What some rank has found due after steps to which this one has not come yet, and whether to stop there
+        self._later: dict[int, tuple[Due, bool]] = {}
         self._before: dict[str, Tensor] = {}  # what messages of a step change, as it was before
         self._sync_step = 0
         self._open = -1  # the step that has begun and may be taken back
@@ -123,13 +123,13 @@ class Elastic:
 
     def note_residuals(self) -> None:
         """How much ranks have not delivered, should one of them die. Collective."""
-        norms = [float(torch.linalg.vector_norm(each)) for each in self._residuals()]
-        self._residual_norms = dict(self._trainer.communicator.all_gather_object((self.rank, math.hypot(*norms))))
+        norms = [float(torch.linalg.vector_norm(each)) for each in self._trainer.strategy.residuals()]
+        self._residual_norms = dict(self._trainer.communicator.all_gather_object((self.number, math.hypot(*norms))))
 
     def add_due(self) -> None:
         """Adds what others have found due after the step that has ended."""
-        if self._trainer.step == self._later:
-            self._require(self._later, self._later_due, self._later_stop)
+        if later := self._later.pop(self._trainer.step, None):
+            self._require(self._trainer.step, *later)
 
     # ---- other ranks
 
@@ -160,42 +160,45 @@ class Elastic:
                 logger.debug("%s, while it goes on: %s", self._name, another)
 
     def _recover(self, noticed: float, loader: Loader, lost: str) -> Loader:
-        trainer, communicator = self._trainer, self._trainer.communicator
+        trainer, communicator, strategy = self._trainer, self._trainer.communicator, self._trainer.strategy
         communicator.shrink_()
-        trainer.strategy.abandon()
+        strategy.abandon()
         progress = self._agree()
         step = max(each.step for each in progress)
         if trainer.saver.recover():
             self._require(step, Due(save=True))
         before = max((each.parts for each in progress if not each.is_new), key=lambda each: each.changes)
-        ranks = self._number(progress, before)
-        gone = [rank for rank in before.ranks if rank not in ranks]
-        kept: list[int | None] = []
+        numbers = self._number(progress, before)
+        gone = [number for number in before.ranks if number not in numbers]
+        kept: set[int] = set()
         if self._mirror is not None:
-            kept = communicator.all_gather_object(self._mirror.take_over(gone, self._residuals(), step))
+            self._mirror.take_over(gone, strategy.residuals(), trainer.loss_scale.factor, step)
+            kept.update(*communicator.all_gather_object(self._mirror.taken_over))
         if any(each.strategy is not None for each in progress):
-            sent = trainer.strategy.go_on([each.strategy for each in progress])
-            communicator.barrier()  # whoever dies until here is told of together with the others
+            sent = strategy.go_on([each.strategy for each in progress])
         else:
             self._replace_strategy(progress)
             sent = step
-        trainer.parts, unlearned = before.regrouped(ranks, sent, step, trainer.config.train.steps)
-        loader.close()
-        loader = trainer.open_loader()
+        trainer.step_metrics.ranks_have_changed()
+        parts, unlearned = before.regrouped(numbers, sent, step, trainer.config.train.steps)
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
-        self._mirror_residuals(step)
         self.is_regroup_due = False
-        said = _who([self._names[rank] for rank in gone], lost)
-        said += _who([self._names[rank] for rank in ranks if rank not in before.ranks], "joined")
+        said = _who([self._names[number] for number in gone], lost)
+        said += _who([self._names[number] for number in numbers if number not in before.ranks], "joined")
         said = said or "ranks have regrouped: "
         said += f"{communicator.size} ranks go on from step {step}, after {time.monotonic() - noticed:.2f} s"
-        said += self._losses_of([rank for rank in gone if rank not in kept], step - sent, unlearned)
+        said += self._losses_of([number for number in gone if number not in kept], step - sent, unlearned)
         trainer.write("event", message=said)
-        if communicator.size < trainer.config.comm.min_ranks:
+        communicator.barrier()  # who has died until here is told of, whatever happens next
+        trainer.parts = parts
+        self._mirror_residuals(step)
+        trainer.strategy.send_again()
+        if communicator.size < trainer.config.comm.min_ranks and step < trainer.config.train.steps:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             self._require(step, Due(save=step > 0), stop=True)
-        return loader
+        loader.close()
+        return trainer.open_loader()
 
     def _agree(self) -> list[_Progress]:
         """Completes the step under way if some rank has, otherwise takes it back; finds out what is still to be done
@@ -204,7 +207,7 @@ class Elastic:
         trainer, strategy, is_new = self._trainer, self._trainer.strategy, self._trainer.communicator.is_new
         step = -1 if is_new else trainer.step
         came_to = step, trainer.norm.cpu(), self._losses, trainer.due, trainer.stop, trainer.parts, strategy.progress()
-        own = _Progress(self.rank, self._name, is_new, *came_to)
+        own = _Progress(self.number, self._name, is_new, *came_to)
         progress: list[_Progress] = trainer.communicator.all_gather_object(own)
         first = max(progress, key=lambda each: each.step)
         if first.is_new:
@@ -225,14 +228,14 @@ class Elastic:
 
     def _number(self, progress: list[_Progress], before: RankParts) -> list[int]:
         """The numbers of all ranks, in their order; those that join get new ones."""
-        known = max([before.known, *(each.rank + 1 for each in progress if not each.is_new)])
-        ranks: list[int] = []
+        known = max([before.known, *(each.number + 1 for each in progress if not each.is_new)])
+        numbers: list[int] = []
         for each in progress:
-            ranks.append(known if each.is_new else each.rank)
+            numbers.append(known if each.is_new else each.number)
             known += each.is_new
-        self.rank = ranks[self._trainer.communicator.rank]
-        self._names.update(zip(ranks, (each.name for each in progress), strict=True))
-        return ranks
+        self.number = numbers[self._trainer.communicator.rank]
+        self._names.update(zip(numbers, (each.name for each in progress), strict=True))
+        return numbers
 
     def _require(self, step: int, due: Due, stop: bool = False) -> None:
         """This is to be done after a step: the last one, or one to which this rank has still to come."""
@@ -241,10 +244,9 @@ class Elastic:
             trainer.due.add(due)
             trainer.stop |= stop
             return
-        if self._later != step:
-            self._later, self._later_due, self._later_stop = step, Due(), False
-        self._later_due.add(due)
-        self._later_stop |= stop
+        known, stops = self._later.get(step, (Due(), False))
+        known.add(due)
+        self._later[step] = known, stops or stop
 
     def _losses_of(self, gone: list[int], steps: int, unlearned: int) -> str:
         """What is lost with ranks, as the end of a sentence: residuals, and sequences that nobody can make up for.
@@ -258,14 +260,12 @@ class Elastic:
             return f"{said}; what was learned from {unlearned} sequences of the last {steps} steps is lost"
         return f"{said}, and train again on what was theirs of the last {steps} steps" if steps else said
 
-    def _residuals(self) -> list[Tensor]:
-        return list(self._trainer.strategy.rank_state().summed.values())
-
     def _mirror_residuals(self, steps: int) -> None:
         """As they are after so many steps. Collective."""
         if self._mirror is not None:
             trainer = self._trainer
-            self._mirror.exchange(trainer.communicator, trainer.parts.ranks, self._residuals(), steps)
+            own, scale = trainer.strategy.residuals(), trainer.loss_scale.factor
+            self._mirror.exchange(trainer.communicator, trainer.parts.ranks, own, scale, steps)
 
     def _take_back(self) -> None:
         strategy = self._trainer.strategy

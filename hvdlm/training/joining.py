@@ -39,7 +39,6 @@ def share_state(trainer: Trainer, root: int) -> Shared:
     trainer.loss_scale.load_state_dict(shared.loss_scale)
     trainer.skipped.in_a_row = shared.skipped_in_a_row
     trainer.unread = shared.unread
-    trainer.step_metrics.ranks_have_joined()
     return shared
 
 

@@ -18,32 +18,33 @@ class ResidualMirror:
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}  # flat, by the number of steps done
-        self._rank = -1  # whose they are
+        self._number = -1  # of the rank whose they are
+        self.taken_over: list[int] = []  # numbers of ranks
 
-    def exchange(self, communicator: Communicator, ranks: Sequence[int], own: Sequence[Tensor], steps: int) -> None:
+    def exchange(
+        self, communicator: Communicator, numbers: Sequence[int], own: Sequence[Tensor], scale: float, steps: int
+    ) -> None:
         """Sends this rank's residuals after `steps` steps to the next rank, and receives those of the one before.
 
-        `ranks`: their numbers, which stay when others die. Collective.
+        `numbers`: of all ranks, which stay when others die. `scale`: of the loss, by which residuals are multiplied,
+        a power of two. Collective.
         """
         if communicator.size == 1 or not own:
             return
-        sent = torch.cat([each.reshape(-1) for each in own])
-        oldest = min(self._kept) if len(self._kept) > 1 else None
-        received = torch.empty_like(sent) if oldest is None else self._kept.pop(oldest)
-        before, after = communicator.rank - 1, (communicator.rank + 1) % communicator.size
-        sending = communicator.send_async(sent, after)
-        communicator.receive_(received, before % communicator.size)
+        sent = torch.cat([each.reshape(-1) for each in own]).div_(scale)
+        number = numbers[communicator.rank - 1]
+        kept = self._kept if number == self._number else {}
+        received = kept.pop(min(kept)) if len(kept) > 1 else torch.empty_like(sent)
+        sending = communicator.send_async(sent, (communicator.rank + 1) % communicator.size)
+        communicator.receive_(received, (communicator.rank - 1) % communicator.size)
         sending.wait()
-        self._kept[steps], self._rank = received, ranks[before]
+        self._kept, self._number = {**kept, steps: received}, number
 
-    def take_over(self, dead: Collection[int], own: Sequence[Tensor], steps: int) -> int | None:
-        """Adds to this rank's residuals after `steps` steps those of the rank before it, if that is among the `dead`:
-        returns its number.
-        """
-        kept, rank = self._kept.get(steps), self._rank
-        self._kept, self._rank = {}, -1
-        if kept is None or rank not in dead:
-            return None
+    def take_over(self, gone: Collection[int], own: Sequence[Tensor], scale: float, steps: int) -> None:
+        """Adds to this rank's residuals after `steps` steps those of the rank before it, if that is `gone`."""
+        kept = self._kept.get(steps)
+        if kept is None or self._number not in gone or self._number in self.taken_over:
+            return
         for tensor, mirrored in zip(own, kept.split([each.numel() for each in own]), strict=True):
-            tensor.add_(mirrored.view_as(tensor))
-        return rank
+            tensor.add_(mirrored.view_as(tensor), alpha=scale)
+        self.taken_over.append(self._number)

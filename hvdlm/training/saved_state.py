@@ -30,8 +30,9 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     broadcast_tensors(communicator, equal.values())
     loss_scale.load_state_dict(state["loss_scale"])
     trainer.unread = state.get("unread", 0)
-    made_up = state.get("made_up", [])
-    trainer.parts.load_state_dict(made_up, state["step"], trainer.config.train.steps, size == communicator.size)
+    if "parts" in state:
+        end = trainer.config.train.steps
+        trainer.parts.load_state_dict(state["parts"], state["step"], end, size == communicator.size)
     own = own_state(trainer)
     scatter_from_checkpoint(communicator, source, own, size)
     if "loss_scale" in own.dropped:
@@ -54,7 +55,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "loss_scale": trainer.loss_scale.state_dict(),
         **trainer.strategy.state_dict(),
         "unread": trainer.unread,
-        "made_up": trainer.parts.state_dict(trainer.step),
+        "parts": trainer.parts.state_dict(),
         "ranks_are_equal": trainer.strategy.ranks_are_equal,
         "config": trainer.config.model_dump(),
         "vocab_size": trainer.model.vocab_size,

@@ -118,10 +118,9 @@ class Saver:
 
     def tell_validated(self) -> None:
         """Lets `best` lead to the step that was validated, if it is the best and saved. On rank 0."""
-        task = self._task
-        is_written = task is not None and task.done() and task.exception() is None
-        if self._settings.keep_best and self._trainer.metrics is not None and task is not None and is_written:
-            checkpoint.retain(task.result(), self._retention())
+        run_dir = Path(self._trainer.config.train.run_dir)
+        if self._settings.keep_best and self._trainer.metrics is not None and checkpoint.is_saved(run_dir, self.step):
+            checkpoint.retain(checkpoint.directory(run_dir) / f"step_{self.step:08d}", self._retention())
 
     def recover(self) -> bool:
         """After a rank has died: whether the last save did not come to its end, and is due again. Collective.

@@ -28,7 +28,7 @@ class StepMetrics:
         self._has_looked_up_peak = False
         self._clear()
 
-    def ranks_have_joined(self) -> None:
+    def ranks_have_changed(self) -> None:
         """Asks all ranks anew for what they are asked once."""
         self._has_looked_up_peak = False
 

@@ -381,7 +381,7 @@ class Trainer:
             self.config.model.context_length,
             self.parts,
             self.config.train.seed,
-            self.elastic.rank if self.elastic else self.communicator.rank,
+            self.elastic.number if self.elastic else self.communicator.rank,
             self.config.data.read_ahead,
             start=self.step,
             pin_memory=self.device.type == "cuda",

@@ -113,7 +113,7 @@ def test_without_mpirun_s_tolerance(small_data: Path, tmp_path: Path) -> None:
     assert result.output.count("start the job by mpirun --with-ft ulfm and engine mpi, or by") == 1, result.output
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk"])
+@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd"])
 def test_a_mirrored_residual_outlives_its_rank(codec: str, small_data: Path, tmp_path: Path) -> None:
     """Before a step all ranks have not delivered as much as, after a death in it, those that are left."""
     plan = ",".join(f"saves_residuals:12:{rank}" for rank in range(3)) + ",codec:12:1"
@@ -126,6 +126,8 @@ def test_a_mirrored_residual_outlives_its_rank(codec: str, small_data: Path, tmp
     after = [torch.load(tmp_path / f"after_{rank}.pt") for rank in (0, 2)]
     assert any(each.any() for each in before[1].values())
     for name, first in before[0].items():
+        if "residual" not in name:
+            continue  # the basis of powersgd, equal on all ranks
         expected = first + before[1][name] + before[2][name]
         torch.testing.assert_close(after[0][name] + after[1][name], expected, rtol=1e-5, atol=1e-7)
 

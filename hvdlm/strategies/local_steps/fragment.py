@@ -150,6 +150,7 @@ class Fragment:
         self._handles: list[Work[None]] = []
         self._barriers: list[Work[None]] = []  # where ranks may die: whether all have the sums
         self._totals: Work[Tensor] = Work.done(Report().message())
+        self._ended_totals: Tensor | None = None  # of the last round that has ended
         self._nominal_tokens = 1.0
         self._factor: float | None = None  # from what the buckets hold to the average; None: it may be arriving
         # Of the last round, to send it again: what this rank told, over how many steps, and what codecs had kept before
@@ -261,7 +262,7 @@ class Fragment:
                     bucket.end_round_(self.outer_optimizer, self._factor, has_overlapped)
                 else:
                     bucket.set_outer_()
-        self.is_under_way, self.delivered = False, self.began_at
+        self.is_under_way, self.delivered, self._ended_totals = False, self.began_at, totals
         return totals
 
     # ---- after a rank has died
@@ -269,8 +270,9 @@ class Fragment:
     def progress(self) -> RoundProgress:
         """How far this rank has come. After its channels have been abandoned."""
         has_sums = self._factor is not None or all(_has_ended(each) for each in self._handles)
-        totals = self._totals.wait() if _has_ended(self._totals) else None
-        return RoundProgress(self.rounds, self.is_under_way, has_sums, totals, self.began_at, self.delivered)
+        totals = self._totals.wait() if self.is_under_way and _has_ended(self._totals) else None
+        rounds = self.rounds, self.is_under_way, has_sums, totals, self._ended_totals
+        return RoundProgress(*rounds, self.began_at, self.delivered)
 
     def have_arrived(self, totals: Tensor) -> None:
         """All ranks that are left have the sums of the round under way, and these totals: it can end."""

@@ -14,8 +14,9 @@ class RoundProgress(NamedTuple):
     rounds: int  # begun
     is_under_way: bool  # the last of them
     has_sums: bool  # of that one
-    totals: Tensor | None  # of the last one, once they have arrived
-    began_at: int  # the step after which it began
+    totals: Tensor | None  # of that one, once they have arrived
+    ended_totals: Tensor | None  # of the last one that has ended
+    began_at: int  # the step after which the last one began
     delivered: int  # the step after which the last one that has ended began
 
 
@@ -35,9 +36,10 @@ def rounds_ended(progress: Sequence[RoundProgress | None]) -> RoundsEnded:
     """
     told = [each for each in progress if each is not None]
     rounds = max(each.rounds - each.is_under_way for each in told)
+    totals = next((each.ended_totals for each in told if each.rounds - each.is_under_way == rounds), None)
     have_sums = all(each is not None and each.is_under_way and each.has_sums for each in progress)
-    if have_sums and len({each.rounds for each in told}) == 1 and any(each.totals is not None for each in told):
-        rounds += 1
-    totals = next((each.totals for each in told if each.rounds == rounds and each.totals is not None), None)
+    arrived = next((each.totals for each in told if each.totals is not None), None)
+    if have_sums and len({each.rounds for each in told}) == 1 and arrived is not None:
+        rounds, totals = rounds + 1, arrived
     delivered = max(each.began_at if each.rounds == rounds else each.delivered for each in told)
     return RoundsEnded(rounds, totals, delivered)

@@ -25,6 +25,7 @@ from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
+from hvdlm.strategies.local_steps.evaluation import parameters_replaced
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import each_alone, make_groups
 from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds, rounds_of
@@ -76,6 +77,7 @@ class LocalSteps(Strategy):
         self._is_ending = False  # a step is; of it, what still has to end and to begin, and totals of what has ended
         self._to_end, self._to_begin = list[Fragment](), list[Fragment]()
         self._totals = list[Tensor]()
+        self._to_send_again = list[Fragment]()  # after a rank has died
         self._own = Report()  # what this rank has not told the others yet
         self._traffic = self.sync.traffic
         self._chooses_interval = settings.every == "auto"  # when the first local step begins
@@ -217,6 +219,7 @@ class LocalSteps(Strategy):
 
     def _begin_local_steps(self) -> None:
         """All ranks hold the same model: it is the first average."""
+        self.communicator.activity.begin_wait("the other ranks, to begin local steps")
         if self._timer and self._chooses_interval:
             round_ = round_seconds(self._groups, self.fragments, self._compression)
             self._rounds, self._event = choose(self._rounds, self._groups, self._timer.seconds(), round_)
@@ -263,19 +266,24 @@ class LocalSteps(Strategy):
     def step_state(self) -> dict[str, Tensor]:
         return self._every_step.step_state()
 
+    def residuals(self) -> list[Tensor]:
+        if not self._has_begun:
+            return self._every_step.residuals()
+        return [residual for fragment in self.fragments for residual in fragment.residuals()]
+
     def progress(self) -> list[RoundProgress] | None:
         return [fragment.progress() for fragment in self.fragments] if self._has_begun else None
 
     def go_on(self, progress: Sequence[list[RoundProgress] | None]) -> int:
         """A round that some rank has ended, of which then all have the sums, ends everywhere. So does one of which all
-        that are left have the sums. Any other begins anew: the differences stand in `sent`, or have not changed.
+        that are left have the sums. Any other is sent again: the differences stand in `sent`, or have not changed.
         """
         if not self._has_begun:  # some rank has
             self._leave_warm_up()
         costs = self._first_channels[0].exchange.algorithm_costs
         self._first_channels = self._reopen(costs)
         self._groups = each_alone(self.communicator, self._first_channels)
-        delivered, begin_again = 0, []
+        delivered, self._to_send_again = 0, []
         for index, fragment in enumerate(self.fragments):
             fragment.groups = self._groups
             ended = rounds_ended([None if told is None else told[index] for told in progress])
@@ -284,10 +292,12 @@ class LocalSteps(Strategy):
                 assert ended.totals is not None
                 fragment.have_arrived(ended.totals)
             elif fragment.is_under_way:
-                begin_again.append(fragment)
-        for fragment in sorted(begin_again, key=lambda each: each.began_at):  # as where some begin only now
-            fragment.begin_again(self._global_tokens)
+                self._to_send_again.append(fragment)
         return delivered
+
+    def send_again(self) -> None:
+        for fragment in sorted(self._to_send_again, key=lambda each: each.began_at):  # as where some begin only now
+            fragment.begin_again(self._global_tokens)
 
     # ---- the parameters to keep
 
@@ -303,17 +313,8 @@ class LocalSteps(Strategy):
 
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
-        model = dict(self._model.named_parameters())
-        local = {name: parameter.data for name, parameter in model.items()}
-        for name, parameter in self.parameters().items():
-            model[name].data = parameter.data
-        self._model.update_low_precision_weights()
-        try:
+        with parameters_replaced(self._model, self.parameters()):
             yield
-        finally:
-            for name, parameter in model.items():
-                parameter.data = local[name]
-            self._model.update_low_precision_weights()
 
     # ---- state
 
