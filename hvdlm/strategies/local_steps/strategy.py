@@ -75,8 +75,7 @@ class LocalSteps(Strategy):
         self._step = 0  # steps done
         self._has_begun = False  # local steps have, on this rank
         self._is_ending = False  # a step is; of it, what still has to end and to begin, and totals of what has ended
-        self._to_end, self._to_begin = list[Fragment](), list[Fragment]()
-        self._totals = list[Tensor]()
+        self._to_end, self._to_begin, self._totals = list[Fragment](), list[Fragment](), list[Tensor]()
         self._to_send_again = list[Fragment]()  # after a rank has died
         self._own = Report()  # what this rank has not told the others yet
         self._traffic = self.sync.traffic
