@@ -119,7 +119,7 @@ def save(
 
     Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
-    path = parent / f"step_{step:08d}"
+    path = path_of(parent, step)
     partial = path.with_name(path.name + _PARTIAL)
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -265,9 +265,14 @@ def directory(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def path_of(parent: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, in a directory of checkpoints."""
+    return parent / f"step_{step:08d}"
+
+
 def is_saved(run_dir: Path, step: int) -> bool:
     """Whether a run has a checkpoint of a step, good or damaged."""
-    return (directory(run_dir) / f"step_{step:08d}").exists()
+    return path_of(directory(run_dir), step).exists()
 
 
 def exists_in(run_dir: Path) -> bool:

@@ -118,9 +118,9 @@ class Saver:
 
     def tell_validated(self) -> None:
         """Lets `best` lead to the step that was validated, if it is the best and saved. On rank 0."""
-        run_dir = Path(self._trainer.config.train.run_dir)
-        if self._settings.keep_best and self._trainer.metrics is not None and checkpoint.is_saved(run_dir, self.step):
-            checkpoint.retain(checkpoint.directory(run_dir) / f"step_{self.step:08d}", self._retention())
+        path = checkpoint.path_of(checkpoint.directory(self._trainer.config.train.run_dir), self.step)
+        if self._settings.keep_best and self._trainer.metrics is not None and path.exists():
+            checkpoint.retain(path, self._retention())
 
     def recover(self) -> bool:
         """After a rank has died: whether the last save did not come to its end, and is due again. Collective.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from jobs import assert_same_curve, command, losses, records
 from launcher import Result, run
+from undisturbed import made_once
 
 DYING = Path(__file__).with_name("dying.py")
 MPIRUN = ["mpirun", "--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "-np"]
@@ -33,18 +34,12 @@ def train(ranks: int, plan: str, data: Path, run_dir: Path, **overrides: object)
 @pytest.fixture(scope="module")
 def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`undisturbed(**overrides)`: the run directory of a run in which nobody dies, made once."""
-    made: dict[str, Path] = {}
 
-    def make(**overrides: object) -> Path:
-        key = repr(sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
-            words = command(small_data, made[key], **{**SETTINGS, "comm__elastic": "false", **overrides})
-            result = run([*MPIRUN, "2", *words])
-            assert result.status == 0, result.output
-        return made[key]
+    def train_whole(run_dir: Path, **overrides: object) -> Result:
+        words = command(small_data, run_dir, **{**SETTINGS, "comm__elastic": "false", **overrides})
+        return run([*MPIRUN, "2", *words])
 
-    return make
+    return made_once(train_whole, tmp_path_factory)
 
 
 def assert_goes_on(result: Result, run_dir: Path, whole: Path, deaths: int, relative: float = 1e-4) -> None:

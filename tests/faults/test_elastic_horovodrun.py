@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from jobs import assert_same_curve, command, losses, records, wait_for
 from launcher import Job, Result, run, start
+from undisturbed import made_once
 
 DYING = Path(__file__).with_name("dying.py")
 HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1", "127.0.00.1", "127.0.0.01")
@@ -32,17 +33,11 @@ SAVING = {"checkpoint__every": 10, "train__evaluate_every": 10}
 @pytest.fixture(scope="module")
 def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`undisturbed(**overrides)`: the run directory of a run of one process, made once."""
-    made: dict[str, Path] = {}
 
-    def make(**overrides: object) -> Path:
-        key = repr(sorted(overrides.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
-            result = run(command(small_data, made[key], **{**SETTINGS, **overrides}))
-            assert result.status == 0, result.output
-        return made[key]
+    def train_whole(run_dir: Path, **overrides: object) -> Result:
+        return run(command(small_data, run_dir, **{**SETTINGS, **overrides}))
 
-    return make
+    return made_once(train_whole, tmp_path_factory)
 
 
 class Fleet:

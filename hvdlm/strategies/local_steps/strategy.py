@@ -394,7 +394,6 @@ class LocalSteps(Strategy):
                 fragment.restart(self._arrived)
         self._arrived = []
         if not self.ranks_are_equal:
-            for fragment in self.fragments:
-                for residual in fragment.residuals():
-                    self._groups.move_to_leaders_(residual)
+            for residual in self.residuals():
+                self._groups.move_to_leaders_(residual)
         self._every_step.restored(residual_factor)
