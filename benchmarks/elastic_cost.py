@@ -2,9 +2,10 @@
 
     mpirun -np 2 --with-ft ulfm --bind-to none python benchmarks/elastic_cost.py CONFIG --comm.elastic true
 
-One job trains blocks of steps in turns: without and with `comm.elastic`, and while a checkpoint is written. So what
-else the machine does falls on all of them. Prints the ratios of the seconds of a step to those of a block without it,
-and for how long a save stops training. Any setting can be overridden as for `hvdlm train`, by --section.key value.
+One job trains blocks of steps in turns: without and with `comm.elastic`, in changing order, and while a checkpoint is
+written. So what else the machine does falls on all of them. Prints the ratios of the seconds of a step to those of a
+block without it, and for how long a save stops training: until it returns, and where an update waits for its copy. Any
+setting can be overridden as for `hvdlm train`, by --section.key value.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.conditions import describe_run
 from common.script import absolute_path, run_script
@@ -25,6 +27,7 @@ from hvdlm.errors import JobError
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.saver import Saver
 from hvdlm.training.trainer import Trainer
 
 _WARM_UP = 10  # steps
@@ -49,25 +52,52 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         with trainer.open_loader() as loader:
             _seconds(trainer, loader, _WARM_UP)
             for number in range(options.blocks):
-                trainer.elastic = None
-                plain = _seconds(trainer, loader, options.steps)
-                trainer.elastic = elastic
-                ratios["elastic"].append(_seconds(trainer, loader, options.steps) / plain)
+                seconds: dict[bool, float] = {}
+                for is_elastic in (False, True) if number % 2 else (True, False):
+                    trainer.elastic = elastic if is_elastic else None
+                    seconds[is_elastic] = _seconds(trainer, loader, options.steps)
+                ratios["elastic"].append(seconds[True] / seconds[False])
                 if number % 2:
                     continue
                 trainer.elastic = None
-                begin = time.perf_counter()
-                trainer.saver.save(in_background=True)
-                stops.append((time.perf_counter() - begin) / plain)
-                ratios["while a checkpoint is written"].append(_seconds(trainer, loader, options.steps) / plain)
+                with _Stopped(trainer.saver) as stopped:
+                    trainer.saver.save(in_background=True)
+                    written = _seconds(trainer, loader, options.steps)
+                stops.append(stopped.seconds / seconds[False])
+                ratios["while a checkpoint is written"].append(written / seconds[False])
                 trainer.saver.wait(must_succeed=True)
         longest = communicator.all_gather_object(stops)  # a step waits for the rank that takes longest
         if communicator.rank == 0:
             print(describe_run())
             for name, values in ratios.items():
                 print(f"{name}: {_interval(values)} of a step without")
-            stopped = [max(each) for each in zip(*longest, strict=True)]
-            print(f"a save stops training for {100 * statistics.median(stopped):.1f}% of a step, {len(stopped)} saves")
+            slowest = [max(each) for each in zip(*longest, strict=True)]
+            print(f"a save stops training for {100 * statistics.median(slowest):.1f}% of a step, {len(slowest)} saves")
+
+
+class _Stopped:
+    """For how many seconds training waits for a saver."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver, self._original = saver, (saver.save, saver.have_copied)
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Stopped:
+        for method in self._original:
+            setattr(self._saver, method.__name__, self._timed(method))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for method in self._original:
+            delattr(self._saver, method.__name__)
+
+    def _timed(self, method: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any, **options: Any) -> None:
+            begin = time.perf_counter()
+            method(*arguments, **options)
+            self.seconds += time.perf_counter() - begin
+
+        return run
 
 
 def _seconds(trainer: Trainer, loader: Loader, steps: int) -> float:
@@ -89,8 +119,8 @@ def _interval(ratios: Sequence[float]) -> str:
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=absolute_path)
-    parser.add_argument("--steps", type=int, default=8, help="of a block (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=20, help="of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="of a block (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=100, help="of each kind (default: %(default)s)")
     return parser.parse_known_args()
 
 

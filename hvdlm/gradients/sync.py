@@ -33,6 +33,7 @@ from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes, candidate_codecs, codec_factory
+from hvdlm.gradients.norm import global_norm, global_norm_and_numbers
 
 
 @dataclass
@@ -211,18 +212,15 @@ class GradientSync:
             channel.close()
 
     def norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a float32 scalar on their device. Collective.
+        """Euclidean norm of all gradients together, a float32 scalar on their device. Collective."""
+        return global_norm(self._sums(), self._communicator)
 
-        Each rank takes that of its part of every bucket. So the result is equal on all ranks, bit for bit, also where
-        their processors add in different orders.
-        """
-        size, rank = self._communicator.size, self._communicator.rank
-        own = _norm([bucket.buffer.tensor_split(size)[rank] for bucket in self._bucket_codecs.common_buckets])
-        if size == 1:
-            return own
-        norms = self._communicator.all_gather(own.reshape(1)).flatten()
-        # On GPUs, which are all of one model, without waiting for them; elsewhere in one order, whatever the processor
-        return _norm([norms]) if norms.is_cuda else torch.tensor(math.sqrt(math.fsum(n * n for n in norms.tolist())))
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """`norm`, and in the same message `numbers`, (k,) float64 on the CPU, of all N ranks: (N, k). Collective."""
+        return global_norm_and_numbers(self._sums(), numbers, self._communicator)
+
+    def _sums(self) -> list[Tensor]:
+        return [bucket.buffer for bucket in self._bucket_codecs.common_buckets]
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -381,10 +379,3 @@ def traffic_of(channels: Sequence[Channel], dense_bytes: int) -> Traffic:
         codec_seconds=sum(channel.codec_seconds for channel in channels),
         first_sent=min(first_sent, default=math.nan),
     )
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of tensors together, a scalar of their dtype on their device."""
-    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total

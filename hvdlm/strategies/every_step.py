@@ -76,6 +76,9 @@ class EveryStep(Strategy):
     def norm(self) -> Tensor:
         return self.sync.norm()
 
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sync.norm_and_numbers(numbers)
+
     def scale_residuals_(self, factor: float) -> None:
         self.sync.scale_residuals_(factor)
 

@@ -112,6 +112,12 @@ class Strategy(ABC):
     def norm(self) -> Tensor:
         """Euclidean norm of all gradients together, a scalar on their device, as this rank is to act on it."""
 
+    @abstractmethod
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """`norm`, and in the same message `numbers`, (k,) float64 on the CPU, of all N ranks together: (N, k).
+        Whoever has it knows that all of them have the sums. Collective.
+        """
+
     @property
     @abstractmethod
     def channels(self) -> list[Channel]:

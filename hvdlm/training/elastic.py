@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,22 +92,19 @@ class Elastic:
             else:
                 self._before[name] = tensor.clone()
 
-    def have_sums(self) -> None:
-        """This rank has the sum of all gradients. Collective."""
-        if self._trainer.strategy.is_local:
+    def norm(self) -> Tensor:
+        """`Strategy.norm`, with whose message the ranks tell their losses. This rank has the sum of all gradients."""
+        trainer = self._trainer
+        if trainer.strategy.is_local:
             self._losses = []
-            return
+            return trainer.strategy.norm()
         self._has_sums = True
-        self._mirror_residuals(self._trainer.step + 1)
-        loss, tokens = self._trainer.own_loss()
-        communicator = self._trainer.communicator
-        # As whole numbers of 64 bits, which every engine sends
-        own = torch.tensor(struct.unpack("<qqq", struct.pack("<dqq", loss, tokens, communicator.hosts_have_changed)))
-        gathered = communicator.all_gather(own).tolist()
-        *own_losses, changed = zip(
-            *(struct.unpack("<dqq", struct.pack("<qqq", *each)) for each in gathered), strict=True
-        )
-        self._losses, self.is_regroup_due = list(zip(*own_losses, strict=True)), any(changed)
+        self._mirror_residuals(trainer.step + 1)
+        numbers = [*trainer.own_loss(), trainer.communicator.hosts_have_changed]
+        norm, told = trainer.strategy.norm_and_numbers(torch.tensor(numbers, dtype=torch.float64))
+        self._losses = [(loss, int(tokens)) for loss, tokens, _ in told.tolist()]
+        self.is_regroup_due = bool(told[:, 2].any())
+        return norm
 
     def loss(self) -> tuple[float, int]:
         """What this rank adds to the loss of the last step and its tokens: after a local step its own; otherwise all of

@@ -1,8 +1,9 @@
 """Writes checkpoints while training goes on.
 
-A save copies the state, which takes as long as memory takes to be copied; a thread then writes the copy. At most one
-save is under way: the next one waits for it. One that fails leaves the checkpoint before it as it was, and is told;
-`checkpoint.max_failures` of them in a row end the job, and the last chance is waited for.
+A save copies what the next step changes at once, and the rest, parameters and moments, while that step computes: no
+update begins before (`have_copied`). A thread then writes the copy. At most one save is under way: the next one waits
+for it. One that fails leaves the checkpoint before it as it was, and is told; `checkpoint.max_failures` of them in a
+row end the job, and the last chance is waited for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hvdlm.errors import HvdlmError, JobError, write_failure
 from hvdlm.training import checkpoint, rank_files
 from hvdlm.training.retention import Retention
 from hvdlm.training.saved_state import own_state, state_of
+from hvdlm.training.state_copies import StateCopies
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -47,7 +49,7 @@ class Saver:
         self._task: Future[Path] | None = None  # of this rank, in that save
         self._has_told = False  # the user, how that ended
         self._is_given_up = threading.Event()
-        self._copies: dict[str, Tensor] = {}
+        self._own_copies, self._copies = StateCopies(trainer.device), StateCopies(trainer.device)
 
     # ---- when
 
@@ -68,8 +70,8 @@ class Saver:
     def save(self, in_background: bool) -> None:
         """Saves the state after the trainer's last step. Collective.
 
-        In the background it returns when the state is copied. Otherwise it returns when the checkpoint is written, and
-        raises JobError on all ranks if that fails.
+        In the background it returns while the state is being copied: call `have_copied` before it changes. Otherwise it
+        returns when the checkpoint is written, and raises JobError on all ranks if that fails.
         """
         self.wait()
         trainer = self._trainer
@@ -85,6 +87,10 @@ class Saver:
             self._task.set_exception(error)
         if not copies:
             self.wait(must_succeed=not in_background)
+
+    def have_copied(self) -> None:
+        """Returns when parameters and moments may change: a save that is under way has copied them."""
+        self._copies.wait()
 
     def wait(self, must_succeed: bool = False) -> None:
         """Returns when no save is under way. Collective.
@@ -144,48 +150,71 @@ class Saver:
     # ---- parts of a save
 
     def _begin(self, copies: bool) -> None:
-        """Copies what is to be written, if asked for, and begins to write it. Collective."""
+        """Begins to copy what is to be written, if asked for, and to write it. Collective."""
         trainer = self._trainer
         rank, parent = trainer.communicator.rank, checkpoint.directory(trainer.config.train.run_dir)
-        keep = self._copy if copies else _as_it_is
         own = own_state(trainer).tensors()
         directory, is_shared = rank_files.make_directory(trainer.communicator, parent) if own else (None, False)
         if directory is not None and not is_shared:
             rank_files.gather(trainer.communicator, directory, own)
-        model: Mapping[str, Tensor] = {}
-        optimizer: Mapping[str, Tensor] = {}
+        shared = own if is_shared else {}
+        shared = self._own_copies.copy(shared) if copies else shared
         if rank == 0:
-            model, optimizer = keep("model", trainer.parameters), keep("optimizer", trainer.strategy.optimizer_state())
-        shared = keep("rank", own) if is_shared else {}
-        if trainer.device.type == "cuda":
-            torch.cuda.current_stream(trainer.device).synchronize()
-        if rank == 0:
-            state, retention, size = state_of(trainer), self._retention(), trainer.communicator.size
-            save = partial(checkpoint.save, parent, self.step, model, optimizer, state, trainer.tokenizer, retention)
-            self._start(lambda: self._write(save, model, directory, shared, size))
+            equal = self._begin_to_copy() if copies else self._as_it_is()
+            keep, size = self._retention(), trainer.communicator.size
+            save = partial(
+                checkpoint.save, parent, self.step, state=state_of(trainer), tokenizer=trainer.tokenizer, keep=keep
+            )
+            self._start(lambda: self._write(save, equal(), directory, shared, size))
         elif directory is not None and is_shared:
             self._start(lambda: rank_files.write_own(directory, rank, shared))
 
     def _write(
         self,
         save: Callable[..., Path],
-        model: Mapping[str, Tensor],
+        equal: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
         directory: Path | None,
         own: Mapping[str, Tensor],
         size: int,
     ) -> Path:
-        """The part of rank 0, which waits for those of the others. `save`: `checkpoint.save` but for what ranks own."""
+        """The part of rank 0, which waits for those of the others. `save`: `checkpoint.save` but for tensors; `equal`:
+        parameters and optimizer state.
+        """
+        model, optimizer = equal
         if name := checkpoint.not_finite(model):
             raise UselessWeightsError(
                 f"{name} holds NaN or infinite numbers after step {self.step}, which is not saved: lower optimizer.lr, "
                 "and resume from the last checkpoint"
             )
         if directory is None:
-            return save()
+            return save(model, optimizer)
         if own:
             rank_files.write_own(directory, 0, own)
         timeout = self._trainer.config.comm.timeout
-        return save(directory, rank_files.wait_for_all(directory, size, timeout, self._is_given_up))
+        entries = rank_files.wait_for_all(directory, size, timeout, self._is_given_up)
+        return save(model, optimizer, ranks=directory, rank_entries=entries)
+
+    def _as_it_is(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+        """Parameters and optimizer state, which stay as they are until the save has ended."""
+        state = self._trainer.parameters, self._trainer.strategy.optimizer_state()
+        if self._trainer.device.type == "cuda":
+            torch.cuda.current_stream(self._trainer.device).synchronize()
+        return lambda: state
+
+    def _begin_to_copy(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+        """Begins to copy parameters and optimizer state; returns what completes that on another thread."""
+        strategy, model = self._trainer.strategy, self._trainer.parameters
+        optimizer = strategy.optimizer_state()
+        early = {name: optimizer[name] for name in optimizer.keys() & strategy.step_state().keys()}
+        copied = self._copies.copy(early)  # messages of the next step change it, before the update
+        late = {name: tensor.detach() for name, tensor in {**model, **optimizer}.items() if name not in early}
+        complete = self._copies.begin(late)
+
+        def equal() -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+            copies = {**complete(), **copied}
+            return {name: copies[name] for name in model}, {name: copies[name] for name in optimizer}
+
+        return equal
 
     def _start(self, write: Callable[[], Any]) -> None:
         """Runs `write` on a thread. The interpreter waits for that thread before it ends."""
@@ -202,15 +231,6 @@ class Saver:
         self._task = task
         threading.Thread(target=run, name="hvdlm-saver").start()
 
-    def _copy(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU, in memory that is kept for the next save."""
-        for name, tensor in tensors.items():
-            key = f"{kind}.{name}"
-            if key not in self._copies or self._copies[key].shape != tensor.shape:
-                self._copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copies[key].copy_(tensor.detach(), non_blocking=True)
-        return {name: self._copies[f"{kind}.{name}"] for name in tensors}
-
     def _retention(self) -> Retention:
         settings, metrics = self._settings, self._trainer.metrics
         losses = dict(metrics.losses) if settings.keep_best and metrics is not None else {}
@@ -225,7 +245,3 @@ class Saver:
 
 
 _GO_ON = "then resume from the checkpoint before it"
-
-
-def _as_it_is(_: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return tensors

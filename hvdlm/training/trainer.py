@@ -205,14 +205,14 @@ class Trainer:
         timer.end_phase("wait")
         activity.begin_wait(f"the other ranks at the end of step {step}")
         self._losses, self._tokens = losses, tokens
-        if self.elastic:
-            self.elastic.have_sums()
-        self.complete_step(self.strategy.norm() * self._unscale() if tokens else torch.tensor(math.nan))
+        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
+        self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
         self._report_step()
         return self.stop
 
     def complete_step(self, norm: Tensor) -> None:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
+        self.saver.have_copied()
         unscale = self._unscale() if self._tokens else 1.0  # `skips` may change the scale of the loss
         self.norm, self._rate = norm, learning_rate(self.step, self.config.train.steps, self.config.optimizer)
         if self._tokens and not self.skipped.skips(norm):
@@ -231,8 +231,8 @@ class Trainer:
         if end.event is not None:
             self.write("event", message=end.event)
         self._count_unread(end.unread)
-        seconds = time.perf_counter() - self.timer.begin
-        self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._own_tokens)
+        seconds, traffic = time.perf_counter() - self.timer.begin, self.strategy.traffic
+        self.step_metrics.add(seconds, self.timer, traffic, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop
         train, is_last = self.config.train, self.step == self.config.train.steps

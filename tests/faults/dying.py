@@ -99,6 +99,18 @@ def forward(step: int) -> None:
     before(Trainer, "_forward", step)
 
 
+def after_its_save(step: int) -> None:
+    """In the forward pass, when a checkpoint that this rank writes is whole."""
+
+    def end() -> None:
+        while not Here.trainer.saver._has_told:
+            Here.trainer.saver.tell()
+            time.sleep(0.01)
+        die()
+
+    before(Trainer, "_forward", step, act=end)
+
+
 def backward(step: int) -> None:
     def from_now_on() -> None:
         weight = Here.trainer.model.final_norm.weight
@@ -124,11 +136,11 @@ def codec(step: int) -> None:
 
 
 def sums(step: int) -> None:
-    before(Elastic, "have_sums", step)
+    before(Elastic, "norm", step)
 
 
 def norm(step: int) -> None:
-    before(EveryStep, "norm", step)
+    before(EveryStep, "norm_and_numbers", step)
 
 
 def update(step: int) -> None:
@@ -138,17 +150,17 @@ def update(step: int) -> None:
 
 def kept_from_the_norm(step: int) -> None:
     """This rank does not die: it has given its part of the norm, and is told that another rank has died."""
-    original = EveryStep.norm
+    original = EveryStep.norm_and_numbers
 
-    def norm_that_fails(self: EveryStep) -> torch.Tensor:
-        found = original(self)
+    def norm_that_fails(self: EveryStep, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = original(self, numbers)
         if Here.step == step and not Here.passed:
             Here.passed = 1
             Here.trainer.communicator.revoke()
             raise DeadRankError("for the test")
         return found
 
-    EveryStep.norm = norm_that_fails  # type: ignore[method-assign]
+    EveryStep.norm_and_numbers = norm_that_fails  # type: ignore[method-assign]
 
 
 def kept_from_the_barrier(step: int) -> None:

@@ -73,7 +73,7 @@ def test_rank_0_and_those_that_follow_it(small_data: Path, tmp_path: Path, undis
 
 def test_rank_0_dies_after_a_checkpoint_of_parts(small_data: Path, tmp_path: Path) -> None:
     """The next one had only written what it has of its own."""
-    plan, best = "forward:12:0", {"checkpoint__keep_best": "true", "compression__codec": "int4"}
+    plan, best = "after_its_save:12:0", {"checkpoint__keep_best": "true", "compression__codec": "int4"}
     result = train(3, plan, small_data, tmp_path / "run", **SAVING, **best)
     assert result.status == 0, result.output
     said = [str(each["message"]) for each in records(tmp_path / "run", "event")]

@@ -61,8 +61,16 @@ class Dion(EveryStep):
 
     def norm(self) -> Tensor:
         """That of the gradients that AdamW steps by, as no rank has the sum of the others; NaN if an update is."""
+        return self._mark(super().norm())
+
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        norm, told = super().norm_and_numbers(numbers)
+        return self._mark(norm), told
+
+    def _mark(self, norm: Tensor) -> Tensor:
+        """NaN if an update is not finite, otherwise `norm`."""
         marks = torch.stack([momentum.bucket.buffer[0] for momentum in self._momenta])
-        return self.sync.norm() + 0 * marks.sum()
+        return norm + 0 * marks.sum()
 
     def leave_out_if(self, found: Tensor) -> bool:
         return False  # updates of matrices are not AdamW's

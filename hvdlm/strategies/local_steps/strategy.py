@@ -133,12 +133,8 @@ class LocalSteps(Strategy):
     def _measure_traffic(self) -> None:
         """Counts what was sent since the step before began: rounds go on between steps."""
         between, within = traffic_of(self._groups.channels, self.sync.traffic.dense_bytes), self.sync.traffic
-        self._traffic = Traffic(
-            between.dense_bytes,
-            between.wire_bytes + within.wire_bytes,
-            between.codec_seconds + within.codec_seconds,
-            between.first_sent,
-        )
+        nbytes, seconds = between.wire_bytes + within.wire_bytes, between.codec_seconds + within.codec_seconds
+        self._traffic = replace(between, wire_bytes=nbytes, codec_seconds=seconds)
         for channel in self._groups.channels:
             channel.reset_counters()
 
@@ -148,6 +144,9 @@ class LocalSteps(Strategy):
 
     def norm(self) -> Tensor:
         return self._every_step.norm()
+
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return self._every_step.norm_and_numbers(numbers)
 
     def scale_residuals_(self, factor: float) -> None:
         self._every_step.scale_residuals_(factor)
