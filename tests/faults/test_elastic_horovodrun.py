@@ -118,8 +118,9 @@ def test_rank_0_of_horovodrun_and_those_that_follow_it(fleet: Fleet, undisturbed
     plan = "log:4:0,validation:9:1,saving:19:2,forward:23:3,recovery:23:4"
     result = fleet.run(plan, on_own_hosts(6), **SAVING)
     assert_goes_on(result, fleet, undisturbed(**SAVING), deaths=5)
-    said = [each.rpartition("/")[2] for each in fleet.said("saved ")]
-    assert said == ["step_00000010", "step_00000020", "step_00000030"]
+    first, second, last = (each.rpartition("_")[2] for each in fleet.said("saved "))
+    assert (first, last) == ("00000010", "00000030")
+    assert "00000020" <= second < "00000024"  # the others may train on while it dies
 
 
 def test_a_rank_of_horovodrun_that_is_one_step_behind(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
