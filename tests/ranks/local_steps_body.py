@@ -194,7 +194,7 @@ def check_no_difference_is_lost(comm: Communicator, codec: str) -> None:
     assert (moved + total[1] - total[0]).norm() <= 1e-3 * total[0].norm(), (moved + total[1] - total[0]).norm() / total[
         0
     ].norm()
-    assert total[1].norm() > 1e-4 * total[0].norm()
+    assert total[1].norm() > 1e-5 * total[0].norm()  # of the last round; fp16 rounds by some 1e-4
     assert torch.equal(flat(trainer.model), outer)
     assert all(torch.equal(outer, each) for each in comm.all_gather(outer))
 
