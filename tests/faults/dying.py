@@ -33,7 +33,8 @@ from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
 
 UNDER_HOROVODRUN = "HOROVOD_RANK" in os.environ
-OWN_RANK = int(os.environ["HOROVOD_RANK" if UNDER_HOROVODRUN else "OMPI_COMM_WORLD_RANK"])
+_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")  # of horovodrun, mpirun, srun
+OWN_RANK = next(int(os.environ[name]) for name in _VARIABLES if name in os.environ)
 
 
 class Here:
