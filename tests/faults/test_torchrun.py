@@ -10,7 +10,6 @@ from jobs import assert_same_curve, command, losses
 from launcher import run
 from test_elastic import DYING
 
-
 C10D = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 
 
