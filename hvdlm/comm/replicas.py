@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,36 +55,60 @@ def parameter_hash(parameters: Mapping[str, Tensor]) -> str:
 
 def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int) -> None:
     """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters."""
-    different, _ = _different_from_most(communicator, parameters)
-    if different:
+    odd, _ = _different_from_most(_hashes(communicator, parameters))
+    if odd:
         raise JobError(
-            f"after step {step} the parameters of rank {different} differ from those of the other ranks: gradients "
-            "were not combined alike, or memory was damaged; check those hosts and resume from a checkpoint, or set "
-            "train.heal_replicas"
+            f"after step {step} the parameters of {_names(odd, communicator)} differ from those of the other ranks: "
+            "gradients were not combined alike, or memory was damaged; check those hosts and resume from a checkpoint, "
+            "or set train.heal_replicas"
         )
 
 
-def heal_replicas(
-    communicator: Communicator, parameters: Mapping[str, Tensor], state: Iterable[Tensor], step: int
-) -> str | None:
-    """Gives all ranks the parameters, and the `state` that goes with them, of most ranks, if some differ.
+class ReplicaHealer:
+    """Gives ranks whose parameters differ those of most ranks."""
 
-    Of two ranks those of rank 0. Returns what was done, None if nothing. Collective.
-    """
-    different, root = _different_from_most(communicator, parameters)
-    if not different:
-        return None
-    broadcast_tensors(communicator, [*parameters.values(), *state], root)
-    return (
-        f"after step {step} the parameters of rank {different} differed from those of the other ranks: it has those of "
-        f"rank {root} now; gradients were not combined alike, or memory was damaged: check those hosts"
-    )
+    def __init__(self) -> None:
+        self._is_half_healed = False  # a rank has died meanwhile: what this one holds is neither old nor new
+
+    def heal(
+        self, communicator: Communicator, parameters: Mapping[str, Tensor], state: Iterable[Tensor], step: int
+    ) -> str | None:
+        """Gives all ranks the parameters, and the `state` that goes with them, of most ranks, if some differ.
+
+        Of two ranks those of rank 0. Returns what was done, None if nothing. Collective.
+
+        Raises JobError on all ranks if none that is whole is left.
+        """
+        hashes = _hashes(communicator, None if self._is_half_healed else parameters)
+        odd, root = _different_from_most(hashes)
+        if hashes[root] is None:
+            raise JobError(f"after step {step} no rank with whole parameters is left: resume from the last checkpoint")
+        if not odd:
+            return None
+        self._is_half_healed |= communicator.rank in odd
+        broadcast_tensors(communicator, [*parameters.values(), *state], root)
+        self._is_half_healed = False
+        return (
+            f"after step {step} the parameters of {_names(odd, communicator)} differed from those of the other ranks: "
+            f"it has those of rank {root} now; gradients were not combined alike, or memory was damaged: check those "
+            "hosts"
+        )
 
 
-def _different_from_most(communicator: Communicator, parameters: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Ranks whose parameters are not those of most, with their hosts, empty if there are none; and one of most."""
+def _hashes(communicator: Communicator, parameters: Mapping[str, Tensor] | None) -> list[str | None]:
+    """Of all ranks; None of one that passes no parameters. Collective."""
+    if parameters is None:
+        return communicator.all_gather_object(None)
     communicator.arrival(next(iter(parameters.values())).device).wait()  # what the hash reads
-    hashes = communicator.all_gather_object(parameter_hash(parameters))
-    most_common, _ = Counter(hashes).most_common(1)[0]  # of equally many, that of the lowest rank
-    odd = [f"{rank} on {communicator.hosts[rank]}" for rank, each in enumerate(hashes) if each != most_common]
-    return ", ".join(odd), hashes.index(most_common)
+    return communicator.all_gather_object(parameter_hash(parameters))
+
+
+def _different_from_most(hashes: Sequence[str | None]) -> tuple[list[int], int]:
+    """Ranks that do not have the hash of most, and the first one that has; of equally many, that of the lowest rank."""
+    counts = Counter(each for each in hashes if each is not None)
+    most_common = counts.most_common(1)[0][0] if counts else None
+    return [rank for rank, each in enumerate(hashes) if each != most_common], hashes.index(most_common)
+
+
+def _names(ranks: Sequence[int], communicator: Communicator) -> str:
+    return "rank " + ", ".join(f"{rank} on {communicator.hosts[rank]}" for rank in ranks)

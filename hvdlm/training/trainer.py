@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.failure import DeadRankError
-from hvdlm.comm.replicas import check_replicas, heal_replicas
+from hvdlm.comm.replicas import ReplicaHealer, check_replicas
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.rank_parts import RankParts
@@ -66,7 +66,7 @@ class Trainer:
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped = SkippedSteps(self)
-        self._loss_spikes, self._stragglers = LossSpikes(), Stragglers()
+        self._loss_spikes, self._stragglers, self._healer = LossSpikes(), Stragglers(), ReplicaHealer()
         self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
@@ -261,7 +261,7 @@ class Trainer:
             check_replicas(self.communicator, self.parameters, self.step)
             return
         state = self.strategy.optimizer_state().values()
-        if said := heal_replicas(self.communicator, self.parameters, state, self.step):
+        if said := self._healer.heal(self.communicator, self.parameters, state, self.step):
             self.model.update_low_precision_weights()
             self.write("event", message=said)
 

@@ -1,6 +1,7 @@
 """`hvdlm train` whose ranks die by SIGKILL, or suffer otherwise: `dying.py PLACE:STEP:RANK,... ARGUMENTS...`.
 
-RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps.
+RANK is that of the launcher. A place is a function below; the process is killed there in the step after STEP steps, in
+the first start of a job that Slurm or torchrun starts anew.
 HVDLM_FAULT_TIMES names a file that gets the time of each fault, HVDLM_REST says how long a rank rests in each step,
 HVDLM_SEQUENCES names a directory that gets a file a rank with what it trains on, and other files.
 """
@@ -33,7 +34,10 @@ from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
 
 UNDER_HOROVODRUN = "HOROVOD_RANK" in os.environ
-OWN_RANK = int(os.environ["HOROVOD_RANK" if UNDER_HOROVODRUN else "OMPI_COMM_WORLD_RANK"])
+_RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")  # of horovodrun, mpirun, srun, torchrun
+OWN_RANK = next(int(os.environ[name]) for name in _RANKS if name in os.environ)
+_STARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+IS_FIRST_START = all(os.environ.get(name, "0") == "0" for name in _STARTS)
 
 
 class Here:
@@ -408,7 +412,7 @@ def round_residuals(step: int) -> None:
 if __name__ == "__main__":
     plan, *arguments = sys.argv[1:]
     own = [each.split(":") for each in plan.split(",") if each and int(each.split(":")[2]) == OWN_RANK]
-    for place, step, _ in own:
+    for place, step, _ in own if IS_FIRST_START else []:
         globals()[place](int(step))
     note_steps()
     sys.exit(main(arguments))

@@ -200,6 +200,63 @@ def test_a_job_that_gets_nowhere_ends_after_two_starts(queue: Queue, small_data:
     assert last.startswith("hvdlm: error: 2 starts in a row have not got beyond step 0, so this job ends")
 
 
+DYING = Path(__file__).parents[1] / "faults" / "dying.py"
+ELASTIC = {"comm__elastic": "true", "train__steps": 20}
+
+
+def let_rank_1_die(job: Path, step: int) -> None:
+    """In the forward pass after so many steps, in the job's first start."""
+    edit(job, 'train=("$python" -m hvdlm train', f'train=("$python" {shlex.quote(str(DYING))} forward:{step}:1 train')
+
+
+def test_a_rank_of_an_elastic_job_dies(
+    queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
+) -> None:
+    """The other goes on, in the same start."""
+    run_dir = tmp_path / "run"
+    job = write(small_data, run_dir, **ELASTIC)
+    let_rank_1_die(job, 7)
+    number = queue.sbatch(job)
+    state = queue.wait(number)
+    output = log(job, number)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+    assert "rank 1 on h2 has died: 1 ranks go on from step 7" in output
+    assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
+
+
+def test_too_few_ranks_of_an_elastic_job_are_left(
+    queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
+) -> None:
+    """They save, and Slurm starts all ranks again."""
+    run_dir = tmp_path / "run"
+    job = write(small_data, run_dir, comm__min_ranks=2, **ELASTIC)
+    let_rank_1_die(job, 7)
+    number = queue.sbatch(job)
+    state = queue.wait(number)
+    output = log(job, number)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert "stopped with status 75, from step 0 to 7: back into the queue" in output
+    assert output.count("2 ranks on 2 nodes") == 2
+    assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
+
+
+@pytest.mark.parametrize("option", ["--kill-on-bad-exit=1", "--kill-on-bad-exit=0"])
+def test_a_rank_under_srun_dies(
+    option: str, queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
+) -> None:
+    """Slurm ends the others, and starts all again from the last checkpoint."""
+    run_dir = tmp_path / "run"
+    job = write(small_data, run_dir, "--launcher", "srun", checkpoint__every=2, train__steps=20)
+    edit(job, "--kill-on-bad-exit=1", option)
+    let_rank_1_die(job, 7)
+    number = queue.sbatch(job)
+    state = queue.wait(number)
+    output = log(job, number)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert re.search(r"failed with status \d+, from step 0 to [246]: back into the queue", output), output
+    assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
+
+
 def test_another_version_of_hvdlm(queue: Queue, small_data: Path, tmp_path: Path) -> None:
     job = write(small_data, tmp_path / "run")
     edit(job, "\nversion=", "\nversion=9.")

@@ -6,7 +6,7 @@ import hashlib
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,9 @@ import torch
 from thread_rank import on_threads
 
 from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.failure import DeadRankError
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0, raise_on_all_ranks
-from hvdlm.comm.replicas import broadcast_tensors, check_replicas, parameter_hash
+from hvdlm.comm.replicas import ReplicaHealer, broadcast_tensors, check_replicas, parameter_hash
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
@@ -193,6 +194,44 @@ def test_replicas_that_differ_from_most_are_named(odd: list[int], named: str) ->
 
     (sentence,) = sentences(on_ranks(5, body))
     assert sentence.startswith(f"after step 70 the parameters of {named} differ from those of the other ranks: ")
+
+
+@pytest.mark.parametrize(("dies", "left", "named"), [(False, [0, 1, 2], 0), (True, [0, 2], 0), (True, [1, 0], 1)])
+def test_a_rank_that_differs_is_healed(dies: bool, left: list[int], named: int) -> None:
+    """Also where another one dies meanwhile: what a rank holds that is half healed is given to nobody.
+
+    `left`: the numbers of those that are left, by rank; number 0 is the one that differs.
+    """
+    healers = [ReplicaHealer() for _ in range(3)]
+    parameters, moments = ([torch.ones(2) for _ in range(3)] for _ in range(2))
+    parameters[0].fill_(7)
+    moments[0].fill_(7)
+
+    def heal(communicator: Communicator, number: int) -> str | None:
+        return healers[number].heal(communicator, {"a": parameters[number]}, [moments[number]], 10)
+
+    def heal_by_half(communicator: Communicator) -> None:
+        def moments_that_do_not_arrive() -> Iterator[torch.Tensor]:
+            raise DeadRankError("for the test")
+            yield
+
+        with pytest.raises(DeadRankError):
+            own = {"a": parameters[communicator.rank]}
+            healers[communicator.rank].heal(communicator, own, moments_that_do_not_arrive(), 10)
+
+    if dies:
+        on_threads(3, heal_by_half)
+        parameters[0].fill_(1)  # these have arrived
+    said = on_threads(len(left), lambda communicator: heal(communicator, left[communicator.rank]))
+    assert all(each is not None and f"of rank {named} on n{named} differed" in each for each in said), said
+    assert all(bool((each == 1).all()) for each in [*parameters, *moments])
+
+
+def test_no_rank_that_is_whole_is_left() -> None:
+    healer = ReplicaHealer()
+    healer._is_half_healed = True
+    with pytest.raises(JobError, match="no rank with whole parameters is left"):
+        healer.heal(SoloCommunicator(), {"a": torch.ones(1)}, [], 10)
 
 
 def test_alone_a_broadcast_changes_nothing() -> None:

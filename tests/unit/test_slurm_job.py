@@ -118,6 +118,8 @@ def test_gpus_and_a_chosen_lead(folder: Path) -> None:
         (["--sbatch=--ntasks=9"], "--ntasks is set by --nodes and --ranks-per-node"),
         (["--sbatch=--signal=TERM@60"], "hvdlm saves at B:USR1@SECONDS"),
         (["--time", "1", "--sbatch=--signal=B:USR1@60"], "cannot save 60 s before its limit"),
+        (["--comm.elastic", "true", "--launcher", "srun"], "comm.elastic = true goes with --launcher mpirun"),
+        (["--comm.elastic", "true", "--comm.min_ranks", "7"], "comm.min_ranks = 7, but the job has 6 ranks"),
         (["--output", "."], "exists: submit the job in it by `sbatch"),
     ],
 )

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from hvdlm.comm.activity import Activity
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.solo import SoloCommunicator
 
 T = TypeVar("T")
 
 
 class ThreadRank(SoloCommunicator):
-    """One rank of several that are threads of this process; they exchange objects and nothing else."""
+    """One rank of several that are threads of this process; they exchange objects, and few kinds of tensors."""
 
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.slots, self.exchange = rank, len(slots), slots, barrier
@@ -37,6 +37,10 @@ class ThreadRank(SoloCommunicator):
     def all_reduce_(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
         everyone = torch.stack(self.all_gather_object(tensor.clone()))
         return tensor.copy_(everyone.amax(0) if op is ReduceOp.MAX else everyone.sum(0))
+
+    def broadcast_async_(self, tensor: torch.Tensor, root: int = 0) -> Work[torch.Tensor]:
+        tensor.copy_(self.broadcast_object(tensor.clone(), root))
+        return Work(lambda: tensor)
 
 
 def on_threads(size: int, body: Callable[[Communicator], T]) -> list[T]:

@@ -74,6 +74,7 @@ def write_job(
     if min(nodes, ranks_per_node) < 1:
         raise HvdlmError(f"--nodes {nodes} --ranks-per-node {ranks_per_node} is no rank at all: give 1 or more of each")
     _check_device(settings, gpus_per_rank)
+    _check_elastic(settings, launcher, nodes * ranks_per_node)
     lead = _lead(sbatch, limit_seconds(time))
     if submit:
         commands.require("sbatch")
@@ -94,6 +95,7 @@ def write_job(
         lead=lead,
         launcher=launcher,
         executable=_executable(launcher),
+        elastic=settings.comm.elastic,
         sbatch=sbatch,
         python=sys.executable,
         revision=_git_revision(),
@@ -129,6 +131,18 @@ def _check_device(settings: Config, gpus_per_rank: int) -> None:
     if (device, gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
         other = "set train.device = 'auto'" if gpus_per_rank else "add --gpus-per-rank 1"
         raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {gpus_per_rank}: {other}")
+
+
+def _check_elastic(settings: Config, launcher: str, ranks: int) -> None:
+    if not settings.comm.elastic:
+        return
+    if launcher != "mpirun":
+        raise HvdlmError(
+            f"comm.elastic = true goes with --launcher mpirun: {launcher} ends the job when a rank dies; leave one of "
+            "both out (the job is requeued either way, and goes on from its newest checkpoint)"
+        )
+    if settings.comm.min_ranks > ranks:
+        raise HvdlmError(f"comm.min_ranks = {settings.comm.min_ranks}, but the job has {ranks} ranks: give more")
 
 
 def _lead(sbatch: Sequence[str], limit: int) -> int:

@@ -76,7 +76,7 @@ _LAUNCH = {
     "mpirun": """\
 export PATH=%{path}:"$PATH"
 %{launch_agent}
-launch=(%{launcher} -np %{ranks} --bind-to none)""",
+launch=(%{launcher} -np %{ranks}%{fault_tolerance} --bind-to none)""",
     "srun": """\
 # Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task.
 cores=(${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"})
@@ -107,6 +107,7 @@ class Script:
     lead: int  # seconds before the limit at which training saves and stops
     launcher: str  # "mpirun", "srun" or "horovodrun"
     executable: str  # the launcher's path
+    elastic: bool  # ranks outlive one that dies; with launcher "mpirun"
     sbatch: Sequence[str]  # further options of sbatch, which uses the last of several values
     python: str
     revision: str  # of the git checkout that hvdlm runs from, or ""
@@ -123,6 +124,7 @@ class Script:
             "nodes": self.nodes,
             "ranks_per_node": self.ranks_per_node,
             "ranks": self.nodes * self.ranks_per_node,
+            "fault_tolerance": " --with-ft ulfm" if self.elastic else "",
             "gpus": f"#SBATCH --gpus-per-node={self.gpus_per_node}\n" if self.gpus_per_node else "",
             "time": self.time,
             "lead": self.lead,

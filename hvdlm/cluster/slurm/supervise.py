@@ -183,7 +183,7 @@ class Supervisor:
                 f"how often training fails; change that and write the job again, or {self._how_to_continue}"
             )
             return status
-        how = "stopped before the limit" if ending == "stopped" else f"failed with status {status}"
+        how = "stopped before the limit" if self._stop_requested else f"{ending} with status {status}"
         self._print(f"{how}, from step {before} to {step}: back into the queue, to go on from there")
         try:
             commands.requeue(self._job)
