@@ -218,11 +218,23 @@ class MPICommunicator(Communicator):
         def run() -> T:
             with self._errors():
                 wait_until(self._group.Ibarrier().Test, self._timeout, self.rank, "the other ranks")
-                return collective()
+                result = collective()
+                if CAN_SHRINK:
+                    self._raise_if_some_have_died()
+                return result
 
         future = self._thread.submit(run)
         # The barrier has its own deadline; this one is for the collective, where a rank has stopped after the barrier
         return Work(lambda: result_within(future, self._timeout, self.rank, "the other ranks"))
+
+    def _raise_if_some_have_died(self) -> None:
+        """Open MPI 5.0.11: an Allgatherv in which a rank dies may return without data, and without an error."""
+        failed = self._group.Get_failed()
+        number = failed.Get_size()
+        failed.Free()
+        if number or self._group.Is_revoked():
+            self._revoke()
+            raise DeadRankError(f"rank {self.rank} on {socket.gethostname()}: another rank has died")
 
     def _poll(self, requests: Sequence[MPI.Request], what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
