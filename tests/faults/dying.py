@@ -160,6 +160,7 @@ def kept_from_the_norm(step: int) -> None:
         found = original(self, numbers)
         if Here.step == step and not Here.passed:
             Here.passed = 1
+            time.sleep(1)  # in which the others complete the step, and one of them dies
             Here.trainer.communicator.revoke()
             raise DeadRankError("for the test")
         return found
