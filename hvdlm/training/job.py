@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -148,7 +149,9 @@ def _end_stuck(
         if reporter is not None:
             try_for(_SECONDS_TO_END, reporter.end_others)
         try_for(_SECONDS_TO_END, lambda: communicator.abort(""))
-    os._exit(1)
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)  # mpirun ends all ranks when one exits with an error
+    raise AssertionError("this process has been killed")
 
 
 def _end_all(communicator: Communicator, reporter: MissingRankReporter | None, reason: str) -> NoReturn:

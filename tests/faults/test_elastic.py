@@ -89,6 +89,12 @@ def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undist
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
 
 
+def test_a_rank_that_is_stuck_ends_alone(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """By SIGKILL: mpirun ends all ranks when one exits with an error."""
+    result = train(3, "stuck:7:1", small_data, tmp_path / "run", comm__timeout=6, **SAVING)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=1)
+
+
 def test_too_few_are_left(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """The last step is saved, the status is one at which Slurm begins again, and the run goes on as if nothing was."""
     run_dir = tmp_path / "run"
