@@ -231,8 +231,8 @@ class Trainer:
         if end.event is not None:
             self.write("event", message=end.event)
         self._count_unread(end.unread)
-        seconds, traffic = time.perf_counter() - self.timer.begin, self.strategy.traffic
-        self.step_metrics.add(seconds, self.timer, traffic, self._own_tokens)
+        seconds = time.perf_counter() - self.timer.begin
+        self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop
         train, is_last = self.config.train, self.step == self.config.train.steps

@@ -209,6 +209,15 @@ def let_rank_1_die(job: Path, step: int) -> None:
     edit(job, 'train=("$python" -m hvdlm train', f'train=("$python" {shlex.quote(str(DYING))} forward:{step}:1 train')
 
 
+def run_to_its_end(queue: Queue, job: Path, restarts: int) -> str:
+    """What a job has said that was done after so many restarts."""
+    number = queue.sbatch(job)
+    state = queue.wait(number)
+    output = log(job, number)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), output
+    return output
+
+
 def test_a_rank_of_an_elastic_job_dies(
     queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
 ) -> None:
@@ -216,10 +225,7 @@ def test_a_rank_of_an_elastic_job_dies(
     run_dir = tmp_path / "run"
     job = write(small_data, run_dir, **ELASTIC)
     let_rank_1_die(job, 7)
-    number = queue.sbatch(job)
-    state = queue.wait(number)
-    output = log(job, number)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+    output = run_to_its_end(queue, job, restarts=0)
     assert "rank 1 on h2 has died: 1 ranks go on from step 7" in output
     assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
 
@@ -231,10 +237,7 @@ def test_too_few_ranks_of_an_elastic_job_are_left(
     run_dir = tmp_path / "run"
     job = write(small_data, run_dir, comm__min_ranks=2, **ELASTIC)
     let_rank_1_die(job, 7)
-    number = queue.sbatch(job)
-    state = queue.wait(number)
-    output = log(job, number)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    output = run_to_its_end(queue, job, restarts=1)
     assert "stopped with status 75, from step 0 to 7: back into the queue" in output
     assert output.count("2 ranks on 2 nodes") == 2
     assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
@@ -249,10 +252,7 @@ def test_a_rank_under_srun_dies(
     job = write(small_data, run_dir, "--launcher", "srun", checkpoint__every=2, train__steps=20)
     edit(job, "--kill-on-bad-exit=1", option)
     let_rank_1_die(job, 7)
-    number = queue.sbatch(job)
-    state = queue.wait(number)
-    output = log(job, number)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    output = run_to_its_end(queue, job, restarts=1)
     assert re.search(r"failed with status \d+, from step 0 to [246]: back into the queue", output), output
     assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
 
