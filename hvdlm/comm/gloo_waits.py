@@ -1,7 +1,8 @@
 """Waits for messages of Gloo that end after our own timeout, which does not count time in which ranks were suspended.
 
-Gloo's timeouts count it. So it gets one that is never reached, and a thread looks after the waits: it ends one by
-waiting for the same message with a timeout of a millisecond, after which Gloo closes the connections of the group.
+Gloo's timeouts count it. So each wait gets one that is never reached (that of the group when it was connected is what
+a message has otherwise, whatever `set_timeout` said since), and a thread looks after the waits: it ends one by waiting
+for the same message with a timeout of a millisecond, after which Gloo closes the connections of the group.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from hvdlm.comm.failure import LONGEST_STEP, RunningTime, timeout_error
+from hvdlm.comm.failure import ENGINE_TIMEOUT, LONGEST_STEP, RunningTime, timeout_error
 
 
 @dataclass
@@ -40,7 +41,7 @@ class GlooWaits:
             self._watcher.start()
         own = self._waits[threading.get_ident()] = _Wait(work, timeout)
         try:
-            work.wait()
+            work.wait(timedelta(seconds=ENGINE_TIMEOUT))
         except RuntimeError:
             if own.has_expired:
                 raise timeout_error(timeout, rank, what) from None

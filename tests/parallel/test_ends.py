@@ -34,11 +34,14 @@ def test_an_error_of_one_rank_alone(small_data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
-def test_ranks_that_are_suspended_together(small_data: Path, tmp_path: Path) -> None:
-    """For longer than comm.timeout, as a gang scheduler does; by engine torch, since Gloo has a clock of its own."""
+@pytest.mark.parametrize("algorithm", ["ring", "engine"])
+def test_ranks_that_are_suspended_together(small_data: Path, tmp_path: Path, algorithm: str) -> None:
+    """For longer than comm.timeout, as a gang scheduler does; by engine torch, since Gloo has clocks of its own: one for
+    messages between two ranks, one for collectives."""
     run_dir = tmp_path / "run"
     timeout = 6  # seconds, in which a rank on a busy machine arrives
     settings = {"train__steps": 100_000, "comm__timeout": timeout, "comm__engine": "torch"}
+    settings["comm__algorithm"] = algorithm
     with start_training("mpirun", 2, small_data, run_dir, **settings) as job:
         wait_for(lambda: steps_done(run_dir) > 3, job)
         ranks = job.ranks()
