@@ -27,7 +27,8 @@ from common.results import markdown_table, write_results, write_text
 from common.script import RESULTS, absolute_path, run_script
 from hvdlm.cluster.doctor.measure import AllReduce
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.launch import connect, detect
+from hvdlm.comm.connect import connect
+from hvdlm.comm.launch import detect
 from hvdlm.errors import HvdlmError
 from hvdlm.training.hardware import choose_device, share_cores
 from scaling.collectives import Way, has_horovod, ways_of_engine, ways_of_ring

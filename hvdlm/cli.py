@@ -59,11 +59,9 @@ def _set_up_logging(show_tracebacks: bool) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    from hvdlm.config_reader import load
-    from hvdlm.model.presets import PRESETS
-    from hvdlm.training.run import dry_run, train
+    from hvdlm.training.run import dry_run, read_config, train
 
-    config = load(options.config, overrides, PRESETS)
+    config = read_config(options.config, overrides)
     if options.dry_run:
         return dry_run(config)
     return train(config, options.resume, options.config)

@@ -98,7 +98,7 @@ class Communicator(ABC):
     hosts: list[str]
     capabilities: frozenset[str]
     _timeout: float = math.inf  # seconds that a rank waits for another
-    is_new = False  # whether this rank was started to join others that train, and is a group of its own until `shrink_`
+    is_new = False  # whether this rank was started to join others, and is a group of its own until `regroup_`
     hosts_have_changed = False  # whether other ranks wait to join, or some are to leave; one rank alone may know
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Communicator(ABC):
         self._groups: list[Communicator] = []  # that were split off
         self._is_closed = False
         # Called when ranks have been left out, on all others; they may communicate
-        self.after_shrink: list[Callable[[], object]] = []
+        self.after_regroup: list[Callable[[], object]] = []
 
     # ---- collective operations
 
@@ -277,7 +277,7 @@ class Communicator(ABC):
         Prints `reason` to stderr, unless it is empty.
         """
 
-    def shrink_(self) -> None:
+    def regroup_(self) -> None:
         """Leaves out the ranks that have died; the others keep their order. For each of these, after a DeadRankError.
 
         Operations under way end by that error, and groups that were split off are gone. Raises it again if another rank
@@ -286,9 +286,9 @@ class Communicator(ABC):
         self.revoke()
         while self._groups:
             self._groups.pop()._abandon()
-        self._shrink()
+        self._regroup()
         self._locate()
-        for follow in self.after_shrink:
+        for follow in self.after_regroup:
             follow()
 
     def revoke(self) -> None:
@@ -346,7 +346,7 @@ class Communicator(ABC):
     def _revoke(self) -> None:
         raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
 
-    def _shrink(self) -> None: ...  # noqa: B027
+    def _regroup(self) -> None: ...  # noqa: B027
 
     def _abandon(self) -> None:  # noqa: B027
         """Closes this group without its ranks, once its operations have ended. Not collective."""

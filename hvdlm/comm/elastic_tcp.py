@@ -26,7 +26,7 @@ class ElasticTcpCommunicator(TcpCommunicator):
         """`timeout`: seconds that a rank waits for another.
 
         A rank that finds others in training is new: a group of its own, which gets ready while the others wait for it
-        in `shrink_`, and joins them by calling that.
+        in `regroup_`, and joins them by calling that.
         """
         Communicator.__init__(self)
         self._timeout = timeout
@@ -57,7 +57,7 @@ class ElasticTcpCommunicator(TcpCommunicator):
             self._own_watch.watch(rank, members[following].watch)
         self._open(rank, [each.messages for each in members], [each.collective for each in members])
 
-    def _shrink(self) -> None:
+    def _regroup(self) -> None:
         self.activity.idle()  # waits for others have deadlines of their own here
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._messages.close()

@@ -10,7 +10,7 @@ is polled with short sleeps; the collective itself runs when all ranks have ente
 MPI counts in 32 bits, so longer messages go in pieces.
 
 Where mpirun was told `--with-ft ulfm`, a rank that dies does not end the others: their operations raise errors, and
-`shrink_` leaves it out (MPI 5, chapter on process fault tolerance; Bland et al., "Post-failure recovery of MPI
+`regroup_` leaves it out (MPI 5, chapter on process fault tolerance; Bland et al., "Post-failure recovery of MPI
 communication capability", IJHPCA 2013). MPI_Finalize would then wait for the dead for ever (Open MPI issue 11404), so
 ranks exit without it.
 """
@@ -57,7 +57,7 @@ _WRONG_ARGUMENTS = frozenset(
     }
 )
 
-# Bytes of a message of all-to-all, below Open MPI's eager limit as launch.py sets it; and the tag of these messages,
+# Bytes of a message of all-to-all, below Open MPI's eager limit as connect.py sets it; and the tag of these messages,
 # which keeps them apart from those of `send`.
 _MESSAGE = 256 * 1024
 _TAG = 1
@@ -114,7 +114,7 @@ class MPICommunicator(Communicator):
         with suppress(MPI.Exception):
             self._group.Revoke()
 
-    def _shrink(self) -> None:
+    def _regroup(self) -> None:
         # Queued behind what this thread still has to do: all of it fails, as the group is revoked
         future = self._thread.submit(self._group.Shrink)
         what = "the other ranks to leave out one that has died"
@@ -234,7 +234,10 @@ class MPICommunicator(Communicator):
         failed.Free()
         if number or self._group.Is_revoked():
             self._revoke()
-            raise DeadRankError(f"rank {self.rank} on {socket.gethostname()}: another rank has died")
+            raise self._dead_rank_error()
+
+    def _dead_rank_error(self, detail: str = "") -> DeadRankError:
+        return DeadRankError(f"rank {self.rank} on {socket.gethostname()}: another rank has died{detail}")
 
     def _poll(self, requests: Sequence[MPI.Request], what: str) -> Work[None]:
         # mpi4py: a request that has ended becomes MPI_REQUEST_NULL, whose Test is true again
@@ -253,7 +256,7 @@ class MPICommunicator(Communicator):
         they wait for.
         """
         if self._is_revoked:
-            raise DeadRankError(f"rank {self.rank} on {socket.gethostname()}: another rank has died")
+            raise self._dead_rank_error()
         try:
             yield
         except MPI.Exception as error:
@@ -262,7 +265,7 @@ class MPICommunicator(Communicator):
             if CAN_SHRINK:
                 # Of any class: what a death makes of operations under way is not always the class that is meant for it
                 self._revoke()
-                raise DeadRankError(f"{here}: another rank has died ({_first_line(error)})") from error
+                raise self._dead_rank_error(f" ({_first_line(error)})") from error
             if kind in _WRONG_ARGUMENTS:
                 raise
             if kind == MPI.ERR_NO_MEM:

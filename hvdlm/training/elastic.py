@@ -157,7 +157,7 @@ class Elastic:
 
     def _recover(self, noticed: float, loader: Loader, lost: str) -> Loader:
         trainer, communicator, strategy = self._trainer, self._trainer.communicator, self._trainer.strategy
-        communicator.shrink_()
+        communicator.regroup_()
         strategy.abandon()
         progress = self._agree()
         step = max(each.step for each in progress)

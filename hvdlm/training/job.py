@@ -17,8 +17,9 @@ from typing import NoReturn
 from hvdlm.comm.activity import Watchdog
 from hvdlm.comm.agreement import check_ranks_match
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.connect import connect
 from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, say, try_for
-from hvdlm.comm.launch import connect, detect
+from hvdlm.comm.launch import detect
 from hvdlm.comm.launcher_process import end_launcher_after, refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
@@ -77,8 +78,8 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
         check_ranks_match(communicator, config_digest)
         find_others()
         if communicator.supports("join"):
-            communicator.after_shrink.append(lambda: check_ranks_match(communicator, config_digest))
-        communicator.after_shrink.append(find_others)
+            communicator.after_regroup.append(lambda: check_ranks_match(communicator, config_digest))
+        communicator.after_regroup.append(find_others)
         yield communicator
         watchdog.close()
         with suppress(DeadRankError):  # one that has died here has done all that it had to do

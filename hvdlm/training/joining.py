@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
 
 
-class Shared(NamedTuple):
+class SharedState(NamedTuple):
     """What is no tensor."""
 
     strategy: dict[str, Any]
@@ -25,10 +25,10 @@ class Shared(NamedTuple):
     unread: int
 
 
-def share_state(trainer: Trainer, root: int) -> Shared:
+def share_state(trainer: Trainer, root: int) -> SharedState:
     """What rank `root` has, on all ranks; a new one has it in its `trainer` now, but for what concerns its strategy."""
     strategy = trainer.strategy
-    own = Shared(
+    own = SharedState(
         strategy.state_dict(),
         list(strategy.sync.algorithm_costs),
         trainer.loss_scale.state_dict(),

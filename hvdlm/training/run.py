@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from hvdlm.comm.launch import detect
+from hvdlm.comm.launch import detect, leave_word_to_rank_0
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.config import Config
+from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
-from hvdlm.errors import JobError
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.exit_status import STOPPED_EARLY
+from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import check_data_matches, check_devices_match
@@ -33,6 +36,15 @@ from hvdlm.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 _LESS_MEMORY = "lower train.micro_batch_size or set train.activation_checkpointing; --dry-run estimates what is needed"
+
+
+def read_config(path: Path, overrides: Sequence[str]) -> Config:
+    """The settings in a file and in options. An error in them, which all ranks find, is printed once."""
+    try:
+        return load(path, overrides, PRESETS)
+    except HvdlmError:
+        leave_word_to_rank_0(os.environ)
+        raise
 
 
 def dry_run(config: Config) -> int:
@@ -69,7 +81,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         check_devices_match(communicator, device, config)
         threads = share_cores(config.train.threads, communicator)
         if communicator.supports("join"):
-            communicator.after_shrink += [
+            communicator.after_regroup += [
                 lambda: check_data_matches(communicator, data),
                 lambda: check_devices_match(communicator, device, config),
                 lambda: share_cores(config.train.threads, communicator),

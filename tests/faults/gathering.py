@@ -40,7 +40,7 @@ def main() -> None:
         try:
             gather_until_one_dies(communicator)
         except DeadRankError:
-            communicator.shrink_()
+            communicator.regroup_()
     print("one rank is left", flush=True)
     communicator.close()
 

@@ -36,8 +36,8 @@ def test_an_error_of_one_rank_alone(small_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ring", "engine"])
 def test_ranks_that_are_suspended_together(small_data: Path, tmp_path: Path, algorithm: str) -> None:
-    """For longer than comm.timeout, as a gang scheduler does; by engine torch, since Gloo has clocks of its own, one for
-    messages between two ranks and one for collectives."""
+    """For longer than comm.timeout, as a gang scheduler does; by engine torch, since Gloo has clocks of its own, for
+    messages between two ranks, another for collectives."""
     run_dir = tmp_path / "run"
     timeout = 6  # seconds, in which a rank on a busy machine arrives
     settings = {"train__steps": 100_000, "comm__timeout": timeout, "comm__engine": "torch"}

@@ -16,7 +16,7 @@ from jobs import Ranks, command, records, start_training
 from launcher import Result, launcher_command, run
 from pool import Pools
 
-from hvdlm.comm.launch import connect
+from hvdlm.comm.connect import connect
 from hvdlm.errors import HvdlmError
 
 SABOTAGE = Path(__file__).with_name("sabotage.py")
@@ -92,6 +92,12 @@ def test_unfinished_shard(ranks: Ranks, own_data: Path, tmp_path: Path) -> None:
 def test_data_set_that_is_not_there(ranks: Ranks, tmp_path: Path) -> None:
     result = ranks.train(2, tmp_path / "nowhere", tmp_path / "run")
     assert_said_once(result, str(tmp_path / "nowhere"), "hvdlm prepare")
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+def test_settings_that_no_rank_can_read(launcher: str, tmp_path: Path) -> None:
+    words = [str(Path(sys.executable).with_name("hvdlm")), "train", str(tmp_path / "none.toml")]
+    assert_said_once(run([*launcher_command(launcher, 3), *words]), "cannot read the configuration", "none.toml")
 
 
 def test_different_settings(small_data: Path, tmp_path: Path) -> None:

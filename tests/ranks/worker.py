@@ -21,7 +21,8 @@ import torch  # noqa: E402  # the path above comes first
 from pool import SHOW_STACKS, Answer, Request  # noqa: E402
 
 from hvdlm.comm.communicator import Communicator  # noqa: E402
-from hvdlm.comm.launch import connect, detect  # noqa: E402
+from hvdlm.comm.connect import connect  # noqa: E402
+from hvdlm.comm.launch import detect  # noqa: E402
 
 FOLDER = Path(os.environ["HVDLM_POOL_FOLDER"])
 TIMEOUT = 200.0  # seconds that a rank waits for another; compiling blocks takes one longer than another

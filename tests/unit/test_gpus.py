@@ -16,10 +16,10 @@ import torch
 from torch.distributed import HashStore
 
 from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.connect import connect
 from hvdlm.comm.engine_agreement import check_engines_match
 from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
-from hvdlm.comm.launch import connect
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.comm.torch import _one_gpu_a_rank
 from hvdlm.config import CommSection, CompressionSection
@@ -230,13 +230,13 @@ def test_no_rank_waits_by_an_engine_that_another_does_not_start(monkeypatch: pyt
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("hvdlm.comm.rendezvous.rendezvous", lambda *arguments: asked.append(arguments) or store)
-    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr("hvdlm.comm.connect._start", lambda *_: pytest.fail("an engine was started"))
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(HvdlmError, match="rank 0 on n7 takes engine mpi, but rank 1 on n8 engine torch: PyTorch finds"):
         connect("auto", timeout=5)
     assert asked == [("mpirun", 0, 2, 5)]
-    monkeypatch.setattr("hvdlm.comm.launch._start", lambda *_: Seeing(0, [[], []]))
+    monkeypatch.setattr("hvdlm.comm.connect._start", lambda *_: Seeing(0, [[], []]))
     connect("mpi", timeout=5)  # a choice that does not depend on what the rank finds
     assert len(asked) == 1
 

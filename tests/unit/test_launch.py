@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from hvdlm.comm import connect as connecting
 from hvdlm.comm import launch
 from hvdlm.comm.agreement import check_ranks_match
-from hvdlm.comm.launch import Launch, choose_engine, connect, detect
+from hvdlm.comm.connect import choose_engine, connect
+from hvdlm.comm.launch import Launch, detect
 from hvdlm.comm.rendezvous import slurm_endpoint
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.errors import HvdlmError, JobError
@@ -143,7 +145,7 @@ def test_auto_chooses_by_launcher_and_device(
     monkeypatch: pytest.MonkeyPatch, launcher: str, gpu: bool, nccl: bool, engine: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr(launch, "_horovod_has_nccl", lambda: nccl)
+    monkeypatch.setattr(connecting, "_horovod_has_nccl", lambda: nccl)
     chosen, reason = choose_engine(Launch(launcher, 0, 2), "auto")
     assert chosen == engine
     assert ("no launcher" if launcher == "none" else f"{launcher} started this job") in reason

@@ -24,8 +24,9 @@ from hvdlm.cluster.doctor.measure import (
 from hvdlm.cluster.doctor.rank_checks import check_ranks, name_ranks, number_ranges
 from hvdlm.cluster.doctor.rank_report import RankReport, gather_reports
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.connect import connect
 from hvdlm.comm.interfaces import own_interfaces
-from hvdlm.comm.launch import connect, detect
+from hvdlm.comm.launch import detect
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK
 
