@@ -21,7 +21,7 @@ from common.results import read_results, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from common.setups import ONE_HOST, Setup, available_setups, parse_setup
 from compare.plot import draw
-from compare.registry import PEERS, REFERENCE, group_systems
+from compare.registry import HOROVODRUN, PEERS, REFERENCE, group_systems, is_installed
 from compare.runner import measure_setup
 from compare.summary import find_problems, summarise, table
 from hvdlm.config import Config
@@ -46,7 +46,7 @@ MODEL = {
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measures each set-up, and writes its results before the next one starts."""
     setups = available_setups([parse_setup(name, options.ranks) for name in options.setup])
-    groups = group_systems(options.codecs, options.engines, options.peers)
+    groups = group_systems(options.codecs, options.engines, options.peers, options.horovodrun)
     configs = {setup.name: configure(options.data, setup.ranks, overrides) for setup in setups}
     options.output.mkdir(parents=True, exist_ok=True)
     results = read_results(options.output / "compare.json")
@@ -106,8 +106,16 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         help="of hvdlm: the first with every codec, the others with codec none (default: %(default)s)",
     )
     others = [name for name in PEERS if name != REFERENCE]
+    installed = [name for name in others if is_installed(name)]
     parser.add_argument(
-        "--peers", nargs="*", default=others, choices=others, help=f"besides {REFERENCE} (default: all)"
+        "--peers", nargs="*", default=installed, choices=others, help=f"besides {REFERENCE} (default: all)"
+    )
+    parser.add_argument(
+        "--horovodrun",
+        nargs="+",
+        default=[],
+        choices=list(HOROVODRUN),
+        help="hvdlm with every codec also under horovodrun, over MPI or Gloo (default: not)",
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each system in a round")

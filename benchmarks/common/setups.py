@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.processes import FORWARDED_VARIABLES, mpirun, on_host
+from common.processes import FORWARDED_VARIABLES, find_program, mpirun, on_host
 from hvdlm.cluster.fabric import network
 from hvdlm.cluster.fabric.fabric import Fabric
 from hvdlm.cluster.fabric.programs import require
@@ -92,3 +92,15 @@ def open_cluster(setup: Setup, state: Path) -> Iterator[Cluster]:
         yield Cluster(setup, [*on_host(state, "h1"), *command, *options], network.INTERFACE, state)
     finally:
         fabric.down()
+
+
+def horovodrun(cluster: Cluster, controller: str) -> list[str]:
+    """The horovodrun command that starts the ranks of a cluster, without a program; `controller`: "mpi" or "gloo"."""
+    path = find_program("horovodrun", "run `hvdlm install-horovod`")
+    ranks = cluster.setup.ranks
+    command = [path, f"--{controller}", "-np", str(ranks)]
+    if cluster.fabric is None:
+        return [*command, "-H", f"localhost:{ranks}"]
+    assert cluster.interface is not None
+    hosts = ",".join(f"h{number}:1" for number in range(1, ranks + 1))
+    return [*on_host(cluster.fabric, "h1"), *command, "-H", hosts, "--network-interfaces", cluster.interface]

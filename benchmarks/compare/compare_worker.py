@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from compare.measurement import Request, measure, model_hash
-from compare.registry import build
+from compare.registry import build, is_hvdlm
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
@@ -25,8 +25,9 @@ from hvdlm.training.job import job
 
 def main(address: str, config_path: str, interface: str, engine: str, *names: str) -> None:
     """`interface`: the network interface whose bytes are counted; empty: none."""
-    # The default of Horovod, which hvdlm would change: Horovod's optimizer is measured with its own defaults
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 * 2**20))
+    if not all(is_hvdlm(name) for name in names):
+        # The default of Horovod, which hvdlm would change: Horovod's optimizer is measured with its own defaults
+        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(128 * 2**20))
     connection = Client(address)
     config = load(Path(config_path), [], PRESETS)
     torch.set_num_threads(config.train.threads)

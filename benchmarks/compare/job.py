@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from common.processes import cause_of_failure, end_launcher, start_launcher
-from common.setups import Cluster
+from common.setups import Cluster, horovodrun
 from compare.measurement import Measurement, Request, over_ranks
 from compare.registry import LIMIT, SystemGroup
 
@@ -49,7 +49,8 @@ class Job:
         with socket.socket(socket.AF_UNIX) as server, self._log.open("wb") as log:
             server.bind(str(address))
             server.listen(cluster.setup.ranks)
-            self._launcher = start_launcher([*cluster.launcher, *worker, *group.names], log)
+            start = horovodrun(cluster, group.horovodrun) if group.horovodrun else cluster.launcher
+            self._launcher = start_launcher([*start, *worker, *group.names], log)
             try:
                 self._members = self._accept(server, cluster.setup.ranks)
                 self._replies()

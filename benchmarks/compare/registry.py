@@ -29,6 +29,8 @@ class Peer:
     build: Callable[[Config, Communicator, DataSet], System]
     is_dense: bool = True
     has_own_job: bool = False  # it may crash, and would end the other systems of its job
+    package: str = ""  # which it needs and hvdlm does not
+    steps: int = 1  # that belong together, as in `steps_of_a_round`
 
 
 PEERS = {
@@ -37,7 +39,19 @@ PEERS = {
     "DDP PowerSGD": Peer("torch", systems.ddp_power_sgd, is_dense=False, has_own_job=True),
     "Horovod": Peer("horovod", systems.horovod),
     "Horovod fp16": Peer("horovod", systems.horovod_fp16),
+    "torchft DiLoCo": Peer(
+        "mpi",
+        systems.torchft_diloco,
+        is_dense=False,
+        has_own_job=True,
+        package="torchft",
+        steps=systems.DILOCO_EVERY,
+    ),
 }
+
+
+# What stands in a name in place of the engine where horovodrun starts the job, and how Horovod's ranks meet
+HOROVODRUN = {"horovodrun-mpi": "mpi", "horovodrun-gloo": "gloo"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class SystemGroup:
 
     engine: str
     names: tuple[str, ...]
+    horovodrun: str = ""  # "mpi" or "gloo": started by it, with that option; empty: by mpirun
 
 
 def hvdlm_name(engine: str, method: str) -> str:
@@ -58,6 +73,12 @@ def is_hvdlm(name: str) -> bool:
     return name not in PEERS
 
 
+def is_installed(peer: str) -> bool:
+    """Whether the package is there that a peer needs beside PyTorch and Horovod."""
+    package = PEERS[peer].package
+    return not package or importlib.util.find_spec(package) is not None
+
+
 def is_dense(name: str) -> bool:
     """Whether a system must train the same model as DDP, up to the rounding of gradients to 16-bit numbers."""
     if name in PEERS:
@@ -65,11 +86,13 @@ def is_dense(name: str) -> bool:
     return name != LIMIT and _method(name).text in _DENSE_CODECS
 
 
-def group_systems(codecs: Sequence[str], engines: Sequence[str], peer_names: Sequence[str]) -> list[SystemGroup]:
+def group_systems(
+    codecs: Sequence[str], engines: Sequence[str], peer_names: Sequence[str], horovodrun: Sequence[str] = ()
+) -> list[SystemGroup]:
     """All systems by job. The limit is the first of them, and the reference is always included.
 
-    hvdlm runs every codec on the first engine, and `none` on the others. Systems on one engine share a job, which
-    saves memory. Raises HvdlmError if Horovod is asked for and not installed.
+    hvdlm runs every codec on the first engine and under each way of `horovodrun`, and `none` on the other engines.
+    Systems on one engine share a job, which saves memory. Raises HvdlmError if what a peer needs is not installed.
     """
     first, *others = engines
     by_engine = {first: [LIMIT, *(hvdlm_name(first, codec) for codec in codecs)]}
@@ -82,7 +105,16 @@ def group_systems(codecs: Sequence[str], engines: Sequence[str], peer_names: Seq
             own_jobs.append(SystemGroup(peer.engine, (name,)))
         else:
             by_engine.setdefault(peer.engine, []).append(name)
-    if "horovod" in by_engine and importlib.util.find_spec("horovod") is None:
+    for name in peer_names:
+        if not is_installed(name):
+            raise HvdlmError(
+                f'{name} needs {PEERS[name].package}: pip install -c constraints.txt -e ".[peers]", or leave it out of '
+                "--peers"
+            )
+    own_jobs += [
+        SystemGroup("horovod", tuple(hvdlm_name(way, codec) for codec in codecs), HOROVODRUN[way]) for way in horovodrun
+    ]
+    if ("horovod" in by_engine or horovodrun) and importlib.util.find_spec("horovod") is None:
         raise HvdlmError(
             "Horovod is not installed: run `hvdlm install-horovod`, or leave it out with --engines and --peers"
         )
@@ -105,7 +137,9 @@ def build(name: str, config: Config, communicator: Communicator, data: DataSet) 
 
 def steps_of_a_round(name: str) -> int:
     """How many steps belong together: of local steps, those from one average to the next."""
-    return 1 if name in PEERS or name == LIMIT else _method(name).steps
+    if name in PEERS:
+        return PEERS[name].steps
+    return 1 if name == LIMIT else _method(name).steps
 
 
 def _method(name: str) -> Method:

@@ -1,8 +1,9 @@
 """The systems that are compared: hvdlm, and its peers as their users write them.
 
 All train the same model on the same batches with the same loss, optimizer, learning rates and clipping. The peers are
-PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, and Horovod's
-DistributedOptimizer. hvdlm computes with its own bf16 copies of the weights, the peers under autocast.
+PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, Horovod's
+DistributedOptimizer, and torchft's DiLoCo. hvdlm computes with its own bf16 copies of the weights, the peers under
+autocast.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from hvdlm.training.schedule import learning_rate
 from hvdlm.training.trainer import Trainer
 
 POWER_SGD_MATRIX_RANK = 4
+
+# Steps from one average of half of the model to its next, and how many later it arrives: those of torchft's
+# train_diloco.py
+DILOCO_EVERY, DILOCO_OVERLAP = 20, 5
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,27 @@ def horovod(config: Config, communicator: Communicator, data: DataSet) -> System
 def horovod_fp16(config: Config, communicator: Communicator, data: DataSet) -> System:
     """Horovod's DistributedOptimizer with Compression.fp16."""
     return _horovod(config, communicator, data, "fp16")
+
+
+def torchft_diloco(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """Streaming DiLoCo of torchft (torchft_diloco.py)."""
+    from compare.torchft_diloco import TorchftDiLoCo
+
+    model = _model(config, data)
+    mean_loss = _MeanLoss(model, config.train.precision)
+    optimizer = make_optimizer(model, config.optimizer)
+    diloco = TorchftDiLoCo(model, optimizer, communicator, DILOCO_EVERY, DILOCO_OVERLAP)
+    loader = open_loader(config, data, communicator)
+
+    def step() -> None:
+        batch = loader.next()
+        set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
+        optimizer.zero_grad()
+        mean_loss(batch.inputs, batch.targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+
+    return System(diloco.averaged, step)
 
 
 def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:

@@ -70,7 +70,7 @@ def _horovod_hosts(cluster: Cluster) -> list[str]:
 def torchft(cluster: Cluster, config: Config, run_dir: Path) -> Job:
     """torchft on Gloo: a lighthouse, and a replica group of one rank under torchrun for each rank."""
     if importlib.util.find_spec("torchft") is None:
-        raise HvdlmError('torchft is not installed: pip install -c constraints.txt -e ".[recovery]", or use --systems')
+        raise HvdlmError('torchft is not installed: pip install -c constraints.txt -e ".[peers]", or use --systems')
     if config.train.global_batch_size % cluster.setup.ranks:
         raise HvdlmError(
             f"torchft weighs all replicas alike: give {cluster.setup.ranks} of them equal parts of a batch"

@@ -58,10 +58,22 @@ def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs_root
 def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
-    options = ["--codecs", "none", "--engines", "torch", "--peers", "--model.layers", "2"]
+    options = [
+        "--codecs",
+        "none",
+        "--engines",
+        "torch",
+        "--peers",
+        "--model.layers",
+        "2",
+        "--horovodrun",
+        "horovodrun-gloo",
+    ]
     result = compare(small_data, tmp_path, "--setup", "2x1gbit", *options)
     assert result.status == 0, result.output
-    limit, own, ddp = read(tmp_path / "compare.json")["2x1gbit"]["summary"]
+    limit, own, under_horovodrun, ddp = read(tmp_path / "compare.json")["2x1gbit"]["summary"]
+    assert under_horovodrun["name"] == "hvdlm horovodrun-gloo none"
+    assert under_horovodrun["wire_bytes"] == own["wire_bytes"]
     assert limit["interface_bytes"] < 0.1 * own["interface_bytes"]
     assert own["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)  # small messages, large headers
     assert ddp["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)

@@ -65,6 +65,22 @@ def test_systems_on_one_engine_share_a_job() -> None:
     ]
 
 
+def test_horovodrun_has_jobs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert group_systems(["int4"], ["mpi"], ["torchft DiLoCo"], ["horovodrun-gloo"]) == [
+        SystemGroup("mpi", ("no communication", "hvdlm mpi int4")),
+        SystemGroup("torch", ("DDP",)),
+        SystemGroup("mpi", ("torchft DiLoCo",)),
+        SystemGroup("horovod", ("hvdlm horovodrun-gloo int4",), "gloo"),
+    ]
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchft" else name)
+    with pytest.raises(HvdlmError, match=r"torchft DiLoCo needs torchft: pip install .*\[peers\]"):
+        group_systems(["int4"], ["mpi"], ["torchft DiLoCo"])
+
+
 def test_the_reference_is_always_included() -> None:
     assert group_systems(["fp16"], ["torch"], []) == [
         SystemGroup("torch", ("no communication", "hvdlm torch fp16", "DDP"))
