@@ -33,6 +33,7 @@ hvdlm train examples/quickstart.toml --dry-run --model.layers 8 --train.precisio
 batch of each rank; it does not train. A run keeps its settings in `config.toml` of its run directory.
 
 - `[model]` begins with the values of `model.preset`; a value in the file or on the command line replaces the preset's.
+  With `model.from` it begins with the shape of that checkpoint instead, which every host must be able to read.
 - Text needs no quotes on the command line. In TOML a number such as `3e-3` is a number and `"bf16"` is text.
 - An unknown key is an error that names the nearest valid one. A value of the wrong type or out of its bounds is an
   error that names the key; nothing is converted.
@@ -47,7 +48,7 @@ batch of each rank; it does not train. A run keeps its settings in `config.toml`
 _PRESETS = """
 ## Presets
 
-`model.preset` names one of these shapes. All train without dropout, and weights are always initialised anew.
+`model.preset` names one of these shapes. All train without dropout, and weights are initialised anew.
 """
 
 
@@ -58,7 +59,7 @@ def page() -> str:
     for name, section in sections.items():
         assert section is not None
         parts.append(f"\n## [{name}]\n\n{_purpose(section.__doc__ or '')}\n\n")
-        rows = [(f"`{name}.{key}`", *_columns(field)) for key, field in section.model_fields.items()]
+        rows = [(f"`{name}.{key}`", *_columns(field)) for key, field in section.setting_fields().items()]
         parts.append(_table(("setting", "type", "bounds", "default", "meaning"), rows))
     parts.append(_PRESETS + "\n")
     keys = list(dict.fromkeys(key for preset in PRESETS.values() for key in preset))

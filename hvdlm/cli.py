@@ -119,6 +119,18 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
     )
 
 
+def _export(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.hugging_face.export import export
+
+    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9))
+
+
+def _import(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.hugging_face.import_model import import_model
+
+    return import_model(options.model, options.output)
+
+
 def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.cluster.horovod_build.build import install
 
@@ -264,6 +276,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
+
+    export = commands.add_parser("export", help="write a checkpoint's model as transformers loads it")
+    export.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory")
+    export.add_argument("--to", choices=["hf"], required=True, help="hf: Hugging Face's transformers")
+    export.add_argument("output", type=path, metavar="DIR", help="the directory to be made")
+    export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    export.add_argument("--shard-size", type=finite, default=5.0, metavar="GB", help="of a file at most (default: 5)")
+    export.set_defaults(run=_export)
+
+    importing = commands.add_parser("import", help="make a checkpoint of a model of transformers, for model.from")
+    importing.add_argument("model", type=path, metavar="DIR", help="with config.json, safetensors and a tokenizer")
+    importing.add_argument("--output", type=path, required=True, metavar="DIR", help="the checkpoint")
+    importing.set_defaults(run=_import)
 
     install = commands.add_parser("install-horovod", help="build Horovod for this PyTorch and MPI, install and test it")
     install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from hvdlm.arguments import duration
 from hvdlm.paths import expand_path
@@ -38,13 +39,26 @@ UserPath = Annotated[str, AfterValidator(expand_path)]
 class Section(BaseModel):
     """A group of settings; immutable, and strict about names and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=False, serialize_by_alias=True
+    )
+
+    @classmethod
+    def setting_fields(cls) -> dict[str, FieldInfo]:
+        """Its settings by the names that users write."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 class ModelSection(Section):
     """`[model]`: the shape of the Transformer. The preset fills what is not given."""
 
     preset: str = Field("tiny", description="named starting point; any field below overrides it")
+    from_: UserPath = Field(
+        "",
+        alias="from",
+        description="checkpoint, run directory or output of `hvdlm import`: training begins with its weights, and "
+        "`[model]` with its shape in place of the preset's; empty: weights are initialised by train.seed",
+    )
     layers: int = Field(4, gt=0, description="Transformer blocks")
     heads: int = Field(4, gt=0, description="attention (query) heads")
     kv_heads: int = Field(0, ge=0, description="key and value heads; 0: as many as heads")
@@ -57,7 +71,16 @@ class ModelSection(Section):
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP non-linearity")
     position: Literal["learned", "rope"] = Field("learned", description="position embedding")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: float = Field(
+        0.0,
+        ge=0,
+        description="by which low rotary frequencies are divided for longer contexts, as Llama 3.1 does; 0: not",
+    )
+    rope_low_frequency: float = Field(1.0, gt=0, description="turns in the original context below which it divides")
+    rope_high_frequency: float = Field(4.0, gt=0, description="turns in the original context above which it does not")
+    rope_original_context: int = Field(8192, gt=0, description="tokens of a sequence before it was scaled")
     bias: bool = Field(True, description="biases in linear layers and LayerNorm")
+    qkv_bias: bool = Field(False, description="biases of queries, keys and values even without bias, as in Qwen2")
     tie_embeddings: bool = Field(True, description="output projection shares the token embedding")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an activation")
     document_mask: bool = Field(False, description="attention does not cross the bounds of documents")
@@ -72,6 +95,11 @@ class ModelSection(Section):
             raise ValueError(
                 "model.position = 'rope' rotates pairs of numbers, "
                 f"but model.width / model.heads = {self.width // self.heads} is odd"
+            )
+        if self.rope_scaling and self.rope_low_frequency >= self.rope_high_frequency:
+            raise ValueError(
+                f"model.rope_low_frequency = {self.rope_low_frequency:g} is not below model.rope_high_frequency = "
+                f"{self.rope_high_frequency:g}"
             )
         return self
 

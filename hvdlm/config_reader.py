@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,16 @@ else:
 Presets = Mapping[str, Mapping[str, Any]]
 
 
-def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Config:
+def load(
+    path: Path | None,
+    overrides: Sequence[str],
+    presets: Presets,
+    shape_of: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Config:
     """Reads a TOML file (None: an empty one), then applies `--section.key value` overrides.
 
     `presets` maps a name of `model.preset` to the `[model]` values it stands for; given values win over the preset's.
+    `shape_of`: such values of what `model.from` names, which take the place of the preset's.
 
     Raises HvdlmError for an unreadable file, an unknown key, a wrong type or an impossible combination.
     """
@@ -40,18 +46,27 @@ def load(path: Path | None, overrides: Sequence[str], presets: Presets) -> Confi
         if not isinstance(table, dict):
             raise HvdlmError(f"{origin}: {section} must be a section, [{section}]")
         table[name] = _typed(section, name, value)
-    return from_dict(settings, origin, presets)
+    return from_dict(settings, origin, presets, shape_of)
 
 
-def from_dict(settings: Mapping[str, Any], origin: str, presets: Presets) -> Config:
-    """The configuration that nested `settings` describe; `origin` names their source in errors."""
+def from_dict(
+    settings: Mapping[str, Any],
+    origin: str,
+    presets: Presets,
+    shape_of: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Config:
+    """The configuration that nested `settings` describe; `origin` names their source in errors. `shape_of` as in
+    `load`."""
     filled = dict(settings)
     model = filled.get("model", {})
     if isinstance(model, dict):
         name = model.get("preset", ModelSection.model_fields["preset"].default)
         if not isinstance(name, str) or name not in presets:
             raise HvdlmError(f"{origin}: model.preset = {name!r} is unknown{_nearest(str(name), list(presets))}")
-        filled["model"] = {**presets[name], **model, "preset": name}
+        start = model.get("from")
+        is_whole = ModelSection.setting_fields().keys() <= model.keys()
+        shape = shape_of(start) if shape_of and start and isinstance(start, str) and not is_whole else presets[name]
+        filled["model"] = {**shape, **model, "preset": name}
     try:
         return Config.model_validate(filled)
     except ValidationError as error:
@@ -72,7 +87,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _typed(section: str, name: str, text: str) -> Any:
     """The text of an override as the type its setting has: strings need no quotes on a command line."""
     section_field = Config.model_fields.get(section)
-    fields = section_field.annotation.model_fields if section_field and section_field.annotation else {}
+    fields = section_field.annotation.setting_fields() if section_field and section_field.annotation else {}
     if name in fields and _takes_text(fields[name].annotation):
         return text
     try:
@@ -91,7 +106,7 @@ def _sentence(detail: Any) -> str:
         section = Config.model_fields.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else None
         annotation: Any = section.annotation if section else Config
         prefix = f"{detail['loc'][0]}." if section else ""
-        return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.model_fields), prefix)}"
+        return f"unknown key {key}{_nearest(str(detail['loc'][-1]), list(annotation.setting_fields()), prefix)}"
     if detail["type"] == "model_type":
         return f"{key} must be a section, [{key}]"
     if detail["type"] == "string_too_short":

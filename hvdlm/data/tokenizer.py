@@ -40,7 +40,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: upper bound of the token ids, exclusive.
-        eos_id: the token that ends a document.
+        eos_token, eos_id: the token that ends a document, and its id.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
@@ -62,7 +62,7 @@ class Tokenizer:
             )
         self._backend = backend
         self._ids_are_bytes = vocabulary == _byte_vocabulary() | {END_OF_TEXT: 256}
-        self.eos_id = vocabulary[end_of_text]
+        self.eos_token, self.eos_id = end_of_text, vocabulary[end_of_text]
         self.vocab_size = max(vocabulary.values()) + 1
 
     @classmethod

@@ -1,7 +1,7 @@
 """Named shapes for `model.preset`: values of `[model]` that a configuration starts from.
 
 All train without dropout, so that a loss curve does not depend on the number of
-ranks. A preset names the shape only: weights are always initialised anew.
+ranks. A preset names the shape only: weights are initialised anew.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def parameter_count(config: ModelSection, vocab_size: int) -> int:
     """All trained numbers.
 
     matrices   L (D (H + 2K) E + D^2 + m D M) + V D       m = 2 for GELU, 3 for SwiGLU
-    biases     L ((H + 2K) E + D + (m - 1) M + D)         if there are biases
+    biases     L ((H + 2K) E + D + (m - 1) M + D)         if there are biases; L (H + 2K) E if of these alone
     norms      (2L + 1) D                                 twice that for LayerNorm with bias
     embedding  V D if untied, + T D if positions are learned
     """
@@ -36,7 +36,9 @@ def parameter_count(config: ModelSection, vocab_size: int) -> int:
     count += config.context_length * width if config.position == "learned" else 0
     count += (2 * layers + 1) * width * (2 if config.norm == "layernorm" and config.bias else 1)
     if config.bias:
-        count += layers * (qkv_width(config) + 2 * width + expansions * mlp_width(config))
+        count += layers * (2 * width + expansions * mlp_width(config))
+    if config.bias or config.qkv_bias:
+        count += layers * qkv_width(config)
     return count
 
 

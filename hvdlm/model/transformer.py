@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         else:
-            rotation = _rotation(positions, config.width // config.heads, config.rope_theta)
+            rotation = _rotation(positions, config)
         mask = _attention_mask(positions, documents, cache, self.dtype)
         x = self.dropout(x)
         # Chen et al. 2016, arXiv:1604.06174
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         self.head_width = config.width // config.heads
         self.dropout = config.dropout
         rows = (self.heads + 2 * self.key_value_heads) * self.head_width
-        self.qkv = Linear(config.width, rows, bias=config.bias)
+        self.qkv = Linear(config.width, rows, bias=config.bias or config.qkv_bias)
         self.output = Linear(config.width, config.width, bias=config.bias)
 
     def forward(
@@ -312,10 +312,22 @@ def _attention_mask(
     return added[:, None]
 
 
-def _rotation(positions: Tensor, head_width: int, theta: float) -> Rotation:
-    """Angles position * theta^(-2i / E), i < E / 2 (Su et al. 2021, equation 15); fp32 whatever the model is in."""
+def _rotation(positions: Tensor, config: ModelSection) -> Rotation:
+    """Angles position * theta^(-2i / E), i < E / 2 (Su et al. 2021, equation 15); fp32 whatever the model is in.
+
+    Scaled for longer contexts, frequencies that turn less than `rope_low_frequency` times in the original context are
+    divided by the factor, those that turn more than `rope_high_frequency` times stay, and between them it is
+    interpolated (Llama 3.1; arXiv:2407.21783, section 3.4.2, does not give the formula, Meta's published code does).
+    """
+    head_width = config.width // config.heads
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angles = positions[:, None].float() * theta**-exponents  # (T, E / 2)
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling:
+        turns = config.rope_original_context * frequencies / (2 * math.pi)
+        low, high = config.rope_low_frequency, config.rope_high_frequency
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / config.rope_scaling)
+    angles = positions[:, None].float() * frequencies  # (T, E / 2)
     return angles.cos(), angles.sin()
 
 

@@ -126,19 +126,9 @@ def save(
         for stale in parent.glob(f"step_*{_PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=stale != partial)
         partial.mkdir()
-        safetensors.torch.save_file(_plain(model), partial / "model.safetensors")
-        safetensors.torch.save_file(_plain(optimizer), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        (partial / "tokenizer.json").write_bytes(tokenizer)
         if ranks is not None:
             ranks.rename(partial / _RANKS)
-        for file in partial.rglob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
-            shutil.copymode(partial / "state.json", file)
-        known = {f"{_RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
-        names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
-        files = {name: known.get(name) or file_entry(partial / name) for name in names}
-        manifest = json.dumps({"step": step, "files": files}, indent=1)
-        (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+        write_files(partial, step, model, optimizer, state, tokenizer, rank_entries)
         for path_inside in partial.rglob("*"):
             make_durable(path_inside)
         make_durable(partial)
@@ -152,6 +142,29 @@ def save(
         raise HvdlmError(f"cannot write the checkpoint {path}: {save_failure(error)}") from error
     retain(path, keep)
     return path
+
+
+def write_files(
+    path: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    tokenizer: bytes,
+    rank_entries: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes the files of a checkpoint into a directory, which may hold those of ranks, as `save` has them."""
+    safetensors.torch.save_file(_plain(model), path / "model.safetensors")
+    safetensors.torch.save_file(_plain(optimizer), path / "optimizer.safetensors")
+    (path / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (path / "tokenizer.json").write_bytes(tokenizer)
+    for file in path.rglob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
+        shutil.copymode(path / "state.json", file)
+    known = {f"{_RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
+    names = sorted([*_FILES, *(str(file.relative_to(path)) for file in path.glob(f"{_RANKS}/*"))])
+    files = {name: known.get(name) or file_entry(path / name) for name in names}
+    manifest = json.dumps({"step": step, "files": files}, indent=1)
+    (path / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
 def retain(newest: Path, keep: Retention) -> None:
@@ -252,6 +265,18 @@ def open_state(path: Path) -> dict[str, Any]:
     """The state of `open_checkpoint(path)` with its own `path` beside it: what rank 0 tells the others."""
     opened = open_checkpoint(path)
     return {**opened.state, "path": str(opened.path)}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, or of a run directory's newest, without a look at other files. Raises HvdlmError."""
+    candidates = [path] if _is_one(path) else _best_first(directory(path) if directory(path).is_dir() else path)
+    if not candidates:
+        raise _none_in(path)
+    try:
+        state: dict[str, Any] = json.loads((candidates[0] / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HvdlmError(f"cannot read {candidates[0] / 'state.json'}: {_reason(error)}") from None
+    return state
 
 
 def set_latest(path: Path, run_dir: Path) -> None:

@@ -23,6 +23,7 @@ from hvdlm.training.console import open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.elastic import check_elastic
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
+from hvdlm.training.initial_weights import begin_with_weights, shape_of
 from hvdlm.training.job import job
 from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
@@ -41,7 +42,7 @@ _LESS_MEMORY = "lower train.micro_batch_size or set train.activation_checkpointi
 def read_config(path: Path, overrides: Sequence[str]) -> Config:
     """The settings in a file and in options. An error in them, which all ranks find, is printed once."""
     try:
-        return load(path, overrides, PRESETS)
+        return load(path, overrides, PRESETS, shape_of)
     except HvdlmError:
         leave_word_to_rank_0(os.environ)
         raise
@@ -96,6 +97,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
             sentences = restore(trainer, source, state)
         elif not communicator.is_new:
+            if config.model.from_:
+                sentences = on_rank_0(communicator, lambda: begin_with_weights(trainer.model, config.model, data))
             trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
 

@@ -180,7 +180,7 @@ class RunDirectory:
 def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab_size: int) -> None:
     """Raises HvdlmError unless model, data and order of samples are those of the checkpoint; the rest may differ."""
     saved, now = _settings(state), config.model_dump()
-    fixed = [("model", name) for name in now["model"] if name != "preset"]
+    fixed = [("model", name) for name in now["model"] if name not in ("preset", "from")]
     fixed += [("train", "seed"), ("train", "global_batch_size")]
     for section, name in fixed:
         if saved[section][name] != now[section][name]:

@@ -77,7 +77,7 @@ SETTINGS = {
     f"{name}.{key}"
     for name, section in Config.model_fields.items()
     if section.annotation is not None
-    for key in section.annotation.model_fields
+    for key in section.annotation.setting_fields()
 }
 
 

@@ -1,0 +1,57 @@
+"""`hvdlm export`: a checkpoint as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+
+from hvdlm.config import Config
+from hvdlm.config_reader import from_dict
+from hvdlm.data.staging import staged
+from hvdlm.data.tokenizer import Tokenizer
+from hvdlm.errors import HvdlmError
+from hvdlm.hugging_face.architectures import CLASSES, architecture_of, to_config
+from hvdlm.hugging_face.model_card import model_card
+from hvdlm.hugging_face.tensor_files import write_tensors
+from hvdlm.hugging_face.tokenizer_files import write_tokenizer
+from hvdlm.hugging_face.weights import to_hugging_face
+from hvdlm.model.presets import PRESETS
+from hvdlm.training.checkpoint import Checkpoint, open_state, save_failure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
+    """Writes config.json, weights in files of at most `shard_bytes`, the tokenizer, generation_config.json and a model
+    card. `output` appears complete or not at all. Returns the exit status.
+
+    Raises HvdlmError if transformers has no such architecture, or if `output` holds something already.
+    """
+    state = open_state(checkpoint)
+    config: Config = from_dict(state["config"], state["path"], PRESETS)
+    architecture = architecture_of(config.model)
+    tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise HvdlmError(f"{output} is there already: remove it, or name another directory")
+    with staged(output) as directory:
+        settings = to_config(config.model, state["vocab_size"], tokenizer.eos_id, dtype)
+        generation = {
+            "bos_token_id": tokenizer.eos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.eos_id,
+        }
+        for name, content in (("config.json", settings), ("generation_config.json", generation)):
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        weights = to_hugging_face(Checkpoint(Path(state["path"])).model(), config.model)
+        try:
+            write_tensors(directory, {name: each.to(DTYPES[dtype]) for name, each in weights.items()}, shard_bytes)
+        except safetensors.SafetensorError as error:
+            raise HvdlmError(f"cannot write {output}: {save_failure(error)}") from None
+        write_tokenizer(directory, tokenizer, config.model.context_length)
+        card = model_card(state, config, output.name, CLASSES[architecture], dtype)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    print(f"{output}: {CLASSES[architecture]}, {dtype}, of {state['path']}")
+    return 0

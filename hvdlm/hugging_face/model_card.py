@@ -1,0 +1,79 @@
+"""README.md of an exported model: what it is, what it was trained on, how, and how well it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hvdlm.config import Config
+from hvdlm.model.size import parameter_count
+from hvdlm.training.metrics import read_metrics
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hvdlm]
+---
+
+# {name}
+
+A causal language model of {parameters:,} parameters, {architecture}, trained by hvdlm {version}.
+
+| | |
+|---|---|
+| steps | {step:,} of {steps:,} |
+| tokens seen | {tokens:,} |
+| validation loss | {loss} |
+| data set | {data}, fingerprint {fingerprint} |
+| ranks | {ranks} |
+| weights | {dtype} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokens = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0]))
+```
+{remarks}
+## Settings
+
+```toml
+{settings}```
+"""
+
+
+def model_card(state: Mapping[str, Any], config: Config, name: str, architecture: str, dtype: str) -> str:
+    """The text of README.md. `state`: of `checkpoint.open_state`, whose `path` may lie in a run directory."""
+    remarks = ""
+    if config.model.document_mask:
+        remarks = "\nIn training attention did not cross the bounds of documents; here it does: give one at a time.\n"
+    return _CARD.format(
+        name=name,
+        parameters=parameter_count(config.model, state["vocab_size"]),
+        architecture=architecture,
+        version=state["versions"]["hvdlm"],
+        step=state["step"],
+        steps=config.train.steps,
+        tokens=state["step"] * config.train.global_batch_size * config.model.context_length,
+        loss=_validation_loss(Path(state["path"]), state["step"]),
+        data=Path(config.data.path).name,
+        fingerprint=str(state["fingerprint"])[:16],
+        ranks=state["world_size"],
+        dtype=dtype,
+        remarks=remarks,
+        settings=tomli_w.dumps(config.model_dump(exclude_defaults=True)),
+    )
+
+
+def _validation_loss(checkpoint: Path, step: int) -> str:
+    """That of this step, where the checkpoint lies in its run directory."""
+    file = checkpoint.resolve().parent.parent / "metrics.jsonl"
+    records = read_metrics(file) if file.exists() else []
+    losses = [each["loss"] for each in records if each["kind"] == "eval" and each["step"] == step]
+    return f"{losses[-1]:.4f} nats per token" if losses else "not measured at this step"

@@ -1,0 +1,140 @@
+"""Weights by our names, and by those of transformers, either from the other: the numbers are the same bits.
+
+The table is that of hvdlm/model/transformer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvdlm.config import ModelSection
+from hvdlm.errors import HvdlmError
+from hvdlm.hugging_face.architectures import architecture_of
+from hvdlm.model.size import key_value_heads, mlp_width
+from hvdlm.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class _Match:
+    """One parameter of ours, and what transformers has for it."""
+
+    ours: str
+    theirs: tuple[str, ...]  # whose rows follow one another in ours
+    rows: tuple[int, ...] = ()  # of each, where there are several
+    is_transposed: bool = False  # theirs is (in, out)
+
+
+def to_hugging_face(weights: Mapping[str, Tensor], model: ModelSection) -> dict[str, Tensor]:
+    """Weights as transformers names them; a tied output projection is left out. Raises HvdlmError if it has no such
+    architecture.
+
+    GPT-2 has biases: for a model without they are zeros.
+    """
+    named: dict[str, Tensor] = {}
+    for match in _matches(model):
+        ours = weights.get(match.ours)
+        if ours is None:  # a bias
+            ours = weights[match.ours.removesuffix("bias") + "weight"].new_zeros(_bias_length(match, weights))
+        parts = ours.split(list(match.rows)) if match.rows else [ours]
+        for name, part in zip(match.theirs, parts, strict=True):
+            named[name] = (part.T if match.is_transposed else part).contiguous()
+    return named
+
+
+def from_hugging_face(
+    named: Mapping[str, Tensor], model: ModelSection, vocab_size: int, origin: str
+) -> dict[str, Tensor]:
+    """Weights by our names, float32. `origin`: where they come from, for errors.
+
+    Raises HvdlmError if one is missing, has another shape than the model's, or is not known.
+    """
+    with torch.device("meta"):
+        shapes = {name: each.shape for name, each in Transformer(model, vocab_size).named_parameters()}
+    used: set[str] = set()
+    weights = {}
+    for match in _matches(model):
+        found = [_find(named, name) for name in match.theirs]
+        if None in found:
+            missing = match.theirs[found.index(None)]
+            raise HvdlmError(f"{origin} holds no weight {missing}")
+        used.update(name for name in found if name is not None)
+        parts = [named[name] for name in found if name is not None]
+        joined = torch.cat([each.T if match.is_transposed else each for each in parts]).float().contiguous()
+        if joined.shape != shapes[match.ours]:
+            raise HvdlmError(
+                f"{origin}: {' and '.join(match.theirs)} hold {tuple(joined.shape)} numbers, where config.json says "
+                f"{tuple(shapes[match.ours])}"
+            )
+        weights[match.ours] = joined
+    if unknown := sorted(name for name in named if name not in used and not _is_ignored(name, model)):
+        raise HvdlmError(f"{origin} holds weights that hvdlm's Transformer does not have: {', '.join(unknown[:4])}")
+    return weights
+
+
+def _find(named: Mapping[str, Tensor], name: str) -> str | None:
+    """The name under which a weight stands: files of the bare model have no first part of it."""
+    return next((each for each in (name, name.partition(".")[2]) if each in named), None)
+
+
+def _is_ignored(name: str, model: ModelSection) -> bool:
+    """Buffers of old files, and the output projection where it is the embedding."""
+    return name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")) or (
+        name == "lm_head.weight" and model.tie_embeddings
+    )
+
+
+def _bias_length(match: _Match, weights: Mapping[str, Tensor]) -> int:
+    return len(weights[match.ours.removesuffix("bias") + "weight"])
+
+
+def _matches(model: ModelSection) -> Iterator[_Match]:
+    if architecture_of(model) == "gpt2":
+        yield from _gpt2(model)
+    else:
+        yield from _llama(model)
+    if not model.tie_embeddings:
+        yield _Match("output.weight", ("lm_head.weight",))
+
+
+def _gpt2(model: ModelSection) -> Iterator[_Match]:
+    yield _Match("token_embedding.weight", ("transformer.wte.weight",))
+    yield _Match("position_embedding.weight", ("transformer.wpe.weight",))
+    norms = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
+    matrices = {
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for layer in range(model.layers):
+        for ours, theirs in {**norms, **matrices}.items():
+            before, after = f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}"
+            yield _Match(f"{before}.weight", (f"{after}.weight",), is_transposed=ours in matrices)
+            yield _Match(f"{before}.bias", (f"{after}.bias",))
+    for kind in ("weight", "bias"):
+        yield _Match(f"final_norm.{kind}", (f"transformer.ln_f.{kind}",))
+
+
+def _llama(model: ModelSection) -> Iterator[_Match]:
+    yield _Match("token_embedding.weight", ("model.embed_tokens.weight",))
+    head, hidden = model.width // model.heads, mlp_width(model)
+    kv_rows = key_value_heads(model) * head
+    attention = ("q_proj", "k_proj", "v_proj")
+    for layer in range(model.layers):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        yield _Match(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",))
+        yield _Match(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",))
+        for kind in ("weight", "bias"):
+            fused = tuple(f"{theirs}.self_attn.{each}.{kind}" for each in attention)
+            if kind == "weight" or model.bias or model.qkv_bias:
+                yield _Match(f"{ours}.attention.qkv.{kind}", fused, (model.heads * head, kv_rows, kv_rows))
+            if kind == "weight" or model.bias:
+                yield _Match(f"{ours}.attention.output.{kind}", (f"{theirs}.self_attn.o_proj.{kind}",))
+                gated = (f"{theirs}.mlp.gate_proj.{kind}", f"{theirs}.mlp.up_proj.{kind}")
+                yield _Match(f"{ours}.mlp.up.{kind}", gated, (hidden, hidden))
+                yield _Match(f"{ours}.mlp.down.{kind}", (f"{theirs}.mlp.down_proj.{kind}",))
+    yield _Match("final_norm.weight", ("model.norm.weight",))
