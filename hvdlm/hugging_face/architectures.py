@@ -1,7 +1,8 @@
 """What a config.json of transformers says of a model, and `[model]`, either from the other.
 
-GPT-2 (Radford et al. 2019), Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), Mistral (arXiv:2310.06825) and Qwen2
-(arXiv:2407.10671) are the architectures that our Transformer can express. What it cannot is refused by name.
+GPT-2 (Radford et al. 2019), GPT-NeoX (arXiv:2204.06745) with residuals one after the other, Llama 2 and 3
+(arXiv:2307.09288, arXiv:2407.21783), Mistral (arXiv:2310.06825) and Qwen2 (arXiv:2407.10671) are the architectures that
+our Transformer can express. What it cannot is refused by name.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.size import key_value_heads, mlp_width
 
-_GPT2, _LLAMA, _MISTRAL, _QWEN2 = "gpt2", "llama", "mistral", "qwen2"
+_GPT2, _NEOX, _LLAMA, _MISTRAL, _QWEN2 = "gpt2", "gpt_neox", "llama", "mistral", "qwen2"
 
 CLASSES = {
     _GPT2: "GPT2LMHeadModel",
+    _NEOX: "GPTNeoXForCausalLM",
     _LLAMA: "LlamaForCausalLM",
     _MISTRAL: "MistralForCausalLM",
     _QWEN2: "Qwen2ForCausalLM",
@@ -29,16 +31,19 @@ _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 def architecture_of(model: ModelSection) -> str:
     """Which architecture of transformers computes what our Transformer does. Raises HvdlmError if none does."""
     kind = (model.position, model.norm, model.activation)
-    if kind == ("learned", "layernorm", "gelu") and key_value_heads(model) == model.heads and not model.qkv_bias:
-        return _GPT2
+    if kind[1:] == ("layernorm", "gelu") and key_value_heads(model) == model.heads and not model.qkv_bias:
+        if model.position == "learned":
+            return _GPT2
+        if not model.rope_scaling:
+            return _NEOX
     if kind == ("rope", "rmsnorm", "swiglu"):
         return _QWEN2 if model.qkv_bias else _LLAMA
     named = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("position", "norm", "activation"))
     more = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("kv_heads", "qkv_bias"))
     raise HvdlmError(
-        f"no architecture of transformers that hvdlm writes has {named}, {more}: it writes GPT-2 ('learned', "
-        "'layernorm', 'gelu', as many key and value heads as heads, qkv_bias false), and Llama or Qwen2 ('rope', "
-        "'rmsnorm', 'swiglu')"
+        f"no architecture of transformers that hvdlm writes has {named}, {more}: it writes GPT-2 and GPT-NeoX ("
+        "'learned', 'rope', with 'layernorm', 'gelu', as many key and value heads as heads), Llama and Qwen2 ('rope', 'rmsnorm', "
+        "'swiglu')"
     )
 
 
@@ -70,15 +75,28 @@ def to_config(model: ModelSection, vocab_size: int, eos_id: int, dtype: str) -> 
             "layer_norm_epsilon": model.norm_eps,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout),
         }
-    return {
-        **common,
+    common |= {
         "max_position_embeddings": model.context_length,
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
+        "intermediate_size": mlp_width(model),
+    }
+    if architecture == _NEOX:
+        return {
+            **common,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": model.norm_eps,
+            "rotary_pct": 1.0,
+            "rotary_emb_base": model.rope_theta,
+            "use_parallel_residual": False,
+            "attention_bias": True,
+            **dict.fromkeys(("attention_dropout", "hidden_dropout"), model.dropout),
+        }
+    return {
+        **common,
         "num_key_value_heads": key_value_heads(model),
         "head_dim": model.width // model.heads,
-        "intermediate_size": mlp_width(model),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
@@ -100,8 +118,8 @@ def from_config(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any],
             f"{', '.join(CLASSES)}"
         )
     try:
-        values = _from_gpt2(config) if architecture == _GPT2 else _from_llama(config, architecture)
-        return values, int(config["vocab_size"])
+        readers = {_GPT2: _from_gpt2, _NEOX: _from_neox}
+        return readers.get(architecture, _from_llama)(config), int(config["vocab_size"])
     except _UnsupportedError as error:
         raise HvdlmError(f"{origin}: hvdlm's Transformer has no {error}") from None
     except KeyError as error:
@@ -146,7 +164,42 @@ def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _from_llama(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def _from_neox(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}  # of transformers 5
+    known = {
+        "use_parallel_residual": True,
+        "rotary_pct": rope.get("partial_rotary_factor", 0.25),
+        "rope_type": rope.get("rope_type", "default"),
+        **config,
+    }
+    _require(
+        known,
+        hidden_act=_TANH_GELU,
+        use_parallel_residual=False,
+        rotary_pct=1.0,
+        rope_type="default",
+        rope_scaling=(),
+        attention_bias=True,
+    )
+    return {
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": 0,
+        "width": config["hidden_size"],
+        "mlp_width": config["intermediate_size"],
+        "context_length": config["max_position_embeddings"],
+        "norm": "layernorm",
+        "norm_eps": float(config.get("layer_norm_eps", 1e-5)),
+        "activation": "gelu",
+        "position": "rope",
+        "rope_theta": float(config.get("rotary_emb_base") or rope.get("rope_theta") or 10000.0),
+        "bias": True,
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    architecture = config["model_type"]
     _require(config, hidden_act=("silu", "swish"), use_sliding_window=False, pretraining_tp=1)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("head_dim") not in (None, width // heads):

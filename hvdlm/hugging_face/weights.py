@@ -5,7 +5,7 @@ The table is that of hvdlm/model/transformer.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,12 @@ from hvdlm.hugging_face.architectures import architecture_of
 from hvdlm.model.size import key_value_heads, mlp_width
 from hvdlm.model.transformer import Transformer
 
+# Of old files: what is computed anew
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+# As transformers 5 has it, but for files on its hub
+_OTHER_NAMES = {"embed_out.weight": "lm_head.weight"}
+
 
 @dataclass(frozen=True)
 class _Match:
@@ -26,22 +32,33 @@ class _Match:
     theirs: tuple[str, ...]  # whose rows follow one another in ours
     rows: tuple[int, ...] = ()  # of each, where there are several
     is_transposed: bool = False  # theirs is (in, out)
+    heads: int = 0  # theirs has the query, key and value of a head together, for so many heads
+
+    def export(self, ours: Tensor) -> list[Tensor]:
+        """What transformers has for a parameter of ours."""
+        if self.heads:
+            return [_regroup(ours, 3, self.heads)]
+        parts = ours.split(list(self.rows)) if self.rows else [ours]
+        return [(part.T if self.is_transposed else part).contiguous() for part in parts]
+
+    def join(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Our parameter of what transformers has for it."""
+        joined = torch.cat([each.T if self.is_transposed else each for each in theirs])
+        return _regroup(joined, self.heads, 3) if self.heads and len(joined) % (3 * self.heads) == 0 else joined
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], model: ModelSection) -> dict[str, Tensor]:
     """Weights as transformers names them; a tied output projection is left out. Raises HvdlmError if it has no such
     architecture.
 
-    GPT-2 has biases: for a model without they are zeros.
+    GPT-2 and GPT-NeoX have biases: for a model without they are zeros.
     """
     named: dict[str, Tensor] = {}
     for match in _matches(model):
         ours = weights.get(match.ours)
         if ours is None:  # a bias
             ours = weights[match.ours.removesuffix("bias") + "weight"].new_zeros(_bias_length(match, weights))
-        parts = ours.split(list(match.rows)) if match.rows else [ours]
-        for name, part in zip(match.theirs, parts, strict=True):
-            named[name] = (part.T if match.is_transposed else part).contiguous()
+        named.update(zip(match.theirs, match.export(ours), strict=True))
     return named
 
 
@@ -62,8 +79,7 @@ def from_hugging_face(
             missing = match.theirs[found.index(None)]
             raise HvdlmError(f"{origin} holds no weight {missing}")
         used.update(name for name in found if name is not None)
-        parts = [named[name] for name in found if name is not None]
-        joined = torch.cat([each.T if match.is_transposed else each for each in parts]).float().contiguous()
+        joined = match.join([named[name] for name in found if name is not None]).float().contiguous()
         if joined.shape != shapes[match.ours]:
             raise HvdlmError(
                 f"{origin}: {' and '.join(match.theirs)} hold {tuple(joined.shape)} numbers, where config.json says "
@@ -77,14 +93,18 @@ def from_hugging_face(
 
 def _find(named: Mapping[str, Tensor], name: str) -> str | None:
     """The name under which a weight stands: files of the bare model have no first part of it."""
-    return next((each for each in (name, name.partition(".")[2]) if each in named), None)
+    names = (name, name.partition(".")[2], _OTHER_NAMES.get(name))
+    return next((each for each in names if each in named), None)
+
+
+def _regroup(rows: Tensor, before: int, after: int) -> Tensor:
+    """Rows in `before` groups of `after` blocks, as `after` groups of `before` blocks."""
+    return rows.view(before, after, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape).contiguous()
 
 
 def _is_ignored(name: str, model: ModelSection) -> bool:
     """Buffers of old files, and the output projection where it is the embedding."""
-    return name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")) or (
-        name == "lm_head.weight" and model.tie_embeddings
-    )
+    return name.endswith(_BUFFERS) or (name in ("lm_head.weight", "embed_out.weight") and model.tie_embeddings)
 
 
 def _bias_length(match: _Match, weights: Mapping[str, Tensor]) -> int:
@@ -92,12 +112,10 @@ def _bias_length(match: _Match, weights: Mapping[str, Tensor]) -> int:
 
 
 def _matches(model: ModelSection) -> Iterator[_Match]:
-    if architecture_of(model) == "gpt2":
-        yield from _gpt2(model)
-    else:
-        yield from _llama(model)
+    architecture = architecture_of(model)
+    yield from {"gpt2": _gpt2, "gpt_neox": _neox}.get(architecture, _llama)(model)
     if not model.tie_embeddings:
-        yield _Match("output.weight", ("lm_head.weight",))
+        yield _Match("output.weight", ("embed_out.weight" if architecture == "gpt_neox" else "lm_head.weight",))
 
 
 def _gpt2(model: ModelSection) -> Iterator[_Match]:
@@ -117,6 +135,27 @@ def _gpt2(model: ModelSection) -> Iterator[_Match]:
             yield _Match(f"{before}.bias", (f"{after}.bias",))
     for kind in ("weight", "bias"):
         yield _Match(f"final_norm.{kind}", (f"transformer.ln_f.{kind}",))
+
+
+def _neox(model: ModelSection) -> Iterator[_Match]:
+    yield _Match("token_embedding.weight", ("gpt_neox.embed_in.weight",))
+    names = {
+        "attention_norm": "input_layernorm",
+        "attention.qkv": "attention.query_key_value",
+        "attention.output": "attention.dense",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.up": "mlp.dense_h_to_4h",
+        "mlp.down": "mlp.dense_4h_to_h",
+    }
+    for layer in range(model.layers):
+        for ours, theirs in names.items():
+            heads = model.heads if ours == "attention.qkv" else 0
+            for kind in ("weight", "bias"):
+                yield _Match(
+                    f"blocks.{layer}.{ours}.{kind}", (f"gpt_neox.layers.{layer}.{theirs}.{kind}",), heads=heads
+                )
+    for kind in ("weight", "bias"):
+        yield _Match(f"final_norm.{kind}", (f"gpt_neox.final_layer_norm.{kind}",))
 
 
 def _llama(model: ModelSection) -> Iterator[_Match]:

@@ -122,6 +122,7 @@ def checkout(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     quickstart = folder / "examples" / "quickstart.toml"
     set_keys(quickstart, {"steps": str(STEPS), "warmup_steps": "5", "evaluate_sequences": "32"})
     set_keys(quickstart, {"every": "1"}, section="[log]")
+    set_keys(folder / "examples" / "continued.toml", {"steps": "10", "warmup_steps": "5", "evaluate_sequences": "32"})
     small = {"ranks": "[1, 2]", "links": '["1gbit"]', "codecs": '["none", "fp16"]', "layers": "1", "steps": "1"}
     study = folder / "benchmarks" / "studies" / "fabric.toml"
     set_keys(study, small)

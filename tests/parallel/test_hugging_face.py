@@ -44,6 +44,8 @@ STRETCHED = {"rope_scaling": 8.0, "rope_original_context": 16, "rope_theta": 500
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (GPT2, "GPT2LMHeadModel"),
     "gpt2, untied": ({**GPT2, "tie_embeddings": False}, "GPT2LMHeadModel"),
+    "gpt-neox": ({**GPT2, "position": "rope", "rope_theta": 500.0}, "GPTNeoXForCausalLM"),
+    "gpt-neox, untied": ({**GPT2, "position": "rope", "tie_embeddings": False}, "GPTNeoXForCausalLM"),
     "llama": (LLAMA, "LlamaForCausalLM"),
     "llama, tied, grouped heads": ({**LLAMA, "tie_embeddings": True, "kv_heads": 2}, "LlamaForCausalLM"),
     "llama, biases": ({**LLAMA, "bias": True}, "LlamaForCausalLM"),
@@ -151,6 +153,10 @@ def published(kind: str) -> Any:
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    if kind == "gpt-neox":
+        sizes = {each: LLAMA_SIZES[each] for each in LLAMA_SIZES if each != "num_key_value_heads"}
+        settings = {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"}
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes, **settings))
     if kind == "mistral":
         return transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA_SIZES, sliding_window=48))
     if kind == "qwen2":
@@ -159,7 +165,7 @@ def published(kind: str) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_SIZES, **more))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama 3.1", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt-neox", "llama", "llama 3.1", "mistral", "qwen2"])
 def test_what_is_imported_computes_the_same(kind: str, tmp_path: Path) -> None:
     reference = published(kind).eval()
     with torch.no_grad():
@@ -204,6 +210,7 @@ def test_weights_of_16_bits_come_as_they_are(tmp_path: Path) -> None:
         ("llama", {"num_hidden_layers": 1}, "holds weights that hvdlm's Transformer does not have: model.layers.1."),
         ("gpt2", {"activation_function": "relu"}, "hvdlm's Transformer has no activation_function = 'relu'"),
         ("gpt2", {"vocab_size": 200}, "the tokenizer of"),
+        ("gpt-neox", {"use_parallel_residual": True}, "hvdlm's Transformer has no use_parallel_residual = True"),
         ("gpt2", {"n_embd": None}, "is not the configuration of a model of type gpt2"),
         ("gpt2", {"n_embd": 30}, "model.width = 30 is not a multiple of model.heads = 4"),
     ],
@@ -232,11 +239,27 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     assert "only pytorch_model.bin, a pickle, which can run code and is not read" in result.output
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_biases_that_a_model_does_not_have_are_zeros(position: str, tmp_path: Path) -> None:
+    config = configuration({**GPT2, "position": position, "bias": False})
+    model = random_model(config)
+    assert hvdlm("export", save(model, config, tmp_path), "--to", "hf", tmp_path / "out").status == 0
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = model.logits(model(tokens))
+    theirs = logits_of(reference, tokens)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_a_model_between_architectures_is_not_exported(tmp_path: Path) -> None:
-    config = configuration({**GPT2, "position": "rope"})
+    config = configuration({**GPT2, "norm": "rmsnorm"})
     result = hvdlm("export", save(random_model(config), config, tmp_path), "--to", "hf", tmp_path / "out")
     assert result.status == 1
-    assert "no architecture of transformers that hvdlm writes has model.position = 'rope'" in result.output
+    assert (
+        "no architecture of transformers that hvdlm writes has model.position = 'learned', model.norm = 'rmsnorm'"
+        in result.output
+    )
     assert not (tmp_path / "out").exists()
 
 
