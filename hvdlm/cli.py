@@ -234,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--validation-input", **paths, default=[], help="files for validation, in place of a fraction")
     prepare.add_argument("--split", metavar="blank-lines|lines|BYTES", help="divide text files into documents")
     prepare.add_argument("--workers", type=int, default=0, metavar="W", help="processes (default: one a core)")
-    prepare.add_argument("--text-key", default="text", metavar="KEY", help="of JSON records (default: text)")
+    prepare.add_argument(
+        "--text-key", default="text", metavar="KEY", help="of records, or column of tables (default: text)"
+    )
     prepare.add_argument("--seed", type=int, default=0, help="of the split into shards and validation")
     prepare.add_argument("--skip-bad", action="store_true", help="count bad documents and go on")
     prepare.set_defaults(run=_prepare)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvdlm.data.assignment import VALIDATION
 from hvdlm.data.documents import Block, content_bytes, read_blocks, read_parts
@@ -24,6 +24,7 @@ class Corpus:
         no_files: what lies in input directories but is no file, such as a pipe.
         part_ends: where the only file, a single document, is divided into parts, in bytes; empty if it is not.
         part_shards: the shard of each part.
+        text_key: the key of the text in records, the column of texts in tables.
     """
 
     sources: tuple[Source, ...]
@@ -32,6 +33,7 @@ class Corpus:
     no_files: tuple[NoFile, ...]
     part_ends: tuple[int, ...] = ()
     part_shards: tuple[int, ...] = ()
+    text_key: str = "text"
 
     @property
     def size(self) -> int:
@@ -43,8 +45,8 @@ class Corpus:
         if self.part_ends:
             yield from read_parts(self.sources[0], self.part_ends, self.part_shards)
         else:
-            yield from read_blocks(self.sources, self.split)
-        for block in read_blocks(self.held_out, self.split):
+            yield from read_blocks(self.sources, self.split, self.text_key)
+        for block in read_blocks(self.held_out, self.split, self.text_key):
             yield block.belonging_to(VALIDATION)
 
     @property
@@ -64,7 +66,12 @@ class Corpus:
 
 
 def find_corpus(
-    inputs: Sequence[str], validation_inputs: Sequence[str], split: str | None, shards: int, validation: float
+    inputs: Sequence[str],
+    validation_inputs: Sequence[str],
+    split: str | None,
+    shards: int,
+    validation: float,
+    text_key: str = "text",
 ) -> Corpus:
     """The corpus of these options of `hvdlm prepare`.
 
@@ -82,8 +89,8 @@ def find_corpus(
     if found and not sources:
         raise HvdlmError("--validation-input names all files of --input, so none are left for training")
     if rule is not None and not any(source.holds == Holds.TEXT for source in (*sources, *held_out)):
-        raise HvdlmError(f"--split {split} divides text files, but the input has none: each JSON record is a document")
-    corpus = Corpus(tuple(sources), tuple(held_out), rule, (*no_files, *more))
+        raise HvdlmError(f"--split {split} divides text files, but the input has none: each record is a document")
+    corpus = Corpus(tuple(sources), tuple(held_out), rule, (*no_files, *more), text_key=text_key)
     if rule is None and len(sources) == 1 and sources[0].holds == Holds.TEXT:
         return _in_parts(corpus, shards, validation)
     return corpus
@@ -106,4 +113,4 @@ def _in_parts(corpus: Corpus, shards: int, validation: float) -> Corpus:
             f"{' and validation' if validation else ''}; give more text or fewer --shards"
         )
     parts = [*range(shards), *([VALIDATION] if validation else [])]
-    return Corpus(corpus.sources, corpus.held_out, corpus.split, corpus.no_files, tuple(ends), tuple(parts))
+    return replace(corpus, part_ends=tuple(ends), part_shards=tuple(parts))

@@ -7,11 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
 from hvdlm.data.json_records import MAX_DOCUMENT_BYTES, json_values
 from hvdlm.data.sources import UNREADABLE, Holds, Source
 from hvdlm.data.splitting import BLOCK_BYTES, Piece, Split, split_into_parts, split_text
+from hvdlm.data.tables import read_rows
+from hvdlm.errors import HvdlmError
 
 SMALLEST_FILE_BYTES = 2**12  # a file counts as at least this large, since opening one costs as much as reading this
 
@@ -60,6 +63,22 @@ class RecordBlock(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowBlock(Block):
+    """Rows of a table.
+
+    Attributes:
+        first: number of the first row, from 1.
+        values: of the column of texts.
+        failure: why reading stopped after these, or "".
+    """
+
+    path: Path
+    first: int
+    values: tuple[Any, ...]
+    failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextBlock(Block):
     """Documents of a text file that is divided into several. `failure`: why reading stopped after these, or ""."""
 
@@ -76,8 +95,9 @@ class BadDocument:
     problem: str
 
 
-def read_blocks(sources: Sequence[Source], split: Split = None) -> Iterator[Block]:
-    """The input in order, in blocks of about BLOCK_BYTES; `split`: how text files are divided into documents.
+def read_blocks(sources: Sequence[Source], split: Split = None, text_key: str = "text") -> Iterator[Block]:
+    """The input in order, in blocks of about BLOCK_BYTES; `split`: how text files are divided into documents;
+    `text_key`: the column of tables that is read.
 
     Text files that are one document are not read here.
     """
@@ -93,6 +113,8 @@ def read_blocks(sources: Sequence[Source], split: Split = None) -> Iterator[Bloc
             files, size = [], 0
         if source.holds == Holds.TEXT and not is_whole:
             yield from _text_blocks(source, split)
+        elif source.holds == Holds.ROWS:
+            yield from _row_blocks(source, text_key)
         elif not is_whole:
             yield from _record_blocks(source)
     if files:
@@ -139,6 +161,11 @@ def read_documents(block: Block, text_key: str) -> Iterator[str | BadDocument]:
                 yield document
         if block.failure and not block.source.lenient:
             yield BadDocument(str(block.source.path), block.failure)
+    elif isinstance(block, RowBlock):
+        for number, value in enumerate(block.values, start=block.first):
+            yield _check_text(value, f"{block.path}, row {number}", text_key)
+        if block.failure:
+            yield BadDocument(str(block.path), block.failure)
     elif isinstance(block, RecordBlock):
         for number, record in enumerate(block.records, start=block.first):
             if record.strip():
@@ -202,6 +229,26 @@ def _record_blocks(source: Source) -> Iterator[RecordBlock]:
         yield block(source.size, f"is not JSON, so neither it nor what follows can be read ({error})")
     else:
         yield block(source.size)
+
+
+def _row_blocks(source: Source, text_key: str) -> Iterator[RowBlock]:
+    values: list[Any] = []
+    first, size, position, end = 1, 0, 0, 0
+    failure = ""
+    try:
+        for rows in read_rows(source.path, text_key):
+            values += rows.values
+            size += sum(len(value) for value in rows.values if isinstance(value, str))
+            end = round(source.size * rows.share)
+            if size >= BLOCK_BYTES:
+                yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=end - position)
+                first, values, size, position = first + len(values), [], 0, end
+    except UNREADABLE as error:
+        failure = _unreadable(error)
+    except HvdlmError as error:
+        failure = str(error)
+    rest = source.size - position
+    yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=rest, failure=failure)
 
 
 def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
@@ -276,7 +323,10 @@ def _read_record(line: bytes, where: str, text_key: str) -> str | BadDocument:
     if text_key not in record:
         keys = ", ".join(map(repr, list(record)[:10])) or "none"
         return BadDocument(where, f"has no key {text_key!r} (its keys: {keys}); name the right one with --text-key")
-    text = record[text_key]
+    return _check_text(record[text_key], where, text_key)
+
+
+def _check_text(text: object, where: str, text_key: str) -> str | BadDocument:
     if not isinstance(text, str):
         return BadDocument(where, f"has a {text_key!r} that is no string")
     if "\0" in text:

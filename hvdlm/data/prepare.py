@@ -57,13 +57,13 @@ def prepare(
     `workers`. Memory holds a few MiB and a few documents for each worker, however large the input.
 
     Args:
-        inputs: files (of text, or of JSON records by their suffix), directories, globs, or python-stdlib.
+        inputs: files (of text, or of records or rows by their suffix), directories, globs, or python-stdlib.
         output: directory to write.
         tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a tokenizer.json.
         shards: training shards.
         validation: fraction of the documents, at least 0 and below 1; of a single document, of its bytes.
         workers: number of processes; 0 for one for each core that may be used.
-        text_key: key of the text in a JSON record.
+        text_key: key of the text in a JSON record, column of the texts in a table.
         seed: of the assignment of documents to shards and validation.
         skip_bad: leave out bad documents and count them, instead of stopping at the first.
         split: `blank-lines`, `lines` or a number of bytes by which text files are divided into documents; None: each
@@ -75,7 +75,7 @@ def prepare(
     _check_options(shards, validation, workers, validation_inputs)
     choice = _tokenizer_choice(tokenizer)
     _check_output_outside_inputs([*inputs, *validation_inputs], output)
-    corpus = find_corpus(inputs, validation_inputs, split, shards, validation)
+    corpus = find_corpus(inputs, validation_inputs, split, shards, validation, text_key)
     bad = _BadDocuments(skip_bad, is_only_one=bool(corpus.part_ends))
     no_files = [BadDocument(str(each.path), f"is {each.kind}, not a file") for each in corpus.no_files]
     bad.refuse(no_files)

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hvdlm.data import zstandard
 from hvdlm.data.json_records import JsonShape, json_shape
+from hvdlm.data.tables import SUFFIXES as TABLES
+from hvdlm.data.tables import require_pyarrow, without_descriptions
 from hvdlm.errors import HvdlmError
 
 PYTHON_STDLIB = "python-stdlib"
 
-UNREADABLE = (OSError, EOFError, zlib.error)  # the last two are raised for a truncated or damaged .gz file
+# The last ones are raised for a compressed file that is truncated or damaged
+UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *zstandard.ERRORS)
 
 _JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 
@@ -32,6 +36,7 @@ class Holds(Enum):
     LINES = "a JSON record in each line"
     VALUES = "JSON records in an array, or one after the other"
     OBJECT = "a JSON object, which is a record if it has the key of the text, and text otherwise"
+    ROWS = "a table, each row of which is a record"
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ def _walk(root: Path) -> Iterator[Path]:
 
     for directory, subdirectories, files in os.walk(root, onerror=fail):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
+        visible = [name for name in sorted(files) if not name.startswith(".")]
+        yield from (Path(directory, name) for name in without_descriptions(visible))
 
 
 def _kind(mode: int) -> str:
@@ -151,7 +157,12 @@ def _kind(mode: int) -> str:
 
 def _holds(path: Path) -> Holds:
     """By the file's suffix; a .json file may be anything, so what it begins with decides."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+    if path.suffix.lower() == ".zst":
+        zstandard.require_zstandard(path)
+    if path.suffix.lower() in TABLES:
+        require_pyarrow(path)
+        return Holds.ROWS
     if suffix in _JSON_LINES:
         return Holds.LINES
     if suffix != ".json":
@@ -170,10 +181,15 @@ def _holds(path: Path) -> Holds:
 
 
 def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+    return path.suffix.lower() in (".gz", ".zst")
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     with path.open("rb") as raw:
-        yield raw, gzip.GzipFile(fileobj=raw) if _is_compressed(path) else raw
+        if path.suffix.lower() == ".gz":
+            yield raw, gzip.GzipFile(fileobj=raw)
+        elif path.suffix.lower() == ".zst":
+            yield raw, zstandard.zstd.ZstdFile(raw)
+        else:
+            yield raw, raw

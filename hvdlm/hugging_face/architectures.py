@@ -41,9 +41,9 @@ def architecture_of(model: ModelSection) -> str:
     named = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("position", "norm", "activation"))
     more = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("kv_heads", "qkv_bias"))
     raise HvdlmError(
-        f"no architecture of transformers that hvdlm writes has {named}, {more}: it writes GPT-2 and GPT-NeoX ("
-        "'learned', 'rope', with 'layernorm', 'gelu', as many key and value heads as heads), Llama and Qwen2 ('rope', 'rmsnorm', "
-        "'swiglu')"
+        f"no architecture of transformers that hvdlm writes has {named}, {more}: it writes GPT-2 ('learned', "
+        "'layernorm', 'gelu') and GPT-NeoX (with 'rope'), of as many key and value heads as heads, and Llama and Qwen2 "
+        "('rope', 'rmsnorm', 'swiglu')"
     )
 
 
