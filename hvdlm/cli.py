@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hvdlm
@@ -186,8 +186,15 @@ def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
         sbatch=options.sbatch,
         output=options.output,
         submit=options.submit,
+        shape_of=_shape_of,
     )
     return 0
+
+
+def _shape_of(checkpoint: str) -> Mapping[str, Any]:
+    from hvdlm.training.initial_weights import shape_of
+
+    return shape_of(checkpoint)
 
 
 def _fabric(options: argparse.Namespace, _: list[str]) -> int:

@@ -63,9 +63,12 @@ def from_dict(
         name = model.get("preset", ModelSection.model_fields["preset"].default)
         if not isinstance(name, str) or name not in presets:
             raise HvdlmError(f"{origin}: model.preset = {name!r} is unknown{_nearest(str(name), list(presets))}")
-        start = model.get("from")
+        shape, start = presets[name], model.get("from")
         is_whole = ModelSection.setting_fields().keys() <= model.keys()
-        shape = shape_of(start) if shape_of and start and isinstance(start, str) and not is_whole else presets[name]
+        if isinstance(start, str) and start and not is_whole:
+            if shape_of is None:
+                raise HvdlmError(f"{origin}: model.from begins a training; here, set the shape itself")
+            shape = shape_of(start)
         filled["model"] = {**shape, **model, "preset": name}
     try:
         return Config.model_validate(filled)

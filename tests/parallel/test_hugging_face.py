@@ -21,7 +21,7 @@ from launcher import Result
 
 from hvdlm.cli import main
 from hvdlm.config import Config
-from hvdlm.config_reader import from_dict
+from hvdlm.config_reader import from_dict, load
 from hvdlm.data.loader import Loader
 from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.shard import DataSet
@@ -328,6 +328,23 @@ def test_learned_positions_are_not_made_up(small_data: Path, tmp_path: Path) -> 
     begin_with_weights(Transformer(shorter, VOCABULARY), shorter, DataSet(small_data))
     with pytest.raises(HvdlmError, match=r"has learned 48 positions: set model.context_length to that or less, not 49"):
         begin_with_weights(Transformer(longer, VOCABULARY), longer, DataSet(small_data))
+
+
+def test_a_job_of_slurm_keeps_the_shape_of_its_start(small_data: Path, tmp_path: Path) -> None:
+    config = configuration({**LLAMA, "layers": 3})
+    start = save(random_model(config), config, tmp_path)
+    file = tmp_path / "config.toml"
+    file.write_text(f"[model]\nfrom = '{start}'\n[data]\npath = '{small_data}'\n")
+    words = ["--nodes", 1, "--ranks-per-node", 2, "--output", tmp_path / "job", "--train.run_dir", tmp_path / "run"]
+    result = hvdlm("slurm", file, *words)
+    assert result.status == 0, result.output
+    kept = load(tmp_path / "job" / "config.toml", [], PRESETS).model
+    assert (kept.layers, kept.norm, kept.vocab_size, kept.from_) == (3, "rmsnorm", VOCABULARY, str(start))
+
+
+def test_a_forecast_has_no_start(tmp_path: Path) -> None:
+    with pytest.raises(HvdlmError, match=r"model\.from begins a training; here, set the shape itself"):
+        load(None, ["--model.from", str(tmp_path)], PRESETS)
 
 
 def test_a_start_of_another_shape_is_refused(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:

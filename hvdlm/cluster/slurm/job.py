@@ -8,8 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hvdlm
 from hvdlm.cluster.slurm import commands
@@ -54,13 +55,14 @@ def write_job(
     sbatch: Sequence[str],
     output: Path | None,
     submit: bool,
+    shape_of: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes the directory `output` (None: the run directory's name with ".slurm" added) and prints how to submit it.
 
     It contains `job.sh`, and `config.toml` with all settings and absolute paths. `submit`: also submit the job.
 
     Args:
-        config, overrides: as for `hvdlm.config_reader.load`.
+        config, overrides, shape_of: as for `hvdlm.config_reader.load`.
         gpus_per_rank: 0 or 1.
         time: limit of one start, in sbatch's notation.
         launcher: "mpirun", "srun" or "horovodrun".
@@ -69,7 +71,7 @@ def write_job(
     Raises HvdlmError for an error in the settings, the data set or the options, if a program is missing, or if `output`
     exists; then nothing is written. If only sbatch fails, the directory stays.
     """
-    settings = _with_absolute_paths(load(config, overrides, PRESETS))
+    settings = _with_absolute_paths(load(config, overrides, PRESETS, shape_of))
     DataSet(Path(settings.data.path))
     if min(nodes, ranks_per_node) < 1:
         raise HvdlmError(f"--nodes {nodes} --ranks-per-node {ranks_per_node} is no rank at all: give 1 or more of each")
@@ -119,8 +121,9 @@ def write_job(
 def _with_absolute_paths(config: Config) -> Config:
     """The settings with absolute paths, since the job starts in another directory."""
     settings = config.model_dump()
-    for section, name in (("data", "path"), ("train", "run_dir")):
-        settings[section][name] = str(Path(settings[section][name]).absolute())
+    for section, name in (("data", "path"), ("train", "run_dir"), ("model", "from")):
+        if settings[section][name]:
+            settings[section][name] = str(Path(settings[section][name]).absolute())
     return from_dict(settings, "the resolved configuration", PRESETS)
 
 
