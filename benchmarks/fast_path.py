@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from common.conditions import describe_run, describe_settings
-from common.plots import BLACK, BLUE, ORANGE, save_png
+from common.plots import save_png
 from common.results import markdown_table, write_results, write_text
 from common.script import RESULTS, absolute_path, as_overrides, run_script
 from hvdlm.comm.solo import SoloCommunicator
@@ -30,6 +30,7 @@ from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.report.palette import BLACK, BLUE, ORANGE
 from hvdlm.training.trainer import Trainer
 from one_rank.plain_gpt import PlainGPT, plain_step
 

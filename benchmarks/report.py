@@ -18,11 +18,12 @@ from common.results import write_text
 from common.script import absolute_path, run_script
 from hvdlm.comm.rate import parse_rate, rate_text
 from hvdlm.errors import HvdlmError
+from hvdlm.report.page import Section, Table, html
 from hvdlm.scaling.holdout import Holdout, hold_out
 from hvdlm.scaling.point import Point, read_points
 from scaling import figures
 from scaling.efficiency import Summary, shortfall_of_auto, summarise
-from scaling.page import Section, Table, html, markdown
+from scaling.markdown_page import markdown
 
 
 def write_report(results: Path) -> None:

@@ -99,6 +99,12 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
     return verify(options.path)
 
 
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.report.run_report import write_report
+
+    return write_report(options.runs, options.output)
+
+
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.training.inference import evaluate
 
@@ -256,6 +262,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every hash of a run's checkpoints, and name what is damaged")
     verify.add_argument("path", type=path, nargs="+", metavar="PATH", help="a checkpoint, or a run directory")
     verify.set_defaults(run=_verify)
+
+    report = commands.add_parser("report", help="write one HTML page of what runs have measured, side by side")
+    report.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--output", type=path, metavar="FILE", help="the page (default: report.html in the first run)")
+    report.set_defaults(run=_report)
 
     evaluate = commands.add_parser(
         "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"

@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.plots import BLUE, ORANGE, save_png
+from common.plots import save_png
 from compare.registry import LIMIT, is_hvdlm
+from hvdlm.report.palette import BLUE, ORANGE
 
 _PANELS_PER_ROW = 4
 _AXIS_END = 1.25  # the limit is at 1
@@ -56,3 +57,6 @@ def _colour(name: str) -> str:
     if is_hvdlm(name):
         return BLUE
     return _LIGHT_GREEN if name.startswith("Horovod") else ORANGE
+
+
+# MISSING

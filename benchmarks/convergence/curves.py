@@ -9,9 +9,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, save_png
+from common.plots import save_png
 from common.results import markdown_table
 from convergence.runs import Point, Run
+from hvdlm.report.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
 
 DENSE = "none"
 
@@ -87,3 +88,6 @@ def _mean_and_deviation(values: Sequence[float], form: str) -> str:
         return ""
     mean = form.format(statistics.fmean(values))
     return f"{mean} ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else mean
+
+
+# MISSING

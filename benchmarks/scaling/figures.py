@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
 from hvdlm.comm.rate import rate_text
+from hvdlm.report.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, YELLOW
 from hvdlm.scaling.holdout import Holdout
 from scaling.efficiency import PARTS, Summary, groups, links, with_link
 

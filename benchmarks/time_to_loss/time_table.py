@@ -11,8 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from common.methods import parse_method
-from common.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION, save_png
+from common.plots import save_png
 from common.results import format_number, markdown_table
+from hvdlm.report.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
 from time_to_loss.trained import DENSE, Trained, excess_percent, length_needed, mean_curve
 
 _COLUMNS = (
@@ -107,3 +108,6 @@ def _cells(row: Row) -> list[str]:
         format_number(row.length_needed, "{:.2f}") or "not reached",
         format_number(row.seconds_over_limit, "{:.2f}"),
     ]
+
+
+# MISSING

@@ -15,11 +15,12 @@ from planted import make_point
 import allreduce
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.errors import HvdlmError
+from hvdlm.report.page import Section, Table, html
 from hvdlm.scaling.holdout import hold_out
 from scaling import figures
 from scaling.collectives import Way
 from scaling.efficiency import shortfall_of_auto, summarise
-from scaling.page import Section, Table, html, markdown
+from scaling.markdown_page import markdown
 from scaling.study import job_specs, make_config, read_study
 
 STUDY = """

@@ -1,12 +1,10 @@
-"""The page of a report: one self-contained HTML file, and the same tables as Markdown."""
+"""The page of a report: one self-contained HTML file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-
-from common.results import markdown_table
 
 _STYLE = """
 body { font: 15px/1.5 Georgia, serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #111; }
@@ -24,9 +22,6 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        return markdown_table(self.columns, self.rows)
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
@@ -54,9 +49,3 @@ def html(title: str, lead: str, sections: Sequence[Section]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-
-
-def markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
-    parts = [f"# {title}\n\n{lead}\n"]
-    parts += [f"## {each.title}\n\n{each.text}\n\n{each.table.markdown()}" for each in sections if each.table]
-    return "\n".join(parts)

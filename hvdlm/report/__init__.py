@@ -1,0 +1,1 @@
+"""Pages of what runs and studies have measured: HTML that needs no other file, and no network."""
