@@ -320,9 +320,10 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """`[log]`: how often metrics are written."""
+    """`[log]`: how often metrics are written, and for whom."""
 
     every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="the same for TensorBoard, in `tensorboard` of the run directory")
 
 
 class Config(Section):

@@ -17,6 +17,21 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
+class Views:
+    """Several views of one run."""
+
+    def __init__(self, *views: View) -> None:
+        self._views = views
+
+    def show(self, record: dict[str, Any]) -> None:
+        for view in self._views:
+            view.show(record)
+
+    def close(self) -> None:
+        for view in self._views:
+            view.close()
+
+
 def open_view(steps: int, start: int) -> View:
     """The view that suits where stderr goes; the run goes from step `start` to `steps`."""
     return ProgressLine(steps, start) if sys.stderr.isatty() else Lines(steps)

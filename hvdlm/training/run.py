@@ -19,7 +19,7 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
 from hvdlm.training.agreement import check_data_matches, check_devices_match
-from hvdlm.training.console import open_view
+from hvdlm.training.console import Views, open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.elastic import check_elastic
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
@@ -32,6 +32,7 @@ from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.saved_state import restore
+from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
 from hvdlm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
+        on_rank_0(communicator, lambda: check_tensorboard(config.log.tensorboard))
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         on_all_ranks(communicator, lambda: check_deterministic(config, device))
         check_devices_match(communicator, device, config)
@@ -103,7 +105,10 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         loader = on_all_ranks(communicator, trainer.open_loader)
 
         def open_metrics(step: int) -> MetricsLog:
-            return MetricsLog(run_directory.path, step, open_view(config.train.steps, step))
+            view = open_view(config.train.steps, step)
+            if config.log.tensorboard:
+                view = Views(view, TensorBoard(run_directory.path, step))
+            return MetricsLog(run_directory.path, step, view)
 
         def take_over(step: int) -> MetricsLog:
             run_directory.take_over(config)
