@@ -182,10 +182,14 @@ class OptimizerSection(Section):
     )
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
-    schedule: Literal["cosine", "wsd"] = Field("cosine", description="cosine, or warm-up-stable-decay")
+    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt"] = Field(
+        "cosine", description="what follows the warm-up; wsd: a stable rate, then a linear decay"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
     decay_steps: int = Field(0, ge=0, description="length of wsd's final decay; 0: a fifth of train.steps")
-    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+    final_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="last learning rate over the peak, of inverse_sqrt the least"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> OptimizerSection:

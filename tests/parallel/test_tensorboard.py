@@ -27,10 +27,8 @@ def test_each_step_once_after_a_resume(ranks: Ranks, small_data: Path, tmp_path:
     again = str(run_dir / "checkpoints" / "step_00000004")
     assert ranks.train(2, small_data, run_dir, "--resume", again, train__steps=10, **settings).status == 0
     scalars = shown(run_dir)
-    for kind, names in {
-        "train": ("loss", "lr", "grad_norm", "tokens_per_second"),
-        "eval": ("loss", "accuracy"),
-    }.items():
+    fields = {"train": ("loss", "lr", "grad_norm", "tokens_per_second"), "eval": ("loss", "accuracy")}
+    for kind, names in fields.items():
         for name in names:
             expected = {int(str(each["step"])): float(str(each[name])) for each in records(run_dir, kind)}
             assert scalars[f"{kind}/{name}"] == pytest.approx(expected, rel=1e-6)

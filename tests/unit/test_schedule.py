@@ -14,7 +14,7 @@ def settings(**values: object) -> OptimizerSection:
     return OptimizerSection.model_validate({"lr": 2.0, "final_lr_ratio": 0.1, **values})
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "inverse_sqrt"])
 def test_warm_up_rises_linearly_to_the_peak_on_its_last_step(schedule: str) -> None:
     rates = [learning_rate(step, 100, settings(schedule=schedule, warmup_steps=4)) for step in range(4)]
     assert rates == [0.5, 1.0, 1.5, 2.0]
@@ -67,7 +67,7 @@ def test_without_warm_up_the_first_step_is_the_first_of_the_fall() -> None:
     assert learning_rate(0, 10, settings(schedule="wsd", warmup_steps=0)) == 2.0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
 def test_a_run_of_one_step(schedule: str) -> None:
     assert learning_rate(0, 1, settings(schedule=schedule, warmup_steps=0)) == pytest.approx(0.2)  # first and last
     assert learning_rate(0, 1, settings(schedule=schedule, warmup_steps=1)) == 2.0
@@ -89,8 +89,32 @@ def test_the_last_rate_is_the_ratio_of_the_peak(schedule: str, ratio: float, las
     assert rate == pytest.approx(last, abs=1e-15)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
 def test_it_never_rises_after_the_warm_up(schedule: str) -> None:
     rates = [learning_rate(step, 200, settings(schedule=schedule, warmup_steps=20)) for step in range(20, 200)]
     assert rates == sorted(rates, reverse=True)
     assert min(rates) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(10, 1.98), (54, 1.1), (99, 0.2)])  # 90 falls of 1.8 / 90 = 0.02
+def test_linear(step: int, expected: float) -> None:
+    rate = learning_rate(step, 100, settings(schedule="linear", warmup_steps=10))
+    assert rate == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "step", "expected"),
+    [
+        (4, 3, 2.0),  # the peak, and the first of the fall: sqrt(4 / 4)
+        (4, 15, 1.0),  # sqrt(4 / 16)
+        (4, 63, 0.5),  # sqrt(4 / 64)
+        (4, 1599, 0.2),  # sqrt(4 / 1600) would be a twentieth of the peak
+        (0, 0, 2.0),
+        (0, 24, 0.4),  # sqrt(1 / 25)
+    ],
+)
+def test_inverse_sqrt(warmup: int, step: int, expected: float) -> None:
+    rates = [
+        learning_rate(step, steps, settings(schedule="inverse_sqrt", warmup_steps=warmup)) for steps in (2000, 10000)
+    ]
+    assert rates == pytest.approx([expected, expected], rel=1e-12)
