@@ -18,7 +18,7 @@ from hvdlm.arguments import duration
 from hvdlm.paths import expand_path
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Algorithm = Literal["adamw", "dion"]
+Algorithm = Literal["adamw", "adam", "sgd", "lion", "dion"]
 
 
 def _check_duration(text: str) -> str:
@@ -39,9 +39,7 @@ UserPath = Annotated[str, AfterValidator(expand_path)]
 class Section(BaseModel):
     """A group of settings; immutable, and strict about names and types."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=False, serialize_by_alias=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
     @classmethod
     def setting_fields(cls) -> dict[str, FieldInfo]:
@@ -71,11 +69,7 @@ class ModelSection(Section):
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP non-linearity")
     position: Literal["learned", "rope"] = Field("learned", description="position embedding")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: float = Field(
-        0.0,
-        ge=0,
-        description="by which low rotary frequencies are divided for longer contexts, as Llama 3.1 does; 0: not",
-    )
+    rope_scaling: float = Field(0.0, ge=0, description="divides low rotary frequencies, as Llama 3.1 does; 0: does not")
     rope_low_frequency: float = Field(1.0, gt=0, description="turns in the original context below which it divides")
     rope_high_frequency: float = Field(4.0, gt=0, description="turns in the original context above which it does not")
     rope_original_context: int = Field(8192, gt=0, description="tokens of a sequence before it was scaled")
@@ -157,12 +151,12 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
-    """`[optimizer]`: AdamW, or Dion beside it, and their schedule."""
+    """`[optimizer]`: how parameters step by gradients, and the schedule of the learning rate."""
 
     algorithm: Algorithm = Field(
         "adamw",
-        description="adamw; dion: matrices of blocks by Dion, whose ranks exchange low-rank factors of their momentum, "
-        "and the rest by AdamW",
+        description="adamw; adam and sgd, whose weight decay is L2 regularisation; lion; dion: matrices of blocks by "
+        "Dion, whose ranks exchange low-rank factors of their momentum, and the rest by AdamW",
     )
     dion_rank: float = Field(
         0.125,
@@ -174,13 +168,15 @@ class OptimizerSection(Section):
         2.0, gt=0, description="Dion's learning rate over `lr`; a matrix of m x n has sqrt(m / n) times that"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="of sgd: the gradient where momentum leads to")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment; of lion, in the update")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment; of lion, of its momentum")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     freeze_variance_after: int = Field(
         0, ge=0, description="steps after which second moments are not updated, for topk, topk2 and powersgd; 0: never"
     )
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only; decoupled, but for adam and sgd")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
     schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt"] = Field(
         "cosine", description="what follows the warm-up; wsd: a stable rate, then a linear decay"
@@ -195,6 +191,10 @@ class OptimizerSection(Section):
     def _fits(self) -> OptimizerSection:
         if self.dion_rank > 1 and self.dion_rank % 1:
             raise ValueError(f"optimizer.dion_rank = {self.dion_rank} is neither a share below 1 nor a whole number")
+        if self.freeze_variance_after and self.algorithm not in ("adamw", "dion"):
+            raise ValueError(f"optimizer.freeze_variance_after is of AdamW, not of algorithm = {self.algorithm!r}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov = true needs optimizer.momentum above 0")
         return self
 
 

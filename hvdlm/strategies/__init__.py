@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
@@ -11,13 +13,12 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.dion.strategy import Dion
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
-from hvdlm.strategies.optimizer import FrozenVarianceAdamW
 from hvdlm.strategies.strategy import Strategy
 
 
 def make_strategy(
     model: Transformer,
-    optimizer: FrozenVarianceAdamW,
+    optimizer: torch.optim.Optimizer,
     communicator: Communicator,
     config: Config,
     algorithm_costs: Sequence[AlgorithmCost] = (),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
@@ -16,7 +17,7 @@ from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors, set_learning_rate
+from hvdlm.strategies.optimizer import leave_out_if, optimizer_tensors, set_learning_rate
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -26,7 +27,7 @@ class EveryStep(Strategy):
     def __init__(
         self,
         model: Transformer,
-        optimizer: FrozenVarianceAdamW,
+        optimizer: torch.optim.Optimizer,
         communicator: Communicator,
         config: Config,
         own_codec: OwnCodec | None = None,
@@ -83,7 +84,7 @@ class EveryStep(Strategy):
         self.sync.scale_residuals_(factor)
 
     def leave_out_if(self, found: Tensor) -> bool:
-        return self._optimizer.leave_out_if(found)
+        return leave_out_if(self._optimizer, found)
 
     def apply(self, rate: float) -> None:
         set_learning_rate(self._optimizer, rate)

@@ -1,8 +1,8 @@
-"""AdamW as language models use it: decoupled decay on matrices only, one fused kernel."""
+"""The optimizer that every rank steps by: AdamW, Adam, SGD or Lion. Matrices decay, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,83 +10,27 @@ from torch import Tensor, nn
 
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.dion.matrices import hidden_matrices
+from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
+from hvdlm.strategies.lion import Lion
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# Parameters whose square roots of second moments a frozen step holds at once
-_RUN_BYTES = 32 * 2**20
-
-
-class FrozenVarianceAdamW(torch.optim.AdamW):
-    """AdamW whose second moments are not updated after some step, as in 1-bit Adam.
-
-    Codecs that send few elements deliver the gradients of many steps at once and nothing in between. The second moment
-    of that is far larger than that of the gradients, so AdamW's steps become too small. With a second moment of dense
-    gradients, steps are linear in what is delivered, and its delay does not matter (Tang et al., "1-bit Adam", ICML
-    2021, section 3.3).
-    """
-
-    def __init__(self, parameters: Any, freeze_variance_after: int = 0, **settings: Any) -> None:
-        """`freeze_variance_after`: steps in which second moments are updated; 0: all."""
-        super().__init__(parameters, **settings)
-        self._freeze_variance_after = freeze_variance_after
-        self._steps: int | None = None
-
-    def leave_out_if(self, found: Tensor) -> bool:
-        """Lets the next step change nothing if `found`, a boolean scalar on the parameters' device, is true: the fused
-        kernel reads it. Returns False where another kernel will step.
-        """
-        if self._freeze_variance_after:
-            return False
-        self.found_inf = found.float()  # by this name PyTorch's own scaler of gradients tells the kernel
-        return True
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if not self._freeze_variance_after:
-            super().step(closure)
-            return
-        if self._steps is None:  # at the start, or after a checkpoint was loaded
-            self._steps = int(next(iter(self.state.values()))["step"])
-        self._steps += 1
-        if self._steps <= self._freeze_variance_after:
-            super().step(closure)
-            return
-        for group in self.param_groups:
-            for parameters in _runs(group["params"]):
-                self._frozen_step(parameters, group)
-
-    def _frozen_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        (beta1, beta2), rate = group["betas"], group["lr"]
-        states = [self.state[parameter] for parameter in parameters]
-        first = [state["exp_avg"] for state in states]
-        scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-        torch._foreach_div_(scales, (1 - beta2**self._freeze_variance_after) ** 0.5)
-        torch._foreach_add_(scales, group["eps"])
-        torch._foreach_add_([state["step"] for state in states], 1)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        torch._foreach_addcdiv_(parameters, first, scales, -rate / (1 - beta1**self._steps))
+# Of the state of a parameter that each keeps: what has the parameter's shape, and whether steps are counted
+_MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "dion": ("exp_avg", "exp_avg_sq"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "lion": ("momentum",),
+    "sgd": ("momentum_buffer",),
+}
+_COUNT_STEPS = ("adamw", "dion", "adam")
 
 
-def _runs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters in their order, of which as many at once as together have `_RUN_BYTES`, or one that has more."""
-    run: list[Tensor] = []
-    for parameter in parameters:
-        if run and sum(each.nbytes for each in run) + parameter.nbytes > _RUN_BYTES:
-            yield run
-            run = []
-        run.append(parameter)
-    if run:
-        yield run
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerSection) -> FrozenVarianceAdamW:
-    """AdamW (Loshchilov & Hutter, ICLR 2019, algorithm 2) over the parameters of `model`.
+def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer of `settings.algorithm` over the parameters of `model`, with all of its state.
 
     Embeddings and weights of linear layers decay; biases and normalisation weights, which have one dimension, do not.
-    With algorithm "dion", over those that Dion does not step (dion/strategy.py).
+    The decay is decoupled (Loshchilov & Hutter, ICLR 2019) for AdamW and Lion, and a part of the gradient, which is L2
+    regularisation, for Adam (Kingma & Ba, ICLR 2015, algorithm 1) and SGD. With algorithm "dion", AdamW over those
+    that Dion does not step (dion/strategy.py).
     """
     by_dion = hidden_matrices(model) if settings.algorithm == "dion" else {}
     parameters = [p for name, p in model.named_parameters() if p.requires_grad and name not in by_dion]
@@ -94,21 +38,40 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> FrozenVarian
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = FrozenVarianceAdamW(
-        [group for group in groups if group["params"]],
-        settings.freeze_variance_after,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizer = _make([group for group in groups if group["params"]], settings)
+    moments = () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
     for parameter in parameters:
-        # What AdamW itself would make at its first step: made now, so that every rank can be sent the state to resume.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{name: torch.zeros_like(parameter) for name in _MOMENTS},
-        }
+        # What the optimizer would make at its first step: made now, so that every rank can be sent the state to resume.
+        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in moments}
+        if settings.algorithm in _COUNT_STEPS:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = state
     return optimizer
+
+
+def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> torch.optim.Optimizer:
+    betas = (settings.beta1, settings.beta2)
+    if settings.algorithm == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
+        )
+    if settings.algorithm == "lion":
+        return Lion(groups, settings.lr, betas)
+    if settings.algorithm == "adam":
+        return torch.optim.Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+    return FrozenVarianceAdamW(
+        groups, settings.freeze_variance_after, lr=settings.lr, betas=betas, eps=settings.eps, fused=True
+    )
+
+
+def leave_out_if(optimizer: torch.optim.Optimizer, found: Tensor) -> bool:
+    """Lets the next step change nothing if `found`, a boolean scalar on the parameters' device, is true: a fused kernel
+    reads it. Returns False where another kernel will step.
+    """
+    if not optimizer.defaults.get("fused") or getattr(optimizer, "freezes_variance", False):
+        return False
+    optimizer.found_inf = found.float()  # type: ignore[attr-defined]  # PyTorch's scaler of gradients tells it so
+    return True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,7 +1,9 @@
-"""AdamW against its formula, written out in float64; and the state that checkpoints and broadcasts name."""
+"""Optimizers against their formulas, written out in float64; and the state that checkpoints and broadcasts name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,58 @@ def adamw(start: Array, gradients: list[Array], rates: list[float], decay: float
     return value
 
 
+def adam(start: Array, gradients: list[Array], rates: list[float], decay: float) -> Array:
+    """Kingma & Ba, algorithm 1; L2 regularisation is a part of the gradient."""
+    value, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        whole = gradient + decay * value
+        first, second = 0.8 * first + 0.2 * whole, 0.9 * second + 0.1 * whole**2
+        value = value - rate * (first / (1 - 0.8**t)) / (np.sqrt(second / (1 - 0.9**t)) + 1e-6)
+    return value
+
+
+def sgd(start: Array, gradients: list[Array], rates: list[float], decay: float, nesterov: bool = False) -> Array:
+    """Sutskever et al., ICML 2013, as PyTorch has it: the rate multiplies the whole momentum."""
+    value, momentum = start.copy(), np.zeros_like(start)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        whole = gradient + decay * value
+        momentum = 0.7 * momentum + whole
+        value = value - rate * (whole + 0.7 * momentum if nesterov else momentum)
+    return value
+
+
+def plain_sgd(start: Array, gradients: list[Array], rates: list[float], decay: float) -> Array:
+    value = start.copy()
+    for gradient, rate in zip(gradients, rates, strict=True):
+        value = value - rate * (gradient + decay * value)
+    return value
+
+
+def lion(start: Array, gradients: list[Array], rates: list[float], decay: float) -> Array:
+    """Chen et al., arXiv:2302.06675, algorithm 2."""
+    value, momentum = start.copy(), np.zeros_like(start)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        value = value - rate * (np.sign(0.8 * momentum + 0.2 * gradient) + decay * value)
+        momentum = 0.9 * momentum + 0.1 * gradient
+    return value
+
+
+FORMULAS: dict[str, tuple[Callable[..., Array], dict[str, Any]]] = {
+    "adamw": (adamw, {}),
+    "adam": (adam, {"algorithm": "adam"}),
+    "sgd": (sgd, {"algorithm": "sgd", "momentum": 0.7}),
+    "nesterov": (partial(sgd, nesterov=True), {"algorithm": "sgd", "momentum": 0.7, "nesterov": True}),
+    "plain sgd": (plain_sgd, {"algorithm": "sgd", "momentum": 0.0}),
+    "lion": (lion, {"algorithm": "lion"}),
+}
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_steps_are_the_formula_s_and_only_matrices_decay(steps: int) -> None:
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_steps_are_the_formula_s_and_only_matrices_decay(kind: str, steps: int) -> None:
+    formula, settings = FORMULAS[kind]
     model = Model()
-    optimizer = make_optimizer(model, SETTINGS)
+    optimizer = make_optimizer(model, SETTINGS.model_copy(update=settings))
     starts = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
     gradients: dict[str, list[Array]] = {name: [] for name in starts}
     rates = [0.02 / (1 + step) for step in range(steps)]
@@ -53,7 +103,7 @@ def test_steps_are_the_formula_s_and_only_matrices_decay(steps: int) -> None:
         set_learning_rate(optimizer, rate)
         optimizer.step()
     for name, parameter in model.named_parameters():
-        expected = adamw(starts[name], gradients[name], rates, decay=0.3 if name == "matrix" else 0.0)
+        expected = formula(starts[name], gradients[name], rates, decay=0.3 if name == "matrix" else 0.0)
         np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=2e-6, atol=2e-7)
 
 
@@ -118,7 +168,8 @@ def test_the_state_has_names_and_is_there_before_the_first_step() -> None:
     assert all(tensor.dtype == torch.float32 and not tensor.any() for tensor in tensors.values())
 
 
-def test_the_named_tensors_are_the_optimizer_s_own() -> None:
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_the_named_tensors_are_the_optimizer_s_own(kind: str) -> None:
     """Filling them resumes: a run of 3 steps and 2 more after a move to a new model is a run of 5, bit for bit."""
 
     def train(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -127,18 +178,19 @@ def test_the_named_tensors_are_the_optimizer_s_own() -> None:
                 parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
 
+    settings = SETTINGS.model_copy(update=FORMULAS[kind][1])
     whole = Model()
-    train(whole, make_optimizer(whole, SETTINGS), range(5))
+    train(whole, make_optimizer(whole, settings), range(5))
 
     first = Model()
-    first_optimizer = make_optimizer(first, SETTINGS)
+    first_optimizer = make_optimizer(first, settings)
     train(first, first_optimizer, range(3))
     saved = {name: tensor.clone() for name, tensor in optimizer_tensors(first_optimizer, first).items()}
-    assert saved["step.matrix"] == 3
+    assert saved.get("step.matrix", 3) == 3
 
     second = Model()
     second.load_state_dict(first.state_dict())
-    second_optimizer = make_optimizer(second, SETTINGS)
+    second_optimizer = make_optimizer(second, settings)
     for name, tensor in optimizer_tensors(second_optimizer, second).items():
         tensor.copy_(saved[name])
     train(second, second_optimizer, range(3, 5))
@@ -169,7 +221,7 @@ def test_frozen_second_moments() -> None:
 
 def test_frozen_steps_hold_no_copy_of_all_second_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four matrices of 4 KB each, two at once where 8 KB are allowed."""
-    monkeypatch.setattr("hvdlm.strategies.optimizer._RUN_BYTES", 8192)
+    monkeypatch.setattr("hvdlm.strategies.frozen_variance_adamw._RUN_BYTES", 8192)
     model = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
     optimizer = make_optimizer(model, OptimizerSection(lr=0.1, freeze_variance_after=1))
     lengths = []

@@ -22,7 +22,6 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.dion.matrices import hidden_matrices, matrix_rank
 from hvdlm.strategies.dion.momentum import MatrixMomentum
 from hvdlm.strategies.every_step import EveryStep
-from hvdlm.strategies.optimizer import FrozenVarianceAdamW
 
 
 class Dion(EveryStep):
@@ -31,7 +30,7 @@ class Dion(EveryStep):
     def __init__(
         self,
         model: Transformer,
-        optimizer: FrozenVarianceAdamW,
+        optimizer: torch.optim.Optimizer,
         communicator: Communicator,
         config: Config,
         algorithm_costs: Sequence[AlgorithmCost] = (),

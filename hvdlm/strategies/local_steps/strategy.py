@@ -33,7 +33,7 @@ from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.round_progress import RoundProgress, rounds_ended
 from hvdlm.strategies.local_steps.rounds import split_into_fragments
 from hvdlm.strategies.local_steps.warmup import with_warmup_codec
-from hvdlm.strategies.optimizer import FrozenVarianceAdamW, optimizer_tensors
+from hvdlm.strategies.optimizer import optimizer_tensors
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -43,7 +43,7 @@ class LocalSteps(Strategy):
     def __init__(
         self,
         model: Transformer,
-        optimizer: FrozenVarianceAdamW,
+        optimizer: torch.optim.Optimizer,
         communicator: Communicator,
         config: Config,
         algorithm_costs: Sequence[AlgorithmCost] = (),
