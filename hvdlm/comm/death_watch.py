@@ -109,6 +109,8 @@ class DeathWatch:
 
         with self._lock:
             if self._has_ended:
+                with suppress(OSError):
+                    connection.sendall(b"" if self.is_broken else _LEAVES)
                 connection.close()
                 return
             self._sockets.append(connection)

@@ -25,6 +25,7 @@ def ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ring]:
         watch.add(connections)
         watch.watch(rank, made[(rank + 1) % 5][0].endpoint)
         connections.open(rank, [each.endpoint for _, each in made])
+    wait_for(lambda: all(len(watch._sockets) == 2 for watch, _ in made))  # each has accepted the one before it
     yield made
     for watch, connections in made:
         watch.close()
