@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from compare.measurement import Request, measure, model_hash
-from compare.registry import build, is_hvdlm
+from compare.registry import build, is_hvdlm, sums_by_engine
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
@@ -31,7 +31,8 @@ def main(address: str, config_path: str, interface: str, engine: str, *names: st
     connection = Client(address)
     config = load(Path(config_path), [], PRESETS)
     torch.set_num_threads(config.train.threads)
-    with job(engine, config.comm.timeout, config.digest()) as communicator:
+    engine_sums = any(sums_by_engine(name, config) for name in names)
+    with job(engine, config.comm.timeout, config.digest(), engine_sums=engine_sums) as communicator:
         data = DataSet(Path(config.data.path))
         systems = {name: build(name, config, communicator, data) for name in names}
         connection.send("ready")

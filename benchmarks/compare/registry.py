@@ -13,6 +13,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
+from hvdlm.gradients.channel import may_sum_by_engine
 
 LIMIT = "no communication"
 REFERENCE = "DDP"
@@ -119,6 +120,13 @@ def group_systems(
             "Horovod is not installed: run `hvdlm install-horovod`, or leave it out with --engines and --peers"
         )
     return [*(SystemGroup(engine, tuple(names)) for engine, names in by_engine.items()), *own_jobs]
+
+
+def sums_by_engine(name: str, config: Config) -> bool:
+    """Whether a system may leave whole gradients to the engine's all-reduce."""
+    if name in PEERS or name == LIMIT:
+        return name in PEERS
+    return may_sum_by_engine(config.comm, _method(name).apply(config).compression)
 
 
 def table_order(names: Sequence[str]) -> list[str]:

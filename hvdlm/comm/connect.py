@@ -39,9 +39,10 @@ def choose_engine(launch: Launch, requested: str) -> tuple[str, str]:
     return "torch", f"{launch.launcher} started this job on GPUs and Horovod is not built with NCCL"
 
 
-def connect(engine: str, timeout: float, is_elastic: bool = False) -> Communicator:
+def connect(engine: str, timeout: float, is_elastic: bool = False, engine_sums: bool = True) -> Communicator:
     """Joins the job with an engine ("auto": the one that fits); `timeout`: seconds that a rank waits for another;
-    `is_elastic`: whether ranks are to outlive others, where the launcher lets them.
+    `is_elastic`: whether ranks are to outlive others, where the launcher lets them; `engine_sums`: whether gradients
+    may be left to the engine's own all-reduce.
 
     Raises HvdlmError on a rank that cannot, or that finds itself in another job than its launcher started.
     """
@@ -61,7 +62,7 @@ def connect(engine: str, timeout: float, is_elastic: bool = False) -> Communicat
     engine, reason = choose_engine(launch, engine)
     try:
         store = _agree(engine, launch, timeout) if is_free and launch.size > 1 else None
-        communicator = _start(engine, launch, timeout, store, is_elastic)
+        communicator = _start(engine, launch, timeout, store, is_elastic, engine_sums)
     except (RuntimeError, ImportError, OSError) as error:  # each library has errors of its own; these are their bases
         reason = str(error).strip().partition("\n")[0]
         raise HvdlmError(
@@ -88,7 +89,9 @@ def _agree(engine: str, launch: Launch, timeout: float) -> Any:
     return store
 
 
-def _start(engine: str, launch: Launch, timeout: float, store: Any, is_elastic: bool) -> Communicator:
+def _start(
+    engine: str, launch: Launch, timeout: float, store: Any, is_elastic: bool, engine_sums: bool
+) -> Communicator:
     # An engine's module is imported only where it is used: importing mpi4py starts MPI.
     if engine == "solo":
         from hvdlm.comm.solo import SoloCommunicator
@@ -105,7 +108,7 @@ def _start(engine: str, launch: Launch, timeout: float, store: Any, is_elastic: 
             return ElasticTcpCommunicator(timeout)
         from hvdlm.comm.horovod import HorovodCommunicator
 
-        return HorovodCommunicator.start(launch.rank, timeout)
+        return HorovodCommunicator.start(launch.rank, timeout, engine_sums)
     from hvdlm.comm.rendezvous import rendezvous
     from hvdlm.comm.torch import TorchCommunicator
 

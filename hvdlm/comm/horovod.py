@@ -81,15 +81,17 @@ class HorovodCommunicator(Communicator):
         self._locate()
 
     @classmethod
-    def start(cls, rank: int, timeout: float) -> HorovodCommunicator:
-        """Initialises Horovod, and what carries messages; `timeout`: seconds that `rank` waits for another."""
+    def start(cls, rank: int, timeout: float, engine_sums: bool = True) -> HorovodCommunicator:
+        """Initialises Horovod, and what carries messages; `timeout`: seconds that `rank` waits for another;
+        `engine_sums`: whether gradients may be left to Horovod's all-reduce."""
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(ENGINE_TIMEOUT))
         # Buckets are large already; which of them Horovod fuses would depend on timing, and with it the order of sums
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         # Only long sums on CPUs are left to it, and its thread, which exchanges a message in every cycle, takes 4 to 6%
-        # of a core from the backward pass at its default of 1 ms over Gloo, 1% at 5
+        # of a core from the backward pass at its default of 1 ms over Gloo, 1% at 5. Over MPI ranks also wait for one
+        # another in every cycle: with two ranks on two cores 7% of a step at 5 ms, none at 100 (benchmarks/LOG.md).
         if not hvd.nccl_built():
-            os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if engine_sums else "100")
         # Over Gloo it waits for ranks that are still being started; over MPI they have all come by now.
         over_gloo = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
         # First, so that the end of Horovod is not that of MPI

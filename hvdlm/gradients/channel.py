@@ -16,6 +16,7 @@ from hvdlm.comm.ring import Ring
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.registry import AUTO
 from hvdlm.gradients.exchange import Exchange
 from hvdlm.gradients.hierarchy import Hierarchy
 from hvdlm.timing import Span, total_seconds
@@ -142,6 +143,14 @@ def open_channels(
             costs = probe_algorithms(among, ring, largest)
         channels.append(Channel(own, hierarchy, Exchange(among, ring, costs), device, own is not communicator))
     return channels
+
+
+def may_sum_by_engine(comm: CommSection, compression: CompressionSection) -> bool:
+    """Whether whole gradients may be left to the engine's own all-reduce; other codecs' messages go by the ring, or are
+    exchanged without a sum.
+    """
+    is_summed = compression.codec in ("none", "fp16", "bf16", AUTO) or ":" in compression.codec  # one of the user's own
+    return compression.hierarchical or comm.algorithm == "engine" or (comm.algorithm == "auto" and is_summed)
 
 
 def _make_ring(communicator: Communicator, algorithm: str, device: torch.device) -> Ring | None:

@@ -44,8 +44,10 @@ _SECONDS_FOR_LAUNCHER = 20.0
 
 
 @contextmanager
-def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = False) -> Iterator[Communicator]:
-    """The communicator of this job: `connect(engine, timeout)`, once `check_ranks_match` has passed.
+def job(
+    engine: str, timeout: float, config_digest: str, is_elastic: bool = False, engine_sums: bool = True
+) -> Iterator[Communicator]:
+    """The communicator of this job, of `connect` with these arguments, once `check_ranks_match` has passed.
 
     An error that all ranks raise together (JobError) is printed by rank 0, and all ranks shut down. One that a rank
     raises alone is printed by that rank, which then aborts the job: the others may be waiting for it for ever. A
@@ -55,7 +57,7 @@ def job(engine: str, timeout: float, config_digest: str, is_elastic: bool = Fals
     ends itself, and the others outlive it.
     """
     refuse_ranks_that_seem_alone(detect(os.environ))
-    communicator = connect(engine, timeout, is_elastic)
+    communicator = connect(engine, timeout, is_elastic, engine_sums)
     reporter: MissingRankReporter | None = None
 
     def where() -> str:  # with comm.elastic the number may change

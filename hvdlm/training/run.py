@@ -15,6 +15,7 @@ from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.exit_status import STOPPED_EARLY
+from hvdlm.gradients.channel import may_sum_by_engine
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.training import checkpoint
@@ -66,11 +67,12 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
     Returns 0 after the last step, STOPPED_EARLY after a signal.
     """
     keep_memory()
+    engine_sums = may_sum_by_engine(config.comm, config.compression)
     run_directory = RunDirectory(Path(config.train.run_dir))
     with (
         closing(run_directory),
         Preemption(config.train.stop_signals.split(",")) as preemption,
-        job(config.comm.engine, config.comm.timeout, config.digest(), config.comm.elastic) as communicator,
+        job(config.comm.engine, config.comm.timeout, config.digest(), config.comm.elastic, engine_sums) as communicator,
     ):
         preemption.renew()
         check_elastic(config, communicator)
