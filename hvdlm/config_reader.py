@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from hvdlm.arguments import parse_overrides
 from hvdlm.config import Config, ModelSection
 from hvdlm.errors import HvdlmError
+from hvdlm.paths import expand_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,7 +69,10 @@ def from_dict(
         if isinstance(start, str) and start and not is_whole:
             if shape_of is None:
                 raise HvdlmError(f"{origin}: model.from begins a training; here, set the shape itself")
-            shape = shape_of(start)
+            try:
+                shape = shape_of(expand_path(start))
+            except ValueError as error:
+                raise HvdlmError(f"{origin}: model.from = {error}") from None
         filled["model"] = {**shape, **model, "preset": name}
     try:
         return Config.model_validate(filled)

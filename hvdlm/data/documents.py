@@ -16,6 +16,8 @@ from hvdlm.data.splitting import BLOCK_BYTES, Piece, Split, split_into_parts, sp
 from hvdlm.data.tables import read_rows
 from hvdlm.errors import HvdlmError
 
+_LEAST_ROW_BYTES = 64  # a row counts as at least this long, also one without a text
+
 SMALLEST_FILE_BYTES = 2**12  # a file counts as at least this large, since opening one costs as much as reading this
 
 
@@ -237,12 +239,13 @@ def _row_blocks(source: Source, text_key: str) -> Iterator[RowBlock]:
     failure = ""
     try:
         for rows in read_rows(source.path, text_key):
-            values += rows.values
-            size += sum(len(value) for value in rows.values if isinstance(value, str))
+            for value in rows.values:
+                values.append(value)
+                size += _LEAST_ROW_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
+                if size >= BLOCK_BYTES:
+                    yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=end - position)
+                    first, values, size, position = first + len(values), [], 0, end
             end = round(source.size * rows.share)
-            if size >= BLOCK_BYTES:
-                yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=end - position)
-                first, values, size, position = first + len(values), [], 0, end
     except UNREADABLE as error:
         failure = _unreadable(error)
     except HvdlmError as error:
@@ -327,8 +330,15 @@ def _read_record(line: bytes, where: str, text_key: str) -> str | BadDocument:
 
 
 def _check_text(text: object, where: str, text_key: str) -> str | BadDocument:
+    if isinstance(text, bytes):  # of a table
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            return BadDocument(where, f"is not UTF-8 ({error.reason}); convert the file")
     if not isinstance(text, str):
         return BadDocument(where, f"has a {text_key!r} that is no string")
+    if len(text) > MAX_DOCUMENT_BYTES:
+        return BadDocument(where, _TOO_LONG)
     if "\0" in text:
         return BadDocument(where, "holds a NUL character, so this is binary data, not text")
     try:

@@ -15,7 +15,7 @@ from hvdlm.errors import HvdlmError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 
-_ROWS = 1024  # of a piece of a Parquet file, at most
+_ROWS = 64  # of a piece of a Parquet file, at most
 
 # What lies beside the Arrow files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
 _DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -51,7 +51,11 @@ def read_rows(path: Path, column: str) -> Iterator[Rows]:
 
     try:
         yield from (_parquet if path.suffix.lower() == ".parquet" else _arrow)(path, column)
-    except pyarrow.ArrowException as error:
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+        KeyError,
+    ) as error:  # the latter of odd types and names
         raise OSError(str(error).strip().partition("\n")[0]) from error
 
 
@@ -63,7 +67,7 @@ def _parquet(path: Path, column: str) -> Iterator[Rows]:
         total, done = file.metadata.num_rows, 0
         for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
             done += batch.num_rows
-            yield Rows(batch.column(0).to_pylist(), done / total)
+            yield Rows(_values(batch.column(0)), done / total)
 
 
 def _arrow(path: Path, column: str) -> Iterator[Rows]:
@@ -78,13 +82,24 @@ def _arrow(path: Path, column: str) -> Iterator[Rows]:
             with pyarrow.ipc.open_file(raw) as file:
                 _require_column(file.schema.names, column)
                 for number in range(file.num_record_batches):
-                    values = file.get_batch(number).column(column).to_pylist()
+                    values = _values(file.get_batch(number).column(column))
                     yield Rows(values, (number + 1) / file.num_record_batches)
             return
         with pyarrow.ipc.open_stream(raw) as stream:
             _require_column(stream.schema.names, column)
             for batch in stream:
-                yield Rows(batch.column(column).to_pylist(), raw.tell() / size)
+                yield Rows(_values(batch.column(column)), raw.tell() / size)
+
+
+def _values(column: Any) -> list[Any]:
+    """Of a column of text that is not all UTF-8, which pyarrow does not look at before, the bytes."""
+    import pyarrow
+
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    return values
 
 
 def _require_column(names: list[str], column: str) -> None:

@@ -31,13 +31,14 @@ _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 def architecture_of(model: ModelSection) -> str:
     """Which architecture of transformers computes what our Transformer does. Raises HvdlmError if none does."""
     kind = (model.position, model.norm, model.activation)
-    if kind[1:] == ("layernorm", "gelu") and key_value_heads(model) == model.heads and not model.qkv_bias:
+    has_qkv_bias_alone = model.qkv_bias and not model.bias
+    if kind[1:] == ("layernorm", "gelu") and key_value_heads(model) == model.heads and not has_qkv_bias_alone:
         if model.position == "learned":
             return _GPT2
         if not model.rope_scaling:
             return _NEOX
     if kind == ("rope", "rmsnorm", "swiglu"):
-        return _QWEN2 if model.qkv_bias else _LLAMA
+        return _QWEN2 if has_qkv_bias_alone else _LLAMA
     named = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("position", "norm", "activation"))
     more = ", ".join(f"model.{name} = {getattr(model, name)!r}" for name in ("kv_heads", "qkv_bias"))
     raise HvdlmError(
@@ -112,7 +113,7 @@ def from_config(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any],
     Raises HvdlmError for an architecture, or a feature of one, that our Transformer cannot express.
     """
     architecture = config.get("model_type")
-    if architecture not in CLASSES:
+    if not isinstance(architecture, str) or architecture not in CLASSES:
         raise HvdlmError(
             f"{origin}: model_type = {architecture!r}, which hvdlm has no architecture for; it reads "
             f"{', '.join(CLASSES)}"
@@ -124,7 +125,7 @@ def from_config(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any],
         raise HvdlmError(f"{origin}: hvdlm's Transformer has no {error}") from None
     except KeyError as error:
         raise HvdlmError(f"{origin} has no {error.args[0]}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise HvdlmError(f"{origin} is not the configuration of a model of type {architecture}: {error}") from None
 
 
@@ -167,10 +168,11 @@ def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
 def _from_neox(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}  # of transformers 5
     known = {
+        "hidden_act": "gelu",
         "use_parallel_residual": True,
         "rotary_pct": rope.get("partial_rotary_factor", 0.25),
         "rope_type": rope.get("rope_type", "default"),
-        **config,
+        **{name: value for name, value in config.items() if value is not None},
     }
     _require(
         known,

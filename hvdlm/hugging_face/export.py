@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import safetensors
@@ -19,7 +20,7 @@ from hvdlm.hugging_face.tensor_files import write_tensors
 from hvdlm.hugging_face.tokenizer_files import write_tokenizer
 from hvdlm.hugging_face.weights import to_hugging_face
 from hvdlm.model.presets import PRESETS
-from hvdlm.training.checkpoint import Checkpoint, open_state, save_failure
+from hvdlm.training.checkpoint import Checkpoint, not_finite, open_state, save_failure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,10 +47,15 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
         for name, content in (("config.json", settings), ("generation_config.json", generation)):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         weights = to_hugging_face(Checkpoint(Path(state["path"])).model(), config.model)
+        weights = {name: each.to(DTYPES[dtype]) for name, each in weights.items()}
+        if too_large := not_finite(weights):
+            raise HvdlmError(f"{too_large} of {state['path']} does not fit into {dtype}: export bfloat16 or float32")
         try:
-            write_tensors(directory, {name: each.to(DTYPES[dtype]) for name, each in weights.items()}, shard_bytes)
+            write_tensors(directory, weights, shard_bytes)
         except safetensors.SafetensorError as error:
             raise HvdlmError(f"cannot write {output}: {save_failure(error)}") from None
+        for file in directory.glob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
+            shutil.copymode(directory / "config.json", file)
         write_tokenizer(directory, tokenizer, config.model.context_length)
         card = model_card(state, config, output.name, CLASSES[architecture], dtype)
         (directory / "README.md").write_text(card, encoding="utf-8")

@@ -21,16 +21,11 @@ tags: [hvdlm]
 
 # {name}
 
-A causal language model of {parameters:,} parameters, {architecture}, trained by hvdlm {version}.
+A causal language model of {parameters:,} parameters, {architecture}, written by hvdlm {version}.
 
 | | |
 |---|---|
-| steps | {step:,} of {steps:,} |
-| tokens seen | {tokens:,} |
-| validation loss | {loss} |
-| data set | {data}, fingerprint {fingerprint} |
-| ranks | {ranks} |
-| weights | {dtype} |
+{rows}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,17 +53,23 @@ def model_card(state: Mapping[str, Any], config: Config, name: str, architecture
         parameters=parameter_count(config.model, state["vocab_size"]),
         architecture=architecture,
         version=state["versions"]["hvdlm"],
-        step=state["step"],
-        steps=config.train.steps,
-        tokens=state["step"] * config.train.global_batch_size * config.model.context_length,
-        loss=_validation_loss(Path(state["path"]), state["step"]),
-        data=Path(config.data.path).name,
-        fingerprint=str(state["fingerprint"])[:16],
-        ranks=state["world_size"],
-        dtype=dtype,
+        rows="\n".join(f"| {name} | {value} |" for name, value in {**_origin(state, config), "weights": dtype}.items()),
         remarks=remarks,
         settings=tomli_w.dumps(config.model_dump(exclude_defaults=True)),
     )
+
+
+def _origin(state: Mapping[str, Any], config: Config) -> dict[str, str]:
+    if "imported_from" in state:
+        return {"imported from": Path(state["imported_from"]).name}
+    step, train = state["step"], config.train
+    return {
+        "steps": f"{step:,} of {train.steps:,}",
+        "tokens seen": f"{step * train.global_batch_size * config.model.context_length:,}",
+        "validation loss": _validation_loss(Path(state["path"]), step),
+        "data set": f"{Path(config.data.path).name}, fingerprint {str(state['fingerprint'])[:16]}",
+        "ranks": str(state["world_size"]),
+    }
 
 
 def _validation_loss(checkpoint: Path, step: int) -> str:
@@ -76,4 +77,4 @@ def _validation_loss(checkpoint: Path, step: int) -> str:
     file = checkpoint.resolve().parent.parent / "metrics.jsonl"
     records = read_metrics(file) if file.exists() else []
     losses = [each["loss"] for each in records if each["kind"] == "eval" and each["step"] == step]
-    return f"{losses[-1]:.4f} nats per token" if losses else "not measured at this step"
+    return f"{losses[-1]:.4f} nats per token" if losses and losses[-1] is not None else "not known"

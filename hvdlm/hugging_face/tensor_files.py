@@ -42,13 +42,13 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors by name, on the CPU. Raises HvdlmError if there are none, or if files are missing or damaged."""
     index = directory / _INDEX
-    if index.exists():
+    if (directory / _ONE).exists():
+        files = [_ONE]
+    elif index.exists():
         try:
             files = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError):
             raise HvdlmError(f"{index} is not an index of safetensors files") from None
-    elif (directory / _ONE).exists():
-        files = [_ONE]
     else:
         pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
         only = f", only {pickled[0].name}, a pickle, which can run code and is not read" if pickled else ""

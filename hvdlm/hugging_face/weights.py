@@ -44,7 +44,7 @@ class _Match:
     def join(self, theirs: Sequence[Tensor]) -> Tensor:
         """Our parameter of what transformers has for it."""
         joined = torch.cat([each.T if self.is_transposed else each for each in theirs])
-        return _regroup(joined, self.heads, 3) if self.heads and len(joined) % (3 * self.heads) == 0 else joined
+        return _regroup(joined, self.heads, 3) if self.heads else joined
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], model: ModelSection) -> dict[str, Tensor]:
@@ -79,16 +79,21 @@ def from_hugging_face(
             missing = match.theirs[found.index(None)]
             raise HvdlmError(f"{origin} holds no weight {missing}")
         used.update(name for name in found if name is not None)
-        joined = match.join([named[name] for name in found if name is not None]).float().contiguous()
-        if joined.shape != shapes[match.ours]:
+        theirs = [named[name] for name in found if name is not None]
+        expected = [tuple(each.shape) for each in match.export(torch.empty(shapes[match.ours], device="meta"))]
+        if (shape := [tuple(each.shape) for each in theirs]) != expected:
             raise HvdlmError(
-                f"{origin}: {' and '.join(match.theirs)} hold {tuple(joined.shape)} numbers, where config.json says "
-                f"{tuple(shapes[match.ours])}"
+                f"{origin}: {' and '.join(match.theirs)} hold {_numbers(shape)} numbers, where config.json says "
+                f"{_numbers(expected)}"
             )
-        weights[match.ours] = joined
+        weights[match.ours] = match.join(theirs).float().contiguous()
     if unknown := sorted(name for name in named if name not in used and not _is_ignored(name, model)):
         raise HvdlmError(f"{origin} holds weights that hvdlm's Transformer does not have: {', '.join(unknown[:4])}")
     return weights
+
+
+def _numbers(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join(str(shape) for shape in shapes)
 
 
 def _find(named: Mapping[str, Tensor], name: str) -> str | None:

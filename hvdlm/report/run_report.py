@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.model.presets import PRESETS
 from hvdlm.report.page import Section, Table, html
 from hvdlm.report.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
-from hvdlm.training.metrics import read_metrics
+from hvdlm.training.metrics import FIRST_STEP, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,13 +38,18 @@ class Run:
 
     def seconds(self) -> list[float]:
         """Seconds of training at each record of kind train: validations, saves and pauses are not counted."""
-        total, step = 0.0, 0
+        total, step = 0.0, self._start()
         times = []
         for record in self.train:  # step_seconds is a mean over the steps since the record before
             total += record["step_seconds"] * (record["step"] - step)
             step = record["step"]
             times.append(total)
         return times
+
+    def _start(self) -> int:
+        """The step that it has begun from: not 0 where it goes on from a checkpoint of another run."""
+        first = next((each["step"] - 1 for each in self.events if str(each["message"]).startswith(FIRST_STEP)), 0)
+        return min(first, self.train[0]["step"] - 1) if self.train else 0
 
 
 def write_report(run_dirs: Sequence[Path], output: Path | None) -> int:
@@ -73,11 +80,13 @@ def _read(path: Path) -> Run:
         raise HvdlmError(f"{path} holds no metrics.jsonl: give the directory of a run, its train.run_dir")
     try:
         records = read_metrics(file)
+        by_kind = {kind: [each for each in records if each["kind"] == kind] for kind in ("train", "eval", "event")}
         settings = load(path / "config.toml", [], PRESETS).model_dump()
     except OSError as error:
         raise HvdlmError(f"cannot read {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, KeyError, TypeError):
+        raise HvdlmError(f"{file} is not the metrics.jsonl of a run") from None
     flat = {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
-    by_kind = {kind: [each for each in records if each["kind"] == kind] for kind in ("train", "eval", "event")}
     return Run(str(path), flat, by_kind["train"], by_kind["eval"], by_kind["event"])
 
 
@@ -147,8 +156,10 @@ def _loss_over_tokens(axes: Axes, run: Run, colour: str) -> None:
 
 
 def _loss_over_seconds(axes: Axes, run: Run, colour: str) -> None:
-    times = dict(zip([each["step"] for each in run.train], run.seconds(), strict=True))
-    points = [(times[each["step"]], each["loss"]) for each in run.validations if each["step"] in times]
+    if not run.train:
+        return
+    times = np.interp([each["step"] for each in run.validations], [each["step"] for each in run.train], run.seconds())
+    points = [(second, each["loss"]) for second, each in zip(times.tolist(), run.validations, strict=True)]
     _plot(axes, points, colour, run.name, marker="o")
     axes.set(xlabel="seconds", ylabel="nats per token")
 
@@ -164,7 +175,7 @@ def _waiting(axes: Axes, run: Run, colour: str) -> None:
 
 
 def _norm(axes: Axes, run: Run, colour: str) -> None:
-    _plot(axes, [(each["step"], each["grad_norm"]) for each in run.train], colour, run.name)
+    _plot(axes, [(each["step"], each["grad_norm"] or None) for each in run.train], colour, run.name)
     axes.set(xlabel="step", ylabel="norm", yscale="log")
 
 
@@ -179,7 +190,7 @@ def _plot(
     """Points without a number are left out: it was not finite, or not measured."""
     finite = [(x, y) for x, y in points if y is not None]
     if finite:
-        axes.plot(*zip(*finite, strict=True), color=colour, label=label, **style)
+        axes.plot(*zip(*finite, strict=True), color=colour, label=label and f" {label}".replace("$", r"\$"), **style)
 
 
 def _draw(runs: Sequence[Run], draw: Callable[[Axes, Run, str], None]) -> str:

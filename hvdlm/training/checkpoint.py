@@ -269,14 +269,16 @@ def open_state(path: Path) -> dict[str, Any]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint, or of a run directory's newest, without a look at other files. Raises HvdlmError."""
-    candidates = [path] if _is_one(path) else _best_first(directory(path) if directory(path).is_dir() else path)
-    if not candidates:
-        raise _none_in(path)
-    try:
-        state: dict[str, Any] = json.loads((candidates[0] / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HvdlmError(f"cannot read {candidates[0] / 'state.json'}: {_reason(error)}") from None
-    return state
+    failure = _none_in(path)
+    for each in [path] if _is_one(path) else _best_first(directory(path) if directory(path).is_dir() else path):
+        try:
+            state: dict[str, Any] = json.loads((each / "state.json").read_text(encoding="utf-8"))
+            if {"config", "vocab_size"} <= state.keys():
+                return state
+            raise ValueError("it is not what was written")
+        except (OSError, ValueError, AttributeError) as error:
+            failure = HvdlmError(f"cannot read {each / 'state.json'}: {_reason(error)}")
+    raise failure
 
 
 def set_latest(path: Path, run_dir: Path) -> None:

@@ -14,6 +14,8 @@ from hvdlm.training.console import View
 
 logger = logging.getLogger(__name__)
 
+FIRST_STEP = "first step done"  # with what the event of a run's, or a resumed run's, first step begins
+
 
 class MetricsLog:
     """Appends records to `metrics.jsonl` in the run directory, and shows them. Rank 0 has one."""

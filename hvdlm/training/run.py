@@ -80,7 +80,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
-        on_rank_0(communicator, lambda: check_tensorboard(config.log.tensorboard))
+        on_all_ranks(communicator, lambda: check_tensorboard(config.log.tensorboard))  # any may become rank 0
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         on_all_ranks(communicator, lambda: check_deterministic(config, device))
         check_devices_match(communicator, device, config)

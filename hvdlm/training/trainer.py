@@ -32,7 +32,7 @@ from hvdlm.training.elastic import Elastic
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
-from hvdlm.training.metrics import MetricsLog
+from hvdlm.training.metrics import FIRST_STEP, MetricsLog
 from hvdlm.training.model import make_model, seed_dropout
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
@@ -133,7 +133,7 @@ class Trainer:
         self._report_step()
         self.saver.tell()
         if self.due.first_step:
-            self.write("event", message=f"first step done, {seconds_alive():.1f} s after the process began")
+            self.write("event", message=f"{FIRST_STEP}, {seconds_alive():.1f} s after the process began")
             self.due.first_step = False
         if self.due.save:
             if self.step == self.config.train.steps:

@@ -31,7 +31,7 @@ from hvdlm.model.generate import generate
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint
-from hvdlm.training.initial_weights import begin_with_weights
+from hvdlm.training.initial_weights import begin_with_weights, shape_of
 
 VOCABULARY = 301  # odd, and larger than the tokenizer's
 
@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "llama, tied, grouped heads": ({**LLAMA, "tie_embeddings": True, "kv_heads": 2}, "LlamaForCausalLM"),
     "llama, biases": ({**LLAMA, "bias": True}, "LlamaForCausalLM"),
     "llama 3.1": ({**LLAMA, **STRETCHED, "kv_heads": 1}, "LlamaForCausalLM"),
+    "llama, biases twice": ({**LLAMA, "bias": True, "qkv_bias": True}, "LlamaForCausalLM"),
     "qwen2": ({**LLAMA, "qkv_bias": True, "kv_heads": 2}, "Qwen2ForCausalLM"),
 }
 
@@ -82,6 +83,7 @@ def random_model(config: Config) -> Transformer:
 
 
 def save(model: Transformer, config: Config, parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
     state = {
         **{"step": 0, "config": config.model_dump(), "vocab_size": model.vocab_size, "world_size": 1},
         **{"fingerprint": "0" * 64, "versions": checkpoint.versions()},
@@ -129,7 +131,8 @@ def test_what_is_exported_computes_and_generates_the_same_and_comes_back(kind: s
     assert after.state["vocab_size"] == VOCABULARY
     assert_equal(after.model(), before.model())
     now = from_dict(after.state["config"], "back", PRESETS).model
-    assert now.model_copy(update={"kv_heads": config.model.kv_heads}) == config.model
+    unsaid = {"kv_heads": config.model.kv_heads, "qkv_bias": now.qkv_bias or (now.bias and config.model.qkv_bias)}
+    assert now.model_copy(update=unsaid) == config.model
 
 
 def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -205,13 +208,25 @@ def test_weights_of_16_bits_come_as_they_are(tmp_path: Path) -> None:
         ("llama", {"hidden_act": "relu"}, "hvdlm's Transformer has no hidden_act = 'relu'"),
         ("llama", {"attention_bias": True}, "hvdlm's Transformer has no attention_bias = True beside mlp_bias = False"),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "no rope_scaling of type 'yarn'"),
-        ("llama", {"intermediate_size": 40}, "hold (96, 32) numbers, where config.json says (80, 32)"),
+        (
+            "llama",
+            {"intermediate_size": 40},
+            "hold (48, 32) and (48, 32) numbers, where config.json says (40, 32) and (40, 32)",
+        ),
         ("llama", {"num_hidden_layers": 3}, "holds no weight model.layers.2."),
         ("llama", {"num_hidden_layers": 1}, "holds weights that hvdlm's Transformer does not have: model.layers.1."),
         ("gpt2", {"activation_function": "relu"}, "hvdlm's Transformer has no activation_function = 'relu'"),
         ("gpt2", {"vocab_size": 200}, "the tokenizer of"),
         ("gpt-neox", {"use_parallel_residual": True}, "hvdlm's Transformer has no use_parallel_residual = True"),
         ("gpt2", {"n_embd": None}, "is not the configuration of a model of type gpt2"),
+        ("llama", {"num_attention_heads": 0}, "is not the configuration of a model of type llama"),
+        ("llama", {"model_type": ["llama"]}, "which hvdlm has no architecture for"),
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            "hold (32, 32) and (16, 32) and (16, 32) numbers, where config.json says",
+        ),
+        ("gpt-neox", {"hidden_act": None}, "hvdlm's Transformer has no hidden_act"),
         ("gpt2", {"n_embd": 30}, "model.width = 30 is not a multiple of model.heads = 4"),
     ],
 )
@@ -228,6 +243,42 @@ def test_what_our_model_cannot_express_is_refused_by_name(
     assert said in result.output, result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "start").exists()
+
+
+def test_one_file_is_read_before_an_index_that_was_left(tmp_path: Path) -> None:
+    published("gpt2").save_pretrained(tmp_path / "published")
+    Tokenizer.byte().save(tmp_path / "published" / "tokenizer.json")
+    (tmp_path / "published" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002"}}'
+    )
+    assert hvdlm("import", tmp_path / "published", "--output", tmp_path / "start").status == 0
+
+
+def test_weights_that_do_not_fit_into_16_bits(tmp_path: Path) -> None:
+    config = configuration(LLAMA)
+    model = random_model(config)
+    with torch.no_grad():
+        model.final_norm.weight[3] = 1e5
+    source = save(model, config, tmp_path)
+    result = hvdlm("export", source, "--to", "hf", tmp_path / "out", "--dtype", "float16")
+    assert result.status == 1
+    assert "model.norm.weight of" in result.output and "does not fit into float16" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path) -> None:
+    config = configuration(LLAMA)
+    assert hvdlm("export", save(random_model(config), config, tmp_path), "--to", "hf", tmp_path / "out").status == 0
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
+def test_the_card_of_a_run_whose_validation_was_not_finite(tmp_path: Path) -> None:
+    config = configuration(LLAMA)
+    source = save(random_model(config), config, tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "eval", "step": 0, "loss": null, "tokens": 0}\n')
+    assert hvdlm("export", source, "--to", "hf", tmp_path / "out").status == 0
+    assert "| validation loss | not known |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
@@ -340,6 +391,29 @@ def test_a_job_of_slurm_keeps_the_shape_of_its_start(small_data: Path, tmp_path:
     assert result.status == 0, result.output
     kept = load(tmp_path / "job" / "config.toml", [], PRESETS).model
     assert (kept.layers, kept.norm, kept.vocab_size, kept.from_) == (3, "rmsnorm", VOCABULARY, str(start))
+
+
+def test_the_home_of_a_user_stands_in_the_path_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration({**LLAMA, "layers": 3})
+    save(random_model(config), config, tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(None, ["--model.from", "~/checkpoint"], PRESETS, shape_of).model.layers == 3
+    with pytest.raises(
+        HvdlmError, match=r"the command line: model\.from = .* holds \$HOME, which hvdlm does not replace"
+    ):
+        load(None, ["--model.from", "$HOME/checkpoint"], PRESETS, shape_of)
+
+
+def test_the_shape_is_that_of_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    config = configuration({**LLAMA, "layers": 3})
+    good = save(random_model(config), config, tmp_path / "run" / "checkpoints")
+    good.rename(good.with_name("step_00000001"))
+    bad = good.with_name("step_00000002")
+    bad.mkdir()
+    (bad / "state.json").write_text("{}")
+    assert shape_of(str(tmp_path / "run"))["layers"] == 3
+    with pytest.raises(HvdlmError, match=r"cannot read .*step_00000002/state\.json: it is not what was written"):
+        shape_of(str(bad))
 
 
 def test_a_forecast_has_no_start(tmp_path: Path) -> None:

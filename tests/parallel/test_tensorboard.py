@@ -9,7 +9,7 @@ from jobs import Ranks, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvdlm.errors import HvdlmError
-from hvdlm.training.tensorboard import check_tensorboard
+from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
 
 
 def shown(run_dir: Path) -> dict[str, dict[int, float]]:
@@ -33,6 +33,15 @@ def test_each_step_once_after_a_resume(ranks: Ranks, small_data: Path, tmp_path:
             expected = {int(str(each["step"])): float(str(each[name])) for each in records(run_dir, kind)}
             assert scalars[f"{kind}/{name}"] == pytest.approx(expected, rel=1e-6)
     assert sorted(scalars["train/loss"]) == list(range(1, 11))
+
+
+def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tensorboard").touch()
+    view = TensorBoard(tmp_path, start=0)
+    view.show({"kind": "train", "step": 1, "loss": 1.0})
+    view.close()
+    assert len(caplog.messages) == 1
+    assert f"cannot write {tmp_path / 'tensorboard'}, so TensorBoard gets no more: " in caplog.text
 
 
 def test_without_tensorboard_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def run_hvdlm(
     """
     os.environ.update(environment)
 
-    def connect(_: str, timeout: float, is_elastic: bool = False) -> Communicator:
+    def connect(_: str, timeout: float, is_elastic: bool = False, engine_sums: bool = True) -> Communicator:
         own = comm.split(0, comm.rank)  # the command closes it
         assert isinstance(own, MPICommunicator)
         own._timeout = timeout

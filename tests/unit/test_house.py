@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "paths": set(),
     "arguments": {"errors", "paths"},
     "config": {"arguments", "errors", "paths"},
-    "config_reader": {"arguments", "config", "errors"},
+    "config_reader": {"arguments", "config", "errors", "paths"},
     "timing": set(),
     "output": set(),
     "comm": EVERYONE,

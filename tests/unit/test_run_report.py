@@ -76,6 +76,28 @@ def test_seconds_are_those_of_all_steps(runs: list[Path]) -> None:
     assert _read(runs[0]).seconds() == [0.5, 5.0, 10.0]
 
 
+def test_a_run_that_went_on_from_another_s_checkpoint(tmp_path: Path) -> None:
+    from hvdlm.report.run_report import _read
+
+    first = {"kind": "event", "step": 1001, "message": "first step done, 3.0 s after the process began"}
+    run = make_run(tmp_path / "run", [first, train(1010, 3.0), train(1020, 3.0)])
+    assert _read(run).seconds() == [5.0, 10.0]
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "_a$x$^^b", [train(1, 3.0), train(2, 2.0)])
+    assert write_report([run], None) == 0
+    assert (run / "report.html").read_text().count("_a$x$^^b") > 6
+
+
+def test_what_is_no_metrics(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [])
+    for content in (b"\xff\xfe", b'{"step": 1}\n', b"[1]\n"):
+        (run / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(HvdlmError, match=r"is not the metrics\.jsonl of a run"):
+            write_report([run], None)
+
+
 def test_a_run_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(HvdlmError, match=r"none holds no metrics\.jsonl: give the directory of a run"):
         write_report([tmp_path / "none"], None)

@@ -13,7 +13,7 @@ import pytest
 from backports import zstd
 from pyarrow import parquet
 
-from hvdlm.data.documents import BadDocument, read_blocks, read_documents
+from hvdlm.data.documents import BadDocument, RowBlock, read_blocks, read_documents
 from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.data.sources import find_sources
@@ -102,6 +102,23 @@ def test_bad_rows_are_named(values: list[Any], where: str, problem: str, tmp_pat
     bad = next(each for each in documents(tmp_path) if isinstance(each, BadDocument))
     assert bad.where == f"{tmp_path / 'a.parquet'}{where}"
     assert problem in bad.problem
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"good", b"b\xffd", b"too"]).cast(pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])  # as a writer that does not look
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    expected = BadDocument(f"{tmp_path / 'a.parquet'}, row 2", "is not UTF-8 (invalid start byte); convert the file")
+    assert list(documents(tmp_path)) == ["good", expected, "too"]
+
+
+def test_blocks_are_short_whatever_a_column_holds(tmp_path: Path) -> None:
+    parquet.write_table(table(list(range(200_000))), tmp_path / "a.parquet")
+    parquet.write_table(table(["x" * 700_000] * 20), tmp_path / "b.parquet")
+    for name, longest in (("a", 20_000), ("b", 2)):
+        sources, _ = find_sources([str(tmp_path / f"{name}.parquet")])
+        blocks = list(read_blocks(sources))
+        assert max(len(block.values) for block in blocks if isinstance(block, RowBlock)) <= longest
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
