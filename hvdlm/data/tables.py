@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
 from hvdlm.errors import HvdlmError
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -45,10 +46,14 @@ def without_descriptions(names: list[str]) -> list[str]:
 def read_rows(path: Path, column: str) -> Iterator[Rows]:
     """The rows of a table in order, in pieces that fit into memory.
 
-    Raises OSError if the file is damaged, and HvdlmError, to be read after the file's name, if it has no such column.
+    Raises OSError if the file is damaged, and HvdlmError, to be read after the file's name, if it has no such column or is
+    a pointer of Git LFS.
     """
     import pyarrow
 
+    with path.open("rb") as raw:
+        if is_lfs_pointer(raw.read(1000)):
+            raise HvdlmError(LFS_POINTER)
     try:
         yield from (_parquet if path.suffix.lower() == ".parquet" else _arrow)(path, column)
     except (

@@ -14,6 +14,7 @@ from backports import zstd
 from pyarrow import parquet
 
 from hvdlm.data.documents import BadDocument, RowBlock, read_blocks, read_documents
+from hvdlm.data.file_errors import LFS_POINTER
 from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.data.sources import find_sources
@@ -102,6 +103,12 @@ def test_bad_rows_are_named(values: list[Any], where: str, problem: str, tmp_pat
     bad = next(each for each in documents(tmp_path) if isinstance(each, BadDocument))
     assert bad.where == f"{tmp_path / 'a.parquet'}{where}"
     assert problem in bad.problem
+
+
+def test_a_pointer_of_git_lfs_is_not_the_table(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (tmp_path / "a.parquet").write_text(pointer)
+    assert list(documents(tmp_path)) == [BadDocument(str(tmp_path / "a.parquet"), LFS_POINTER)]
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
