@@ -46,8 +46,8 @@ def without_descriptions(names: list[str]) -> list[str]:
 def read_rows(path: Path, column: str) -> Iterator[Rows]:
     """The rows of a table in order, in pieces that fit into memory.
 
-    Raises OSError if the file is damaged, and HvdlmError, to be read after the file's name, if it has no such column or is
-    a pointer of Git LFS.
+    Raises OSError if the file is damaged, and HvdlmError, to be read after the file's name, if it has no such column or
+    is a pointer of Git LFS.
     """
     import pyarrow
 
@@ -56,11 +56,7 @@ def read_rows(path: Path, column: str) -> Iterator[Rows]:
             raise HvdlmError(LFS_POINTER)
     try:
         yield from (_parquet if path.suffix.lower() == ".parquet" else _arrow)(path, column)
-    except (
-        pyarrow.ArrowException,
-        ValueError,
-        KeyError,
-    ) as error:  # the latter of odd types and names
+    except (pyarrow.ArrowException, ValueError, KeyError) as error:  # the latter of odd types and names
         raise OSError(str(error).strip().partition("\n")[0]) from error
 
 
