@@ -89,7 +89,7 @@ class HorovodCommunicator(Communicator):
         os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
         # Only long sums on CPUs are left to it, and its thread, which exchanges a message in every cycle, takes 4 to 6%
         # of a core from the backward pass at its default of 1 ms over Gloo, 1% at 5. Over MPI ranks also wait for one
-        # another in every cycle: with two ranks on two cores 7% of a step at 5 ms, none at 100 (benchmarks/LOG.md).
+        # another in every cycle: with two ranks on two cores 7% of a step at 5 ms, 0 to 5% at 100 (benchmarks/LOG.md).
         if not hvd.nccl_built():
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "5" if engine_sums else "100")
         # Over Gloo it waits for ranks that are still being started; over MPI they have all come by now.
