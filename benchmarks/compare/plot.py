@@ -57,6 +57,3 @@ def _colour(name: str) -> str:
     if is_hvdlm(name):
         return BLUE
     return _LIGHT_GREEN if name.startswith("Horovod") else ORANGE
-
-
-# MISSING

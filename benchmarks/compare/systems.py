@@ -102,17 +102,7 @@ def torchft_diloco(config: Config, communicator: Communicator, data: DataSet) ->
     mean_loss = _MeanLoss(model, config.train.precision)
     optimizer = make_optimizer(model, config.optimizer)
     diloco = TorchftDiLoCo(model, optimizer, communicator, DILOCO_EVERY, DILOCO_OVERLAP)
-    loader = open_loader(config, data, communicator)
-
-    def step() -> None:
-        batch = loader.next()
-        set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
-        optimizer.zero_grad()
-        mean_loss(batch.inputs, batch.targets).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-
-    return System(diloco.averaged, step)
+    return System(diloco.averaged, _plain_step(mean_loss, optimizer, config, communicator, data))
 
 
 def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
@@ -146,17 +136,28 @@ def _ddp(
     optimizer = make_optimizer(model, config.optimizer)
     replica = DistributedDataParallel(_MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
     register(replica)
+    return System(lambda: dict(model.named_parameters()), _plain_step(replica, optimizer, config, communicator, data))
+
+
+def _plain_step(
+    mean_loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    communicator: Communicator,
+    data: DataSet,
+) -> Callable[[], None]:
+    """A step as plain PyTorch has it, in which the module or the optimizer communicates by itself."""
     loader = open_loader(config, data, communicator)
 
     def step() -> None:
         batch = loader.next()
         set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
-        optimizer.zero_grad(set_to_none=True)
-        replica(batch.inputs, batch.targets).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.zero_grad()
+        mean_loss(batch.inputs, batch.targets).backward()
+        nn.utils.clip_grad_norm_(mean_loss.parameters(), config.optimizer.clip_norm)
         optimizer.step()
 
-    return System(lambda: dict(model.named_parameters()), step)
+    return step
 
 
 def _horovod(config: Config, communicator: Communicator, data: DataSet, compression: str) -> System:

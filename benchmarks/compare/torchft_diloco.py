@@ -1,7 +1,7 @@
 """Peer `torchft DiLoCo`: Streaming DiLoCo (arXiv:2501.18512) of torchft, each rank a replica group of its own.
 
-The outer optimizer is that of torchft's train_diloco.py. It sends differences as float32: torchft
-rounds them on GPUs only.
+The outer optimizer is that of torchft's train_diloco.py. It sends differences as float32: torchft rounds them on GPUs
+only.
 """
 
 from __future__ import annotations

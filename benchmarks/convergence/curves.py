@@ -88,6 +88,3 @@ def _mean_and_deviation(values: Sequence[float], form: str) -> str:
         return ""
     mean = form.format(statistics.fmean(values))
     return f"{mean} ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else mean
-
-
-# MISSING

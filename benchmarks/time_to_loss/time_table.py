@@ -108,6 +108,3 @@ def _cells(row: Row) -> list[str]:
         format_number(row.length_needed, "{:.2f}") or "not reached",
         format_number(row.seconds_over_limit, "{:.2f}"),
     ]
-
-
-# MISSING

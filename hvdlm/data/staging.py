@@ -105,6 +105,19 @@ def _clear(directory: Path) -> None:
             path.unlink()
 
 
+def refuse_what_is_there(output: Path) -> None:
+    """Raises HvdlmError if `output` is there and no empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise HvdlmError(f"{output} is there already: remove it, or name another directory")
+
+
+def let_others_read(directory: Path, like: Path) -> None:
+    """Gives the safetensors files in and below a directory the mode of another file: the library lets nobody but their
+    owner read them (its issue 782)."""
+    for file in directory.rglob("*.safetensors"):
+        shutil.copymode(like, file)
+
+
 def make_durable(path: Path) -> None:
     """Syncs a file's content, or a directory's entries, to disk, so that they survive a power failure.
 

@@ -114,12 +114,12 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer as a `tokenizer.json`, which `load` reads."""
-        path.write_bytes(self._content)
+        path.write_bytes(self.content)
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 (hex) of the file that `save` writes."""
-        return hashlib.sha256(self._content).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no special token is added."""
@@ -148,7 +148,8 @@ class Tokenizer:
         return text
 
     @cached_property
-    def _content(self) -> bytes:
+    def content(self) -> bytes:
+        """Of the file that `save` writes."""
         text: str = self._backend.to_str(pretty=True)
         return text.encode()
 

@@ -141,6 +141,21 @@ def _require(config: Mapping[str, Any], **allowed: object) -> None:
             raise _UnsupportedError(f"{key} = {value!r}")
 
 
+# What GPT-2 and GPT-NeoX have in common
+_GELU_MODEL = {"kv_heads": 0, "norm": "layernorm", "activation": "gelu", "bias": True}
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that all but GPT-2 have for them."""
+    return {
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "width": config["hidden_size"],
+        "mlp_width": config["intermediate_size"],
+        "context_length": config["max_position_embeddings"],
+    }
+
+
 def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     _require(
         config,
@@ -150,17 +165,14 @@ def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         add_cross_attention=False,
     )
     return {
+        **_GELU_MODEL,
         "layers": config["n_layer"],
         "heads": config["n_head"],
-        "kv_heads": 0,
         "width": config["n_embd"],
         "mlp_width": config.get("n_inner") or 4 * config["n_embd"],
         "context_length": config["n_positions"],
-        "norm": "layernorm",
         "norm_eps": float(config.get("layer_norm_epsilon", 1e-5)),
-        "activation": "gelu",
         "position": "learned",
-        "bias": True,
         "tie_embeddings": config.get("tie_word_embeddings", True),
     }
 
@@ -184,18 +196,11 @@ def _from_neox(config: Mapping[str, Any]) -> dict[str, Any]:
         attention_bias=True,
     )
     return {
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "kv_heads": 0,
-        "width": config["hidden_size"],
-        "mlp_width": config["intermediate_size"],
-        "context_length": config["max_position_embeddings"],
-        "norm": "layernorm",
+        **_GELU_MODEL,
+        **_sizes(config),
         "norm_eps": float(config.get("layer_norm_eps", 1e-5)),
-        "activation": "gelu",
         "position": "rope",
         "rope_theta": float(config.get("rotary_emb_base") or rope.get("rope_theta") or 10000.0),
-        "bias": True,
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
 
@@ -208,9 +213,10 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         raise _UnsupportedError(
             f"head_dim = {config['head_dim']} beside hidden_size / num_attention_heads = {width // heads}"
         )
-    context = config["max_position_embeddings"]
-    if architecture == _MISTRAL and config.get("sliding_window"):
-        context = min(context, config["sliding_window"])  # within it every token sees all that went before
+    sizes = _sizes(config)
+    if architecture == _MISTRAL and (window := config.get("sliding_window")):
+        # Within it every token sees all that went before
+        sizes["context_length"] = min(sizes["context_length"], window)
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         raise _UnsupportedError(f"layer_types = {config['layer_types']!r}")
     bias = bool(config.get("attention_bias", False))
@@ -218,12 +224,8 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         raise _UnsupportedError(f"attention_bias = {bias} beside mlp_bias = {not bias}")
     rope = config.get("rope_parameters") or {}  # of transformers 5
     return {
-        "layers": config["num_hidden_layers"],
-        "heads": heads,
+        **sizes,
         "kv_heads": config.get("num_key_value_heads") or heads,
-        "width": width,
-        "mlp_width": config["intermediate_size"],
-        "context_length": context,
         "norm": "rmsnorm",
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "activation": "swiglu",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import safetensors
@@ -11,7 +10,7 @@ import torch
 
 from hvdlm.config import Config
 from hvdlm.config_reader import from_dict
-from hvdlm.data.staging import staged
+from hvdlm.data.staging import let_others_read, refuse_what_is_there, staged
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.hugging_face.architectures import CLASSES, architecture_of, to_config
@@ -35,15 +34,10 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
     config: Config = from_dict(state["config"], state["path"], PRESETS)
     architecture = architecture_of(config.model)
     tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise HvdlmError(f"{output} is there already: remove it, or name another directory")
+    refuse_what_is_there(output)
     with staged(output) as directory:
         settings = to_config(config.model, state["vocab_size"], tokenizer.eos_id, dtype)
-        generation = {
-            "bos_token_id": tokenizer.eos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.eos_id,
-        }
+        generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
         for name, content in (("config.json", settings), ("generation_config.json", generation)):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         weights = to_hugging_face(Checkpoint(Path(state["path"])).model(), config.model)
@@ -54,8 +48,7 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
             write_tensors(directory, weights, shard_bytes)
         except safetensors.SafetensorError as error:
             raise HvdlmError(f"cannot write {output}: {save_failure(error)}") from None
-        for file in directory.glob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
-            shutil.copymode(directory / "config.json", file)
+        let_others_read(directory, like=directory / "config.json")
         write_tokenizer(directory, tokenizer, config.model.context_length)
         card = model_card(state, config, output.name, CLASSES[architecture], dtype)
         (directory / "README.md").write_text(card, encoding="utf-8")

@@ -10,7 +10,7 @@ import safetensors
 
 from hvdlm.config import Config, ModelSection
 from hvdlm.config_reader import from_dict
-from hvdlm.data.staging import staged
+from hvdlm.data.staging import refuse_what_is_there, staged
 from hvdlm.errors import HvdlmError
 from hvdlm.hugging_face.architectures import from_config
 from hvdlm.hugging_face.tensor_files import read_tensors
@@ -32,16 +32,13 @@ def import_model(source: Path, output: Path) -> int:
     tokenizer = read_tokenizer(source)
     if tokenizer.vocab_size > vocab_size:
         raise HvdlmError(f"the tokenizer of {source} has {tokenizer.vocab_size} tokens, and its model {vocab_size}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise HvdlmError(f"{output} is there already: remove it, or name another directory")
+    refuse_what_is_there(output)
     weights = from_hugging_face(read_tensors(source), config.model, vocab_size, str(source))
     if name := not_finite(weights):
         raise HvdlmError(f"{source} is of no use: {name} holds NaN or infinite numbers")
     with staged(output) as directory:
-        tokenizer.save(directory / "tokenizer.json")
-        content = (directory / "tokenizer.json").read_bytes()
         try:
-            write_files(directory, 0, weights, {}, _state(config, vocab_size, source), content)
+            write_files(directory, 0, weights, {}, _state(config, vocab_size, source), tokenizer.content)
         except safetensors.SafetensorError as error:
             raise HvdlmError(f"cannot write {output}: {save_failure(error)}") from None
     print(

@@ -57,7 +57,8 @@ def to_hugging_face(weights: Mapping[str, Tensor], model: ModelSection) -> dict[
     for match in _matches(model):
         ours = weights.get(match.ours)
         if ours is None:  # a bias
-            ours = weights[match.ours.removesuffix("bias") + "weight"].new_zeros(_bias_length(match, weights))
+            weight = weights[match.ours.removesuffix("bias") + "weight"]
+            ours = weight.new_zeros(len(weight))
         named.update(zip(match.theirs, match.export(ours), strict=True))
     return named
 
@@ -110,10 +111,6 @@ def _regroup(rows: Tensor, before: int, after: int) -> Tensor:
 def _is_ignored(name: str, model: ModelSection) -> bool:
     """Buffers of old files, and the output projection where it is the embedding."""
     return name.endswith(_BUFFERS) or (name in ("lm_head.weight", "embed_out.weight") and model.tie_embeddings)
-
-
-def _bias_length(match: _Match, weights: Mapping[str, Tensor]) -> int:
-    return len(weights[match.ours.removesuffix("bias") + "weight"])
 
 
 def _matches(model: ModelSection) -> Iterator[_Match]:

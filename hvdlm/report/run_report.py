@@ -61,7 +61,7 @@ def write_report(run_dirs: Sequence[Path], output: Path | None) -> int:
     page = output or run_dirs[0] / "report.html"
     names = ", ".join(run.name for run in runs)
     try:
-        page.write_text(html(f"hvdlm: {names}", _LEAD, list(_sections(runs))), encoding="utf-8")
+        page.write_text(html(f"hvdlm: {names}", _LEAD, _sections(runs)), encoding="utf-8")
     except OSError as error:
         raise HvdlmError(f"cannot write {page}: {write_failure(error)}") from None
     print(f"{page}: {len(runs)} run{'s' if len(runs) > 1 else ''}")

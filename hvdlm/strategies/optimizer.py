@@ -13,7 +13,7 @@ from hvdlm.strategies.dion.matrices import hidden_matrices
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.lion import Lion
 
-# Of the state of a parameter that each keeps: what has the parameter's shape, and whether steps are counted
+# Of the state of a parameter: what has the parameter's shape, and who counts steps
 _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "dion": ("exp_avg", "exp_avg_sq"),

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import hvdlm
-from hvdlm.data.staging import make_durable
+from hvdlm.data.staging import let_others_read, make_durable
 from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.training.retention import Retention
 
@@ -158,8 +158,7 @@ def write_files(
     safetensors.torch.save_file(_plain(optimizer), path / "optimizer.safetensors")
     (path / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     (path / "tokenizer.json").write_bytes(tokenizer)
-    for file in path.rglob("*.safetensors"):  # which the library lets nobody else read (its issue 782)
-        shutil.copymode(path / "state.json", file)
+    let_others_read(path, like=path / "state.json")
     known = {f"{_RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
     names = sorted([*_FILES, *(str(file.relative_to(path)) for file in path.glob(f"{_RANKS}/*"))])
     files = {name: known.get(name) or file_entry(path / name) for name in names}
