@@ -36,7 +36,7 @@ def write_config_files(state: Path, hosts: Sequence[str], slots: int, slurm: boo
         (ssh / "authorized_keys").write_text((state / "id_ed25519.pub").read_text())
         (ssh / "sshd_config").write_text(_SSHD_CONFIG.format(temporary=TMPDIR))
         (ssh / "ssh_config").write_text(_SSH_CONFIG.format(state=state, host=host))
-    addresses = {host: address(index) for index, host in enumerate(hosts, start=1)}
+    addresses = {host: address(host) for host in hosts}
     known = "".join(
         f"{host},{addresses[host]} {(state / host / 'ssh' / 'ssh_host_ed25519_key.pub').read_text()}" for host in hosts
     )

@@ -60,10 +60,10 @@ class Fabric:
             switch = self._start(_module_of("network", self.state), self.state / "switch.log", ["net"])
             started = [self._start_host(name) for name in names]
             _await_ready(switch, "the switch", self.state / "switch.log")
-            for index, host in enumerate(started, start=1):
-                network.connect(_child(switch), _child(host), names[index - 1], index)
+            for name, host in zip(names, started, strict=True):
+                network.connect(_child(switch), _child(host), name)
                 if bits:
-                    network.limit_rate(_child(switch), _child(host), names[index - 1], bits)
+                    network.limit_rate(_child(switch), _child(host), name, bits)
             for name, host in zip(names, started, strict=True):
                 _await_ready(host, name, self.state / name / "log")
             if slurm:
@@ -95,8 +95,10 @@ class Fabric:
     def link(self, host: str, change: str) -> None:
         """Takes a host's link down ("down") or up ("up"), or limits its rate ("100mbit"), also while it is in use."""
         process, switch = self._host(host), self._switch()
-        if change in ("up", "down"):
-            network.set_link(switch, host, change == "up")
+        if change == "down":
+            network.cut_link(switch, host)
+        elif change == "up":
+            network.heal_link(switch, host, self._hosts().values())
         else:
             network.limit_rate(switch, process, host, parse_rate(change))
 
@@ -122,12 +124,12 @@ class Fabric:
             return
         switch = self._switch()
         table = Table("host", "address", "link", "rate", "daemons", "other processes")
-        for index, (name, process) in enumerate(hosts.items(), start=1):
+        for name, process in hosts.items():
             link = network.link_of(switch, name)
             daemons = [child.name() for child in psutil.Process(process).children() if child.name() in _DAEMONS]
             table.add_row(
                 name,
-                str(network.address(index)),
+                str(network.address(name)),
                 "up" if link.is_up else "down",
                 rate_text(link.rate) if link.rate else "unlimited",
                 " ".join(sorted(daemons)),

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import signal
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from hvdlm.cluster.fabric.programs import nsenter, run
 
@@ -21,6 +24,8 @@ INTERFACE = "eth0"  # the host's end of a link; the bridge's end has the name of
 _MIN_BURST = 256 * 1024  # bytes
 _BURST_SECONDS = 0.002
 
+_CARRIER_DEADLINE = 5.0  # seconds; the kernel's link watch looks once a second
+
 
 @dataclass(frozen=True)
 class Link:
@@ -30,9 +35,9 @@ class Link:
     rate: int | None
 
 
-def address(index: int) -> ipaddress.IPv4Address:
-    """The address of host h1, h2, ..., by its number."""
-    return NETWORK[index]
+def address(host: str) -> ipaddress.IPv4Address:
+    """The address of host "h1", "h2", ..."""
+    return NETWORK[int(host.removeprefix("h"))]
 
 
 def make_switch() -> None:
@@ -42,13 +47,13 @@ def make_switch() -> None:
     run("ip", "link", "set", "switch", "up")
 
 
-def connect(switch: int, host: int, name: str, index: int) -> None:
+def connect(switch: int, host: int, name: str) -> None:
     """Connects host `name` to the bridge. `host` and `switch`: pids of the processes that hold their namespaces."""
     at_switch, at_host = nsenter(switch, ["net"]), nsenter(host, ["net"])
     peer = ["peer", "name", INTERFACE, "netns", str(host)]
     run(*at_switch, "ip", "link", "add", name, "type", "veth", *peer)
     run(*at_switch, "ip", "link", "set", name, "master", "switch", "up")
-    run(*at_host, "ip", "address", "add", f"{address(index)}/{NETWORK.prefixlen}", "dev", INTERFACE)
+    run(*at_host, "ip", "address", "add", f"{address(name)}/{NETWORK.prefixlen}", "dev", INTERFACE)
     run(*at_host, "ip", "link", "set", "lo", "up")
     run(*at_host, "ip", "link", "set", INTERFACE, "up")
 
@@ -65,18 +70,36 @@ def limit_rate(switch: int, host: int, name: str, rate: int) -> None:
     run(*nsenter(switch, ["net"]), "tc", "qdisc", "replace", "dev", name, *bucket)
 
 
-def set_link(switch: int, name: str, is_up: bool) -> None:
-    """Sets a host's link up or down."""
-    run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "up" if is_up else "down")
+def cut_link(switch: int, name: str) -> None:
+    """Takes a host's link down."""
+    run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "down")
+
+
+def heal_link(switch: int, name: str, hosts: Iterable[int]) -> None:
+    """Takes the link of host `name` up again and returns when all `hosts` can reach it.
+
+    The kernel finds the carrier a moment later, and a host that has asked for the address in vain finds no route to it for
+    as long as it remembers that.
+    """
+    run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "up")
+    deadline = time.monotonic() + _CARRIER_DEADLINE
+    while _port(switch, name)["operstate"] != "UP" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for host in hosts:
+        run(*nsenter(host, ["net"]), "ip", "neighbour", "flush", "to", str(address(name)), "dev", INTERFACE)
 
 
 def link_of(switch: int, name: str) -> Link:
     """The present state of a host's link."""
-    at_switch = nsenter(switch, ["net"])
-    (port,) = json.loads(run(*at_switch, "ip", "-json", "link", "show", "dev", name))
-    disciplines = json.loads(run(*at_switch, "tc", "-json", "qdisc", "show", "dev", name))
+    disciplines = json.loads(run(*nsenter(switch, ["net"]), "tc", "-json", "qdisc", "show", "dev", name))
     rates = [each["options"]["rate"] * 8 for each in disciplines if each["kind"] == "tbf"]  # tc reports bytes/s
-    return Link("UP" in port["flags"], rates[0] if rates else None)
+    return Link("UP" in _port(switch, name)["flags"], rates[0] if rates else None)
+
+
+def _port(switch: int, name: str) -> dict[str, Any]:
+    """What `ip` says of the bridge's end of a host's link."""
+    found: list[dict[str, Any]] = json.loads(run(*nsenter(switch, ["net"]), "ip", "-json", "link", "show", "dev", name))
+    return found[0]
 
 
 if __name__ == "__main__":
