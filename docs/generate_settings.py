@@ -1,4 +1,4 @@
-"""Writes settings.md beside this file from hvdlm/config.py: `python docs/generate_settings.py`.
+"""Writes settings.md beside this file from hvdlm/config: `python docs/generate_settings.py`.
 
 tests/unit/test_docs.py fails when the page is not what this script would write.
 """
@@ -20,7 +20,7 @@ PAGE = Path(__file__).with_name("settings.md")
 _HEAD = """\
 # Settings
 
-<!-- Written by `python docs/generate_settings.py` from hvdlm/config.py; edit that file, then run the script. -->
+<!-- Written by `python docs/generate_settings.py` from hvdlm/config; edit those files, then run the script. -->
 
 A setting belongs to a section. In a TOML file it is a key of that section, on the command line it is
 `--section.key value`, and the command line wins over the file:

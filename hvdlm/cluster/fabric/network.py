@@ -78,8 +78,8 @@ def cut_link(switch: int, name: str) -> None:
 def heal_link(switch: int, name: str, hosts: Iterable[int]) -> None:
     """Takes the link of host `name` up again and returns when all `hosts` can reach it.
 
-    The kernel finds the carrier a moment later, and a host that has asked for the address in vain finds no route to it for
-    as long as it remembers that.
+    The kernel finds the carrier a moment later. A host that has asked for the address in vain has no route to it for some
+    seconds.
     """
     run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "up")
     deadline = time.monotonic() + _CARRIER_DEADLINE

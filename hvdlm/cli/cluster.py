@@ -1,0 +1,125 @@
+"""`hvdlm install-horovod`, `hvdlm doctor`, `hvdlm slurm` and `hvdlm fabric`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlm.arguments import path, seconds
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands for machines and clusters."""
+    install = commands.add_parser("install-horovod", help="build Horovod for this PyTorch and MPI, install and test it")
+    install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
+    install.set_defaults(run=_install_horovod)
+
+    doctor = commands.add_parser("doctor", help="say whether this machine, these ranks or these hosts can train")
+    doctor.add_argument(
+        "--hostfile", type=path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
+    )
+    doctor.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    doctor.add_argument("--timeout", type=seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
+    doctor.set_defaults(run=_doctor)
+
+    slurm = commands.add_parser(
+        "slurm",
+        help="write a Slurm job that trains, and goes on by itself after its time limit",
+        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        allow_abbrev=False,
+    )
+    slurm.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")
+    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
+    slurm.add_argument("--ranks-per-node", type=int, required=True, metavar="R")
+    slurm.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0, for training on CPUs")
+    slurm.add_argument("--time", default="4:00:00", metavar="LIMIT", help="as sbatch takes it (default: 4:00:00)")
+    slurm.add_argument("--launcher", default="mpirun", choices=["mpirun", "srun", "horovodrun"])
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help='more for sbatch, as in "--partition=gpu"'
+    )
+    slurm.add_argument("--output", type=path, metavar="DIR", help="the job's directory (default: RUN_DIR.slurm)")
+    slurm.add_argument("--submit", action="store_true", help="submit it too")
+    slurm.set_defaults(run=_slurm)
+
+    fabric = commands.add_parser("fabric", help="an emulated cluster on this machine, for tests")
+    fabric.add_argument(
+        "--state",
+        type=path,
+        metavar="DIR",
+        help="its directory (default: HVDLM_FABRIC, or /var/lib/hvdlm/fabric)",
+    )
+    actions = fabric.add_subparsers(dest="action", metavar="ACTION", required=True)
+    up = actions.add_parser("up", help="start hosts h1, h2, ...")
+    up.add_argument("--hosts", type=int, required=True, metavar="N")
+    up.add_argument("--slots", type=int, default=2, metavar="S", help="ranks a host (default: 2)")
+    up.add_argument("--rate", metavar="RATE", help="of each host's link, as 100mbit or 1gbit (default: unlimited)")
+    up.add_argument("--slurm", action="store_true", help="with Slurm: munge, slurmctld on h1, slurmd on every host")
+    run = actions.add_parser("run", help="run a program inside a host")
+    run.add_argument("host", metavar="HOST")
+    run.add_argument("program", nargs="+", metavar="-- PROGRAM", help="and its arguments")
+    link = actions.add_parser("link", help="cut, heal or reshape a host's link, while jobs run")
+    link.add_argument("host", metavar="HOST")
+    link.add_argument("change", metavar="down|up|RATE")
+    actions.add_parser("status", help="print hosts, addresses, links and processes")
+    actions.add_parser("down", help="end every process of the hosts and remove them")
+    fabric.set_defaults(run=_fabric)
+
+
+def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.cluster.horovod_build.build import install
+
+    install(dry_run=options.dry_run)
+    return 0
+
+
+def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    if options.hostfile:
+        from hvdlm.cluster.doctor.examine_hosts import examine_hosts
+
+        return examine_hosts(options.hostfile, options.timeout)
+    from hvdlm.cluster.doctor.examine_ranks import examine_ranks
+
+    return examine_ranks(options.engine, options.timeout)
+
+
+def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.cluster.slurm.job import write_job
+
+    write_job(
+        options.config,
+        overrides,
+        nodes=options.nodes,
+        ranks_per_node=options.ranks_per_node,
+        gpus_per_rank=options.gpus_per_rank,
+        time=options.time,
+        launcher=options.launcher,
+        sbatch=options.sbatch,
+        output=options.output,
+        submit=options.submit,
+        shape_of=_shape_of,
+    )
+    return 0
+
+
+def _shape_of(checkpoint: str) -> Mapping[str, Any]:
+    from hvdlm.training.initial_weights import shape_of
+
+    return shape_of(checkpoint)
+
+
+def _fabric(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.cluster.fabric.fabric import Fabric
+
+    fabric = Fabric(options.state)
+    if options.action == "up":
+        fabric.up(options.hosts, options.slots, options.rate, slurm=options.slurm)
+    elif options.action == "run":
+        return fabric.run(options.host, options.program)
+    elif options.action == "link":
+        fabric.link(options.host, options.change)
+    elif options.action == "status":
+        fabric.print_status()
+    else:
+        fabric.down()
+    return 0

@@ -1,0 +1,84 @@
+"""`hvdlm evaluate`, `hvdlm generate`, `hvdlm export` and `hvdlm import`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hvdlm.arguments import finite, path
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands for trained models."""
+    evaluate = commands.add_parser(
+        "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"
+    )
+    evaluate.add_argument(
+        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+    )
+    evaluate.add_argument(
+        "--data", type=path, required=True, metavar="DIR", help="data set whose validation split is read"
+    )
+    evaluate.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    evaluate.add_argument(
+        "--micro-batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once (default: 8)"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument(
+        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+    )
+    generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that hold P of the mass"
+    )
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    export = commands.add_parser("export", help="write a checkpoint's model as transformers loads it")
+    export.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory")
+    export.add_argument("--to", choices=["hf"], required=True, help="hf: Hugging Face's transformers")
+    export.add_argument("output", type=path, metavar="DIR", help="the directory to be made")
+    export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    export.add_argument("--shard-size", type=finite, default=5.0, metavar="GB", help="of a file at most (default: 5)")
+    export.set_defaults(run=_export)
+
+    importing = commands.add_parser("import", help="make a checkpoint of a model of transformers, for model.from")
+    importing.add_argument("model", type=path, metavar="DIR", help="with config.json, safetensors and a tokenizer")
+    importing.add_argument("--output", type=path, required=True, metavar="DIR", help="the checkpoint")
+    importing.set_defaults(run=_import)
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.inference import evaluate
+
+    return evaluate(options.checkpoint, options.data, engine=options.engine, micro_batch_size=options.micro_batch_size)
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.inference import generate
+
+    return generate(
+        options.checkpoint,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.hugging_face.export import export
+
+    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9))
+
+
+def _import(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.hugging_face.import_model import import_model
+
+    return import_model(options.model, options.output)

@@ -1,0 +1,51 @@
+"""`hvdlm train`, `hvdlm verify` and `hvdlm report`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hvdlm.arguments import path, path_text
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the commands for runs."""
+    train = commands.add_parser(
+        "train",
+        help="train a model; start it with horovodrun, mpirun or srun for more than one rank",
+        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    train.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
+    train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
+    train.set_defaults(run=_train)
+
+    verify = commands.add_parser("verify", help="check every hash of a run's checkpoints, and name what is damaged")
+    verify.add_argument("path", type=path, nargs="+", metavar="PATH", help="a checkpoint, or a run directory")
+    verify.set_defaults(run=_verify)
+
+    report = commands.add_parser("report", help="write one HTML page of what runs have measured, side by side")
+    report.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--output", type=path, metavar="FILE", help="the page (default: report.html in the first run)")
+    report.set_defaults(run=_report)
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.training.run import dry_run, read_config, train
+
+    config = read_config(options.config, overrides)
+    if options.dry_run:
+        return dry_run(config)
+    return train(config, options.resume, options.config)
+
+
+def _verify(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.verify import verify
+
+    return verify(options.path)
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.report.run_report import write_report
+
+    return write_report(options.runs, options.output)

@@ -1,0 +1,21 @@
+"""`[data]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hvdlm.config.section import Section, UserPath
+
+
+class DataSection(Section):
+    """`[data]`: where the tokens come from."""
+
+    path: UserPath = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
+    read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail",
+        description="where a shard is damaged or gone in mid-run: fail: the job ends, with its steps saved; skip: the "
+        "sequences that cannot be read are left out, and counted",
+    )

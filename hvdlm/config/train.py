@@ -1,0 +1,51 @@
+"""`[train]`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from hvdlm.config.section import Section, UserPath, check_signals
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class TrainSection(Section):
+    """`[train]`: steps, batches, precision, device."""
+
+    steps: int = Field(1000, gt=0, description="optimizer steps")
+    global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int = Field(
+        8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"
+    )
+    precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
+    stop_signals: Annotated[str, AfterValidator(check_signals)] = Field(
+        "SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        description="signals at which all ranks finish the step, save and exit with 75; a second SIGINT ends at once",
+    )
+    run_dir: UserPath = Field(
+        "runs/default", min_length=1, description="where config, metrics, checkpoints and pictures go"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads a rank; 0: OMP_NUM_THREADS, or the cores shared among ranks")
+    compile: bool = Field(False, description="torch.compile, block by block so that communication still overlaps")
+    activation_checkpointing: bool = Field(
+        False, description="blocks keep only their input and are computed again in the backward pass"
+    )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that sum in one order: bit-for-bit resuming on GPUs needs it, and it costs time",
+    )
+    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
+    evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
+    max_skipped: int = Field(
+        10, ge=0, description="steps in a row that may be left out because a gradient is NaN or infinite"
+    )
+    check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")
+    heal_replicas: bool = Field(
+        False,
+        description="a rank whose parameters are found to differ gets those of most ranks, of two those of rank 0; "
+        "otherwise the job ends",
+    )
