@@ -78,8 +78,8 @@ def cut_link(switch: int, name: str) -> None:
 def heal_link(switch: int, name: str, hosts: Iterable[int]) -> None:
     """Takes the link of host `name` up again and returns when all `hosts` can reach it.
 
-    The kernel finds the carrier a moment later. A host that has asked for the address in vain has no route to it for some
-    seconds.
+    The kernel finds the carrier a moment later. A host that has asked for the address in vain has no route to it until
+    it forgets that.
     """
     run(*nsenter(switch, ["net"]), "ip", "link", "set", name, "up")
     deadline = time.monotonic() + _CARRIER_DEADLINE
