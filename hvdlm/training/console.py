@@ -80,8 +80,10 @@ def _sentence(record: dict[str, Any], steps: int) -> str:
     step = f"step {record['step']}/{steps}"
     if record["kind"] == "event":
         return f"{step}  {record['message']}"
-    loss = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
-    if record["kind"] == "eval":
+    is_validation = record["kind"] == "eval"
+    value = record["loss" if is_validation else "mean_loss"]
+    loss = "nan" if value is None else f"{value:.4f}"
+    if is_validation:
         return f"{step}  validation loss {loss}"
     share = record["exposed_comm_seconds"] / record["step_seconds"]
     left = (steps - record["step"]) * record["step_seconds"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Precision
@@ -36,21 +38,27 @@ class StepMetrics:
         self._step_seconds = self._codec_seconds = 0.0
         self._wire_bytes = self._dense_bytes = self._tokens = 0
         self._timers: list[StepTimer] = []
+        self._losses: list[Tensor] = []
         self._is_collected = False
 
-    def add(self, step_seconds: float, timer: StepTimer, traffic: Traffic, tokens: int) -> None:
-        """One step: its seconds, their phases, what was sent, which overlaps the phases, and this rank's tokens."""
+    def add(
+        self, step_seconds: float, timer: StepTimer, traffic: Traffic, losses: Sequence[Tensor], tokens: int
+    ) -> None:
+        """One step: its seconds, their phases, what was sent, which overlaps the phases, and this rank's part of the
+        loss: `losses`, of its micro-batches, nats, are sums over its `tokens`.
+        """
         if self._is_collected:
             self._clear()
         self._tokens += tokens
         self._step_seconds += step_seconds
         self._timers.append(timer)  # read in `collect`: on a GPU reading blocks
+        self._losses += losses
         self._codec_seconds += traffic.codec_seconds
         self._wire_bytes += traffic.wire_bytes
         self._dense_bytes += traffic.dense_bytes
 
     def collect(self, loss_sum: float, tokens: int) -> dict[str, Any]:
-        """The last step's loss over all ranks, and mean times since the last call, each of the slowest rank.
+        """The last step's loss over all ranks, and means since the last call: the loss, and times of the slowest rank.
 
         `loss_sum`: this rank's sum over its `tokens`, nats. Bytes are those of rank 0. Collective; sums
         are added in the order of ranks, so the loss is the same however they were divided, up to rounding.
@@ -62,14 +70,16 @@ class StepMetrics:
         data, exposed = (sum(each.get(name, 0.0) for each in seconds) for name in ("data", "wait"))
         compute = self._step_seconds - data - exposed
         own = (self._step_seconds, data, compute, exposed, self._codec_seconds, peak_memory_bytes(self._device))
-        told = (loss_sum, tokens, self._tokens, self._peak_flops, own)
+        told = (loss_sum, tokens, sum(map(float, self._losses)), self._tokens, self._peak_flops, own)
         self._is_collected = True  # the numbers stay for a second call, if a rank dies in this one
-        losses, counts, all_tokens, peaks, times = zip(*self._communicator.all_gather_object(told), strict=True)
+        all_told = self._communicator.all_gather_object(told)
+        losses, counts, all_losses, all_tokens, peaks, times = zip(*all_told, strict=True)
         self.compute_seconds = [each[2] for each in times]
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
         tokens_per_second = sum(all_tokens) / whole
         return {
             "loss": sum(losses) / sum(counts),
+            "mean_loss": sum(all_losses) / sum(all_tokens) if any(all_tokens) else math.nan,
             "tokens_per_second": tokens_per_second,
             "utilisation": _utilisation(self._flops_per_token * tokens_per_second, peaks),
             "step_seconds": whole / steps,

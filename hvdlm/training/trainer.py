@@ -232,7 +232,7 @@ class Trainer:
             self.write("event", message=end.event)
         self._count_unread(end.unread)
         seconds = time.perf_counter() - self.timer.begin
-        self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._own_tokens)
+        self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._losses, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop
         train, is_last = self.config.train, self.step == self.config.train.steps

@@ -107,7 +107,7 @@ def test_a_run_leaves_everything_it_promises(alone: Path) -> None:
     assert (alone / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == checkpoint.name
     assert json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] == 50
     names = {
-        "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds",
+        "step", "loss", "mean_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds",
         "compute_seconds", "exposed_comm_seconds", "codec_seconds", "wire_bytes", "compression_ratio", "world_size",
         "memory_bytes", "utilisation", "kind",
     }  # fmt: skip

@@ -27,7 +27,8 @@ from hvdlm.training.step_metrics import StepMetrics
 TRAIN = {
     "kind": "train",
     "step": 300,
-    "loss": 2.34567,
+    "loss": 2.0,
+    "mean_loss": 2.34567,
     "tokens_per_second": 12345.6,
     "step_seconds": 0.1,
     "exposed_comm_seconds": 0.02,
@@ -181,15 +182,18 @@ class FixedTimer(StepTimer):
 def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvdlm.training.step_metrics.peak_flops", lambda device, precision, sharing: 100.0)
     whole, data, compute, exposed, codec, memory = 6.0, 0.5, 5.25, 0.25, 0.5, 7
-    other = FirstOfTwo((30.0, 40, 100, 300.0, (whole, data, compute, exposed, codec, memory)))
+    other = FirstOfTwo((30.0, 40, 90.0, 100, 300.0, (whole, data, compute, exposed, codec, memory)))
     metrics = StepMetrics(other, torch.device("cpu"), "fp32", flops_per_token=6.0)
-    metrics.add(1.0, FixedTimer(data=0.25, wait=0.5), traffic(0.25, 40, 240), 20)
-    metrics.add(3.0, FixedTimer(data=0.75, wait=0.5), traffic(0.75, 80, 240), 60)
+    metrics.add(1.0, FixedTimer(data=0.25, wait=0.5), traffic(0.25, 40, 240), [torch.tensor(25.0)], 20)
+    metrics.add(
+        3.0, FixedTimer(data=0.75, wait=0.5), traffic(0.75, 80, 240), [torch.tensor(5.0), torch.tensor(15.0)], 60
+    )
     record = metrics.collect(20.0, 60)
     memory_bytes = record.pop("memory_bytes")
     assert memory_bytes >= 2**20
     assert record == {
         "loss": 0.5,  # (20 + 30) / (60 + 40)
+        "mean_loss": 0.75,  # (25 + 5 + 15 + 90) / (20 + 60 + 100)
         "tokens_per_second": 180 / 6.0,  # (20 + 60 + 100) / 6
         "utilisation": 6.0 * (180 / 6.0) / (100.0 + 300.0),
         "step_seconds": 3.0,
@@ -205,19 +209,24 @@ def test_times_are_means_over_steps_and_the_slowest_rank_s(monkeypatch: pytest.M
 
 def test_each_line_counts_from_the_one_before() -> None:
     metrics = StepMetrics(SoloCommunicator(), torch.device("cpu"), "fp32", 1.0)
-    metrics.add(100.0, FixedTimer(data=1.0, wait=1.0), traffic(1.0, 50, 50), 900)
+    metrics.add(100.0, FixedTimer(data=1.0, wait=1.0), traffic(1.0, 50, 50), [torch.tensor(9000.0)], 900)
     metrics.collect(1.0, 1)
-    metrics.add(2.0, FixedTimer(data=0.5, wait=0.0), traffic(0.0, 20, 80), 4)
+    metrics.add(2.0, FixedTimer(data=0.5, wait=0.0), traffic(0.0, 20, 80), [torch.tensor(6.0)], 4)
     record = metrics.collect(8.0, 4)
-    assert (record["loss"], record["step_seconds"], record["compute_seconds"]) == (2.0, 2.0, 1.5)
+    assert (record["loss"], record["mean_loss"], record["step_seconds"], record["compute_seconds"]) == (
+        2.0,
+        1.5,
+        2.0,
+        1.5,
+    )
     assert (record["wire_bytes"], record["compression_ratio"], record["codec_seconds"]) == (20, 4.0, 0.0)
     assert record["tokens_per_second"] == 2.0
 
 
 def test_utilisation_is_not_known_where_a_rank_s_peak_is_not() -> None:
-    other = FirstOfTwo((30.0, 50, 50, None, (1.0,) * 6))
+    other = FirstOfTwo((30.0, 50, 0.0, 50, None, (1.0,) * 6))
     metrics = StepMetrics(other, torch.device("cpu"), "fp32", flops_per_token=6.0)
-    metrics.add(1.0, FixedTimer(data=0.0, wait=0.0), traffic(), 60)
+    metrics.add(1.0, FixedTimer(data=0.0, wait=0.0), traffic(), [], 60)
     assert metrics.collect(20.0, 50)["utilisation"] is None
 
 
@@ -279,7 +288,7 @@ def test_a_plain_line_says_step_loss_speed_communication_and_time_left(capsys: p
     [
         ({"step": 1000}, "0:00 left"),
         ({"step": 0, "step_seconds": 12.0}, "200:00 left"),
-        ({"loss": None}, "loss nan"),
+        ({"mean_loss": None}, "loss nan"),
         ({"exposed_comm_seconds": 0.0}, "communication 0%"),
         ({"kind": "eval", "loss": 1.5}, "step 300/1000  validation loss 1.5000\n"),
         ({"kind": "eval", "loss": None}, "validation loss nan"),
