@@ -44,3 +44,4 @@ class LogSection(Section):
 
     every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="the same for TensorBoard, in `tensorboard` of the run directory")
+    wandb: str = Field("", description="project of Weights & Biases that gets the same; empty: none")

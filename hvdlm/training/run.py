@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from hvdlm.comm.launch import detect, leave_word_to_rank_0
@@ -35,6 +36,7 @@ from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.saved_state import restore
 from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
 from hvdlm.training.trainer import Trainer
+from hvdlm.training.weights_and_biases import WeightsAndBiases, check_weights_and_biases
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)
         device = choose_device(config.train.device, communicator)
-        on_all_ranks(communicator, lambda: check_tensorboard(config.log.tensorboard))  # any may become rank 0
+        for check in (check_tensorboard, check_weights_and_biases):  # on all ranks: any may become rank 0
+            on_all_ranks(communicator, partial(check, config.log))
         on_all_ranks(communicator, lambda: check_compiler(config, device))
         on_all_ranks(communicator, lambda: check_deterministic(config, device))
         check_devices_match(communicator, device, config)
@@ -110,6 +113,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             view = open_view(config.train.steps, step)
             if config.log.tensorboard:
                 view = Views(view, TensorBoard(run_directory.path, step))
+            if config.log.wandb:
+                view = Views(view, WeightsAndBiases(run_directory.path, config))
             return MetricsLog(run_directory.path, step, view)
 
         def take_over(step: int) -> MetricsLog:

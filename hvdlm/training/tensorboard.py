@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hvdlm.config import LogSection
 from hvdlm.errors import HvdlmError, write_failure
 
 logger = logging.getLogger(__name__)
@@ -16,9 +17,9 @@ logger = logging.getLogger(__name__)
 _FOLDER = "tensorboard"  # in the run directory
 
 
-def check_tensorboard(wanted: bool) -> None:
+def check_tensorboard(settings: LogSection) -> None:
     """Raises HvdlmError if it is wanted and not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise HvdlmError(
             "log.tensorboard = true needs TensorBoard, which is not installed: pip install 'hvdlm[tensorboard]'"
         )

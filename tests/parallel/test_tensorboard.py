@@ -8,6 +8,7 @@ import pytest
 from jobs import Ranks, records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hvdlm.config import LogSection
 from hvdlm.errors import HvdlmError
 from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
 
@@ -46,6 +47,6 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path: Path, caplog: pytes
 
 def test_without_tensorboard_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_tensorboard(wanted=False)
+    check_tensorboard(LogSection())
     with pytest.raises(HvdlmError, match=r"needs TensorBoard, .*pip install 'hvdlm\[tensorboard\]'"):
-        check_tensorboard(wanted=True)
+        check_tensorboard(LogSection(tensorboard=True))

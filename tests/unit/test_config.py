@@ -67,7 +67,9 @@ def test_an_unknown_name_is_an_error_that_gives_the_nearest_valid_one(
 
 
 def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
-    assert refusal("--log.xyzzyx", "3").endswith("unknown key log.xyzzyx (valid: log.every, log.tensorboard)")
+    assert refusal("--log.xyzzyx", "3").endswith(
+        "unknown key log.xyzzyx (valid: log.every, log.tensorboard, log.wandb)"
+    )
     assert "valid: checkpoint, comm, compression, data, local_steps, log, model, optimizer, train" in refusal(
         "--xyzzyx.q", "3"
     )
