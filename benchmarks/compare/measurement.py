@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class Measurement:
     waited_seconds: float | None  # for other ranks; None: the system does not report it
     wire_bytes: float | None  # sent by a rank, as the system reports
     interface_bytes: float | None  # sent by a host's network interface, as the kernel counts; None: no interface
+    peak_interface_rate: float | None  # bytes/s of it in the step that had most
 
 
 @dataclass
@@ -54,17 +56,21 @@ def measure(system: System, steps: int, interface: str | None) -> Measurement:
     The unmeasured step takes up the different times at which suspended ranks resume, and fills the caches.
     """
     system.step()
-    sent_before = _bytes_sent(interface)
-    begin = time.perf_counter()
-    reports = [report for report in (system.step() for _ in range(steps)) if report is not None]
-    system.arrive()  # what it has begun to send counts to these steps
-    seconds = time.perf_counter() - begin
-    sent_after = _bytes_sent(interface)
+    reports = []
+    moments = [(time.perf_counter(), _bytes_sent(interface))]
+    for number in range(steps):
+        reports.append(system.step())
+        if number == steps - 1:
+            system.arrive()  # what it has begun to send counts to these steps
+        moments.append((time.perf_counter(), _bytes_sent(interface)))
+    told = [report for report in reports if report is not None]
+    (begin, sent_before), (end, sent_after) = moments[0], moments[-1]
     return Measurement(
-        seconds / steps,
-        statistics.fmean(report.waited_seconds for report in reports) if reports else None,
-        statistics.fmean(report.wire_bytes for report in reports) if reports else None,
-        None if sent_before is None or sent_after is None else (sent_after - sent_before) / steps,
+        (end - begin) / steps,
+        statistics.fmean(report.waited_seconds for report in told) if told else None,
+        statistics.fmean(report.wire_bytes for report in told) if told else None,
+        (sent_after - sent_before) / steps if interface else None,
+        max((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(moments)) if interface else None,
     )
 
 
@@ -73,11 +79,13 @@ def over_ranks(measurements: Sequence[Measurement]) -> Measurement:
     waited = [each.waited_seconds for each in measurements if each.waited_seconds is not None]
     wire = [each.wire_bytes for each in measurements if each.wire_bytes is not None]
     interface = [each.interface_bytes for each in measurements if each.interface_bytes is not None]
+    peaks = [each.peak_interface_rate for each in measurements if each.peak_interface_rate is not None]
     return Measurement(
         max(each.step_seconds for each in measurements),
         max(waited) if waited else None,
         statistics.fmean(wire) if wire else None,
         statistics.fmean(interface) if interface else None,
+        max(peaks) if peaks else None,
     )
 
 
@@ -95,7 +103,7 @@ def relative_distance(own: Path, reference: Path, config: Config) -> float:
     return float((trained - expected).norm() / (expected - start).norm())
 
 
-def _bytes_sent(interface: str | None) -> int | None:
+def _bytes_sent(interface: str | None) -> int:
     if interface is None:
-        return None
+        return 0
     return int(Path("/sys/class/net", interface, "statistics", "tx_bytes").read_text(encoding="ascii"))

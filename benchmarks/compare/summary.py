@@ -14,7 +14,7 @@ from compare.registry import LIMIT, REFERENCE, is_dense, is_hvdlm
 # What rounding to 16-bit numbers may make of the relative distance between two dense systems.
 MAX_DISTANCE = 0.1
 
-_COLUMNS = ("", "tokens/s", "of limit", "of DDP", "exposed ms", "waited ms", "wire MB", "interface MB", "")
+_COLUMNS = ("", "tokens/s", "of limit", "of DDP", "exposed ms", "waited ms", "wire MB", "interface MB", "peak MB/s", "")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SummaryRow:
     waited_seconds: float | None
     wire_bytes: float | None
     interface_bytes: float | None
+    peak_interface_rate: float | None
     starts: int
     crashes: int
 
@@ -49,6 +50,7 @@ def summarise(results: Sequence[SystemResult], tokens_per_step: int) -> list[Sum
             waited_seconds=_median([each.waited_seconds for each in own if each]),
             wire_bytes=_median([each.wire_bytes for each in own if each]),
             interface_bytes=_median([each.interface_bytes for each in own if each]),
+            peak_interface_rate=_median([each.peak_interface_rate for each in own if each]),
             starts=result.starts,
             crashes=len(result.crashes),
         )
@@ -100,6 +102,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         format_number(row["waited_seconds"], "{:,.1f}", 1e3),
         format_number(row["wire_bytes"], "{:,.2f}", 1e-6),
         format_number(row["interface_bytes"], "{:,.2f}", 1e-6),
+        format_number(row["peak_interface_rate"], "{:,.2f}", 1e-6),
         crashes,
     ]
 

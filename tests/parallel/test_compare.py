@@ -76,6 +76,7 @@ def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
     assert under_horovodrun["wire_bytes"] == own["wire_bytes"]
     assert limit["interface_bytes"] < 0.1 * own["interface_bytes"]
     assert own["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)  # small messages, large headers
+    assert limit["peak_interface_rate"] < own["peak_interface_rate"] < 1.1 * 1e9 / 8  # bytes/s of the link
     assert ddp["interface_bytes"] == pytest.approx(own["wire_bytes"], rel=0.15)
 
 

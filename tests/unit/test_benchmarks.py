@@ -49,7 +49,7 @@ def test_no_two_files_have_one_name() -> None:
 
 
 def measured(step_seconds: float, waited: float | None = None, wire: float | None = None) -> Measurement:
-    return Measurement(step_seconds, waited, wire, interface_bytes=None)
+    return Measurement(step_seconds, waited, wire, interface_bytes=None, peak_interface_rate=None)
 
 
 def result_of(name: str, *measurements: Measurement | None, **others: object) -> SystemResult:
@@ -122,9 +122,17 @@ def test_the_first_step_is_not_measured() -> None:
     assert seen.step_seconds >= 0
 
 
+def test_the_peak_is_of_the_step_that_had_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, clock = iter([100, 110, 410, 500]), iter([0.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr("compare.measurement._bytes_sent", lambda interface: next(sent))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    seen = measure(System(dict, lambda: None), 3, "eth0")  # type: ignore[arg-type]
+    assert (seen.interface_bytes, seen.peak_interface_rate) == (400 / 3, 150.0)  # 10 in 1 s, 300 in 2 s, 90 in 1 s
+
+
 def test_a_job_is_as_slow_as_its_slowest_rank() -> None:
-    whole = over_ranks([Measurement(1.0, 0.5, 100.0, 120.0), Measurement(2.0, 0.25, 300.0, 340.0)])
-    assert whole == Measurement(2.0, 0.5, 200.0, 230.0)
+    whole = over_ranks([Measurement(1.0, 0.5, 100.0, 120.0, 130.0), Measurement(2.0, 0.25, 300.0, 340.0, 150.0)])
+    assert whole == Measurement(2.0, 0.5, 200.0, 230.0, 150.0)
     assert over_ranks([measured(1.0), measured(3.0)]) == measured(3.0)
 
 
@@ -219,10 +227,10 @@ def test_table(results: dict[str, object]) -> None:
     assert lines[0] == "## 2x1gbit"
     assert "2 ranks one per host, links of 1gbit, 2 cores of a processor; torch 2.13.0, an MPI;" in lines[2]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert {len(row) for row in cells} == {9}
-    assert cells[2] == ["no communication", "4,000", "1.000", "4.000", "0.0", "", "", "", ""]
-    assert cells[3] == ["hvdlm mpi none", "2,000", "0.500", "2.000", "250.0", "2.0", "1.50", "", ""]
-    assert cells[5] == ["DDP PowerSGD", "", "", "", "", "", "", "", "crashed in 3 of 3 starts"]
+    assert {len(row) for row in cells} == {10}
+    assert cells[2] == ["no communication", "4,000", "1.000", "4.000", "0.0", "", "", "", "", ""]
+    assert cells[3] == ["hvdlm mpi none", "2,000", "0.500", "2.000", "250.0", "2.0", "1.50", "", "", ""]
+    assert cells[5] == ["DDP PowerSGD", "", "", "", "", "", "", "", "", "crashed in 3 of 3 starts"]
 
 
 def test_results_are_read_as_they_were_written(results: dict[str, object], tmp_path: Path) -> None:
