@@ -31,6 +31,9 @@ MPI_LAUNCHERS = frozenset(
 )
 _LAUNCHERS = MPI_LAUNCHERS | {"slurmstepd", "horovodrun", "torchrun"}
 
+# Of those, what runs on hosts other than the one where the job was started
+_DAEMONS = frozenset(("prted", "orted", "hydra_pmi_proxy", "pmi_proxy", "slurmstepd"))
+
 # Of those that are started as `python -m`, the modules.
 _MODULES = {"torch.distributed.run", "torch.distributed.launch", "horovod.runner.launch"}
 
@@ -43,6 +46,12 @@ _SECONDS_BETWEEN_CHECKS = 1.0
 def launcher_processes() -> list[psutil.Process]:
     """The ancestors of this process that belong to a launcher, the nearest first."""
     return [each for each in psutil.Process().parents() if _is_launcher(each)]
+
+
+def first_launcher_process() -> psutil.Process | None:
+    """The process of the launcher that a user has started, if it runs on this host."""
+    found = [each for each in psutil.Process().parents() if _is_launcher(each) or _runs_mpirun(each)]
+    return found[-1] if found and _name(found[-1]) not in _DAEMONS else None
 
 
 def end_launcher_after(seconds: float) -> None:

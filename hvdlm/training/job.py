@@ -20,6 +20,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.connect import connect
 from hvdlm.comm.failure import DeadRankError, LeftOutError, LostRankError, say, try_for
 from hvdlm.comm.launch import detect
+from hvdlm.comm.launcher_output import print_as_launcher
 from hvdlm.comm.launcher_process import end_launcher_after, refuse_ranks_that_seem_alone
 from hvdlm.comm.missing_ranks import MissingRankReporter
 from hvdlm.errors import HvdlmError, JobError
@@ -56,7 +57,9 @@ def job(
     A rank for which what its `activity` says takes longer than `timeout` seconds ends the job; if that `is_elastic`, it
     ends itself, and the others outlive it.
     """
-    refuse_ranks_that_seem_alone(detect(os.environ))
+    launch = detect(os.environ)
+    refuse_ranks_that_seem_alone(launch)
+    print_as_launcher(launch)
     communicator = connect(engine, timeout, is_elastic, engine_sums)
     reporter: MissingRankReporter | None = None
 

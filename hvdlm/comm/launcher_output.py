@@ -1,0 +1,43 @@
+"""Under horovodrun rank 0 prints where horovodrun does, without the `[1,0]<stderr>:` that it puts before each line."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from hvdlm.comm.launch import Launch
+from hvdlm.comm.launcher_process import first_launcher_process
+
+# With which the user has chosen a file for each rank
+_OPTION = "output-filename"
+
+
+def print_as_launcher(launch: Launch) -> None:
+    """Leads stdout and stderr of rank 0 to those of horovodrun, if it runs on this host and prints to a terminal or pipe.
+
+    Two that open a regular file have each a position in it, and overwrite each other.
+    """
+    if launch.launcher != "horovodrun" or launch.rank:
+        return
+    process = first_launcher_process()
+    if process is None or any(_OPTION in word for word in process.cmdline()):
+        return
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        with suppress(OSError):
+            _lead(number, Path(f"/proc/{process.pid}/fd/{number}"))
+
+
+def _lead(number: int, path: Path) -> None:
+    """Makes a file descriptor of this process the same as one of another."""
+    is_pipe = stat.S_ISFIFO(path.stat().st_mode)
+    opened = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)  # a pipe whose reader has gone would wait for one
+    try:
+        if is_pipe or os.isatty(opened):
+            os.set_blocking(opened, True)
+            os.dup2(opened, number)
+    finally:
+        os.close(opened)
