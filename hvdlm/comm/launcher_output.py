@@ -16,7 +16,7 @@ _OPTION = "output-filename"
 
 
 def print_as_launcher(launch: Launch) -> None:
-    """Leads stdout and stderr of rank 0 to those of horovodrun, if it runs on this host and prints to a terminal or pipe.
+    """Leads stdout and stderr of rank 0 to those of horovodrun, if these are on this host and a terminal or a pipe.
 
     Two that open a regular file have each a position in it, and overwrite each other.
     """
