@@ -36,6 +36,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that hold P of the mass"
     )
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--ngram", type=int, metavar="N", help="CHECKPOINT is a data set: by its N-gram model, N up to 5"
+    )
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a checkpoint's model as transformers loads it")
@@ -59,17 +62,15 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:
+    names = ("prompt", "tokens", "temperature", "top_k", "top_p", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    if options.ngram is not None:
+        from hvdlm.training.ngram_inference import generate_by_ngrams
+
+        return generate_by_ngrams(options.checkpoint, options.ngram, **settings)
     from hvdlm.training.inference import generate
 
-    return generate(
-        options.checkpoint,
-        prompt=options.prompt,
-        tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    return generate(options.checkpoint, **settings)
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:

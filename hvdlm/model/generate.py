@@ -96,6 +96,11 @@ def _check(model: Transformer, prompt: Tensor, tokens: int, temperature: float, 
             f"the prompt holds a token outside 0 to {model.vocab_size - 1}, the model's vocabulary: "
             "encode it with the tokenizer that the model was trained with"
         )
+    check_sampling(tokens, temperature, top_k, top_p)
+
+
+def check_sampling(tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises HvdlmError for a number of tokens below 1, or a setting of `next_token_probabilities` out of range."""
     if tokens < 1:
         raise HvdlmError(f"tokens = {tokens} to generate: give 1 or more")
     if not 0 <= temperature < math.inf:

@@ -63,8 +63,9 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
             for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):
                 table.add_column(column, justify="right" if column else "left")
             bits_per_nat = result.bits_per_byte(data) / result.loss
-            for name, loss in (("unigram baseline", baselines.unigram), ("bigram baseline", baselines.bigram)):
-                table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss * bits_per_nat:.4f}", "")
+            for order, loss in enumerate(baselines, start=1):
+                numbers = f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss * bits_per_nat:.4f}"
+                table.add_row(f"{order}-gram", *numbers, "")
             table.add_row(
                 "model",
                 f"{result.loss:.4f}",
@@ -76,14 +77,19 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
     return 0
 
 
-def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
-    """Prints a continuation of `prompt`; an empty prompt begins a new document."""
-    model, tokenizer = _open_newest(path)
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, or the one that begins a document if it is empty."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise HvdlmError(f"--prompt is not UTF-8: {prompt!r}") from None  # bytes that Python could not decode
-    ids = torch.tensor(tokenizer.encode(prompt) or [tokenizer.eos_id])
+    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+
+
+def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
+    """Prints a continuation of `prompt`; an empty prompt begins a new document."""
+    model, tokenizer = _open_newest(path)
+    ids = torch.tensor(encode_prompt(tokenizer, prompt))
     ids = continue_prompt(
         model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id, vocab_size=tokenizer.vocab_size
     )

@@ -36,5 +36,5 @@ def test_make_train_beats_the_bigram(tmp_path: Path) -> None:
     words = ["hvdlm", "evaluate", "runs/quickstart", "--data", "data/python-stdlib"]
     table = run(words, deadline=200, cwd=tmp_path)
     assert table.status == 0, table.output
-    unigram, bigram, model = (loss(table.output, row) for row in ("unigram", "bigram", " model "))
+    unigram, bigram, model = (loss(table.output, row) for row in ("1-gram", "2-gram", " model "))
     assert model < bigram < unigram

@@ -85,7 +85,7 @@ def test_printed_figures(ranks: Ranks, run_dir: Path, data: Path, expected: tupl
     loss, accuracy, tokens = expected
     shards = DataSet(data).validation.shards
     bits = loss / math.log(2) * sum(shard.n_tokens for shard in shards) / sum(shard.n_bytes for shard in shards)
-    cells = r"(unigram \w+|bigram \w+|model) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]*)"
+    cells = r"(\d-gram|model) +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]*)"
     tables = []
     for size in (1, 3):
         result = ranks.hvdlm(size, "evaluate", str(run_dir), "--data", str(data))
@@ -93,7 +93,7 @@ def test_printed_figures(ranks: Ranks, run_dir: Path, data: Path, expected: tupl
         assert f"{tokens:,} tokens" in " ".join(result.output.split())
         tables.append(re.findall(cells, result.output))
     assert tables[0] == tables[1]
-    assert [row[0].split()[0] for row in tables[0]] == ["unigram", "bigram", "model"]
-    printed = [float(number) for number in tables[0][2][1:]]
+    assert [row[0].split()[0] for row in tables[0]] == [*(f"{n}-gram" for n in range(1, 6)), "model"]
+    printed = [float(number) for number in tables[0][-1][1:]]
     assert printed == pytest.approx([loss, math.exp(loss), bits, 100 * accuracy], rel=0, abs=0.006)
     assert printed[0] == pytest.approx(loss, rel=0, abs=5.1e-5)

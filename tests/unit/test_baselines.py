@@ -1,4 +1,4 @@
-"""Unigram and bigram cross-entropy, against values computed by hand."""
+"""Cross-entropy of n-gram models, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdlm.data import baselines
+from hvdlm.data import ngrams
 from hvdlm.data import shard as shard_module
-from hvdlm.data.baselines import NgramModel, ngram_baselines
+from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.shard import DataSet
 from hvdlm.data.shard_writer import ShardWriter
@@ -48,41 +48,40 @@ def data_set(directory: Path, vocab_size: int, train: list[list[int]], validatio
     return DataSet(directory)
 
 
-@pytest.mark.parametrize("dense_vocabulary", [2048, 0])
-@pytest.mark.parametrize("block_tokens", [2**22, 2])
-def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabulary: int, block_tokens: int) -> None:
-    monkeypatch.setattr(baselines, "DENSE_VOCABULARY", dense_vocabulary)
+@pytest.mark.parametrize("block_tokens", [2**22, 5])
+def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
     monkeypatch.setattr(shard_module, "BLOCK_TOKENS", block_tokens)
-    # Tokens 0, 1, 2 occur 2, 2, 1 times; with one added each, p = 3/8, 3/8, 2/8.
-    # Pairs 01, 10, 12 occur 2, 1, 1 times; the pair 21 would cross shards.
+    # Tokens 0, 1, 2 occur 2, 2, 1 times; pairs 01, 10, 12 occur 2, 1, 1 times. None occurs three times, so that the
+    # discounts are 0.5 of what occurs once, and 1 of what occurs twice: 2.5 of 5 tokens.
     data = data_set(tmp_path / "data", 3, [[0, 1, 0, 1, 2]], [[1, 0, 1, 2, 0]])
+    unigram = [1 / 5 + 0.5 / 3, 1 / 5 + 0.5 / 3, 0.5 / 5 + 0.5 / 3, 1 / 5 + 0.5 / 3]  # 0, 1, 2, 0
+    # Before 0 stand 1 and the bound of the shard, before 1 stands 0, before 2 stands 1: 1 + 0.5 + 0.5 of 4 is taken
+    below = {0: 1 / 4 + 0.5 / 3, 1: 0.5 / 4 + 0.5 / 3, 2: 0.5 / 4 + 0.5 / 3}
     bigram = [
-        (1 - 0.75) / 2 + 0.75 * 2 / 2 * 3 / 8,  # 0 after 1
-        (2 - 0.75) / 2 + 0.75 * 1 / 2 * 3 / 8,  # 1 after 0
-        (1 - 0.75) / 2 + 0.75 * 2 / 2 * 2 / 8,  # 2 after 1
-        3 / 8,  # 0 after 2, which nothing followed
+        0.5 / 2 + (0.5 + 0.5) / 2 * below[0],  # 0 after 1
+        1 / 2 + 1 / 2 * below[1],  # 1 after 0
+        0.5 / 2 + (0.5 + 0.5) / 2 * below[2],  # 2 after 1
+        below[0],  # 0 after 2, which nothing followed
     ]
     measured = ngram_baselines(data)
-    assert measured.unigram == pytest.approx(-(3 * math.log(3 / 8) + math.log(2 / 8)) / 4, rel=1e-12)
-    assert measured.bigram == pytest.approx(-sum(map(math.log, bigram)) / 4, rel=1e-12)
+    assert len(measured) == 5
+    assert measured[0] == pytest.approx(-sum(map(math.log, unigram)) / 4, rel=1e-12)
+    assert measured[1] == pytest.approx(-sum(map(math.log, bigram)) / 4, rel=1e-12)
 
 
-def test_pairs_do_not_cross_shards(tmp_path: Path) -> None:
-    # Apart, 1 is followed by nothing, so 2 after 1 has its unigram probability (1 + 1) / (2 + 3).
-    data = data_set(tmp_path / "data", 3, [[1], [2]], [[1, 2]])
-    assert ngram_baselines(data).bigram == pytest.approx(-math.log(2 / 5), rel=1e-12)
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    train, validation = (random.integers(0, 9, (2, 300)).cumsum(axis=1) % 23 for _ in range(2))
+    data = data_set(tmp_path / "data", 23, train.tolist(), validation.tolist())
+    whole = ngram_baselines(data)
+    monkeypatch.setattr(shard_module, "BLOCK_TOKENS", 7)
+    assert ngram_baselines(data) == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("dense_vocabulary", [2048, 0])
-def test_distributions_sum_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_vocabulary: int) -> None:
-    monkeypatch.setattr(baselines, "DENSE_VOCABULARY", dense_vocabulary)
-    vocab_size = 23
-    tokens = (np.random.default_rng(0).integers(0, vocab_size - 3, 500) ** 2 // vocab_size).tolist()
-    model = NgramModel.fit(data_set(tmp_path / "data", vocab_size, [tokens], []).train, vocab_size)
-    every = np.arange(vocab_size)
-    assert model.unigram(every).sum() == pytest.approx(1, rel=1e-12)
-    for before in range(vocab_size):
-        assert model.bigram(np.full(vocab_size, before), every).sum() == pytest.approx(1, rel=1e-12)
+def test_no_more_tokens_are_counted_than_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngrams, "MAX_TOKENS", 5)
+    parts = ngram_baselines(data_set(tmp_path / "more", 3, [[0, 1, 0], [1, 2, 2, 2], [2, 2]], [[1, 0, 1, 2, 0]]))
+    assert parts == ngram_baselines(data_set(tmp_path / "less", 3, [[0, 1, 0], [1, 2]], [[1, 0, 1, 2, 0]]))
 
 
 def test_no_validation_is_an_error(tmp_path: Path) -> None:
