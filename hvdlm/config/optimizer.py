@@ -39,8 +39,10 @@ class OptimizerSection(Section):
     )
     weight_decay: float = Field(0.1, ge=0, description="on matrices only; decoupled, but for adam and sgd")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
-    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt"] = Field(
-        "cosine", description="what follows the warm-up; wsd: a stable rate, then a linear decay"
+    schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "range_test"] = Field(
+        "cosine",
+        description="what follows the warm-up; wsd: a stable rate, then a linear decay; range_test: to find a rate, "
+        "rises from a 100,000th of `lr` by the same factor in each step",
     )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
     decay_steps: int = Field(0, ge=0, description="length of wsd's final decay; 0: a fifth of train.steps")

@@ -16,6 +16,7 @@ from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.model.presets import PRESETS
 from hvdlm.report.page import Section, Table, html
 from hvdlm.report.palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILION
+from hvdlm.report.range_test import advice, smoothed_losses
 from hvdlm.training.metrics import FIRST_STEP, read_metrics
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def _sections(runs: Sequence[Run]) -> Sequence[Section]:
         ("Learning rate", "", _rate),
     )
     sections += [Section(title, text, _draw(runs, draw)) for title, text, draw in pictures]
+    if tests := [run for run in runs if run.settings["optimizer.schedule"] == "range_test"]:
+        text = " ".join(f"{run.name}: {advice(run.train)}" for run in tests)
+        sections.append(Section("Loss over learning rate", f"Smoothed. {text}", _draw(tests, _loss_over_rate)))
     sections.append(Section("Events", "", table=_events(runs)))
     return sections
 
@@ -162,6 +166,15 @@ def _loss_over_seconds(axes: Axes, run: Run, colour: str) -> None:
     points = [(second, each["loss"]) for second, each in zip(times.tolist(), run.validations, strict=True)]
     _plot(axes, points, colour, run.name, marker="o")
     axes.set(xlabel="seconds", ylabel="nats per token")
+
+
+def _loss_over_rate(axes: Axes, run: Run, colour: str) -> None:
+    points = smoothed_losses(run.train)
+    _plot(axes, points, colour, run.name)
+    axes.set(xlabel="learning rate", ylabel="nats per token", xscale="log")
+    if points:  # what follows a loss that has diverged would flatten all else
+        least, first = min(loss for _, loss in points), points[0][1]
+        axes.set_ylim(least - 0.1 * (first - least), first + 0.5 * (first - least))
 
 
 def _speed(axes: Axes, run: Run, colour: str) -> None:

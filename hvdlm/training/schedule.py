@@ -6,6 +6,8 @@ import math
 
 from hvdlm.config import OptimizerSection
 
+RANGE = 1e5  # of a range test: its last rate over the first
+
 
 def learning_rate(step: int, steps: int, settings: OptimizerSection) -> float:
     """Learning rate of `step` (0 .. steps-1); a pure function, so that resuming needs no state.
@@ -15,7 +17,12 @@ def learning_rate(step: int, steps: int, settings: OptimizerSection) -> float:
     "wsd" stays at `lr` and falls linearly to the same end over the last `decay_steps` (Hu et al., "MiniCPM", 2024,
     section 4), "linear" over all of them. "inverse_sqrt" falls as 1 / sqrt(step), from `lr` at the end of the warm-up,
     whatever `steps` is (Vaswani et al. 2017, arXiv:1706.03762, equation 3), but not below the same end.
+
+    "range_test" has no warm-up: it rises exponentially through RANGE, to `lr` on the last step (Smith 2017,
+    arXiv:1506.01186, section 3.3, where it rises linearly).
     """
+    if settings.schedule == "range_test":
+        return settings.lr * math.pow(RANGE, (step + 1) / steps - 1)
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     final = settings.lr * settings.final_lr_ratio
