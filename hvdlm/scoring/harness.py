@@ -81,6 +81,8 @@ class Tasks:
             raise HvdlmError("no task is named: give names of lm-evaluation-harness, or paths of task files")
         if include_path is not None and not include_path.is_dir():
             raise HvdlmError(f"{include_path} is no folder of task files")
+        if missing := [name for name in names if name.endswith((".yaml", ".yml")) and not Path(name).is_file()]:
+            raise HvdlmError(f"there is no task file {missing[0]}")
         manager = _manager(names, include_path)
         if unknown := _unknown(names, manager):
             raise HvdlmError(

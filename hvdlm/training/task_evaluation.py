@@ -142,10 +142,7 @@ class TaskScores:
         path = self._trainer.data.tokenizer_path
         self._tokenizer = on_all_ranks(communicator, lambda: Tokenizer.load(path))
 
-        def load_tasks() -> None:
-            self._tasks = Tasks(self._names)
-
-        on_rank_0(communicator, load_tasks)
+        on_rank_0(communicator, lambda: bool(self._load_tasks()))
 
     def score(self, preemption: Preemption) -> bool:
         """Writes the scores after this step, of kind "tasks"; or returns False, as soon as a signal to any rank asks to
@@ -164,10 +161,16 @@ class TaskScores:
                 distributed.follow()
                 return True
             with distributed.leading():
-                if self._tasks is None:  # this rank has become rank 0
-                    self._tasks = Tasks(self._names)
-                results = self._tasks.score(distributed, standard_errors=False)
+                tasks = self._tasks or self._load_tasks()  # where this rank has become rank 0
+                results = tasks.score(distributed, standard_errors=False)
         except StopRequestedError:
             return False
         trainer.write("tasks", **{f"{each.task}/{each.metric}": each.value for each in scores_of(results)})
         return True
+
+    def _load_tasks(self) -> Tasks:
+        try:
+            self._tasks = Tasks(self._names)
+        except HvdlmError as error:
+            raise HvdlmError(f"train.evaluate_tasks: {error}") from error
+        return self._tasks
