@@ -1,4 +1,4 @@
-"""`hvdlm evaluate`, `hvdlm generate`, `hvdlm export` and `hvdlm import`."""
+"""`hvdlm evaluate`, `hvdlm lm-eval`, `hvdlm generate`, `hvdlm export` and `hvdlm import`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,37 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate.add_argument(
         "--micro-batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once (default: 8)"
     )
+    evaluate.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="continue N texts of the validation split, and compare with how they go on there (default: 0)",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of which texts, and of the tokens that are drawn")
     evaluate.set_defaults(run=_evaluate)
+
+    lm_eval = commands.add_parser("lm-eval", help="scores in tasks of lm-evaluation-harness")
+    lm_eval.add_argument(
+        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
+    )
+    lm_eval.add_argument(
+        "--tasks", required=True, metavar="NAMES", help="tasks, or paths of task files, with commas between them"
+    )
+    lm_eval.add_argument("--include-path", type=path, metavar="DIR", help="a folder of task files of your own")
+    lm_eval.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before a question (default: the task's)"
+    )
+    lm_eval.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    lm_eval.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="requests a rank computes at once (default: 8)"
+    )
+    lm_eval.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    lm_eval.add_argument("--output", type=path, metavar="FILE", help="the scores as JSON")
+    lm_eval.add_argument(
+        "--log-samples", action="store_true", help="also write every question with the model's answers there"
+    )
+    lm_eval.set_defaults(run=_lm_eval)
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument(
@@ -58,7 +88,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.training.inference import evaluate
 
-    return evaluate(options.checkpoint, options.data, engine=options.engine, micro_batch_size=options.micro_batch_size)
+    return evaluate(
+        options.checkpoint,
+        options.data,
+        engine=options.engine,
+        micro_batch_size=options.micro_batch_size,
+        samples=options.samples,
+        seed=options.seed,
+    )
+
+
+def _lm_eval(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.task_evaluation import lm_eval
+
+    return lm_eval(
+        options.checkpoint,
+        options.tasks,
+        include_path=options.include_path,
+        few_shot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        engine=options.engine,
+        output=options.output,
+        log_samples=options.log_samples,
+    )
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:

@@ -40,6 +40,11 @@ class TrainSection(Section):
     )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: only at the end")
     evaluate_sequences: int = Field(0, ge=0, description="validation sequences each time; 0: all")
+    evaluate_tasks: str = Field(
+        "",
+        description="tasks of lm-evaluation-harness, or paths of task files, with commas between them, to be scored "
+        "after each validation",
+    )
     max_skipped: int = Field(
         10, ge=0, description="steps in a row that may be left out because a gradient is NaN or infinite"
     )

@@ -238,22 +238,24 @@ class MLP(nn.Module):
 class KeyValueCache:
     """Keys and values of the tokens a model has seen, so that the next token costs one position.
 
-    Holds (layers, B, K, context, E) of each, on the model's device and in the dtype of its products.
+    Holds (layers, B, K, capacity, E) of each, on the model's device and in the dtype of its products.
     `length` is how many tokens are in it; setting it to 0 empties it.
     """
 
-    def __init__(self, model: Transformer, batch_size: int) -> None:
+    def __init__(self, model: Transformer, batch_size: int, capacity: int | None = None) -> None:
+        """`capacity`: tokens that it has room for; None: as many as the context."""
         config, device = model.config, model.output_weight.device
+        capacity = capacity or config.context_length
         shape = (
             config.layers,
             batch_size,
             key_value_heads(config),
-            config.context_length,
+            capacity,
             config.width // config.heads,
         )
         self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.documents = torch.zeros(batch_size, config.context_length, dtype=torch.int64, device=device)
+        self.documents = torch.zeros(batch_size, capacity, dtype=torch.int64, device=device)
         self.length = 0
 
     def layer(self, index: int, new: int) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ class Run:
     settings: dict[str, Any]  # by section.key
     train: list[Record]
     validations: list[Record]
+    task_scores: list[Record]
     events: list[Record]
 
     def seconds(self) -> list[float]:
@@ -81,14 +82,16 @@ def _read(path: Path) -> Run:
         raise HvdlmError(f"{path} holds no metrics.jsonl: give the directory of a run, its train.run_dir")
     try:
         records = read_metrics(file)
-        by_kind = {kind: [each for each in records if each["kind"] == kind] for kind in ("train", "eval", "event")}
+        by_kind = {
+            kind: [each for each in records if each["kind"] == kind] for kind in ("train", "eval", "tasks", "event")
+        }
         settings = load(path / "config.toml", [], PRESETS).model_dump()
     except OSError as error:
         raise HvdlmError(f"cannot read {file}: {error.strerror}") from None
     except (UnicodeDecodeError, KeyError, TypeError):
         raise HvdlmError(f"{file} is not the metrics.jsonl of a run") from None
     flat = {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
-    return Run(str(path), flat, by_kind["train"], by_kind["eval"], by_kind["event"])
+    return Run(str(path), flat, *by_kind.values())
 
 
 def _sections(runs: Sequence[Run]) -> Sequence[Section]:
@@ -107,6 +110,8 @@ def _sections(runs: Sequence[Run]) -> Sequence[Section]:
     if tests := [run for run in runs if run.settings["optimizer.schedule"] == "range_test"]:
         text = " ".join(f"{run.name}: {advice(run.train)}" for run in tests)
         sections.append(Section("Loss over learning rate", f"Smoothed. {text}", _draw(tests, _loss_over_rate)))
+    if any(run.task_scores for run in runs):
+        sections.append(Section("Scores in tasks", "Of lm-evaluation-harness.", table=_task_scores(runs)))
     sections.append(Section("Events", "", table=_events(runs)))
     return sections
 
@@ -147,6 +152,17 @@ def _events(runs: Sequence[Run]) -> Table:
         ("run", "step", "message"),
         [[run.name, f"{each['step']:,}", str(each["message"])] for run in runs for each in run.events],
     )
+
+
+def _task_scores(runs: Sequence[Run]) -> Table:
+    records = [(run.name, each) for run in runs for each in run.task_scores]
+    names = list(dict.fromkeys(name for _, each in records for name in each if name not in ("kind", "step")))
+    rows = [[run, f"{each['step']:,}", *map(_score, map(each.get, names))] for run, each in records]
+    return Table(("run", "step", *names), rows)
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _communication(record: Record) -> float:

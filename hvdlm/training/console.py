@@ -80,6 +80,9 @@ def _sentence(record: dict[str, Any], steps: int) -> str:
     step = f"step {record['step']}/{steps}"
     if record["kind"] == "event":
         return f"{step}  {record['message']}"
+    if record["kind"] == "tasks":
+        scores = (f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float))
+        return f"{step}  {'  '.join(scores)}"
     is_validation = record["kind"] == "eval"
     value = record["loss" if is_validation else "mean_loss"]
     loss = "nan" if value is None else f"{value:.4f}"

@@ -23,31 +23,41 @@ from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
+from hvdlm.scoring.distributed_model import DistributedModel
+from hvdlm.scoring.text_quality import check_rouge
 from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
+from hvdlm.training.samples import continue_texts, held_out_texts, print_text_quality
 
 # How often a newer checkpoint is looked for, while a job removes old ones
 _TRIES = 5
 
 
-def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) -> int:
-    """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines."""
-    digest = hashlib.sha256(repr((str(path), str(data_path), micro_batch_size)).encode()).hexdigest()
+def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int, samples: int, seed: int) -> int:
+    """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines; and what `samples`
+    continuations are like, if that is not 0."""
+    options = repr((str(path), str(data_path), micro_batch_size, samples, seed))
+    digest = hashlib.sha256(options.encode()).hexdigest()
     with job(engine, timeout=300, config_digest=digest) as communicator:
         if micro_batch_size < 1:
             raise JobError(f"--micro-batch-size {micro_batch_size}: give 1 or more")
+        if samples < 0:
+            raise JobError(f"--samples {samples}: give 1 or more, or 0 for none")
         data = on_all_ranks(communicator, lambda: DataSet(data_path))
         check_data_matches(communicator, data)
         state = on_rank_0(communicator, lambda: _open_for(data, path))
         config = Config.model_validate(state["config"])
+        if samples:
+            on_rank_0(communicator, lambda: check_rouge("--samples"))
+        texts = on_all_ranks(communicator, lambda: held_out_texts(data, config.model.context_length, samples, seed))
         device = choose_device("auto", communicator)
         check_devices_match(communicator, device)
         share_cores(0, communicator)
-        model = _load_model(state, config.model, communicator).to(device)
+        model = load_model(state, config.model, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
         with out_of_memory_errors("lower --micro-batch-size"):
             result = evaluation.evaluate(model, data, communicator, micro_batch_size)
@@ -74,6 +84,14 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int) ->
                 f"{result.accuracy:.2%}",
             )
             Console(highlight=False).print(table)
+        if samples:
+            with out_of_memory_errors("lower --micro-batch-size"):
+                model.double().set_compute_dtype(torch.float64)
+                tokenizer = Tokenizer.load(data.tokenizer_path)
+                distributed = DistributedModel(model, tokenizer, communicator, micro_batch_size)
+                continuations = continue_texts(distributed, texts, seed)
+            if communicator.rank == 0:
+                print_text_quality(tokenizer, texts, continuations)
     return 0
 
 
@@ -102,7 +120,7 @@ def _open_newest(path: Path) -> tuple[Transformer, Tokenizer]:
     for _ in range(_TRIES):
         state = checkpoint.open_state(path)
         try:
-            model = _load_model(state, ModelSection.model_validate(state["config"]["model"]))
+            model = load_model(state, ModelSection.model_validate(state["config"]["model"]))
             return model, Tokenizer.load(Path(state["path"]) / "tokenizer.json")
         except HvdlmError:
             if Path(state["path"]).exists():
@@ -119,7 +137,7 @@ def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
     return state
 
 
-def _load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
+def load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
     """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others.
 
     Raises HvdlmError, JobError with a communicator, if its weights are of no use.

@@ -38,9 +38,9 @@ class MetricsLog:
         return (kind, step) in self._held
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """`kind`: "train", "eval" or "event"; numbers that are not finite become null, as JSON has none.
+        """`kind`: "train", "eval", "tasks" or "event"; numbers that are not finite become null, as JSON has none.
 
-        A second record of kind "train" or "eval" of one step is left out: after a rank has died, others may not know
+        A second record of a step and a kind other than "event" is left out: after a rank has died, others may not know
         that the first was written.
         """
         if kind != "event" and self.holds(kind, step):

@@ -96,6 +96,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             ]
         with out_of_memory_errors(_LESS_MEMORY):
             trainer = Trainer(config, communicator, data, vocab_size, device)
+        trainer.task_scores.load()
         sentences: list[str] = []
         state = None
         if not communicator.is_new:

@@ -41,6 +41,7 @@ from hvdlm.training.schedule import learning_rate
 from hvdlm.training.skipped_steps import SkippedSteps
 from hvdlm.training.step_metrics import StepMetrics
 from hvdlm.training.stragglers import Stragglers
+from hvdlm.training.task_evaluation import TaskScores
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Trainer:
         self.timer = StepTimer(device)  # of the last step
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
-        self.skipped = SkippedSteps(self)
+        self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
         self._loss_spikes, self._stragglers, self._healer = LossSpikes(), Stragglers(), ReplicaHealer()
         self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
@@ -75,8 +76,7 @@ class Trainer:
         self._ranks_have_met = True
         self._is_ending = False  # whether messages of the step's end are under way
         self._has_done_what_was_due = False  # something that all ranks did together, since they were last even
-        self.due = Due()
-        self._has_done_a_step = False
+        self.due, self._has_done_a_step = Due(), False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
         self.parts = RankParts(config.train.global_batch_size, communicator.size)
@@ -141,7 +141,7 @@ class Trainer:
             self.saver.save(in_background=not (self.stop or self.step == self.config.train.steps))
             self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
-            self.stop |= not self._validate(preemption)
+            self.stop |= not (self._validate(preemption) and self.task_scores.score(preemption))
             self.due.validation = False
             if self.stop:
                 self._save_what_is_done()
@@ -161,9 +161,9 @@ class Trainer:
         """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
         if self.step == 0 or not self._validates():
             return False
-        return self.communicator.broadcast_object(
-            self.metrics is not None and not self.metrics.holds("eval", self.step)
-        )
+        kinds, metrics = ("eval", "tasks") if self.task_scores else ("eval",), self.metrics
+        is_unfinished = metrics is not None and not all(metrics.holds(kind, self.step) for kind in kinds)
+        return self.communicator.broadcast_object(is_unfinished)
 
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank asks to stop after it."""

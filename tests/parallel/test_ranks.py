@@ -13,6 +13,7 @@ import local_steps_body
 import mpi_body
 import pytest
 import ring_body
+import scoring_body
 import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
 from pool import Pools
@@ -83,6 +84,16 @@ CASES = [
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
     *cases_of(dion_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
+    *cases_of(
+        scoring_body,
+        [
+            *groups("solo", "none", [1]),
+            *groups("mpi", "mpirun", [2, 3]),
+            *groups("torch", "torchrun", [2]),
+            *groups("horovod", GLOO, [3], pool=3),
+            *groups("horovod", OVER_MPI, [2], pool=2),
+        ],
+    ),
 ]
 
 # One pool after the other, so that each starts once.
@@ -106,7 +117,11 @@ def test_check(case: Case, pools: Pools) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body]
+    "body",
+    [
+        *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
+        scoring_body,
+    ],
 )
 def test_every_check_runs(body: ModuleType) -> None:
     assert_every_check_runs(body, CASES)
