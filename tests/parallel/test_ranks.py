@@ -11,6 +11,7 @@ import dion_body
 import gradients_body
 import local_steps_body
 import mpi_body
+import muon_body
 import pytest
 import ring_body
 import training_body
@@ -83,6 +84,7 @@ CASES = [
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
     *cases_of(dion_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
+    *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
 ]
 
 # One pool after the other, so that each starts once.
@@ -106,7 +108,8 @@ def test_check(case: Case, pools: Pools) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body]
+    "body",
+    [communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body, muon_body],
 )
 def test_every_check_runs(body: ModuleType) -> None:
     assert_every_check_runs(body, CASES)
