@@ -49,7 +49,7 @@ class EveryStep(Strategy):
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
         deal_out_among(optimizer, communicator)
-        self._asked = (0, 0, 0)  # by how many ranks to stop and to save in this step, and what is unread of its batch
+        self._asked = (0, 0, 0, 0)  # by how many ranks to stop, save and end in this step; what is unread of its batch
 
     def begin_step(self, own: Report) -> Work[int]:
         reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
@@ -57,10 +57,10 @@ class EveryStep(Strategy):
         return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
-        tokens, *asked, errors = totals.tolist()
+        tokens, stops, saves, unread, errors, ends = totals.tolist()
         if errors:
             raise_if_unreadable(self.communicator, error)
-        self._asked = tuple(asked)
+        self._asked = stops, saves, ends, unread
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
@@ -102,8 +102,8 @@ class EveryStep(Strategy):
 
     def end_step(self) -> StepEnd:
         self._model.update_low_precision_weights()
-        stops, saves, unread = self._asked
-        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True)
+        stops, saves, ends, unread = self._asked
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, end=ends > 0)
 
     def arrive(self) -> None:
         pass  # it has, when `wait` returns

@@ -178,7 +178,7 @@ class Elastic:
             self._replace_strategy(progress)
             sent = step
         trainer.step_metrics.ranks_have_changed()
-        parts, unlearned = before.regrouped(numbers, sent, step, trainer.config.train.steps)
+        parts, unlearned = before.regrouped(numbers, sent, step, trainer.ending.last_step)
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
         self.is_regroup_due = False
@@ -192,7 +192,7 @@ class Elastic:
         trainer.parts = parts
         self._mirror_residuals(step)
         trainer.strategy.send_again()
-        if communicator.size < trainer.config.comm.min_ranks and step < trainer.config.train.steps:
+        if communicator.size < trainer.config.comm.min_ranks and step < trainer.ending.last_step:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             self._require(step, Due(save=step > 0), stop=True)
         loader.close()

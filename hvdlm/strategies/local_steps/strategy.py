@@ -109,7 +109,7 @@ class LocalSteps(Strategy):
         # What ranks tell of errors and ask for, they tell in a round
         kept = self._own
         stop, save, unread = kept.stop or own.stop, kept.save or own.save, kept.unread + own.unread
-        self._own = Report(0, stop, save, unread, kept.error or own.error)
+        self._own = Report(0, stop, save, unread, kept.error or own.error, kept.end or own.end)
         self._measure_traffic()
         return self._every_step.begin_step(Report(own.tokens)).then(self._count)
 
@@ -246,12 +246,12 @@ class LocalSteps(Strategy):
         if not totals:
             return StepEnd(stop=False, save=False, unread=0, ranks_have_met=False, event=event)
         told = len(Report().message())
-        _, stops, saves, unread, errors = torch.stack([each[:told] for each in totals]).sum(0).tolist()
+        _, stops, saves, unread, errors, ends = torch.stack([each[:told] for each in totals]).sum(0).tolist()
         if errors:
             raise_if_unreadable(self.communicator, self._own.error)
         if self._pace:
             self._pace.hear(totals[-1][told:])
-        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event)
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event, end=ends > 0)
 
     # ---- after a rank has died
 
