@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hvdlm.config.section import Section
 
-Algorithm = Literal["adamw", "adam", "sgd", "lion", "dion"]
+Algorithm = Literal["adamw", "adam", "sgd", "lion", "dion", "muon"]
 
 
 class OptimizerSection(Section):
@@ -17,7 +17,15 @@ class OptimizerSection(Section):
     algorithm: Algorithm = Field(
         "adamw",
         description="adamw; adam and sgd, whose weight decay is L2 regularisation; lion; dion: matrices of blocks by "
-        "Dion, whose ranks exchange low-rank factors of their momentum, and the rest by AdamW",
+        "Dion, whose ranks exchange low-rank factors of their momentum, and the rest by AdamW; muon: matrices of "
+        "blocks by Muon, of which each rank orthogonalises some, and the rest by AdamW",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="decay of Muon's momentum, which is Nesterov's")
+    muon_lr_ratio: float = Field(1.0, gt=0, description="Muon's learning rate over `lr`, before the adjustment")
+    muon_adjustment: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of Muon's learning rate for a matrix of m x n: match_rms_adamw: 0.2 sqrt(max(m, n)), with which "
+        "the rate and decay of AdamW fit; original: sqrt(max(1, m / n))",
     )
     dion_rank: float = Field(
         0.125,
@@ -54,7 +62,7 @@ class OptimizerSection(Section):
     def _fits(self) -> OptimizerSection:
         if self.dion_rank > 1 and self.dion_rank % 1:
             raise ValueError(f"optimizer.dion_rank = {self.dion_rank} is neither a share below 1 nor a whole number")
-        if self.freeze_variance_after and self.algorithm not in ("adamw", "dion"):
+        if self.freeze_variance_after and self.algorithm not in ("adamw", "dion", "muon"):
             raise ValueError(f"optimizer.freeze_variance_after is of AdamW, not of algorithm = {self.algorithm!r}")
         if self.nesterov and not self.momentum:
             raise ValueError("optimizer.nesterov = true needs optimizer.momentum above 0")

@@ -30,6 +30,11 @@ def check_duration(text: str) -> str:
     return text
 
 
+def check_optional_duration(text: str) -> str:
+    """`text`, which is empty or a duration; otherwise ValueError."""
+    return check_duration(text) if text else text
+
+
 def check_signals(text: str) -> str:
     """`text`, which names signals, with commas between them; otherwise ValueError."""
     known = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from hvdlm.config.section import Section, UserPath, check_signals
+from hvdlm.config.section import Section, UserPath, check_optional_duration, check_signals
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -15,6 +15,17 @@ class TrainSection(Section):
     """`[train]`: steps, batches, precision, device."""
 
     steps: int = Field(1000, gt=0, description="optimizer steps")
+    max_tokens: int = Field(
+        0,
+        ge=0,
+        description="training, and the schedule of the learning rate, end after so many, if not by steps; 0: never",
+    )
+    max_time: Annotated[str, AfterValidator(check_optional_duration)] = Field(
+        "", description="training ends with the step in which all starts of a run have trained so long: 90s, 30min, 2h"
+    )
+    patience: int = Field(
+        0, ge=0, description="training ends when so many validations in a row were no better than the best; 0: never"
+    )
     global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
     micro_batch_size: int = Field(
         8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"

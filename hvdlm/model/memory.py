@@ -14,8 +14,8 @@ from hvdlm.model.attention import (
 from hvdlm.model.loss import loss_chunk_tokens
 from hvdlm.model.size import key_value_heads, matmul_parameters, mlp_width, parameter_count, qkv_width
 
-# Of a parameter, in the optimizer's state; Dion's matrices have half of AdamW's
-_MOMENT_BYTES: dict[Algorithm, int] = {"adamw": 8, "adam": 8, "dion": 8, "sgd": 4, "lion": 4}
+# Of a parameter, in the optimizer's state; matrices of Dion and Muon have half of AdamW's
+_MOMENT_BYTES: dict[Algorithm, int] = {"adamw": 8, "adam": 8, "dion": 8, "muon": 8, "sgd": 4, "lion": 4}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainingMemory:
     gradients: int
     """fp32."""
     moments: int
-    """AdamW's and Adam's two, or one of SGD, Lion and Dion; fp32."""
+    """AdamW's and Adam's two, or one of SGD, Lion, Dion and Muon; fp32."""
     cast_parameters: int
     """Copies of the blocks' matrices in the precision of products."""
     activations: int
@@ -104,7 +104,7 @@ def training_memory_bytes(
     in_use = {
         "parameters": 4 * count,
         "gradients": 4 * count,
-        "moments": _MOMENT_BYTES[algorithm] * count - (4 * block_parameters if algorithm == "dion" else 0),
+        "moments": _MOMENT_BYTES[algorithm] * count - (4 * block_parameters if algorithm in ("dion", "muon") else 0),
         "cast_parameters": item * block_parameters if low else 0,
         "activations": mask
         + tokens * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),

@@ -108,7 +108,7 @@ def predict(
         size = str(batch_size_per_rank)
         arguments += ["--train.global_batch_size", size, "--train.micro_batch_size", size]
     config = load(None, arguments, PRESETS)
-    if config.optimizer.algorithm == "dion":
+    if config.optimizer.algorithm in ("dion", "muon"):
         raise HvdlmError(
             f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
             "than the gradients that were measured"

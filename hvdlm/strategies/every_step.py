@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,13 @@ from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import leave_out_if, optimizer_tensors, set_learning_rate
+from hvdlm.strategies.optimizer import (
+    deal_out_among,
+    leave_out_if,
+    optimizer_tensors,
+    sent_bytes,
+    set_learning_rate,
+)
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -41,7 +48,8 @@ class EveryStep(Strategy):
         self._parameters = dict(model.named_parameters())
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
-        self._asked = (0, 0, 0)  # by how many ranks to stop and to save in this step, and what is unread of its batch
+        deal_out_among(optimizer, communicator)
+        self._asked = (0, 0, 0, 0)  # by how many ranks to stop, save and end in this step; what is unread of its batch
 
     def begin_step(self, own: Report) -> Work[int]:
         reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
@@ -49,16 +57,17 @@ class EveryStep(Strategy):
         return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
-        tokens, *asked, errors = totals.tolist()
+        tokens, stops, saves, unread, errors, ends = totals.tolist()
         if errors:
             raise_if_unreadable(self.communicator, error)
-        self._asked = tuple(asked)
+        self._asked = stops, saves, ends, unread
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
         """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
         self.communicator = communicator
         self.sync.narrow_to(communicator)
+        deal_out_among(self._optimizer, communicator)
 
     def set_last_micro_batch(self) -> None:
         self.sync.set_last_micro_batch()
@@ -68,7 +77,8 @@ class EveryStep(Strategy):
 
     @property
     def traffic(self) -> Traffic:
-        return self.sync.traffic
+        traffic = self.sync.traffic
+        return replace(traffic, wire_bytes=traffic.wire_bytes + sent_bytes(self._optimizer))
 
     @property
     def channels(self) -> list[Channel]:
@@ -92,8 +102,8 @@ class EveryStep(Strategy):
 
     def end_step(self) -> StepEnd:
         self._model.update_low_precision_weights()
-        stops, saves, unread = self._asked
-        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True)
+        stops, saves, ends, unread = self._asked
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, end=ends > 0)
 
     def arrive(self) -> None:
         pass  # it has, when `wait` returns
@@ -106,6 +116,7 @@ class EveryStep(Strategy):
 
     def abandon(self) -> None:
         self.sync.abandon()
+        deal_out_among(self._optimizer, None)
 
     def release(self) -> None:
         self.sync.release()

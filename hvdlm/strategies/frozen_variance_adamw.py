@@ -34,7 +34,7 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
             super().step(closure)
             return
         if self._steps is None:  # at the start, or after a checkpoint was loaded
-            self._steps = int(next(iter(self.state.values()))["step"])
+            self._steps = int(self.state[self.param_groups[0]["params"][0]]["step"])
         self._steps += 1
         if self._steps <= self._freeze_variance_after:
             super().step(closure)

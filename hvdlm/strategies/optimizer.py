@@ -1,4 +1,4 @@
-"""The optimizer that every rank steps by: AdamW, Adam, SGD or Lion. Matrices decay, and nothing else."""
+"""The optimizer that every rank steps by: AdamW, Adam, SGD, Lion or Muon. Matrices decay, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdlm.comm.communicator import Communicator
 from hvdlm.config import OptimizerSection
-from hvdlm.strategies.dion.matrices import hidden_matrices
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
+from hvdlm.strategies.hidden_matrices import hidden_matrices
 from hvdlm.strategies.lion import Lion
+from hvdlm.strategies.muon.optimizer import MuonAdamW
 
 # Of the state of a parameter: what has the parameter's shape, and who counts steps
 _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "dion": ("exp_avg", "exp_avg_sq"),
+    "muon": ("exp_avg", "exp_avg_sq"),
     "adam": ("exp_avg", "exp_avg_sq"),
     "lion": ("momentum",),
     "sgd": ("momentum_buffer",),
 }
-_COUNT_STEPS = ("adamw", "dion", "adam")
+_COUNT_STEPS = ("adamw", "dion", "muon", "adam")
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer of `settings.algorithm` over the parameters of `model`, with all of its state.
 
     Embeddings and weights of linear layers decay; biases and normalisation weights, which have one dimension, do not.
-    The decay is decoupled (Loshchilov & Hutter, ICLR 2019) for AdamW and Lion, and a part of the gradient, which is L2
-    regularisation, for Adam (Kingma & Ba, ICLR 2015, algorithm 1) and SGD. With algorithm "dion", AdamW over those
-    that Dion does not step (dion/strategy.py).
+    The decay is decoupled (Loshchilov & Hutter, ICLR 2019) for AdamW, Lion and Muon, and a part of the gradient, which
+    is L2 regularisation, for Adam (Kingma & Ba, ICLR 2015, algorithm 1) and SGD. With algorithm "dion", AdamW over
+    those that Dion does not step (dion/strategy.py).
     """
-    by_dion = hidden_matrices(model) if settings.algorithm == "dion" else {}
-    parameters = [p for name, p in model.named_parameters() if p.requires_grad and name not in by_dion]
+    matrices = hidden_matrices(model) if settings.algorithm in ("dion", "muon") else {}
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and name not in matrices]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = _make([group for group in groups if group["params"]], settings)
+    optimizer = _make([group for group in groups if group["params"]], list(matrices.values()), settings)
     moments = () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
     for parameter in parameters:
         # What the optimizer would make at its first step: made now, so that every rank can be sent the state to resume.
@@ -49,7 +52,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     return optimizer
 
 
-def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> torch.optim.Optimizer:
+def _make(
+    groups: list[dict[str, Any]], matrices: list[nn.Parameter], settings: OptimizerSection
+) -> torch.optim.Optimizer:
     betas = (settings.beta1, settings.beta2)
     if settings.algorithm == "sgd":
         return torch.optim.SGD(
@@ -59,19 +64,33 @@ def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> torch.opt
         return Lion(groups, settings.lr, betas)
     if settings.algorithm == "adam":
         return torch.optim.Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
-    return FrozenVarianceAdamW(
-        groups, settings.freeze_variance_after, lr=settings.lr, betas=betas, eps=settings.eps, fused=True
-    )
+    adamw: dict[str, Any] = {"lr": settings.lr, "betas": betas, "eps": settings.eps, "fused": True}
+    adamw["freeze_variance_after"] = settings.freeze_variance_after
+    if settings.algorithm == "muon":
+        return MuonAdamW(groups, matrices, settings, **adamw)
+    return FrozenVarianceAdamW(groups, **adamw)
 
 
 def leave_out_if(optimizer: torch.optim.Optimizer, found: Tensor) -> bool:
     """Lets the next step change nothing if `found`, a boolean scalar on the parameters' device, is true: a fused kernel
     reads it. Returns False where another kernel will step.
     """
-    if not optimizer.defaults.get("fused") or getattr(optimizer, "freezes_variance", False):
+    other_kernels = isinstance(optimizer, MuonAdamW) or getattr(optimizer, "freezes_variance", False)
+    if not optimizer.defaults.get("fused") or other_kernels:
         return False
     optimizer.found_inf = found.float()  # type: ignore[attr-defined]  # PyTorch's scaler of gradients tells it so
     return True
+
+
+def deal_out_among(optimizer: torch.optim.Optimizer, communicator: Communicator | None) -> None:
+    """From now on `communicator`'s ranks, whose gradients are equal, divide the work of a step; None: none do."""
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.deal_out_among(communicator)
+
+
+def sent_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What this rank has sent in its last step for that."""
+    return optimizer.sent_bytes if isinstance(optimizer, MuonAdamW) else 0
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -37,10 +37,12 @@ class Report(NamedTuple):
     save: bool = False  # it asks for a checkpoint
     unread: int = 0  # sequences that it leaves out, because they cannot be read
     error: str | None = None  # why it cannot go on
+    end: bool = False  # training is to end with this step
 
     def message(self) -> Tensor:
-        """(5,) int64; of several ranks they add up."""
-        return torch.tensor([self.tokens, int(self.stop), int(self.save), self.unread, int(self.error is not None)])
+        """(6,) int64; of several ranks they add up."""
+        flags = [int(self.error is not None), int(self.end)]
+        return torch.tensor([self.tokens, int(self.stop), int(self.save), self.unread, *flags])
 
     @staticmethod
     def unread_of(messages: Tensor) -> int:
@@ -56,6 +58,7 @@ class StepEnd(NamedTuple):
     unread: int  # sequences that ranks have left out since they have met
     ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
     event: str | None = None  # what the user is to be told
+    end: bool = False  # training ends with this step
 
 
 @dataclass(frozen=True)

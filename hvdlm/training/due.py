@@ -14,6 +14,7 @@ class Due:
     first_step: bool = False
     save: bool = False
     validation: bool = False
+    end: str = ""  # why training ends with it, before the step that was planned
 
     def add(self, other: Due) -> None:
         """Adds what is due elsewhere."""

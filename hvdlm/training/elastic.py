@@ -25,11 +25,13 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
 from hvdlm.data.loader import Loader
 from hvdlm.data.rank_parts import RankParts
 from hvdlm.errors import JobError
 from hvdlm.strategies import make_strategy
+from hvdlm.strategies.hidden_matrices import hidden_matrices
 from hvdlm.training.due import Due
 from hvdlm.training.joining import share_state, share_tensors
 from hvdlm.training.residual_mirror import ResidualMirror
@@ -176,7 +178,7 @@ class Elastic:
             self._replace_strategy(progress)
             sent = step
         trainer.step_metrics.ranks_have_changed()
-        parts, unlearned = before.regrouped(numbers, sent, step, trainer.config.train.steps)
+        parts, unlearned = before.regrouped(numbers, sent, step, trainer.ending.last_step)
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
         self.is_regroup_due = False
@@ -190,7 +192,7 @@ class Elastic:
         trainer.parts = parts
         self._mirror_residuals(step)
         trainer.strategy.send_again()
-        if communicator.size < trainer.config.comm.min_ranks and step < trainer.config.train.steps:
+        if communicator.size < trainer.config.comm.min_ranks and step < trainer.ending.last_step:
             trainer.write("event", message=f"fewer than comm.min_ranks = {trainer.config.comm.min_ranks} are left")
             self._require(step, Due(save=step > 0), stop=True)
         loader.close()
@@ -288,6 +290,9 @@ class Elastic:
                     tensor.copy_(kept[name])
             if some_are_new:
                 share_tensors(new, root)
+            elif trainer.config.optimizer.algorithm == "muon":
+                # Each may have made the last updates by itself, and hosts of unlike kinds do not round alike
+                broadcast_tensors(trainer.communicator, hidden_matrices(trainer.model).values(), root)
             new.restored(1.0)
         except DeadRankError:
             new.abandon()

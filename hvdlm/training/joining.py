@@ -23,6 +23,7 @@ class SharedState(NamedTuple):
     loss_scale: dict[str, float]
     skipped_in_a_row: int
     unread: int
+    seconds: float
 
 
 def share_state(trainer: Trainer, root: int) -> SharedState:
@@ -34,11 +35,13 @@ def share_state(trainer: Trainer, root: int) -> SharedState:
         trainer.loss_scale.state_dict(),
         trainer.skipped.in_a_row,
         trainer.unread,
+        trainer.ending.seconds,
     )
     shared = trainer.communicator.broadcast_object(own, root)
     trainer.loss_scale.load_state_dict(shared.loss_scale)
     trainer.skipped.in_a_row = shared.skipped_in_a_row
     trainer.unread = shared.unread
+    trainer.ending.restore(shared.seconds)
     return shared
 
 

@@ -111,7 +111,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         loader = on_all_ranks(communicator, trainer.open_loader)
 
         def open_metrics(step: int) -> MetricsLog:
-            view = open_view(config.train.steps, step)
+            view = open_view(trainer.ending.last_step, step)
             if config.log.tensorboard:
                 view = Views(view, TensorBoard(run_directory.path, step))
             if config.log.wandb:
@@ -132,9 +132,6 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 device.type,
                 threads,
             )
-            steps = config.train.steps
-            if trainer.step >= steps:
-                logger.info("all %d steps are done: nothing to train; raise train.steps to go on", steps)
             trainer.metrics = open_metrics(trainer.step)
             for sentence in [*run_directory.changed_settings, *sentences]:
                 trainer.metrics.write("event", trainer.step, message=sentence)

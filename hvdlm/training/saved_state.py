@@ -30,8 +30,9 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     broadcast_tensors(communicator, equal.values())
     loss_scale.load_state_dict(state["loss_scale"])
     trainer.unread = state.get("unread", 0)
+    trainer.ending.restore(state.get("seconds", 0.0))
     if "parts" in state:
-        end = trainer.config.train.steps
+        end = trainer.ending.last_step
         trainer.parts.load_state_dict(state["parts"], state["step"], end, size == communicator.size)
     own = own_state(trainer)
     scatter_from_checkpoint(communicator, source, own, size)
@@ -55,6 +56,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "loss_scale": trainer.loss_scale.state_dict(),
         **trainer.strategy.state_dict(),
         "unread": trainer.unread,
+        "seconds": trainer.ending.seconds,
         "parts": trainer.parts.state_dict(),
         "ranks_are_equal": trainer.strategy.ranks_are_equal,
         "config": trainer.config.model_dump(),

@@ -88,6 +88,14 @@ class Saver:
         if not copies:
             self.wait(must_succeed=not in_background)
 
+    def save_what_is_done(self) -> str:
+        """Saves the last step, unless it is saved; returns what an error message says of it. Collective."""
+        if self.step == self._trainer.step:
+            self.wait(must_succeed=True)
+            return ""
+        self.save(in_background=False)
+        return f"; step {self.step} was saved: go on with --resume latest"
+
     def have_copied(self) -> None:
         """Returns when parameters and moments may change: a save that is under way has copied them."""
         self._copies.wait()

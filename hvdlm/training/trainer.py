@@ -29,6 +29,7 @@ from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
 from hvdlm.training.due import Due
 from hvdlm.training.elastic import Elastic
+from hvdlm.training.end_of_training import EndOfTraining
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
@@ -65,6 +66,7 @@ class Trainer:
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
         self.timer = StepTimer(device)  # of the last step
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
+        self.ending = EndOfTraining(self)
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
         self._loss_spikes, self._stragglers, self._healer = LossSpikes(), Stragglers(), ReplicaHealer()
@@ -103,7 +105,7 @@ class Trainer:
         if self.communicator.rank == 0 or self.elastic:
             # Now: whoever moves the data set while a job runs does not keep it from saving
             self.tokenizer = self.data.tokenizer_path.read_bytes()
-        steps = self.config.train.steps
+        self.ending.begin()
         self.due.validation = self._was_killed_in_validation()
         try:
             while True:
@@ -111,14 +113,14 @@ class Trainer:
                     if self._is_ending:
                         self._end_step()
                     self._do_what_is_due(preemption)
-                    if self.step >= steps or self.stop:
+                    if self.step >= self.ending.last_step or self.stop:
                         break
                     if self.elastic and self.elastic.is_regroup_due:
                         loader = self.elastic.regroup(loader)
                     else:
                         self.train_step(loader, preemption.requested)
                 except UnreadableBatchError as error:
-                    raise JobError(f"{error}{self._save_what_is_done()}") from None
+                    raise JobError(f"{error}{self.saver.save_what_is_done()}") from None
                 except DeadRankError as error:
                     if self.elastic is None:
                         raise
@@ -126,26 +128,31 @@ class Trainer:
         finally:
             self.communicator.activity.idle()
             loader.close()
-        return self.step >= steps and not self.stop  # more, if it goes on with fewer steps than are done
+        self.ending.tell()
+        return self.step >= self.ending.last_step and not self.stop  # more, if it goes on with fewer than are done
 
     def _do_what_is_due(self, preemption: Preemption) -> None:
         """What follows a step, or followed one that a rank has died after."""
+        if self.due.end:  # here, or on a rank that has died since
+            self.ending.end(self.due.end)
         self._report_step()
         self.saver.tell()
         if self.due.first_step:
             self.write("event", message=f"{FIRST_STEP}, {seconds_alive():.1f} s after the process began")
             self.due.first_step = False
         if self.due.save:
-            if self.step == self.config.train.steps:
+            if self.step == self.ending.last_step:
                 self._count_unread(self.strategy.finish())
-            self.saver.save(in_background=not (self.stop or self.step == self.config.train.steps))
+            self.saver.save(in_background=not (self.stop or self.step == self.ending.last_step))
             self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
             self.stop |= not (self._validate(preemption) and self.task_scores.score(preemption))
+            if not self.stop:
+                self.ending.end_if_not_better()
             self.due.validation = False
-            if self.stop:
-                self._save_what_is_done()
-            else:
+            if self.stop or self.due.end:
+                self.saver.save_what_is_done()
+            if not self.stop:
                 self.saver.tell_validated()
             self._has_done_what_was_due = True
         if self.elastic and self.strategy.is_local and self._has_done_what_was_due:
@@ -154,8 +161,7 @@ class Trainer:
 
     def _validates(self) -> bool:
         """Whether a validation follows the step that was done last."""
-        train = self.config.train
-        return self.step == train.steps or _is_due(self.step, train.evaluate_every)
+        return self.step == self.ending.last_step or _is_due(self.step, self.config.train.evaluate_every)
 
     def _was_killed_in_validation(self) -> bool:
         """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
@@ -177,9 +183,9 @@ class Trainer:
 
         tokens: int | None = None
         self._own_tokens = int((batch.targets != IGNORE).sum())
-        asks, unread = self.saver.is_due_by_time(), len(batch.errors)
+        asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors)
         error = error or self.skipped.error
-        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error))
+        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
         if self.elastic:
             self.elastic.begin_step()
         seed_dropout(self.config.train.seed, self.step, self.communicator.rank)
@@ -214,7 +220,7 @@ class Trainer:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
         self.saver.have_copied()
         unscale = self._unscale() if self._tokens else 1.0  # `skips` may change the scale of the loss
-        self.norm, self._rate = norm, learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+        self.norm, self._rate = norm, learning_rate(self.step, self.ending.last_step, self.config.optimizer)
         if self._tokens and not self.skipped.skips(norm):
             self._scale_and_clip(unscale, norm)
             self._update(self._rate)
@@ -235,7 +241,9 @@ class Trainer:
         self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._losses, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop
-        train, is_last = self.config.train, self.step == self.config.train.steps
+        if end.end:
+            self.ending.end_by_time()
+        train, is_last = self.config.train, self.step == self.ending.last_step
         self.due.first_step |= not self._has_done_a_step
         self._has_done_a_step = True
         self.due.log |= is_last or _is_due(self.step, self.config.log.every)
@@ -248,7 +256,7 @@ class Trainer:
 
     def _report_step(self) -> None:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
-        if self.due.log and (self._ranks_have_met or self.step == self.config.train.steps):
+        if self.due.log and (self._ranks_have_met or self.step == self.ending.last_step):
             self.sync.synchronize()
             self._log()
             self.due.log, self._has_done_what_was_due = False, True
@@ -365,14 +373,6 @@ class Trainer:
                     "optimizer.lr, and resume from an earlier checkpoint"
                 )
         return result is not None
-
-    def _save_what_is_done(self) -> str:
-        """Saves the last step, unless it is saved; returns what an error message says of it."""
-        if self.saver.step == self.step:
-            self.saver.wait(must_succeed=True)
-            return ""
-        self.saver.save(in_background=False)
-        return f"; step {self.step} was saved: go on with --resume latest"
 
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""

@@ -29,6 +29,7 @@ from hvdlm.gradients.channel import Channel
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
 from hvdlm.strategies.local_steps.strategy import LocalSteps
+from hvdlm.strategies.muon.optimizer import MuonAdamW
 from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
@@ -150,6 +151,11 @@ def norm(step: int) -> None:
 def update(step: int) -> None:
     """All ranks may have the norm, and may not."""
     before(Trainer, "_update", step)
+
+
+def orthogonalising(step: int) -> None:
+    """The others have the norm, and wait for this rank's share of Muon's updates."""
+    before(MuonAdamW, "_orthogonalise", step, passes=1)
 
 
 def kept_from_the_norm(step: int) -> None:

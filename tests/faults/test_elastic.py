@@ -89,6 +89,14 @@ def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undist
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
 
 
+def test_while_updates_of_muon_are_gathered(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """Those that wait for a dead rank's share complete the step alone; so does one that has not got the norm."""
+    muon: dict[str, object] = {"optimizer__algorithm": "muon", "train__check_replicas_every": 1}
+    plan = "orthogonalising:7:3,kept_from_the_norm:7:0,orthogonalising:12:1,bucket:19:2"
+    result = train(4, plan, small_data, tmp_path / "run", **SAVING, **muon)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING, **muon), deaths=3, relative=2e-3)
+
+
 def test_a_rank_that_is_stuck_ends_alone(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """By SIGKILL: mpirun ends all ranks when one exits with an error."""
     result = train(3, "stuck:7:1", small_data, tmp_path / "run", comm__timeout=6, **SAVING)

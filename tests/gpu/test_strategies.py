@@ -25,8 +25,9 @@ STREAMED = [*LOCAL_STEPS, "--local_steps.fragments", "2", "--local_steps.overlap
         ([*STREAMED, "--compression.codec", "int4", "--local_steps.warmup_steps", "3"], 1e-2),
         ([*STREAMED, "--compression.codec", "topk2", "--compression.density", "0.05"], 2e-2),
         (["--optimizer.algorithm", "dion"], 5e-3),
+        (["--optimizer.algorithm", "muon"], 5e-3),
     ],
-    ids=["local steps", "momentum", "int4", "topk2", "dion"],
+    ids=["local steps", "momentum", "int4", "topk2", "dion", "muon"],
 )
 def test_the_curve_is_that_of_cpus(options: list[str], relative: float, data: Path, tmp_path: Path) -> None:
     options = ["--comm.engine", "mpi", *options]

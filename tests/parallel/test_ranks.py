@@ -11,6 +11,7 @@ import dion_body
 import gradients_body
 import local_steps_body
 import mpi_body
+import muon_body
 import pytest
 import ring_body
 import scoring_body
@@ -94,6 +95,7 @@ CASES = [
             *groups("horovod", OVER_MPI, [2], pool=2),
         ],
     ),
+    *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
 ]
 
 # One pool after the other, so that each starts once.
@@ -120,7 +122,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        scoring_body,
+        *(muon_body, scoring_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

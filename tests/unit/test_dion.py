@@ -16,8 +16,9 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.exchange import Exchange
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.dion.matrices import hidden_matrices, matrix_rank
+from hvdlm.strategies.dion.matrices import matrix_rank
 from hvdlm.strategies.dion.momentum import MatrixMomentum
+from hvdlm.strategies.hidden_matrices import hidden_matrices
 from hvdlm.strategies.optimizer import make_optimizer
 
 SHAPES = {"a": (12, 20), "b": (20, 12)}

@@ -25,8 +25,9 @@ def test_memory_of_weights_by_hand():
     assert memory.gaps == in_use // 4
     assert training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", "cuda").gaps == 0
     assert training_memory_bytes(preset("gpt2"), 50257, 1, "fp32").cast_parameters == 0
-    dion = training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", algorithm="dion")
-    assert dion.moments == 8 * 124_439_808 - 4 * 12 * 12 * 768**2
+    for algorithm in ("dion", "muon"):
+        of_matrices = training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", algorithm=algorithm)
+        assert of_matrices.moments == 8 * 124_439_808 - 4 * 12 * 12 * 768**2
 
 
 @pytest.mark.parametrize("length", [128, 512, 1024])

@@ -210,9 +210,10 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
             predict(tmp_path / "fit.json", **asked)
     with pytest.raises(HvdlmError, match="codec topk was not measured: the fit knows fp16, none"):
         predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=["topk"], **options)
-    with pytest.raises(HvdlmError, match="'dion' has no forecast"):
-        dion = {**options, "overrides": ["--optimizer.algorithm", "dion"]}
-        predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **dion)
+    for algorithm in ("dion", "muon"):
+        with pytest.raises(HvdlmError, match=f"'{algorithm}' has no forecast"):
+            other = {**options, "overrides": ["--optimizer.algorithm", algorithm]}
+            predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **other)
     (tmp_path / "fit.json").write_text("{}")
     with pytest.raises(HvdlmError, match="is no fit"):
         predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **options)

@@ -311,6 +311,15 @@ def test_a_training_that_ends_in_time(job: Job) -> None:
     assert job.requeued == []
 
 
+@pytest.mark.parametrize(("step", "status"), [(40, 0), (39, 1)])
+def test_a_training_that_has_ended_before_its_steps(job: Job, step: int, status: int) -> None:
+    """By train.max_time, say, as metrics.jsonl says of the step that is saved."""
+    record = f'{{"kind": "event", "step": {step}, "message": "training ends here: ...", "ended": true}}'
+    result = job.run(f"save 40; echo '{record}' >> $run/metrics.jsonl")
+    assert (": done: the newest checkpoint is of step 40" in result.output) == (status == 0), result.output
+    assert (job.requeued == []) == (status == 0)
+
+
 def test_a_launcher_that_ends_with_status_0_too_early(job: Job) -> None:
     """As mpirun does when the daemon of another node dies."""
     result = job.run("true")

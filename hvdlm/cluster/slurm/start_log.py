@@ -36,6 +36,16 @@ def newest_checkpoint_step(run_dir: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def has_ended_early(run_dir: Path, step: int) -> bool:
+    """Whether metrics.jsonl says that training has ended after `step`, before train.steps."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    ends = [json.loads(line) for line in lines if '"ended": true' in line and line.endswith("}")]
+    return any(end["step"] == step for end in ends)
+
+
 @dataclass
 class Start:
     """One start of a Slurm job; `step`: of the newest checkpoint at its beginning."""

@@ -27,6 +27,7 @@ from hvdlm.cluster.slurm.start_log import (
     MAX_STARTS_WITHOUT_PROGRESS,
     Ending,
     StartLog,
+    has_ended_early,
     newest_checkpoint_step,
 )
 from hvdlm.config_reader import load
@@ -147,7 +148,7 @@ class Supervisor:
         step = newest_checkpoint_step(self._run_dir)
         saved = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint"
         # The launcher's status is not enough: mpirun ends with status 0 if the daemon of another node dies.
-        if status == 0 and step >= self._steps:
+        if status == 0 and (step >= self._steps or has_ended_early(self._run_dir, step)):
             self._log.end("done")
             self._print(f"done: {saved}")
             return 0

@@ -19,9 +19,10 @@ from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.dion.matrices import hidden_matrices, matrix_rank
+from hvdlm.strategies.dion.matrices import matrix_rank
 from hvdlm.strategies.dion.momentum import MatrixMomentum
 from hvdlm.strategies.every_step import EveryStep
+from hvdlm.strategies.hidden_matrices import hidden_matrices
 
 
 class Dion(EveryStep):

@@ -33,7 +33,7 @@ from hvdlm.strategies.local_steps.pace import Pace
 from hvdlm.strategies.local_steps.round_progress import RoundProgress, rounds_ended
 from hvdlm.strategies.local_steps.rounds import split_into_fragments
 from hvdlm.strategies.local_steps.warmup import with_warmup_codec
-from hvdlm.strategies.optimizer import optimizer_tensors
+from hvdlm.strategies.optimizer import deal_out_among, optimizer_tensors
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -109,7 +109,7 @@ class LocalSteps(Strategy):
         # What ranks tell of errors and ask for, they tell in a round
         kept = self._own
         stop, save, unread = kept.stop or own.stop, kept.save or own.save, kept.unread + own.unread
-        self._own = Report(0, stop, save, unread, kept.error or own.error)
+        self._own = Report(0, stop, save, unread, kept.error or own.error, kept.end or own.end)
         self._measure_traffic()
         return self._every_step.begin_step(Report(own.tokens)).then(self._count)
 
@@ -128,11 +128,12 @@ class LocalSteps(Strategy):
 
     @property
     def traffic(self) -> Traffic:
-        return self._traffic if self.is_local else self.sync.traffic
+        return self._traffic if self.is_local else self._every_step.traffic
 
     def _measure_traffic(self) -> None:
         """Counts what was sent since the step before began: rounds go on between steps."""
-        between, within = traffic_of(self._groups.channels, self.sync.traffic.dense_bytes), self.sync.traffic
+        within = self._every_step.traffic
+        between = traffic_of(self._groups.channels, within.dense_bytes)
         nbytes, seconds = between.wire_bytes + within.wire_bytes, between.codec_seconds + within.codec_seconds
         self._traffic = replace(between, wire_bytes=nbytes, codec_seconds=seconds)
         for channel in self._groups.channels:
@@ -245,18 +246,19 @@ class LocalSteps(Strategy):
         if not totals:
             return StepEnd(stop=False, save=False, unread=0, ranks_have_met=False, event=event)
         told = len(Report().message())
-        _, stops, saves, unread, errors = torch.stack([each[:told] for each in totals]).sum(0).tolist()
+        _, stops, saves, unread, errors, ends = torch.stack([each[:told] for each in totals]).sum(0).tolist()
         if errors:
             raise_if_unreadable(self.communicator, self._own.error)
         if self._pace:
             self._pace.hear(totals[-1][told:])
-        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event)
+        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, event=event, end=ends > 0)
 
     # ---- after a rank has died
 
     def abandon(self) -> None:
         for channel in [*self._first_channels, *self._groups.channels]:
             channel.abandon()
+        deal_out_among(self._optimizer, None)
 
     def release(self) -> None:
         self._every_step.release()

@@ -1,0 +1,82 @@
+"""When training ends: after `train.steps`, or before, by tokens, by time, or because validation does not improve."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING
+
+from hvdlm.arguments import duration
+
+if TYPE_CHECKING:
+    from hvdlm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class EndOfTraining:
+    """Knows the last step, equal on all ranks.
+
+    Steps and tokens are known from the start. Time is that of rank 0 in all starts of a run, each from when it has read
+    its checkpoint; it asks the others to end with a step, as for a checkpoint. Validations are those in metrics.jsonl.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._settings = trainer, trainer.config.train
+        steps, tokens = self._settings.steps, self._settings.max_tokens
+        self.last_step = min(steps, -(-tokens // trainer.nominal_tokens)) if tokens else steps
+        self._limit = duration(self._settings.max_time) if self._settings.max_time else math.inf
+        self._before = 0.0  # seconds of earlier starts
+        self._begun: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """For which the run has trained, by the clock of this rank."""
+        return self._before + (0.0 if self._begun is None else time.monotonic() - self._begun)
+
+    def restore(self, seconds: float) -> None:
+        """Goes on with a run that has trained for so long."""
+        self._before = seconds
+        self._begun = None if self._begun is None else time.monotonic()
+
+    def begin(self) -> None:
+        """Training begins now; not at all if it has ended before. Collective."""
+        trainer = self._trainer
+        self._begun = time.monotonic()
+        if self._before >= self._limit:
+            self.end_by_time()
+        self.end_if_not_better()
+        if trainer.step >= self.last_step and trainer.communicator.rank == 0:
+            limits = "train.max_tokens, train.max_time or train.patience"
+            what = limits if trainer.step < self._settings.steps else "train.steps"
+            logger.info("all %d steps are done: nothing to train; raise %s to go on", self.last_step, what)
+
+    def asks(self) -> bool:
+        """Whether this rank, rank 0, asks all to end with the step under way."""
+        return self._trainer.communicator.rank == 0 and self.seconds >= self._limit
+
+    def end(self, why: str) -> None:
+        """The step that was done last is the last one, unless it was so anyway."""
+        trainer = self._trainer
+        if trainer.step < self.last_step:
+            self.last_step, trainer.due.end = trainer.step, why
+
+    def end_by_time(self) -> None:
+        self.end(f"train.max_time = {self._settings.max_time} is over")
+
+    def end_if_not_better(self) -> None:
+        """Ends training if the last `train.patience` validations were no better than one before. Collective."""
+        patience, metrics = self._settings.patience, self._trainer.metrics
+        if not patience:
+            return
+        losses = [] if metrics is None else [loss for _, loss in sorted(metrics.losses.items())]
+        is_over = len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+        if self._trainer.communicator.broadcast_object(is_over):
+            self.end(f"the validation loss was not better train.patience = {patience} times in a row")
+
+    def tell(self) -> None:
+        """Says why training has ended before `train.steps`, if it has."""
+        if self.last_step <= self._trainer.step < self._settings.steps and not self._trainer.stop:
+            why = self._trainer.due.end or f"train.max_tokens = {self._settings.max_tokens:,} is reached"
+            self._trainer.write("event", message=f"training ends here: {why}", ended=True)
