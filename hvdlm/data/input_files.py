@@ -40,7 +40,7 @@ class Holds(Enum):
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """An input file. `lenient`: if it is not text, it is skipped silently, not reported as a bad document."""
 
     path: Path
@@ -71,7 +71,7 @@ class NoFile:
     kind: str
 
 
-def find_sources(inputs: Sequence[str], option: str = "--input") -> tuple[list[Source], list[NoFile]]:
+def find_files(inputs: Sequence[str], option: str = "--input") -> tuple[list[InputFile], list[NoFile]]:
     """The files that `inputs` name, in the order given, and what lies among them but is no file.
 
     The files of a directory or a glob are sorted; a file named twice counts once. In directories, hidden names are
@@ -79,7 +79,7 @@ def find_sources(inputs: Sequence[str], option: str = "--input") -> tuple[list[S
 
     Raises HvdlmError for an input that matches no file or is itself none, or a file that cannot be read at all.
     """
-    found: dict[Path, Source] = {}
+    found: dict[Path, InputFile] = {}
     others: list[NoFile] = []
     for name in inputs:
         if not name:
@@ -94,8 +94,8 @@ def find_sources(inputs: Sequence[str], option: str = "--input") -> tuple[list[S
                 others.append(NoFile(path, _kind(status.st_mode)))
                 continue
             if path.resolve() not in found:
-                source = Source(path, status.st_size, status.st_mtime_ns, lenient, _holds(path))
-                found[path.resolve()] = source
+                file = InputFile(path, status.st_size, status.st_mtime_ns, lenient, _holds(path))
+                found[path.resolve()] = file
     return list(found.values()), others
 
 
