@@ -72,6 +72,24 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
     assert list(documents(tmp_path / "saved")) == texts()
 
 
+@pytest.mark.parametrize(
+    "inputs", [["saved/*"], ["saved/*/*"], ["saved/**"], ["saved/train/*"], ["saved/train"], ["each file, by name"]]
+)
+def test_what_datasets_saves_by_a_glob_or_by_names(inputs: list[str], tmp_path: Path) -> None:
+    """A shell makes names of a glob that is not quoted."""
+    save_as_datasets_does(tmp_path / "saved" / "train", texts(100))
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    named = sorted(each for each in (tmp_path / "saved").rglob("*") if each.is_file())
+    assert len(named) == 5
+    paths = named if inputs == ["each file, by name"] else [tmp_path / each for each in inputs]
+    assert list(documents(*paths)) == texts(100)
+
+
+def test_a_state_json_that_describes_nothing_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"text": "of the art"}')
+    assert list(documents(tmp_path / "*")) == list(documents(tmp_path)) == ["of the art"]
+
+
 def test_zst(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts())
     frames = zstd.compress(lines[:1000].encode()) + zstd.compress(lines[1000:].encode())
