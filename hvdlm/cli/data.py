@@ -28,6 +28,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     prepare.add_argument("--output", type=path, required=True, metavar="DIR", help="the data set's directory")
     prepare.add_argument("--tokenizer", default="byte", metavar="byte|bpe:VOCAB|FILE", help="default: byte")
+    prepare.add_argument(
+        "--tokenizer-pattern",
+        choices=("gpt2", "p50k_base", "cl100k_base", "o200k_base", "llama3"),
+        help="how a rank file of tiktoken divides text (default: as the published file of as many ranks)",
+    )
     prepare.add_argument("--shards", type=int, default=8, metavar="N", help="training shards of a source (default: 8)")
     prepare.add_argument("--validation", type=float, metavar="FRACTION", help="of documents, or of one (default: 0.01)")
     prepare.add_argument("--validation-input", **paths, default=[], help="files for validation, in place of a fraction")
@@ -62,6 +67,7 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> int:
         split=options.split,
         validation_inputs=options.validation_input,
         mix=options.mix,
+        tokenizer_pattern=options.tokenizer_pattern,
     )
     return 0
 

@@ -57,6 +57,7 @@ def prepare(
     split: str | None = None,
     validation_inputs: Sequence[str] = (),
     mix: Sequence[WeightedPath] = (),
+    tokenizer_pattern: str | None = None,
 ) -> None:
     """Writes the data set `output`, complete or not at all; does nothing if it exists with the same recipe.
 
@@ -67,7 +68,8 @@ def prepare(
         inputs: files (of text, or of records or rows by their suffix), directories, globs, or python-stdlib; none with
             `mix`.
         output: directory to write.
-        tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a tokenizer.json.
+        tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a file of one: a
+            tokenizer.json, a rank file of tiktoken, or a model of SentencePiece.
         shards: training shards, of each source.
         validation: fraction of the documents, at least 0 and below 1; of a single document, of its bytes.
         workers: number of processes; 0 for one for each core that may be used.
@@ -78,11 +80,12 @@ def prepare(
             is one document.
         validation_inputs: as `inputs`; files of which all documents belong to validation.
         mix: sources with weights, each a path as in `inputs`, whose shards are kept apart.
+        tokenizer_pattern: how a rank file of tiktoken divides text; None for one that is known.
 
     Raises HvdlmError for bad input or options, naming the file and line.
     """
     check_options(inputs, mix, shards, validation, workers, validation_inputs)
-    choice = tokenizer_choice(tokenizer)
+    choice = tokenizer_choice(tokenizer, tokenizer_pattern)
     check_output_outside_inputs([*inputs, *(each.path for each in mix), *validation_inputs], output)
     corpora = find_corpora(inputs, mix, validation_inputs, split, shards, validation, text_key)
     bad = _BadDocuments(skip_bad, is_only_one=all(corpus.part_ends for corpus in corpora.sources))

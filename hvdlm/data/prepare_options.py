@@ -60,8 +60,13 @@ def _allow_open_files(shards: int, sources: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def tokenizer_choice(name: str) -> Tokenizer | int:
-    """The tokenizer that `name` selects, or the vocabulary size of one that is still to be trained."""
+def tokenizer_choice(name: str, pattern: str | None) -> Tokenizer | int:
+    """The tokenizer that `name` selects, or the vocabulary size of one that is still to be trained.
+
+    `pattern`: of a rank file of tiktoken, or None.
+    """
+    if pattern is not None and (name == "byte" or name.startswith("bpe:")):
+        raise HvdlmError(f"--tokenizer-pattern is for rank files of tiktoken, and --tokenizer {name} is none")
     if name == "byte":
         return Tokenizer.byte()
     if name.startswith("bpe:"):
@@ -74,7 +79,7 @@ def tokenizer_choice(name: str) -> Tokenizer | int:
         return int(size)
     if not Path(name).exists():
         raise HvdlmError(f"--tokenizer {name}: no such file; give byte, bpe:VOCAB or the path of a tokenizer.json")
-    return Tokenizer.load(Path(name))
+    return Tokenizer.open(Path(name), pattern)
 
 
 def check_output_outside_inputs(inputs: Sequence[str], output: Path) -> None:
