@@ -22,8 +22,8 @@ from common.conditions import describe_run
 from common.results import markdown_table, write_results, write_text
 from common.script import RESULTS, absolute_path, run_script
 from hvdlm.data.documents import read_blocks, read_documents
+from hvdlm.data.input_files import find_files
 from hvdlm.data.manifest import TOKENIZER
-from hvdlm.data.sources import find_sources
 from hvdlm.errors import HvdlmError
 
 _MAP = """
@@ -49,10 +49,10 @@ def measure(options: argparse.Namespace) -> None:
     except ImportError:
         raise HvdlmError('Hugging Face\'s datasets is not installed: pip install -e ".[benchmarks]"') from None
     tokenizer = options.data / TOKENIZER
-    sources, _ = find_sources([options.input])
+    files, _ = find_files([options.input])
     texts = [
         document
-        for block in read_blocks(sources)
+        for block in read_blocks(files)
         for document in read_documents(block, "text")
         if isinstance(document, str)
     ]

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # Commands whose product is not what they print
-_PRINTS_ON_THE_WAY = ("train", "prepare", "slurm", "install-horovod", "fabric")
+_PRINTS_ON_THE_WAY = ("new", "train", "prepare", "slurm", "install-horovod", "fabric")
 
 
 def _set_up_logging(show_tracebacks: bool) -> None:

@@ -1,4 +1,4 @@
-"""`hvdlm train`, `hvdlm verify` and `hvdlm report`."""
+"""`hvdlm new`, `hvdlm train`, `hvdlm verify` and `hvdlm report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from hvdlm.arguments import path, path_text
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands for runs."""
+    new = commands.add_parser("new", help="make a directory to begin with: settings and commands, explained")
+    new.add_argument("directory", type=path, metavar="DIR", help="to be made")
+    new.set_defaults(run=_new)
+
     train = commands.add_parser(
         "train",
         help="train a model; start it with horovodrun, mpirun or srun for more than one rank",
@@ -28,6 +32,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories")
     report.add_argument("--output", type=path, metavar="FILE", help="the page (default: report.html in the first run)")
     report.set_defaults(run=_report)
+
+
+def _new(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.training.new_run import new
+
+    new(options.directory)
+    return 0
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:

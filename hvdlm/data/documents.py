@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
+from hvdlm.data.input_files import UNREADABLE, Holds, InputFile
 from hvdlm.data.json_records import MAX_DOCUMENT_BYTES, json_values
-from hvdlm.data.sources import UNREADABLE, Holds, Source
 from hvdlm.data.splitting import BLOCK_BYTES, Piece, Split, split_into_parts, split_text
 from hvdlm.data.tables import read_rows
 from hvdlm.errors import HvdlmError
@@ -27,11 +27,13 @@ class Block:
 
     Attributes:
         input_bytes: as stored on disk, before decompression.
-        shard: to which all its documents belong, or None if each is assigned by its own bytes.
+        source: index of the source to which its documents belong.
+        shard: of this source, to which all its documents belong, or None if each is assigned by its own bytes.
         is_continued: the last document goes on in the next block of the same shard.
     """
 
     input_bytes: int
+    source: int = 0
     shard: int | None = None
     is_continued: bool = False
 
@@ -39,12 +41,16 @@ class Block:
         """This block with all its documents in one shard."""
         return replace(self, shard=shard)
 
+    def of_source(self, source: int) -> Block:
+        """This block with its documents in a source."""
+        return replace(self, source=source)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileBlock(Block):
     """Files of one document each, which are only read by `read_documents`."""
 
-    sources: tuple[Source, ...]
+    files: tuple[InputFile, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ class RowBlock(Block):
 class TextBlock(Block):
     """Documents of a text file that is divided into several. `failure`: why reading stopped after these, or ""."""
 
-    source: Source
+    file: InputFile
     pieces: tuple[Piece, ...]
     failure: str = ""
 
@@ -97,40 +103,40 @@ class BadDocument:
     problem: str
 
 
-def read_blocks(sources: Sequence[Source], split: Split = None, text_key: str = "text") -> Iterator[Block]:
+def read_blocks(files: Sequence[InputFile], split: Split = None, text_key: str = "text") -> Iterator[Block]:
     """The input in order, in blocks of about BLOCK_BYTES; `split`: how text files are divided into documents;
     `text_key`: the column of tables that is read.
 
     Text files that are one document are not read here.
     """
-    files: list[Source] = []
+    whole: list[InputFile] = []
     size = 0
-    for source in sources:
-        is_whole = source.holds == Holds.OBJECT or (source.holds == Holds.TEXT and split is None)
+    for file in files:
+        is_whole = file.holds == Holds.OBJECT or (file.holds == Holds.TEXT and split is None)
         if is_whole:
-            files.append(source)
-            size += max(source.size, SMALLEST_FILE_BYTES)
-        if files and (not is_whole or size >= BLOCK_BYTES):
-            yield _file_block(files)
-            files, size = [], 0
-        if source.holds == Holds.TEXT and not is_whole:
-            yield from _text_blocks(source, split)
-        elif source.holds == Holds.ROWS:
-            yield from _row_blocks(source, text_key)
+            whole.append(file)
+            size += max(file.size, SMALLEST_FILE_BYTES)
+        if whole and (not is_whole or size >= BLOCK_BYTES):
+            yield _file_block(whole)
+            whole, size = [], 0
+        if file.holds == Holds.TEXT and not is_whole:
+            yield from _text_blocks(file, split)
+        elif file.holds == Holds.ROWS:
+            yield from _row_blocks(file, text_key)
         elif not is_whole:
-            yield from _record_blocks(source)
-    if files:
-        yield _file_block(files)
+            yield from _record_blocks(file)
+    if whole:
+        yield _file_block(whole)
 
 
-def read_parts(source: Source, ends: Sequence[int], shards: Sequence[int]) -> Iterator[Block]:
+def read_parts(file: InputFile, ends: Sequence[int], shards: Sequence[int]) -> Iterator[Block]:
     """A text file that is one document, divided at the bytes `ends` into parts: one for each of `shards`."""
     position = 0
     try:
-        with source.open() as (raw, stream):
+        with file.open() as (raw, stream):
             for part in split_into_parts(stream, ends):
                 yield TextBlock(
-                    source=source,
+                    file=file,
                     pieces=(part.piece,),
                     input_bytes=raw.tell() - position,
                     shard=shards[part.index],
@@ -138,31 +144,31 @@ def read_parts(source: Source, ends: Sequence[int], shards: Sequence[int]) -> It
                 )
                 position = raw.tell()
     except UNREADABLE as error:
-        yield TextBlock(source=source, pieces=(), input_bytes=source.size - position, failure=_unreadable(error))
+        yield TextBlock(file=file, pieces=(), input_bytes=file.size - position, failure=_unreadable(error))
 
 
-def content_bytes(source: Source) -> int:
+def content_bytes(file: InputFile) -> int:
     """The size of a file's content, decompressed. Raises one of UNREADABLE."""
-    if not source.is_compressed:
-        return source.size
-    with source.open() as (_, stream):
+    if not file.is_compressed:
+        return file.size
+    with file.open() as (_, stream):
         return sum(iter(lambda: len(stream.read(BLOCK_BYTES)), 0))
 
 
 def read_documents(block: Block, text_key: str) -> Iterator[str | BadDocument]:
     """The text of each document of a block, in order, or a BadDocument if it cannot be used."""
     if isinstance(block, FileBlock):
-        for source in block.sources:
-            document = _read_file(source, text_key)
-            if not (source.lenient and isinstance(document, BadDocument)):
+        for file in block.files:
+            document = _read_file(file, text_key)
+            if not (file.lenient and isinstance(document, BadDocument)):
                 yield document
     elif isinstance(block, TextBlock):
         for piece in block.pieces:
-            document = _decode(block.source.path, piece)
-            if not (block.source.lenient and isinstance(document, BadDocument)):
+            document = _decode(block.file.path, piece)
+            if not (block.file.lenient and isinstance(document, BadDocument)):
                 yield document
-        if block.failure and not block.source.lenient:
-            yield BadDocument(str(block.source.path), block.failure)
+        if block.failure and not block.file.lenient:
+            yield BadDocument(str(block.file.path), block.failure)
     elif isinstance(block, RowBlock):
         for number, value in enumerate(block.values, start=block.first):
             yield _check_text(value, f"{block.path}, row {number}", text_key)
@@ -176,34 +182,34 @@ def read_documents(block: Block, text_key: str) -> Iterator[str | BadDocument]:
             yield BadDocument(f"{block.path}{block.unit}{block.first + len(block.records)}", block.failure)
 
 
-def _file_block(files: Sequence[Source]) -> FileBlock:
-    return FileBlock(sources=tuple(files), input_bytes=sum(file.size for file in files))
+def _file_block(files: Sequence[InputFile]) -> FileBlock:
+    return FileBlock(files=tuple(files), input_bytes=sum(file.size for file in files))
 
 
-def _text_blocks(source: Source, split: Split) -> Iterator[TextBlock]:
+def _text_blocks(file: InputFile, split: Split) -> Iterator[TextBlock]:
     pieces: list[Piece] = []
     size = position = 0
     failure = ""
     try:
-        with source.open() as (raw, stream):
+        with file.open() as (raw, stream):
             is_empty = True
             for piece in split_text(stream, split):
                 is_empty = False
                 pieces.append(piece)
                 size += len(piece.content)
                 if size >= BLOCK_BYTES:
-                    yield TextBlock(source=source, pieces=tuple(pieces), input_bytes=raw.tell() - position)
+                    yield TextBlock(file=file, pieces=tuple(pieces), input_bytes=raw.tell() - position)
                     pieces, size, position = [], 0, raw.tell()
             if is_empty:
                 pieces.append(Piece(1, b""))
     except UNREADABLE as error:
         failure = _unreadable(error)
-    yield TextBlock(source=source, pieces=tuple(pieces), input_bytes=source.size - position, failure=failure)
+    yield TextBlock(file=file, pieces=tuple(pieces), input_bytes=file.size - position, failure=failure)
 
 
-def _record_blocks(source: Source) -> Iterator[RecordBlock]:
-    made = RecordBlock(path=source.path, first=1, records=(), input_bytes=0)
-    if source.holds == Holds.VALUES:
+def _record_blocks(file: InputFile) -> Iterator[RecordBlock]:
+    made = RecordBlock(path=file.path, first=1, records=(), input_bytes=0)
+    if file.holds == Holds.VALUES:
         made = replace(made, unit=", record ")
     records: list[bytes] = []
     size = position = 0
@@ -216,8 +222,8 @@ def _record_blocks(source: Source) -> Iterator[RecordBlock]:
         return whole
 
     try:
-        with source.open() as (raw, stream):
-            for record in _values(stream) if source.holds == Holds.VALUES else _lines(stream):
+        with file.open() as (raw, stream):
+            for record in _values(stream) if file.holds == Holds.VALUES else _lines(stream):
                 if record is None:
                     yield block(raw.tell(), _TOO_LONG)
                     continue
@@ -226,32 +232,32 @@ def _record_blocks(source: Source) -> Iterator[RecordBlock]:
                 if size >= BLOCK_BYTES:
                     yield block(raw.tell())
     except UNREADABLE as error:
-        yield block(source.size, _unreadable(error))
+        yield block(file.size, _unreadable(error))
     except (ValueError, RecursionError) as error:
-        yield block(source.size, f"is not JSON, so neither it nor what follows can be read ({error})")
+        yield block(file.size, f"is not JSON, so neither it nor what follows can be read ({error})")
     else:
-        yield block(source.size)
+        yield block(file.size)
 
 
-def _row_blocks(source: Source, text_key: str) -> Iterator[RowBlock]:
+def _row_blocks(file: InputFile, text_key: str) -> Iterator[RowBlock]:
     values: list[Any] = []
     first, size, position, end = 1, 0, 0, 0
     failure = ""
     try:
-        for rows in read_rows(source.path, text_key):
+        for rows in read_rows(file.path, text_key):
             for value in rows.values:
                 values.append(value)
                 size += _LEAST_ROW_BYTES + (len(value) if isinstance(value, str | bytes) else 0)
                 if size >= BLOCK_BYTES:
-                    yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=end - position)
+                    yield RowBlock(path=file.path, first=first, values=tuple(values), input_bytes=end - position)
                     first, values, size, position = first + len(values), [], 0, end
-            end = round(source.size * rows.share)
+            end = round(file.size * rows.share)
     except UNREADABLE as error:
         failure = _unreadable(error)
     except HvdlmError as error:
         failure = str(error)
-    rest = source.size - position
-    yield RowBlock(path=source.path, first=first, values=tuple(values), input_bytes=rest, failure=failure)
+    rest = file.size - position
+    yield RowBlock(path=file.path, first=first, values=tuple(values), input_bytes=rest, failure=failure)
 
 
 def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
@@ -276,20 +282,20 @@ def _unreadable(error: Exception) -> str:
     return f"cannot be read ({error})"
 
 
-def _read_file(source: Source, text_key: str) -> str | BadDocument:
+def _read_file(file: InputFile, text_key: str) -> str | BadDocument:
     try:
-        with source.open() as (_, stream):
+        with file.open() as (_, stream):
             content = stream.read(MAX_DOCUMENT_BYTES + 1)
     except UNREADABLE as error:
-        return BadDocument(str(source.path), _unreadable(error))
-    document = _decode(source.path, Piece(1, content))
-    if source.holds == Holds.OBJECT and isinstance(document, str):
+        return BadDocument(str(file.path), _unreadable(error))
+    document = _decode(file.path, Piece(1, content))
+    if file.holds == Holds.OBJECT and isinstance(document, str):
         try:
             record = json.loads(document)
         except (ValueError, RecursionError):
             return document
         if isinstance(record, dict) and text_key in record:
-            return _read_record(content, str(source.path), text_key)
+            return _read_record(content, str(file.path), text_key)
     return document
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hvdlm.data.file_errors import UnreadableFileError, unreadable
 from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
+from hvdlm.data.mixture import Mixture
 from hvdlm.data.shard import DataSet, Split, check_shard
 from hvdlm.errors import HvdlmError
 
@@ -31,6 +34,8 @@ def inspect(path: Path, verify: bool) -> None:
     else:
         DataSet(path)
     console.print(_table(path, manifest))
+    if manifest.sources:
+        console.print(_mixture_table(manifest))
     made_from = ", ".join(f"{name} {value}" for name, value in manifest.recipe.items())
     for line in (
         f"vocabulary {manifest.vocab_size:,}, end of text {manifest.eos_id}",
@@ -51,6 +56,22 @@ def _table(path: Path, manifest: Manifest) -> Table:
         table.add_row(shard.file, *_figures([shard]))
     for column, total in zip(table.columns[1:], _figures(shards), strict=True):
         column.footer = total
+    return table
+
+
+def _mixture_table(manifest: Manifest) -> Table:
+    """Of each source its share, and how many tokens a run trains on, of all sources, in an epoch of it."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("source", overflow="fold")
+    for name in ("weight", "share", "shards", "tokens", "run tokens/epoch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rest = iter(manifest.train)
+    shares = Mixture([source.weight for source in manifest.sources]).shares
+    for source, share in zip(manifest.sources, shares, strict=True):
+        shards = list(itertools.islice(rest, source.shards))
+        tokens = sum(shard.n_tokens for shard in shards)
+        figures = f"{source.weight:g}", f"{share:.2%}", f"{source.shards}", f"{tokens:,}"
+        table.add_row(escape(source.path), *figures, f"{tokens / share:,.0f}")
     return table
 
 

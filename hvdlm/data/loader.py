@@ -6,6 +6,7 @@ import atexit
 import itertools
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,8 +16,9 @@ import numpy.typing as npt
 import torch
 
 from hvdlm.data.file_errors import UnreadableFileError
+from hvdlm.data.mixture import Mixture
 from hvdlm.data.rank_parts import RankParts
-from hvdlm.data.sampler import Sampler, rank_part
+from hvdlm.data.sampler import MixtureSampler, Sampler, rank_part
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.targets import IGNORE
@@ -65,8 +67,7 @@ class Loader:
         """
         self._split, self._end_of_text = data.train, data.eos_id
         self._context_length = context_length
-        windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
-        self._sampler = Sampler(windows, parts.batch_size, seed, data.fingerprint)
+        self._sampler = training_sampler(data, context_length, parts.batch_size, seed)
         self._parts, self._rank = parts, rank
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
@@ -143,6 +144,23 @@ class Loader:
         return Batch(index, inputs, targets, tuple(errors))
 
 
+def training_sampler(data: DataSet, context_length: int, batch_size: int, seed: int) -> Sampler | MixtureSampler:
+    """The sample order of the training split. Raises HvdlmError if it, or one of its sources, is too small."""
+    windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
+    if not data.sources:
+        return Sampler(windows, batch_size, seed, data.fingerprint)
+    rest = iter(windows)
+    by_source = [list(itertools.islice(rest, source.shards)) for source in data.sources]
+    for source, own in zip(data.sources, by_source, strict=True):
+        if not sum(own):
+            raise HvdlmError(
+                f"the training shards of {source.path} in {data.path} hold no whole sequence; "
+                "shorten model.context_length, or prepare the data set with more of it or fewer --shards"
+            )
+    mixture = Mixture([source.weight for source in data.sources])
+    return MixtureSampler(by_source, mixture, batch_size, seed, data.fingerprint)
+
+
 def validation_batches(
     data: DataSet, context_length: int, sequences_at_once: int, rank: int, size: int, limit: int = 0
 ) -> Iterator[Batch]:
@@ -151,12 +169,20 @@ def validation_batches(
     The last window of a shard may be short: its inputs are padded with the end of text, its targets with IGNORE. So
     every token but the first of each shard is predicted exactly once. `index` counts this rank's batches from 0.
     Ranks may have different numbers of batches, or none; a data set without validation has none on any rank.
+
+    Where sources have weights and validation shards of their own, the first windows are as those of training: each
+    source has its share, until it has no more.
     """
     windows = [
         (shard, start)
         for shard, info in enumerate(data.validation.shards)
         for start in range(0, info.n_tokens - 1, context_length)
     ]
+    if 1 < len(data.validation.shards) == len(data.sources):
+        mixture = Mixture([source.weight for source in data.sources])
+        counts = Counter(shard for shard, _ in windows)
+        draws = np.concatenate([mixture.draws(source, counts[source]) for source in range(len(data.sources))])
+        windows = [windows[index] for index in np.argsort(draws).tolist()]
     if limit:
         windows = windows[:limit]
     own = rank_part(len(windows), rank, size)

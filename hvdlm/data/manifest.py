@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from hvdlm.data.file_errors import unreadable
 from hvdlm.errors import HvdlmError
 
 FORMAT = "hvdlm-data-set"
-VERSION = 1
+VERSION = 1  # of a data set without weights
+MIXTURE_VERSION = 2  # of one whose sources have weights, which hvdlm of before would not draw from in proportion
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 VALIDATION_DIRECTORY = "val"
@@ -33,8 +34,22 @@ class ShardRecord(BaseModel):
     tokens_sha256: str  # of the little-endian tokens in order
 
 
+class SourceRecord(BaseModel):
+    """One source of a mixture. The training shards of the first source come first, then those of the second."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: str  # as it was given
+    weight: float
+    shards: int  # training shards
+
+
 class Manifest(BaseModel):
-    """The whole data set. `recipe`: the inputs and options it was made from, which a repeated `prepare` compares."""
+    """The whole data set.
+
+    `sources`: those that have weights; none where all training shards are drawn from by what they hold. `recipe`: the
+    inputs and options it was made from, which a repeated `prepare` compares.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -44,20 +59,31 @@ class Manifest(BaseModel):
     eos_id: int
     tokenizer_sha256: str
     train: list[ShardRecord]
-    validation: list[ShardRecord]
+    validation: list[ShardRecord]  # of each source in turn, or one for all
+    sources: list[SourceRecord] = []
     recipe: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Manifest:
+        if self.version != (MIXTURE_VERSION if self.sources else VERSION):
+            raise ValueError(f"version {self.version} does not fit {len(self.sources)} sources with weights")
+        if self.sources and sum(source.shards for source in self.sources) != len(self.train):
+            raise ValueError("its sources do not have as many shards as it has")
+        return self
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the hashes of the tokenizer and of every shard: identifies the tokens and their order."""
+        """SHA-256 (hex) over the hashes of the tokenizer and of every shard, and the weights of sources: identifies the
+        tokens and their order."""
         parts = [("tokenizer", self.tokenizer_sha256)]
         parts += [("train", shard.tokens_sha256) for shard in self.train]
         parts += [("validation", shard.tokens_sha256) for shard in self.validation]
+        parts += [("source", f"{source.weight!r} {source.shards}") for source in self.sources]
         return _digest(" ".join(part) for part in parts)
 
     def save(self, directory: Path) -> None:
         """Writes `manifest.json`, with the fingerprint and a hash of itself added."""
-        content = self.model_dump() | {"fingerprint": self.fingerprint}
+        content = self.model_dump(exclude=None if self.sources else {"sources"}) | {"fingerprint": self.fingerprint}
         (directory / MANIFEST).write_text(json.dumps(content | {"sha256": _self_hash(content)}, indent=1) + "\n")
 
     @classmethod
@@ -77,9 +103,10 @@ class Manifest(BaseModel):
             content = json.loads(text)
             if content.get("format") != FORMAT:
                 raise HvdlmError(f"{directory} is not a data set of `hvdlm prepare`: {path} is something else")
-            if content.get("version") != VERSION:
+            if content.get("version") not in (VERSION, MIXTURE_VERSION):
                 raise HvdlmError(
-                    f"{path} has format version {content.get('version')}, but this hvdlm reads version {VERSION}; "
+                    f"{path} has format version {content.get('version')}, but this hvdlm reads versions {VERSION} and "
+                    f"{MIXTURE_VERSION}; "
                     "install the hvdlm that wrote it, or prepare the data set again"
                 )
             sha256 = content.pop("sha256", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,16 +15,26 @@ import numpy.typing as npt
 
 from hvdlm.cores import usable_cores
 from hvdlm.data.assignment import VALIDATION, ShardAssignment
-from hvdlm.data.corpus import Corpus, find_corpus
+from hvdlm.data.corpus import Corpora, Corpus, find_corpora
 from hvdlm.data.documents import BadDocument, Block, read_documents
-from hvdlm.data.manifest import MANIFEST, TOKENIZER, VALIDATION_DIRECTORY, Manifest
+from hvdlm.data.input_files import Holds, InputFile
+from hvdlm.data.manifest import (
+    MANIFEST,
+    MIXTURE_VERSION,
+    TOKENIZER,
+    VALIDATION_DIRECTORY,
+    VERSION,
+    Manifest,
+    SourceRecord,
+)
+from hvdlm.data.mixture import WeightedPath
+from hvdlm.data.prepare_options import check_options, check_output_outside_inputs, tokenizer_choice
 from hvdlm.data.progress import InputProgress
 from hvdlm.data.shard import DataSet
 from hvdlm.data.shard_writer import ShardWriter, token_dtype
-from hvdlm.data.sources import Holds, Source
 from hvdlm.data.staging import staged
 from hvdlm.data.text_sample import sample_training_text
-from hvdlm.data.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, Tokenizer
+from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.data.worker_pool import WorkerPool
 from hvdlm.errors import HvdlmError
 
@@ -33,9 +42,6 @@ Recipe = dict[str, str | int | float]
 
 # Of the input, read to see whether it fills all shards: all of an input that might be too small
 CHECKED_BYTES = 64 * 2**20
-
-MOST_WORKERS = 1024
-OTHER_FILES = 256  # open at once, beside those of shards: modules, pipes to workers, input
 
 
 def prepare(
@@ -50,6 +56,8 @@ def prepare(
     skip_bad: bool,
     split: str | None = None,
     validation_inputs: Sequence[str] = (),
+    mix: Sequence[WeightedPath] = (),
+    tokenizer_pattern: str | None = None,
 ) -> None:
     """Writes the data set `output`, complete or not at all; does nothing if it exists with the same recipe.
 
@@ -57,10 +65,12 @@ def prepare(
     `workers`. Memory holds a few MiB and a few documents for each worker, however large the input.
 
     Args:
-        inputs: files (of text, or of records or rows by their suffix), directories, globs, or python-stdlib.
+        inputs: files (of text, or of records or rows by their suffix), directories, globs, or python-stdlib; none with
+            `mix`.
         output: directory to write.
-        tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a tokenizer.json.
-        shards: training shards.
+        tokenizer: `byte`, `bpe:VOCAB` (trained on a sample of the training documents), or a file of one: a
+            tokenizer.json, a rank file of tiktoken, or a model of SentencePiece.
+        shards: training shards, of each source.
         validation: fraction of the documents, at least 0 and below 1; of a single document, of its bytes.
         workers: number of processes; 0 for one for each core that may be used.
         text_key: key of the text in a JSON record, column of the texts in a table.
@@ -69,15 +79,21 @@ def prepare(
         split: `blank-lines`, `lines` or a number of bytes by which text files are divided into documents; None: each
             is one document.
         validation_inputs: as `inputs`; files of which all documents belong to validation.
+        mix: sources with weights, each a path as in `inputs`, whose shards are kept apart.
+        tokenizer_pattern: how a rank file of tiktoken divides text; None for one that is known.
 
     Raises HvdlmError for bad input or options, naming the file and line.
     """
-    _check_options(shards, validation, workers, validation_inputs)
-    choice = _tokenizer_choice(tokenizer)
-    _check_output_outside_inputs([*inputs, *validation_inputs], output)
-    corpus = find_corpus(inputs, validation_inputs, split, shards, validation, text_key)
-    bad = _BadDocuments(skip_bad, is_only_one=bool(corpus.part_ends))
-    no_files = [BadDocument(str(each.path), f"is {each.kind}, not a file") for each in corpus.no_files]
+    check_options(inputs, mix, shards, validation, workers, validation_inputs)
+    choice = tokenizer_choice(tokenizer, tokenizer_pattern)
+    check_output_outside_inputs([*inputs, *(each.path for each in mix), *validation_inputs], output)
+    corpora = find_corpora(inputs, mix, validation_inputs, split, shards, validation, text_key)
+    bad = _BadDocuments(skip_bad, is_only_one=all(corpus.part_ends for corpus in corpora.sources))
+    no_files = [
+        BadDocument(str(each.path), f"is {each.kind}, not a file")
+        for corpus in corpora.sources
+        for each in corpus.no_files
+    ]
     bad.refuse(no_files)
     bad.count(no_files)
     recipe: Recipe = {
@@ -87,9 +103,10 @@ def prepare(
         "text key": text_key,
         "seed": seed,
         "bad documents": "left out" if skip_bad else "refused",
-        "input files": _sources_digest(corpus.sources),
+        "input files": _files_digest([file for corpus in corpora.sources for file in corpus.files]),
         **({"split": split} if split else {}),
-        **({"validation files": _sources_digest(corpus.held_out)} if validation_inputs else {}),
+        **({"validation files": _files_digest(corpora.sources[0].held_out)} if validation_inputs else {}),
+        **({"mixture": " ".join(map(str, mix))} if mix else {}),
     }
     if _is_prepared(output, recipe):
         print(f"{output} is there already, made from the same input with the same arguments")
@@ -97,36 +114,40 @@ def prepare(
     assignment = ShardAssignment(seed, validation, shards)
     with ExitStack() as stack:
         directory = stack.enter_context(staged(output))
-        _check_enough(corpus, assignment, text_key, skip_bad)
+        for corpus in corpora.sources:
+            _check_enough(corpus, assignment, text_key, skip_bad)
         pool = stack.enter_context(WorkerPool(workers or usable_cores()))
         if isinstance(choice, int):
-            texts = sample_training_text(corpus, pool, text_key, assignment, bad.refuse)
+            texts = sample_training_text(corpora, pool, text_key, assignment, bad.refuse)
             choice = Tokenizer.train(texts, choice)
         choice.save(directory / TOKENIZER)
         tokenise = partial(_tokenise, directory / TOKENIZER, choice.sha256, text_key, assignment)
-        has_validation = bool(validation or validation_inputs)
-        with _shard_writers(directory, choice, shards, has_validation) as writers:
-            with InputProgress("tokenising", corpus.size) as progress:
-                for block in pool.map(tokenise, corpus.blocks()):
+        with _shard_writers(directory, choice, corpora, assignment) as writers:
+            with InputProgress("tokenising", corpora.size) as progress:
+                for block in pool.map(tokenise, corpora.blocks()):
                     bad.refuse(block.bad)
                     bad.count(block.bad)
                     for document in block.documents:
-                        writers[document.shard].append(document.tokens, document.n_bytes, document.is_continued)
+                        writer = writers[block.source, document.shard]
+                        writer.append(document.tokens, document.n_bytes, document.is_continued)
                     progress.advance(block.input_bytes)
-            empty = [shard for shard, writer in writers.items() if not writer.n_docs]
-            _check_filled(sum(writer.n_docs for writer in writers.values()), empty, len(writers), corpus)
-            records = {shard: writer.finish() for shard, writer in writers.items()}
+            for source, corpus in enumerate(corpora.sources):
+                own = {shard: writer.n_docs for (of, shard), writer in writers.items() if of == source}
+                _check_filled(sum(own.values()), [shard for shard in own if not own[shard]], len(own), corpus)
+            records = {key: writer.finish() for key, writer in writers.items()}
         manifest = Manifest(
+            version=MIXTURE_VERSION if mix else VERSION,
             vocab_size=choice.vocab_size,
             eos_id=choice.eos_id,
             tokenizer_sha256=choice.sha256,
-            train=[records[shard] for shard in range(shards)],
-            validation=[records[VALIDATION]] if VALIDATION in records else [],
+            train=[record for (_, shard), record in records.items() if shard != VALIDATION],
+            validation=[record for (_, shard), record in records.items() if shard == VALIDATION],
+            sources=[SourceRecord(path=each.path, weight=each.weight, shards=shards) for each in mix],
             recipe=recipe,
         )
         manifest.save(directory)
-    if corpus.summary:
-        print(corpus.summary)
+    if corpora.summary:
+        print(corpora.summary)
     print(_summary(output, manifest))
     if bad.found:
         print(f"left out {bad.found:,} bad documents; the first: {bad.first}")
@@ -142,6 +163,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class _TokenisedBlock:
+    source: int
     documents: list[_Document]
     bad: list[BadDocument]
     input_bytes: int
@@ -169,7 +191,7 @@ def _tokenise(
     if block.is_continued and documents:
         last = documents[-1]
         documents[-1] = replace(last, tokens=last.tokens[:-1], is_continued=True)
-    return _TokenisedBlock(documents, bad, block.input_bytes)
+    return _TokenisedBlock(block.source, documents, bad, block.input_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -197,17 +219,25 @@ class _BadDocuments:
         self.found += len(bad)
 
 
+def _shards(corpus: Corpus, assignment: ShardAssignment) -> list[int]:
+    """The numbers of the training shards of a source, and VALIDATION if documents of it are to belong there."""
+    return [*range(assignment.shards), *([VALIDATION] if assignment.validation or corpus.held_out else [])]
+
+
 @contextmanager
 def _shard_writers(
-    directory: Path, tokenizer: Tokenizer, shards: int, has_validation: bool
-) -> Iterator[dict[int, ShardWriter]]:
-    """A writer for every shard, by the shard's number or VALIDATION."""
-    files = {index: (f"shard_{index:05}.h5", index, shards) for index in range(shards)}
-    if has_validation:
-        files[VALIDATION] = (f"{VALIDATION_DIRECTORY}/shard_00000.h5", 0, 1)
+    directory: Path, tokenizer: Tokenizer, corpora: Corpora, assignment: ShardAssignment
+) -> Iterator[dict[tuple[int, int], ShardWriter]]:
+    """A writer for every shard, by the index of its source and its number there, or VALIDATION."""
+    keys = [(source, shard) for source, each in enumerate(corpora.sources) for shard in _shards(each, assignment)]
+    held_out = [key for key in keys if key[1] == VALIDATION]
+    training = [key for key in keys if key[1] != VALIDATION]
+    files = {key: (f"shard_{index:05}.h5", index, len(training)) for index, key in enumerate(training)}
+    for index, key in enumerate(held_out):
+        files[key] = (f"{VALIDATION_DIRECTORY}/shard_{index:05}.h5", index, len(held_out))
     with ExitStack() as stack:
         yield {
-            shard: stack.enter_context(
+            key: stack.enter_context(
                 ShardWriter(
                     directory,
                     file,
@@ -218,7 +248,7 @@ def _shard_writers(
                     tokenizer_sha256=tokenizer.sha256,
                 )
             )
-            for shard, (file, index, count) in files.items()
+            for key, (file, index, count) in files.items()
         }
 
 
@@ -226,7 +256,7 @@ def _check_enough(corpus: Corpus, assignment: ShardAssignment, text_key: str, sk
     """Raises HvdlmError if a shard will get no document, as far as the first CHECKED_BYTES of the input tell."""
     if corpus.part_ends:
         return
-    shards = [*range(assignment.shards), *([VALIDATION] if assignment.validation or corpus.held_out else [])]
+    shards = _shards(corpus, assignment)
     empty = set(shards)
     n_documents = n_bytes = 0
     for block in corpus.blocks():
@@ -245,84 +275,30 @@ def _check_enough(corpus: Corpus, assignment: ShardAssignment, text_key: str, sk
 def _check_filled(n_documents: int, empty: Sequence[int], n_shards: int, corpus: Corpus) -> None:
     """Raises HvdlmError if shards are `empty`: numbers of training shards, or VALIDATION."""
     if not n_documents:
-        raise HvdlmError("the input holds no documents; check --input")
+        name, option = ("the input", "--input") if corpus.option == "--input" else (corpus.option, "it")
+        raise HvdlmError(f"{name} holds no documents; check {option}")
     if VALIDATION in empty and corpus.held_out:
         raise HvdlmError("--validation-input holds no documents; check it")
+    source = "" if corpus.option == "--input" else f"{corpus.option}: "
     more = "give more documents"
-    if corpus.split is None and any(source.holds == Holds.TEXT for source in corpus.sources):
+    if corpus.split is None and any(file.holds == Holds.TEXT for file in corpus.files):
         more += ", divide text files with --split blank-lines (or lines, or a number of bytes)"
     if list(empty) == [VALIDATION]:
         raise HvdlmError(
-            f"none of the {n_documents:,} documents fell into validation; {more}, a larger --validation, "
+            f"{source}none of the {n_documents:,} documents fell into validation; {more}, a larger --validation, "
             "--validation-input FILE, or --validation 0 to do without"
         )
     if empty:
         count = "1 document is" if n_documents == 1 else f"{n_documents:,} documents are"
         raise HvdlmError(
-            f"{count} too few: {len(empty)} of {n_shards} shards (validation included) got none; "
+            f"{source}{count} too few: {len(empty)} of {n_shards} shards (validation included) got none; "
             f"{more}, or fewer --shards"
         )
 
 
-def _check_options(shards: int, validation: float, workers: int, validation_inputs: Sequence[str]) -> None:
-    if shards < 1:
-        raise HvdlmError(f"--shards {shards}: there must be at least 1")
-    if not 0 <= validation < 1:
-        raise HvdlmError(f"--validation {validation}: the fraction must be at least 0 and below 1")
-    if validation and validation_inputs:
-        raise HvdlmError(
-            f"--validation {validation} and --validation-input: give one of them; "
-            "the files of --validation-input are all of validation"
-        )
-    if not 0 <= workers <= MOST_WORKERS:
-        raise HvdlmError(
-            f"--workers {workers}: give a number of processes, at most {MOST_WORKERS:,}, or 0 for one for each core"
-        )
-    _allow_open_files(shards)
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raises the limit of open files to what a file for each shard needs. Raises HvdlmError if that is too high."""
-    needed = shards + OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise HvdlmError(
-            f"--shards {shards}: a process may open {hard:,} files here, and each shard is one; "
-            "give fewer, or raise the limit, ulimit -Hn"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _tokenizer_choice(name: str) -> Tokenizer | int:
-    """The tokenizer that `name` selects, or the vocabulary size of one that is still to be trained."""
-    if name == "byte":
-        return Tokenizer.byte()
-    if name.startswith("bpe:"):
-        size = name.removeprefix("bpe:")
-        if not size.isascii() or not size.isdigit() or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
-            raise HvdlmError(
-                f"--tokenizer {name}: the vocabulary must be a number of at least {SMALLEST_VOCABULARY} "
-                f"and at most {LARGEST_VOCABULARY:,}"
-            )
-        return int(size)
-    if not Path(name).exists():
-        raise HvdlmError(f"--tokenizer {name}: no such file; give byte, bpe:VOCAB or the path of a tokenizer.json")
-    return Tokenizer.load(Path(name))
-
-
-def _check_output_outside_inputs(inputs: Sequence[str], output: Path) -> None:
-    for name in inputs:
-        directory = Path(name).resolve()
-        if directory.is_dir() and directory in (output.resolve(), *output.resolve().parents):
-            raise HvdlmError(
-                f"--output {output} lies in the input directory {name}, so it would be read as input next time"
-            )
-
-
-def _sources_digest(sources: Sequence[Source]) -> str:
+def _files_digest(files: Sequence[InputFile]) -> str:
     """Identifies the input by path, size and modification time; reading it all would take as long as preparing it."""
-    lines = (f"{source.path.resolve()}\0{source.size}\0{source.modified}\n" for source in sources)
+    lines = (f"{file.path.resolve()}\0{file.size}\0{file.modified}\n" for file in files)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from hvdlm.data.mixture import Mixture
 from hvdlm.errors import HvdlmError
 
 # Of the Feistel network. 4 are enough with random round functions (Luby & Rackoff 1988); `_mix` is only a hash.
@@ -69,17 +70,42 @@ class Sampler:
         counters = k * self._group_batch_size + np.tile(np.arange(self._group_batch_size), self._groups)
         sizes = self._group_windows[groups]
         epochs, positions = np.divmod(counters, sizes)
-        keys = np.stack(
-            [
-                _round_keys(self._key, group, epoch)
-                for group, epoch in zip(groups.tolist(), epochs.tolist(), strict=True)
-            ]
-        )
+        keys = _keys(self._key, groups, epochs)
         windows = self._group_starts[groups] + permute(positions, sizes, keys)  # numbered across all shards
         if self._is_sorted:
             windows.sort()
-        shards = np.searchsorted(self._shard_ends, windows, side="right")
-        return shards, windows - np.concatenate([np.zeros(1, dtype=np.int64), self._shard_ends])[shards]
+        return _within_shards(windows, self._shard_ends)
+
+
+class MixtureSampler:
+    """The sample order of a training split of several sources, each with its share of every batch.
+
+    A `Mixture` says from which source each sequence is drawn, so each has its share of all sequences so far, to within
+    one. A source gives each of its windows once in an epoch of its own, in a new pseudo-random permutation each
+    epoch. The windows that a batch has of a source are sorted, so that each part of the batch reads few of its shards.
+
+    The order does not depend on the number of ranks, and every part of a batch is a mixture.
+    """
+
+    def __init__(
+        self, windows: Sequence[Sequence[int]], mixture: Mixture, batch_size: int, seed: int, fingerprint: str
+    ) -> None:
+        """`windows[s][i]` is the number of windows in shard i of source s of `mixture`; each source has some."""
+        self._key = f"{fingerprint} {seed}"
+        self._mixture, self._batch_size = mixture, batch_size
+        self._shard_ends = np.cumsum([count for source in windows for count in source], dtype=np.int64)
+        self._source_windows = np.array([sum(source) for source in windows], dtype=np.int64)
+        self._source_starts = np.cumsum(self._source_windows) - self._source_windows
+
+    def batch(self, k: int) -> tuple[Integers, Integers]:
+        """Shard and window of each sequence of global batch `k`: two (batch_size,) int64 arrays."""
+        sources, drawn = self._mixture.sources(k * self._batch_size, self._batch_size)  # (B,)
+        sizes = self._source_windows[sources]
+        epochs, positions = np.divmod(drawn, sizes)
+        windows = self._source_starts[sources] + permute(positions, sizes, _keys(self._key, sources, epochs))
+        ordered = np.empty_like(windows)
+        ordered[np.argsort(sources, kind="stable")] = np.sort(windows)  # those of source 0 have the lowest numbers
+        return _within_shards(ordered, self._shard_ends)
 
 
 def permute(values: Integers, sizes: Integers, keys: Words) -> Integers:
@@ -124,6 +150,18 @@ def _mix(values: Words, keys: Words) -> Words:
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return mixed
+
+
+def _within_shards(windows: Integers, shard_ends: Integers) -> tuple[Integers, Integers]:
+    """Shard and window in it of windows that are numbered across all shards."""
+    shards = np.searchsorted(shard_ends, windows, side="right")
+    return shards, windows - np.concatenate([np.zeros(1, dtype=np.int64), shard_ends])[shards]
+
+
+def _keys(key: str, groups: Integers, epochs: Integers) -> Words:
+    """(n, ROUNDS) uint64: keys for an epoch of a group each."""
+    pairs = zip(groups.tolist(), epochs.tolist(), strict=True)
+    return np.stack([_round_keys(key, group, epoch) for group, epoch in pairs])
 
 
 @lru_cache(maxsize=4096)

@@ -167,6 +167,7 @@ class DataSet:
         vocab_size, eos_id: of the tokenizer.
         tokenizer_path: the data set's `tokenizer.json`.
         train, validation: the two splits; validation has no shards if the data set was prepared without it.
+        sources: those that have weights, in the order of their shards; none where all are drawn from by what they hold.
     """
 
     def __init__(self, path: Path) -> None:
@@ -184,6 +185,7 @@ class DataSet:
             raise HvdlmError(f"{self.tokenizer_path} is missing; prepare the data set again")
         self.train = Split(path, manifest.train)
         self.validation = Split(path, manifest.validation)
+        self.sources = tuple(manifest.sources)
 
 
 def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], index: int) -> None:

@@ -19,7 +19,8 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 _ROWS = 64  # of a piece of a Parquet file, at most
 
 # What lies beside the Arrow files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
-_DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+_MARKS = ("dataset_info.json", "dataset_dict.json")
+_DESCRIPTIONS = (*_MARKS, "state.json")
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,9 @@ def require_pyarrow(path: Path) -> None:
         raise HvdlmError(f"{path} is a table, which is read by pyarrow: pip install 'hvdlm[data]'")
 
 
-def without_descriptions(names: list[str]) -> list[str]:
-    """The names of the files of a directory, without those that only describe a saved `Dataset` there."""
-    if not {"dataset_info.json", "dataset_dict.json"} & set(names):
-        return names
-    return [name for name in names if name not in _DESCRIPTIONS]
+def is_description(path: Path) -> bool:
+    """Whether this file only describes a saved `Dataset` or `DatasetDict` in its directory."""
+    return path.name in _DESCRIPTIONS and any((path.parent / name).exists() for name in _MARKS)
 
 
 def read_rows(path: Path, column: str) -> Iterator[Rows]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hvdlm.data.assignment import VALIDATION, ShardAssignment
-from hvdlm.data.corpus import Corpus
+from hvdlm.data.corpus import Corpora
 from hvdlm.data.documents import BadDocument, Block, read_documents
 from hvdlm.data.progress import InputProgress
 from hvdlm.data.worker_pool import WorkerPool
@@ -24,7 +24,7 @@ class _Candidates:
 
 
 def sample_training_text(
-    corpus: Corpus,
+    corpora: Corpora,
     pool: WorkerPool,
     text_key: str,
     assignment: ShardAssignment,
@@ -39,10 +39,10 @@ def sample_training_text(
     bound = 2**64  # documents with this sort key or a higher one are not in the sample
 
     def jobs() -> Iterator[tuple[Block, int]]:
-        return ((block, bound) for block in corpus.blocks())
+        return ((block, bound) for block in corpora.blocks())
 
     find = partial(_candidates, text_key=text_key, assignment=assignment)
-    with InputProgress("reading a sample", corpus.size) as progress:
+    with InputProgress("reading a sample", corpora.size) as progress:
         for found in pool.map(find, jobs()):
             refuse(found.bad)
             for key, text in found.documents:

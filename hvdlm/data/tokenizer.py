@@ -15,7 +15,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hvdlm.data.byte_characters import byte_vocabulary
 from hvdlm.data.file_errors import LFS_POINTER, is_lfs_pointer
+from hvdlm.data.sentencepiece_model import from_sentencepiece
+from hvdlm.data.tiktoken_ranks import from_ranks, is_rank_file
 from hvdlm.errors import HvdlmError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,14 +64,14 @@ class Tokenizer:
                 f"add one of {', '.join(KNOWN_END_OF_TEXT)} to its vocabulary"
             )
         self._backend = backend
-        self._ids_are_bytes = vocabulary == _byte_vocabulary() | {END_OF_TEXT: 256}
+        self._ids_are_bytes = vocabulary == byte_vocabulary() | {END_OF_TEXT: 256}
         self.eos_token, self.eos_id = end_of_text, vocabulary[end_of_text]
         self.vocab_size = max(vocabulary.values()) + 1
 
     @classmethod
     def byte(cls) -> Tokenizer:
         """The byte tokenizer: ids 0 to 255 are the bytes of UTF-8, 256 is the end of text."""
-        backend = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
+        backend = tokenizers.Tokenizer(models.BPE(byte_vocabulary(), []))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens([END_OF_TEXT])
@@ -89,23 +92,40 @@ class Tokenizer:
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(_byte_vocabulary()),
+            initial_alphabet=sorted(byte_vocabulary()),
             show_progress=False,
         )
         backend.train_from_iterator((piece for text in texts for piece in _without_long_runs(text)), trainer)
         return cls(backend, "the trained tokenizer")
 
     @classmethod
+    def open(cls, path: Path, pattern: str | None = None) -> Tokenizer:
+        """Reads a `tokenizer.json`, a rank file of tiktoken or a model of SentencePiece, told apart by their content.
+
+        `pattern`: how text is divided before it is encoded by a rank file, one of `tiktoken_ranks.ENCODINGS`.
+
+        Raises HvdlmError if it cannot be read or is none of them.
+        """
+        content = _read(path)
+        if is_rank_file(content):
+            return cls(from_ranks(path, content, pattern), str(path))
+        if pattern is not None:
+            raise HvdlmError(f"--tokenizer-pattern is for rank files of tiktoken, and {path} is none")
+        if content.lstrip().startswith(b"{") or path.suffix == ".json":
+            return cls._of_json(path, content)
+        return cls(from_sentencepiece(path, content), str(path))
+
+    @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Reads a `tokenizer.json`. Raises HvdlmError if it cannot be read or is not one."""
+        return cls._of_json(path, _read(path))
+
+    @classmethod
+    def _of_json(cls, path: Path, content: bytes) -> Tokenizer:
         try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+        except UnicodeDecodeError as error:
             raise HvdlmError(f"cannot read the tokenizer {path}: {error}") from None
-        if is_lfs_pointer(content.encode()):
-            raise HvdlmError(f"{path} {LFS_POINTER}")
-        try:
-            backend = tokenizers.Tokenizer.from_str(content)
         except _ENDS:
             raise
         except BaseException as error:  # the library raises no more specific type, and panics that are no Exception
@@ -176,11 +196,11 @@ def _may_have_long_runs(text: str) -> bool:
     return any(len(text[start : start + half].split()) < 2 for start in range(0, len(text) - half + 1, half))
 
 
-def _byte_vocabulary() -> dict[str, int]:
-    """Maps the printable character that byte-level models use for each byte value to that value.
-
-    Printable characters of Latin-1 stand for their own value, U+0100 and on for the others (Radford et al. 2019).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise HvdlmError(f"cannot read the tokenizer {path}: {error}") from None
+    if is_lfs_pointer(content):
+        raise HvdlmError(f"{path} {LFS_POINTER}")
+    return content

@@ -28,7 +28,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, context_length: int) 
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Of tokenizer.json, or of GPT-2's vocab.json and merges.txt. Raises HvdlmError if there is neither."""
+    """Of tokenizer.json, of GPT-2's vocab.json and merges.txt, or of tokenizer.model, which is one of SentencePiece or
+    ranks of tiktoken. Raises HvdlmError if there is none of them."""
     if (directory / "tokenizer.json").exists():
         return Tokenizer.load(directory / "tokenizer.json")
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
@@ -39,9 +40,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             raise HvdlmError(f"cannot read {vocabulary} and {merges}: {error}") from None
         backend.add_special_tokens([END_OF_TEXT])
         return Tokenizer(backend, str(vocabulary))
-    found = sorted(file.name for file in directory.glob("*.model"))
-    only = f", only {found[0]}" if found else ""
+    if (directory / "tokenizer.model").exists():
+        return Tokenizer.open(directory / "tokenizer.model")
     raise HvdlmError(
-        f"{directory} holds no tokenizer.json{only}: transformers writes one with "
+        f"{directory} holds no tokenizer.json: transformers writes one with "
         f"AutoTokenizer.from_pretrained(...).save_pretrained(...); it must know one of {', '.join(KNOWN_END_OF_TEXT)}"
     )

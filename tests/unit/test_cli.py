@@ -48,7 +48,7 @@ def test_version(tmp_path: Path) -> None:
         (["inspect", "x", "--train.steps", "5"], "unrecognized arguments: --train.steps 5"),
         (["generate"], "the following arguments are required: CHECKPOINT"),
         (["generate", "x", "--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
-        (["prepare", "--output", "x"], "the following arguments are required: --input"),
+        (["prepare", "--output", "x"], "one of the arguments --input --mix is required"),
         (["evaluate", "x", "--data", "y", "--engine", "nccl"], "invalid choice: 'nccl'"),
         (["train"], "the following arguments are required: CONFIG"),
         (["train", ""], "argument CONFIG: it is empty: give a path (was a shell variable not set?)"),

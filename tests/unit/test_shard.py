@@ -217,7 +217,7 @@ def cut_manifest(data: Path) -> None:
 
 def newer_manifest(data: Path) -> None:
     path = data / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
 
 
 def foreign_manifest(data: Path) -> None:
@@ -250,7 +250,7 @@ def empty(data: Path) -> None:
         (lose_manifest, "data is an unfinished data set: it has shards but no manifest.json; remove it and run"),
         (edit_manifest, "data/manifest.json is damaged .its contents do not match its own hash.; prepare"),
         (cut_manifest, "data/manifest.json is damaged .*; prepare the data set again"),
-        (newer_manifest, "manifest.json has format version 2, but this hvdlm reads version 1; install"),
+        (newer_manifest, "manifest.json has format version 3, but this hvdlm reads versions 1 and 2; install"),
         (foreign_manifest, "data is not a data set of `hvdlm prepare`"),
         (lose_tokenizer, "data/tokenizer.json is missing; prepare the data set again"),
         (lose_everything, "data: no such data set; write it with `hvdlm prepare --output"),

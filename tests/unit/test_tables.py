@@ -15,9 +15,9 @@ from pyarrow import parquet
 
 from hvdlm.data.documents import BadDocument, RowBlock, read_blocks, read_documents
 from hvdlm.data.file_errors import LFS_POINTER
+from hvdlm.data.input_files import find_files
 from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
-from hvdlm.data.sources import find_sources
 from hvdlm.errors import HvdlmError
 
 
@@ -32,9 +32,9 @@ def table(values: list[Any], column: str = "text") -> pyarrow.Table:
 
 
 def documents(*inputs: Path, key: str = "text") -> Iterator[str | BadDocument]:
-    sources, _ = find_sources([str(each) for each in inputs])
-    blocks = list(read_blocks(sources, text_key=key))
-    assert sum(block.input_bytes for block in blocks) == sum(source.size for source in sources)
+    files, _ = find_files([str(each) for each in inputs])
+    blocks = list(read_blocks(files, text_key=key))
+    assert sum(block.input_bytes for block in blocks) == sum(file.size for file in files)
     for block in blocks:
         yield from read_documents(block, key)
 
@@ -70,6 +70,24 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
     save_as_datasets_does(tmp_path / "saved" / "train", texts())
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert list(documents(tmp_path / "saved")) == texts()
+
+
+@pytest.mark.parametrize(
+    "inputs", [["saved/*"], ["saved/*/*"], ["saved/**"], ["saved/train/*"], ["saved/train"], ["each file, by name"]]
+)
+def test_what_datasets_saves_by_a_glob_or_by_names(inputs: list[str], tmp_path: Path) -> None:
+    """A shell makes names of a glob that is not quoted."""
+    save_as_datasets_does(tmp_path / "saved" / "train", texts(100))
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    named = sorted(each for each in (tmp_path / "saved").rglob("*") if each.is_file())
+    assert len(named) == 5
+    paths = named if inputs == ["each file, by name"] else [tmp_path / each for each in inputs]
+    assert list(documents(*paths)) == texts(100)
+
+
+def test_a_state_json_that_describes_nothing_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"text": "of the art"}')
+    assert list(documents(tmp_path / "*")) == list(documents(tmp_path)) == ["of the art"]
 
 
 def test_zst(tmp_path: Path) -> None:
@@ -123,8 +141,8 @@ def test_blocks_are_short_whatever_a_column_holds(tmp_path: Path) -> None:
     parquet.write_table(table(list(range(200_000))), tmp_path / "a.parquet")
     parquet.write_table(table(["x" * 700_000] * 20), tmp_path / "b.parquet")
     for name, longest in (("a", 20_000), ("b", 2)):
-        sources, _ = find_sources([str(tmp_path / f"{name}.parquet")])
-        blocks = list(read_blocks(sources))
+        files, _ = find_files([str(tmp_path / f"{name}.parquet")])
+        blocks = list(read_blocks(files))
         assert max(len(block.values) for block in blocks if isinstance(block, RowBlock)) <= longest
 
 
@@ -159,7 +177,7 @@ def test_what_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         HvdlmError, match=r"a\.parquet is a table, which is read by pyarrow: pip install 'hvdlm\[data\]'"
     ):
-        find_sources([str(tmp_path / "a.parquet")])
+        find_files([str(tmp_path / "a.parquet")])
     monkeypatch.setattr("hvdlm.data.zstandard.zstd", None)
     with pytest.raises(HvdlmError, match=r"a\.txt\.zst is compressed with Zstandard: pip install 'hvdlm\[data\]'"):
-        find_sources([str(tmp_path / "a.txt.zst")])
+        find_files([str(tmp_path / "a.txt.zst")])

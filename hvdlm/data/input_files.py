@@ -18,7 +18,7 @@ from pathlib import Path
 from hvdlm.data import zstandard
 from hvdlm.data.json_records import JsonShape, json_shape
 from hvdlm.data.tables import SUFFIXES as TABLES
-from hvdlm.data.tables import require_pyarrow, without_descriptions
+from hvdlm.data.tables import is_description, require_pyarrow
 from hvdlm.errors import HvdlmError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -40,7 +40,7 @@ class Holds(Enum):
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """An input file. `lenient`: if it is not text, it is skipped silently, not reported as a bad document."""
 
     path: Path
@@ -71,15 +71,16 @@ class NoFile:
     kind: str
 
 
-def find_sources(inputs: Sequence[str], option: str = "--input") -> tuple[list[Source], list[NoFile]]:
+def find_files(inputs: Sequence[str], option: str = "--input") -> tuple[list[InputFile], list[NoFile]]:
     """The files that `inputs` name, in the order given, and what lies among them but is no file.
 
     The files of a directory or a glob are sorted; a file named twice counts once. In directories, hidden names are
-    skipped and links to directories not followed.
+    skipped and links to directories not followed. What only describes a saved `Dataset` is left out however it is
+    named, since a shell may have made its name of a glob.
 
     Raises HvdlmError for an input that matches no file or is itself none, or a file that cannot be read at all.
     """
-    found: dict[Path, Source] = {}
+    found: dict[Path, InputFile] = {}
     others: list[NoFile] = []
     for name in inputs:
         if not name:
@@ -93,9 +94,9 @@ def find_sources(inputs: Sequence[str], option: str = "--input") -> tuple[list[S
             if not stat.S_ISREG(status.st_mode):
                 others.append(NoFile(path, _kind(status.st_mode)))
                 continue
-            if path.resolve() not in found:
-                source = Source(path, status.st_size, status.st_mtime_ns, lenient, _holds(path))
-                found[path.resolve()] = source
+            if path.resolve() not in found and not is_description(path):
+                file = InputFile(path, status.st_size, status.st_mtime_ns, lenient, _holds(path))
+                found[path.resolve()] = file
     return list(found.values()), others
 
 
@@ -142,8 +143,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
     for directory, subdirectories, files in os.walk(root, onerror=fail):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        visible = [name for name in sorted(files) if not name.startswith(".")]
-        yield from (Path(directory, name) for name in without_descriptions(visible))
+        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _kind(mode: int) -> str:

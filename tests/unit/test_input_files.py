@@ -14,8 +14,8 @@ from forked import hvdlm
 
 from hvdlm.data import json_records
 from hvdlm.data.documents import BadDocument, read_blocks, read_documents
+from hvdlm.data.input_files import find_files
 from hvdlm.data.json_records import json_values
-from hvdlm.data.sources import find_sources
 from hvdlm.errors import HvdlmError
 
 RECORDS = [{"text": f"document {i} {{[,] 🙂 Grüße", "id": i, "tags": [1, {"a": None}]} for i in range(50)]
@@ -24,8 +24,8 @@ LINES = "\n".join(map(json.dumps, RECORDS))
 
 
 def read(*paths: Path) -> list[str | BadDocument]:
-    sources, _ = find_sources([str(path) for path in paths])
-    return [document for block in read_blocks(sources) for document in read_documents(block, "text")]
+    files, _ = find_files([str(path) for path in paths])
+    return [document for block in read_blocks(files) for document in read_documents(block, "text")]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonlines", "a.Ndjson", "a.json", "a.JSON"])
@@ -100,7 +100,7 @@ def test_pipes_and_devices_are_refused_beside_files_too(tmp_path: Path) -> None:
     try:
         for name, kind in (("pipe.txt", "a pipe"), (f"/dev/fd/{reading}", "a pipe"), ("/dev/zero", "a device")):
             with pytest.raises(HvdlmError) as caught:
-                find_sources([str(tmp_path / "a.txt"), str(tmp_path / name)])
+                find_files([str(tmp_path / "a.txt"), str(tmp_path / name)])
             assert f"{tmp_path / name} is {kind}, which can be read only once and by one process" in str(caught.value)
     finally:
         os.close(reading)
@@ -129,9 +129,9 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     for name in ("a.txt", "*.txt", "."):
         with pytest.raises(HvdlmError, match=r"cannot read the input .*a\.txt: No such file or directory"):
-            find_sources([str(tmp_path / name)])
+            find_files([str(tmp_path / name)])
 
 
 def test_a_name_that_is_too_long_is_one_sentence() -> None:
     with pytest.raises(HvdlmError, match="File name too long"):
-        find_sources(["x" * 300])
+        find_files(["x" * 300])
