@@ -99,7 +99,10 @@ def test_every_command_runs_somewhere() -> None:
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("one machine", ["horovodrun", "mpirun", "prepare", "inspect", "evaluate", "generate", "--resume latest"]),
+        (
+            "one machine",
+            ["horovodrun", "mpirun", "prepare", "inspect", "evaluate", "lm-eval", "generate", "--resume latest"],
+        ),
         ("fabric", ["horovodrun", "mpirun", "hvdlm slurm", "hvdlm doctor"]),
         ("machine of the fabric", ["fabric up", "fabric run", "fabric link", "fabric status", "fabric down"]),
         ("study", ["scaling.py", "report.py", "hvdlm fit", "hvdlm predict"]),

@@ -19,6 +19,7 @@ from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint
+from hvdlm.training.samples import held_out_texts
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,43 @@ def test_printed_figures(ranks: Ranks, run_dir: Path, data: Path, expected: tupl
     printed = [float(number) for number in tables[0][-1][1:]]
     assert printed == pytest.approx([loss, math.exp(loss), bits, 100 * accuracy], rel=0, abs=0.006)
     assert printed[0] == pytest.approx(loss, rel=0, abs=5.1e-5)
+
+
+def test_samples(ranks: Ranks, run_dir: Path, data: Path) -> None:
+    """The same table on any number of ranks; another seed draws other texts."""
+    tables = []
+    for size, at_once, seed in ((1, 8, 0), (2, 3, 0), (3, 8, 1)):
+        words = ("--samples", "7", "--micro-batch-size", str(at_once), "--seed", str(seed))
+        result = ranks.hvdlm(size, "evaluate", str(run_dir), "--data", str(data), *words)
+        assert result.status == 0, result.output
+        tables.append(result.output[result.output.index("7 continuations") :])
+    assert tables[0] == tables[1] != tables[2]
+    for name in ("distinct-1", "distinct-4", "repeated 4-grams", "vocabulary", "ROUGE-1", "ROUGE-2", "ROUGE-L"):
+        assert tables[0].count(f"│ {name} ") == 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [("-1", "--samples -1: give 1 or more, or 0"), ("99999", "has only [0-9]+ texts of 32 tokens")],
+)
+def test_samples_that_are_not_there(samples: str, sentence: str, ranks: Ranks, run_dir: Path, data: Path) -> None:
+    result = ranks.hvdlm(2, "evaluate", str(run_dir), "--data", str(data), "--samples", samples)
+    assert result.status == 1
+    assert len(re.findall(sentence, result.output)) == 1, result.output
+
+
+def test_held_out_texts(data: Path) -> None:
+    """Each is what the shards hold, goes on within its document, and overlaps no other."""
+    whole = []
+    for file in sorted((data / "val").glob("*.h5")):
+        with h5py.File(file) as shard:
+            tokens = shard["tokens"][:].tolist()
+        whole += [tokens[start : start + 32] for start in range(0, len(tokens) - 31, 32)]
+    split = DataSet(data)
+    texts = held_out_texts(split, 32, 50, seed=4)
+    assert texts == held_out_texts(split, 32, 50, seed=4) != held_out_texts(split, 32, 50, seed=5)
+    for prompt, continuation in texts:
+        window = next(each for each in whole if each[: 16 + len(continuation)] == prompt + continuation)
+        whole.remove(window)
+        assert len(prompt) == 16 and continuation and split.eos_id not in continuation
+        assert len(continuation) == 16 or window[16 + len(continuation)] == split.eos_id

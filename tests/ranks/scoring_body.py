@@ -107,7 +107,7 @@ def check_completions(comm: Communicator) -> None:
 @check()
 def check_an_error_of_rank_0(comm: Communicator) -> None:
     model = distributed(comm, 4)
-    with pytest.raises(JobError, match="^the task is wrong$"):
+    with pytest.raises(JobError, match=r"^the task is wrong$"):
         if comm.rank > 0:
             model.follow()
         else:
@@ -121,7 +121,7 @@ def check_an_error_of_rank_0(comm: Communicator) -> None:
 def check_a_request_without_answer(comm: Communicator) -> None:
     """It does not fit into the context; other ranks have requests that do."""
     requests = [Continuation([1, 2, 3], 1)] * comm.size + [Continuation([1] * 30, 1)]
-    with pytest.raises(JobError, match="a sequence of 29 tokens does not fit into model.context_length = 24"):
+    with pytest.raises(JobError, match=r"a sequence of 29 tokens does not fit into model\.context_length = 24"):
         answered(distributed(comm, 1), requests)
     comm.barrier()
 

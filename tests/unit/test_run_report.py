@@ -38,6 +38,7 @@ def runs(tmp_path: Path) -> list[Path]:
         {"kind": "event", "step": 20, "message": "saved <here>"},
         train(20, 4.0, exposed_comm_seconds=0.3, wire_bytes=5e6, tokens_per_second=2000.0),
     ]
+    records += [{"kind": "tasks", "step": step, "quiz/acc": step / 80} for step in (10, 20)]
     first = make_run(tmp_path / "one", records, train={"steps": 40}, optimizer={"warmup_steps": 1})
     second = make_run(tmp_path / "two", [], train={"steps": 40}, optimizer={"warmup_steps": 2})
     return [first, second]
@@ -57,6 +58,7 @@ def test_tables(runs: list[Path]) -> None:
     expected = ["20 of 40", "2", "10,240", "4.0000", "3.5000", "3.2500 (step 10)", "2,000", "33.3%", "3.00"]
     assert cells(page, "Runs") == [[str(runs[0]), *expected], [str(runs[1]), "0 of 40", *[""] * 8]]
     assert cells(page, "Settings that differ") == [["optimizer.warmup_steps", "1", "2"]]
+    assert cells(page, "Scores in tasks") == [[str(runs[0]), "10", "0.1250"], [str(runs[0]), "20", "0.2500"]]
     assert cells(page, "Events") == [[str(runs[0]), "20", "saved &lt;here&gt;"]]
 
 
