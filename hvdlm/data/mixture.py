@@ -26,7 +26,7 @@ class WeightedPath:
     path: str
 
     def __str__(self) -> str:
-        return f"{self.weight:g}={self.path}"
+        return f"{str(self.weight).removesuffix('.0')}={self.path}"
 
 
 class Mixture:

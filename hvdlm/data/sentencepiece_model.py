@@ -19,6 +19,7 @@ from hvdlm.errors import HvdlmError
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # ModelProto.SentencePiece.Type
+_FIRST_TAG = b"\x0a"  # of a ModelProto: its pieces come first
 _SPACE = "▁"
 
 # Both libraries must give the same ids of these
@@ -42,8 +43,10 @@ def from_sentencepiece(path: Path, content: bytes) -> tokenizers.Tokenizer:
     Raises HvdlmError if sentencepiece is not installed, if this is not a model of it or one of words or characters, or
     if its ids could not be reproduced.
     """
-    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-    if missing:
+    no_model = f"{path} is not a tokenizer.json, a rank file of tiktoken or a model of SentencePiece"
+    if not content.startswith(_FIRST_TAG):
+        raise HvdlmError(no_model)
+    if not all(map(_is_installed, ("sentencepiece", "google.protobuf"))):
         raise HvdlmError(f"{path} is read by the library sentencepiece: pip install 'hvdlm[sentencepiece]'")
     from sentencepiece import SentencePieceProcessor
 
@@ -55,9 +58,7 @@ def from_sentencepiece(path: Path, content: bytes) -> tokenizers.Tokenizer:
             raise ValueError("it holds no pieces")
         processor = SentencePieceProcessor(model_proto=content)
     except Exception as error:  # of several types, by what is wrong
-        raise HvdlmError(
-            f"{path} is not a tokenizer.json, a rank file of tiktoken or a model of SentencePiece ({error})"
-        ) from None
+        raise HvdlmError(f"{no_model} ({error})") from None
     kind = proto.trainer_spec.model_type
     if kind not in (_UNIGRAM, _BPE):
         raise HvdlmError(f"{path} is a SentencePiece model of words or characters; give one of kind bpe or unigram")

@@ -76,6 +76,13 @@ def test_the_arithmetic_in_their_comments() -> None:
     assert round(sequences / (1_003_836 // 256)) == 82
     assert flops_per_token(gpu.model, 257) == 6 * (6 * 12 * 384**2 + 257 * 384) + 6 * 6 * 384 * 256
     assert flops_per_token(gpu.model, 257) == pytest.approx(68e6, rel=0.01)
+    llama, quickstart = config_of("llama_small"), config_of("quickstart")
+    # queries and outputs of 192^2, keys and values of 64 x 192, three matrices of the MLP of 512 x 192
+    block = 2 * 192**2 + 2 * 64 * 192 + 3 * 512 * 192
+    assert flops_per_token(llama.model, 1024) == 6 * (4 * block + 1024 * 192) + 6 * 4 * 192 * 256
+    assert flops_per_token(llama.model, 1024) == pytest.approx(11.8e6, rel=0.005)
+    assert llama.train.steps * tokens_per_step(llama) * 11.8e6 == pytest.approx(48e12, rel=0.01)
+    assert flops_per_token(quickstart.model, 1024) == pytest.approx(5.9e6, rel=0.005)
     for name, tokens in (("gpt2_fineweb", 10.0e9), ("two_offices", 2.49e9)):
         gpt2 = config_of(name)
         assert tokens_per_step(gpt2) == 524_288

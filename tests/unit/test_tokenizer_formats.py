@@ -218,6 +218,7 @@ def test_a_data_set_and_an_export_have_it_as_tokenizer_json(kind: str, ranks: di
         (b"AA== 0\n", [], "own has no rank for the byte 0x01, so it is cut short or none of tiktoken"),
         (b"AA== 0\nno base64\n", [], "own:2 is not a token in base64 and its rank, as tiktoken writes them"),
         (b"\x0a\x0etext", [], "own is not a tokenizer.json, a rank file of tiktoken or a model of SentencePiece"),
+        (b"once upon a time", [], "own is not a tokenizer.json, a rank file of tiktoken or a model of SentencePiece"),
         (b"", [], "own is not a tokenizer.json, a rank file of tiktoken or a model of SentencePiece"),
         (b"{}", ["--tokenizer-pattern", "gpt2"], "--tokenizer-pattern is for rank files of tiktoken, and own is none"),
         (b"{", [], "own is not a tokenizer.json of the tokenizers library"),
