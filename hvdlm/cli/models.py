@@ -22,6 +22,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate.add_argument(
         "--micro-batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once (default: 8)"
     )
+    _add_ema(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -36,6 +37,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that hold P of the mass"
     )
     generate.add_argument("--seed", type=int, default=0)
+    _add_ema(generate)
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a checkpoint's model as transformers loads it")
@@ -44,6 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("output", type=path, metavar="DIR", help="the directory to be made")
     export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     export.add_argument("--shard-size", type=finite, default=5.0, metavar="GB", help="of a file at most (default: 5)")
+    _add_ema(export)
     export.set_defaults(run=_export)
 
     importing = commands.add_parser("import", help="make a checkpoint of a model of transformers, for model.from")
@@ -52,10 +55,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     importing.set_defaults(run=_import)
 
 
+def _add_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ema", action="store_true", help="the moving average of weights, which train.ema keeps")
+
+
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.training.inference import evaluate
 
-    return evaluate(options.checkpoint, options.data, engine=options.engine, micro_batch_size=options.micro_batch_size)
+    return evaluate(options.checkpoint, options.data, options.engine, options.micro_batch_size, options.ema)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:
@@ -69,13 +76,14 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        averaged=options.ema,
     )
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.hugging_face.export import export
 
-    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9))
+    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9), options.ema)
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> int:
