@@ -18,6 +18,7 @@ from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.sampler import Sampler, rank_part
 from hvdlm.data.shard import DataSet
+from hvdlm.data.token_replacement import replace_tokens
 from hvdlm.errors import HvdlmError
 from hvdlm.targets import IGNORE
 
@@ -56,14 +57,17 @@ class Loader:
         start: int = 0,
         pin_memory: bool = False,
         skip_unreadable: bool = False,
+        token_dropout: float = 0.0,
     ) -> None:
         """`rank`: its number in `parts`. `pin_memory` allows asynchronous copies to a GPU.
 
+        `token_dropout`: share of input tokens that are replaced by random ones.
         `skip_unreadable`: sequences whose shard is damaged or gone are in `Batch.errors`, instead of an error.
 
         Raises HvdlmError if the training split is too small.
         """
         self._split, self._end_of_text = data.train, data.eos_id
+        self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
         self._context_length = context_length
         windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
         self._sampler = Sampler(windows, parts.batch_size, seed, data.fingerprint)
@@ -138,6 +142,10 @@ class Loader:
                 errors.append(str(error))
         inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
         targets[unread] = IGNORE
+        if self._token_dropout:
+            for row, (of_batch, place_in_batch) in zip(inputs.numpy(), own, strict=True):
+                key = (self._seed, of_batch, place_in_batch)
+                replace_tokens(row, self._token_dropout, key, self._vocab_size, self._end_of_text)
         if self._pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return Batch(index, inputs, targets, tuple(errors))

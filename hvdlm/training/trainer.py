@@ -385,6 +385,7 @@ class Trainer:
             start=self.step,
             pin_memory=self.device.type == "cuda",
             skip_unreadable=self.config.data.on_corrupt == "skip",
+            token_dropout=self.config.data.token_dropout,
         )
 
     def write(self, kind: str, **values: Any) -> None:
