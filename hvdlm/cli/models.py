@@ -30,6 +30,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="continue N texts of the validation split, and compare with how they go on there (default: 0)",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of which texts, and of the tokens that are drawn")
+    _add_ema(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     lm_eval = commands.add_parser("lm-eval", help="scores in tasks of lm-evaluation-harness")
@@ -52,6 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     lm_eval.add_argument(
         "--log-samples", action="store_true", help="also write every question with the model's answers there"
     )
+    _add_ema(lm_eval)
     lm_eval.set_defaults(run=_lm_eval)
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -69,6 +71,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument(
         "--ngram", type=int, metavar="N", help="CHECKPOINT is a data set: by its N-gram model, N up to 5"
     )
+    _add_ema(generate)
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a checkpoint's model as transformers loads it")
@@ -77,12 +80,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("output", type=path, metavar="DIR", help="the directory to be made")
     export.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     export.add_argument("--shard-size", type=finite, default=5.0, metavar="GB", help="of a file at most (default: 5)")
+    _add_ema(export)
     export.set_defaults(run=_export)
 
     importing = commands.add_parser("import", help="make a checkpoint of a model of transformers, for model.from")
     importing.add_argument("model", type=path, metavar="DIR", help="with config.json, safetensors and a tokenizer")
     importing.add_argument("--output", type=path, required=True, metavar="DIR", help="the checkpoint")
     importing.set_defaults(run=_import)
+
+
+def _add_ema(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ema", action="store_true", help="the moving average of weights, which train.ema keeps")
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
@@ -95,6 +103,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
         micro_batch_size=options.micro_batch_size,
         samples=options.samples,
         seed=options.seed,
+        averaged=options.ema,
     )
 
 
@@ -111,6 +120,7 @@ def _lm_eval(options: argparse.Namespace, _: list[str]) -> int:
         engine=options.engine,
         output=options.output,
         log_samples=options.log_samples,
+        averaged=options.ema,
     )
 
 
@@ -123,13 +133,13 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
         return generate_by_ngrams(options.checkpoint, options.ngram, **settings)
     from hvdlm.training.inference import generate
 
-    return generate(options.checkpoint, **settings)
+    return generate(options.checkpoint, **settings, averaged=options.ema)
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.hugging_face.export import export
 
-    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9))
+    return export(options.checkpoint, options.output, options.dtype, int(options.shard_size * 1e9), options.ema)
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> int:

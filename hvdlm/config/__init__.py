@@ -71,6 +71,8 @@ class Config(Section):
             "optimizer.algorithm = 'dion' exchanges momentum at every step: it does not go with local_steps.every": (
                 is_dion and bool(local_steps.every)
             ),
+            "train.ema averages the weights that all ranks have in common after every step: it does not go with "
+            "local_steps.every": self.train.ema > 0 and bool(local_steps.every),
             "compression.codec = 'auto' chooses for the gradients of all parameters: name a codec for those that "
             "optimizer.algorithm = 'dion' leaves to AdamW": is_dion and compression.codec == "auto",
             "comm.elastic = true goes neither with local_steps.hierarchical nor with local_steps.by = 'seconds': leave "

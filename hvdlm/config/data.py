@@ -14,6 +14,9 @@ class DataSection(Section):
 
     path: UserPath = Field("data/python-stdlib", min_length=1, description="directory written by `hvdlm prepare`")
     read_ahead: int = Field(2, gt=0, description="batches a rank reads ahead of the step that uses them")
+    token_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the input tokens in training that are replaced by random ones"
+    )
     on_corrupt: Literal["fail", "skip"] = Field(
         "fail",
         description="where a shard is damaged or gone in mid-run: fail: the job ends, with its steps saved; skip: the "

@@ -46,6 +46,8 @@ class OptimizerSection(Section):
         0, ge=0, description="steps after which second moments are not updated, for topk, topk2 and powersgd; 0: never"
     )
     weight_decay: float = Field(0.1, ge=0, description="on matrices only; decoupled, but for adam and sgd")
+    l1: float = Field(0.0, ge=0, description="L1 regularisation of matrices, as a part of their clipped gradients")
+    l2: float = Field(0.0, ge=0, description="L2 regularisation, likewise")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not clipped")
     schedule: Literal["cosine", "wsd", "linear", "inverse_sqrt", "range_test"] = Field(
         "cosine",
@@ -64,6 +66,9 @@ class OptimizerSection(Section):
             raise ValueError(f"optimizer.dion_rank = {self.dion_rank} is neither a share below 1 nor a whole number")
         if self.freeze_variance_after and self.algorithm not in ("adamw", "dion", "muon"):
             raise ValueError(f"optimizer.freeze_variance_after is of AdamW, not of algorithm = {self.algorithm!r}")
+        for name in ("l1", "l2"):
+            if getattr(self, name) and self.algorithm == "dion":
+                raise ValueError(f"optimizer.{name} is added to gradients, which no rank has with algorithm = 'dion'")
         if self.nesterov and not self.momentum:
             raise ValueError("optimizer.nesterov = true needs optimizer.momentum above 0")
         return self

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from hvdlm.arguments import duration
 from hvdlm.config.section import Section, UserPath, check_optional_duration, check_signals
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -18,7 +20,7 @@ class TrainSection(Section):
     max_tokens: int = Field(
         0,
         ge=0,
-        description="training, and the schedule of the learning rate, end after so many, if not by steps; 0: never",
+        description="training, and the learning rate's schedule, end after so many, if not by steps; 0: never",
     )
     max_time: Annotated[str, AfterValidator(check_optional_duration)] = Field(
         "", description="training ends with the step in which all starts of a run have trained so long: 90s, 30min, 2h"
@@ -59,9 +61,20 @@ class TrainSection(Section):
     max_skipped: int = Field(
         10, ge=0, description="steps in a row that may be left out because a gradient is NaN or infinite"
     )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of weights, validated and saved beside them: 0.999, say; 0: none",
+    )
     check_replicas_every: int = Field(100, ge=0, description="steps between parameter hash comparisons; 0: never")
     heal_replicas: bool = Field(
         False,
         description="a rank whose parameters are found to differ gets those of most ranks, of two those of rank 0; "
         "otherwise the job ends",
     )
+
+    @property
+    def max_seconds(self) -> float:
+        """`max_time`; infinite if there is no limit."""
+        return duration(self.max_time) if self.max_time else math.inf

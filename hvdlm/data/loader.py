@@ -20,6 +20,7 @@ from hvdlm.data.mixture import Mixture
 from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.sampler import MixtureSampler, Sampler, rank_part
 from hvdlm.data.shard import DataSet
+from hvdlm.data.token_replacement import replace_tokens
 from hvdlm.errors import HvdlmError
 from hvdlm.targets import IGNORE
 
@@ -58,14 +59,17 @@ class Loader:
         start: int = 0,
         pin_memory: bool = False,
         skip_unreadable: bool = False,
+        token_dropout: float = 0.0,
     ) -> None:
         """`rank`: its number in `parts`. `pin_memory` allows asynchronous copies to a GPU.
 
+        `token_dropout`: share of input tokens that are replaced by random ones.
         `skip_unreadable`: sequences whose shard is damaged or gone are in `Batch.errors`, instead of an error.
 
         Raises HvdlmError if the training split is too small.
         """
         self._split, self._end_of_text = data.train, data.eos_id
+        self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
         self._context_length = context_length
         self._sampler = training_sampler(data, context_length, parts.batch_size, seed)
         self._parts, self._rank = parts, rank
@@ -139,6 +143,10 @@ class Loader:
                 errors.append(str(error))
         inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
         targets[unread] = IGNORE
+        if self._token_dropout:
+            for row, (of_batch, place_in_batch) in zip(inputs.numpy(), own, strict=True):
+                key = (self._seed, of_batch, place_in_batch)
+                replace_tokens(row, self._token_dropout, key, self._vocab_size, self._end_of_text)
         if self._pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return Batch(index, inputs, targets, tuple(errors))

@@ -20,13 +20,14 @@ from hvdlm.hugging_face.tokenizer_files import write_tokenizer
 from hvdlm.hugging_face.weights import to_hugging_face
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.checkpoint import Checkpoint, not_finite, open_state, save_failure
+from hvdlm.training.moving_average import weights_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
+def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int, averaged: bool = False) -> int:
     """Writes config.json, weights in files of at most `shard_bytes`, the tokenizer, generation_config.json and a model
-    card. `output` appears complete or not at all. Returns the exit status.
+    card. `output` appears complete or not at all. Returns the exit status. `averaged`: the moving average of weights.
 
     Raises HvdlmError if transformers has no such architecture, or if `output` holds something already.
     """
@@ -40,7 +41,7 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
         generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
         for name, content in (("config.json", settings), ("generation_config.json", generation)):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        weights = to_hugging_face(Checkpoint(Path(state["path"])).model(), config.model)
+        weights = to_hugging_face(weights_of(Checkpoint(Path(state["path"])), averaged), config.model)
         weights = {name: each.to(DTYPES[dtype]) for name, each in weights.items()}
         if too_large := not_finite(weights):
             raise HvdlmError(f"{too_large} of {state['path']} does not fit into {dtype}: export bfloat16 or float32")
@@ -50,7 +51,8 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int) -> int:
             raise HvdlmError(f"cannot write {output}: {save_failure(error)}") from None
         let_others_read(directory, like=directory / "config.json")
         write_tokenizer(directory, tokenizer, config.model.context_length)
-        card = model_card(state, config, output.name, CLASSES[architecture], dtype)
+        card = model_card(state, config, output.name, CLASSES[architecture], dtype, averaged)
         (directory / "README.md").write_text(card, encoding="utf-8")
-    print(f"{output}: {CLASSES[architecture]}, {dtype}, of {state['path']}")
+    of = "the moving average of " if averaged else ""
+    print(f"{output}: {CLASSES[architecture]}, {dtype}, of {of}{state['path']}")
     return 0

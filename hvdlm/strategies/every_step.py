@@ -25,6 +25,7 @@ from hvdlm.strategies.optimizer import (
     sent_bytes,
     set_learning_rate,
 )
+from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
@@ -46,6 +47,7 @@ class EveryStep(Strategy):
         """
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
         self._parameters = dict(model.named_parameters())
+        self._settings = config.optimizer
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
         deal_out_among(optimizer, communicator)
@@ -97,6 +99,7 @@ class EveryStep(Strategy):
         return leave_out_if(self._optimizer, found)
 
     def apply(self, rate: float) -> None:
+        add_penalties_(self._parameters.values(), self._settings)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
 

@@ -36,16 +36,19 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     averages = (
         memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
     )
+    moving_average = memory.parameters if train.ema else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
         "residuals of the codec": residuals,
         "averages of local steps": averages,
+        "moving average of weights": moving_average,
         "activations": memory.activations,
         "loss": memory.loss,
         "temporary, and gaps between": memory.temporary + memory.gaps,
         "libraries": libraries,
     }
+    whole = memory.total + residuals + averages + moving_average + libraries
     tokens = train.global_batch_size * model.context_length
     table = Table(show_header=False, box=None)
     rows = {
@@ -57,11 +60,11 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "tokens per step": f"{tokens:,}",
         "tokens in all": f"{tokens * train.steps:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
-        "memory a rank, estimated": f"{(memory.total + residuals + averages + libraries) / 2**20:,.0f} MiB",
+        "memory a rank, estimated": f"{whole / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     if config.checkpoint.every:
-        copied = memory.parameters + memory.moments
+        copied = memory.parameters + memory.moments + moving_average
         rows["host memory of rank 0 besides"] = f"{copied / 2**20:,.0f} MiB, to copy a checkpoint"
     for name, value in rows.items():
         table.add_row(name, value)

@@ -290,6 +290,7 @@ class Elastic:
                     tensor.copy_(kept[name])
             if some_are_new:
                 share_tensors(new, root)
+                broadcast_tensors(trainer.communicator, trainer.ema.state().values(), root)
             elif trainer.config.optimizer.algorithm == "muon":
                 # Each may have made the last updates by itself, and hosts of unlike kinds do not round alike
                 broadcast_tensors(trainer.communicator, hidden_matrices(trainer.model).values(), root)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import TYPE_CHECKING
-
-from hvdlm.arguments import duration
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -26,7 +23,7 @@ class EndOfTraining:
         self._trainer, self._settings = trainer, trainer.config.train
         steps, tokens = self._settings.steps, self._settings.max_tokens
         self.last_step = min(steps, -(-tokens // trainer.nominal_tokens)) if tokens else steps
-        self._limit = duration(self._settings.max_time) if self._settings.max_time else math.inf
+        self._limit = self._settings.max_seconds
         self._before = 0.0  # seconds of earlier starts
         self._begun: float | None = None
 

@@ -29,6 +29,7 @@ from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.moving_average import weights_of
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.samples import continue_texts, held_out_texts, print_text_quality
@@ -37,10 +38,21 @@ from hvdlm.training.samples import continue_texts, held_out_texts, print_text_qu
 _TRIES = 5
 
 
-def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int, samples: int, seed: int) -> int:
+def evaluate(
+    path: Path,
+    data_path: Path,
+    engine: str,
+    micro_batch_size: int,
+    samples: int = 0,
+    seed: int = 0,
+    averaged: bool = False,
+) -> int:
     """Prints loss, perplexity, bits per byte and accuracy of a checkpoint beside n-gram baselines; and what `samples`
-    continuations are like, if that is not 0."""
-    options = repr((str(path), str(data_path), micro_batch_size, samples, seed))
+    continuations are like, if that is not 0.
+
+    `averaged`: of the moving average of its weights, here and below.
+    """
+    options = repr((str(path), str(data_path), micro_batch_size, samples, seed, averaged))
     digest = hashlib.sha256(options.encode()).hexdigest()
     with job(engine, timeout=300, config_digest=digest) as communicator:
         if micro_batch_size < 1:
@@ -57,7 +69,7 @@ def evaluate(path: Path, data_path: Path, engine: str, micro_batch_size: int, sa
         device = choose_device("auto", communicator)
         check_devices_match(communicator, device)
         share_cores(0, communicator)
-        model = load_model(state, config.model, communicator).to(device)
+        model = load_model(state, config.model, averaged, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
         with out_of_memory_errors("lower --micro-batch-size"):
             result = evaluation.evaluate(model, data, communicator, micro_batch_size)
@@ -104,9 +116,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
-def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> int:
+def generate(
+    path: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    averaged: bool = False,
+) -> int:
     """Prints a continuation of `prompt`; an empty prompt begins a new document."""
-    model, tokenizer = _open_newest(path)
+    model, tokenizer = _open_newest(path, averaged)
     ids = torch.tensor(encode_prompt(tokenizer, prompt))
     ids = continue_prompt(
         model, ids, tokens, temperature, top_k, top_p, seed, tokenizer.eos_id, vocab_size=tokenizer.vocab_size
@@ -115,12 +136,12 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_k: in
     return 0
 
 
-def _open_newest(path: Path) -> tuple[Transformer, Tokenizer]:
+def _open_newest(path: Path, averaged: bool) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint; of a newer one, where a job that trains removes it meanwhile."""
     for _ in range(_TRIES):
         state = checkpoint.open_state(path)
         try:
-            model = load_model(state, ModelSection.model_validate(state["config"]["model"]))
+            model = load_model(state, ModelSection.model_validate(state["config"]["model"]), averaged)
             return model, Tokenizer.load(Path(state["path"]) / "tokenizer.json")
         except HvdlmError:
             if Path(state["path"]).exists():
@@ -137,7 +158,9 @@ def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
     return state
 
 
-def load_model(state: dict[str, Any], config: ModelSection, communicator: Communicator | None = None) -> Transformer:
+def load_model(
+    state: dict[str, Any], config: ModelSection, averaged: bool = False, communicator: Communicator | None = None
+) -> Transformer:
     """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others.
 
     Raises HvdlmError, JobError with a communicator, if its weights are of no use.
@@ -146,7 +169,7 @@ def load_model(state: dict[str, Any], config: ModelSection, communicator: Commun
 
     def read() -> None:
         if communicator is None or communicator.rank == 0:
-            model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+            model.load_state_dict(weights_of(checkpoint.Checkpoint(Path(state["path"])), averaged))
 
     if communicator is None:
         read()

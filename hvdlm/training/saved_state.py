@@ -25,9 +25,11 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     combines_alike = LocalStepsSection(**state["config"].get("local_steps", {})) == trainer.config.local_steps
     as_saved = combines_alike and size == communicator.size
     strategy.load_state_dict(state, state["step"], as_saved)
-    equal = {**strategy.parameters(), **strategy.optimizer_state()}
+    equal = {**strategy.parameters(), **trainer.optimizer_state()}
     on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
     broadcast_tensors(communicator, equal.values())
+    if not state["config"]["train"].get("ema"):
+        trainer.ema.reset()
     loss_scale.load_state_dict(state["loss_scale"])
     trainer.unread = state.get("unread", 0)
     trainer.ending.restore(state.get("seconds", 0.0))

@@ -204,7 +204,7 @@ class Saver:
 
     def _as_it_is(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Parameters and optimizer state, which stay as they are until the save has ended."""
-        state = self._trainer.parameters, self._trainer.strategy.optimizer_state()
+        state = self._trainer.parameters, self._trainer.optimizer_state()
         if self._trainer.device.type == "cuda":
             torch.cuda.current_stream(self._trainer.device).synchronize()
         return lambda: state
@@ -212,7 +212,7 @@ class Saver:
     def _begin_to_copy(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Begins to copy parameters and optimizer state; returns what completes that on another thread."""
         strategy, model = self._trainer.strategy, self._trainer.parameters
-        optimizer = strategy.optimizer_state()
+        optimizer = self._trainer.optimizer_state()
         early = {name: optimizer[name] for name in optimizer.keys() & strategy.step_state().keys()}
         copied = self._copies.copy(early)  # messages of the next step change it, before the update
         late = {name: tensor.detach() for name, tensor in {**model, **optimizer}.items() if name not in early}

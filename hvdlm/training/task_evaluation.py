@@ -41,12 +41,14 @@ def lm_eval(
     engine: str,
     output: Path | None,
     log_samples: bool,
+    averaged: bool,
 ) -> int:
     """Prints what the model of a checkpoint scores in tasks, and writes it to a JSON file. Returns the exit status.
 
-    The file is the same, byte for byte, for any batch size and number of ranks.
+    `averaged`: of the moving average of its weights. The file is the same, byte for byte, for any batch size and number
+    of ranks.
     """
-    options = (str(path), names, str(include_path), few_shot, limit, batch_size, str(output), log_samples)
+    options = (str(path), names, str(include_path), few_shot, limit, batch_size, str(output), log_samples, averaged)
     with job(engine, timeout=300, config_digest=hashlib.sha256(repr(options).encode()).hexdigest()) as communicator:
         for option, value, least in (("batch-size", batch_size, 1), ("limit", limit, 1), ("num-fewshot", few_shot, 0)):
             if value is not None and value < least:
@@ -72,7 +74,7 @@ def lm_eval(
         share_cores(0, communicator)
         results: dict[str, Any] = {}
         with out_of_memory_errors("lower --batch-size"):
-            model = load_model(state, config.model, communicator).double().to(device)
+            model = load_model(state, config.model, averaged, communicator).double().to(device)
             distributed = DistributedModel(model, tokenizer, communicator, batch_size)
             if communicator.rank == 0:
                 with distributed.leading():

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.failure import DeadRankError
-from hvdlm.comm.replicas import ReplicaHealer, check_replicas
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.rank_parts import RankParts
@@ -35,8 +35,10 @@ from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
 from hvdlm.training.model import make_model, seed_dropout
+from hvdlm.training.moving_average import MovingAverage
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
+from hvdlm.training.replica_check import ReplicaCheck
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.skipped_steps import SkippedSteps
@@ -66,10 +68,10 @@ class Trainer:
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
         self.timer = StepTimer(device)  # of the last step
         self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
-        self.ending = EndOfTraining(self)
+        self.ending, self.ema = EndOfTraining(self), MovingAverage(self)
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
-        self._loss_spikes, self._stragglers, self._healer = LossSpikes(), Stragglers(), ReplicaHealer()
+        self._loss_spikes, self._stragglers, self._replica_check = LossSpikes(), Stragglers(), ReplicaCheck(self)
         self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
@@ -93,6 +95,11 @@ class Trainer:
     def start(self) -> None:
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
         self.strategy.start()
+        self.ema.reset()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What is saved beside the parameters, by name; equal on all ranks."""
+        return {**self.strategy.optimizer_state(), **self.ema.state()}
 
     def train(self, loader: Loader, preemption: Preemption) -> bool:
         """Runs to the last step and returns True, or False if a signal to any rank asks to stop before.
@@ -261,17 +268,8 @@ class Trainer:
             self._log()
             self.due.log, self._has_done_what_was_due = False, True
         if self.due.check and self._ranks_have_met:
-            self._compare_replicas()
+            self._replica_check.compare()
             self.due.check, self._has_done_what_was_due = False, True
-
-    def _compare_replicas(self) -> None:
-        if not self.config.train.heal_replicas:
-            check_replicas(self.communicator, self.parameters, self.step)
-            return
-        state = self.strategy.optimizer_state().values()
-        if said := self._healer.heal(self.communicator, self.parameters, state, self.step):
-            self.model.update_low_precision_weights()
-            self.write("event", message=said)
 
     def _count_unread(self, sequences: int) -> None:
         if sequences:
@@ -296,9 +294,7 @@ class Trainer:
         """Inputs and targets, (b, T) each, of at most `micro_batch_size` sequences; empty if this rank has none."""
         inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.inputs, batch.targets))
         size = self.config.train.micro_batch_size
-        if not len(inputs):
-            return []
-        return list(zip(inputs.split(size), targets.split(size), strict=True))
+        return list(zip(inputs.split(size), targets.split(size), strict=True)) if len(inputs) else []
 
     def _wait_for(self, status: Work[int]) -> int:
         """The tokens over whose mean loss gradients are; raises UnreadableBatchError on all ranks if some could not."""
@@ -334,6 +330,7 @@ class Trainer:
     def _update(self, rate: float) -> None:
         """The optimizer step, with learning rate `rate`."""
         self.strategy.apply(rate)
+        self.ema.update()
 
     def own_loss(self) -> tuple[float, int]:
         """This rank's sum of the loss over its tokens in the last step, nats, and their number."""
@@ -363,16 +360,18 @@ class Trainer:
             self.write("event", message="no validation: the data set was prepared without it")
             return True
         sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
+        run = partial(evaluate, self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
         with self.strategy.evaluation_parameters():
-            result = evaluate(self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
-        if result is not None:
-            self.write("eval", loss=result.loss, accuracy=result.accuracy, tokens=self._tokens_done())
+            result = run()
+        averaged = self.ema.evaluate(run) if result is not None else None
+        if result is not None and averaged is not None:
+            self.write("eval", loss=result.loss, accuracy=result.accuracy, **averaged, tokens=self._tokens_done())
             if not math.isfinite(result.loss):
                 raise JobError(
                     f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "
                     "optimizer.lr, and resume from an earlier checkpoint"
                 )
-        return result is not None
+        return averaged is not None
 
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
@@ -386,6 +385,7 @@ class Trainer:
             start=self.step,
             pin_memory=self.device.type == "cuda",
             skip_unreadable=self.config.data.on_corrupt == "skip",
+            token_dropout=self.config.data.token_dropout,
         )
 
     def write(self, kind: str, **values: Any) -> None:

@@ -157,3 +157,16 @@ def test_what_survivors_have_not_delivered_stays(
         assert f"rank {rank}: had changed [True], as before: True" in result.output, result.output
     (said,) = [str(each["message"]) for each in records(tmp_path / "run", "event") if "died" in str(each["message"])]
     assert re.search(r"; a residual of norm \d[\d.e-]*, when it was logged last, is lost", said), said
+
+
+def test_the_moving_average_of_weights_goes_on(
+    small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    """A step that some ranks have completed is completed by the others; one that none has is averaged once."""
+    ema = {"train__ema": 0.9}
+    plan = "update:7:3,kept_from_the_norm:7:0,bucket:12:1"
+    result = train(4, plan, small_data, tmp_path / "run", **SAVING, **ema)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING, **ema), deaths=2)
+    own, expected = (records(run, "eval") for run in (tmp_path / "run", undisturbed(**SAVING, **ema)))
+    for found, undisturbed_one in zip(own, expected, strict=True):
+        assert abs(float(str(found["ema_loss"])) / float(str(undisturbed_one["ema_loss"])) - 1) < 1e-4

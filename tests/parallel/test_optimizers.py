@@ -47,3 +47,21 @@ def test_local_steps_resumed(kind: str, ranks: Ranks, small_data: Path, tmp_path
     assert ranks.train(2, small_data, tmp_path / "run", stop_after=6, **settings).status == 75
     assert ranks.train(2, small_data, tmp_path / "run", "--resume", "latest", **settings).status == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+REGULARISED: dict[str, Any] = {"optimizer__l1": 1e-3, "optimizer__l2": 1e-2, "data__token_dropout": 0.2}
+
+
+def test_regularised_runs_are_resumed_and_are_those_of_any_number_of_ranks(
+    ranks: Ranks, small_data: Path, tmp_path: Path
+) -> None:
+    """Random tokens are those of the batch, whoever reads it; each setting makes another curve."""
+    settings = {**REGULARISED, "train__steps": 12}
+    assert ranks.train(1, small_data, tmp_path / "alone", **settings).status == 0
+    assert ranks.train(3, small_data, tmp_path / "run", stop_after=6, **settings).status == 75
+    assert ranks.train(3, small_data, tmp_path / "run", "--resume", "latest", **settings).status == 0
+    assert_same_curve(losses(tmp_path / "run"), losses(tmp_path / "alone"), 1e-4)
+    for name in REGULARISED:
+        without = {each: value for each, value in settings.items() if each != name}
+        assert ranks.train(1, small_data, tmp_path / name, **without).status == 0
+        assert losses(tmp_path / name) != losses(tmp_path / "alone"), name

@@ -59,6 +59,17 @@ def test_memory_of_local_steps(words: list[str], numbers: int, capsys: pytest.Ca
     assert int(nbytes.replace(",", "")) == round(4 * numbers * count / 2**20)
 
 
+def test_memory_of_a_moving_average(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for ema in ("0", "0.999"):
+        print_dry_run(load(None, [f"--train.ema={ema}", "--model.width=512"], PRESETS), 30_000, Launch("mpirun", 0, 2))
+        output = capsys.readouterr().out
+        found.append(int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", "")))
+    copy = round(4 * int(rows(output)["parameters"].replace(",", "")) / 2**20)
+    assert re.findall(r"moving average of weights +([\d,]+) MiB", output) == [str(copy)]
+    assert abs(found[1] - found[0] - copy) <= 1
+
+
 @pytest.mark.parametrize("copies", [1, 2], ids=["", "elastic"])
 def test_memory_is_the_sum_of_its_parts(copies: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Of one of two ranks, whose codec keeps residuals; with comm.elastic also those of before the step."""

@@ -37,7 +37,6 @@ class Dion(EveryStep):
         algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective. `algorithm_costs`: see `open_channels`."""
-        self._settings = config.optimizer
         self._nominal_tokens = config.train.global_batch_size * config.model.context_length
         self._momenta: list[MatrixMomentum] = []
         rank = matrix_rank(config.optimizer, config.model)
