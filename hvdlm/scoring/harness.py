@@ -117,10 +117,10 @@ class Tasks:
         try:
             for task in self._loaded["tasks"].values():
                 _set_examples(task, few_shot)
-            with torch.random.fork_rng(), _without_progress_bars():
+            with torch.random.fork_rng(devices=[]), _without_progress_bars():
                 random.seed(_SEEDS["random"])
                 numpy.random.seed(_SEEDS["numpy"])
-                torch.manual_seed(_SEEDS["torch"])
+                torch.default_generator.manual_seed(_SEEDS["torch"])  # and not those of GPUs
                 results: dict[str, Any] = evaluate(
                     HarnessModel(model),
                     self._loaded,
