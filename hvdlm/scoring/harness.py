@@ -147,14 +147,15 @@ def _set_examples(task: Any, few_shot: int | None) -> None:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """A TaskManager that knows the tasks: its own 15,000, which takes seconds, only where others do not do."""
+    """A TaskManager that knows the tasks: the harness's own 15,000, which takes seconds, only where they may be meant,
+    also as members of a group."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = TaskManager(include_path=include_path, include_defaults=False)
-    if not _unknown(names, own) and not own.all_groups:
+    if not own.all_groups and not any(map(_is_group, names)) and not _unknown(names, own):
         return own
     return TaskManager(include_path=include_path)
 
@@ -175,6 +176,12 @@ def _without_progress_bars() -> Iterator[None]:
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:
     known = set(manager.all_tasks)
     return [name for name in names if name not in known and not Path(name).is_file()]
+
+
+def _is_group(name: str) -> bool:
+    """Whether it is the file of a group of tasks."""
+    path = Path(name)
+    return path.is_file() and b"\ngroup:" in b"\n" + path.read_bytes()
 
 
 def _said(error: Exception) -> str:
