@@ -155,7 +155,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     own = TaskManager(include_path=include_path, include_defaults=False)
-    if not own.all_groups and not any(map(_is_group, names)) and not _unknown(names, own):
+    if not _unknown(names, own) and not own.all_groups:
         return own
     return TaskManager(include_path=include_path)
 
@@ -176,12 +176,6 @@ def _without_progress_bars() -> Iterator[None]:
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:
     known = set(manager.all_tasks)
     return [name for name in names if name not in known and not Path(name).is_file()]
-
-
-def _is_group(name: str) -> bool:
-    """Whether it is the file of a group of tasks."""
-    path = Path(name)
-    return path.is_file() and b"\ngroup:" in b"\n" + path.read_bytes()
 
 
 def _said(error: Exception) -> str:
