@@ -68,7 +68,7 @@ def double_precision(model: Transformer) -> Transformer:
     """A copy of the model, in evaluation mode, whose parameters and products are in double precision."""
     with torch.device("meta"):
         copy = Transformer(model.config, model.vocab_size)
-    copy = copy.to_empty(device=model.output_weight.device).double()
+    copy = copy.double().to_empty(device=model.output_weight.device)
     with torch.no_grad():
         for parameter, source in zip(copy.parameters(), model.parameters(), strict=True):
             parameter.copy_(source)

@@ -117,10 +117,10 @@ class Tasks:
         try:
             for task in self._loaded["tasks"].values():
                 _set_examples(task, few_shot)
-            with torch.random.fork_rng(), _without_progress_bars():
+            with torch.random.fork_rng(devices=[]), _without_progress_bars():
                 random.seed(_SEEDS["random"])
                 numpy.random.seed(_SEEDS["numpy"])
-                torch.manual_seed(_SEEDS["torch"])
+                torch.default_generator.manual_seed(_SEEDS["torch"])  # and not those of GPUs
                 results: dict[str, Any] = evaluate(
                     HarnessModel(model),
                     self._loaded,
@@ -147,7 +147,8 @@ def _set_examples(task: Any, few_shot: int | None) -> None:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """A TaskManager that knows the tasks: its own 15,000, which takes seconds, only where others do not do."""
+    """A TaskManager that knows the tasks: the harness's own 15,000, which takes seconds, only where they may be meant,
+    also as members of a group."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from lm_eval.tasks import TaskManager

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -302,6 +304,23 @@ def test_an_unknown_task_ends_training_before_it_begins(ranks: Ranks, data: Path
     assert result.status == 1
     assert result.output.count("train.evaluate_tasks: there is no task file none.yaml") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_task_file_needs_no_network(tasks: Path) -> None:
+    """Nothing is asked for a name or connected to, whatever the environment says of the Hub."""
+    script = f"""
+import socket
+asked = []
+socket.getaddrinfo = lambda *words, **_: asked.append(words)
+socket.socket.connect = lambda _, address: asked.append(address)
+from hvdlm.scoring.harness import Tasks
+Tasks({[str(tasks / f"{name}.yaml") for name in KINDS]})
+assert asked == [], asked
+"""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_the_harness_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
