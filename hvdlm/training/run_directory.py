@@ -196,7 +196,7 @@ def _changed_settings(state: dict[str, Any], config: Config) -> list[str]:
     """A sentence for each setting of the mathematics of training that differs from the checkpoint's."""
     saved, now = _settings(state), config.model_dump()
     names = [(section, name) for section in ("optimizer", "compression", "local_steps") for name in now[section]]
-    names += [("train", "steps"), ("train", "precision")]
+    names += [("train", name) for name in ("steps", "max_tokens", "ema", "precision")] + [("data", "token_dropout")]
     return [
         f"{section}.{name} is {now[section][name]}, and was {saved[section][name]} up to here"
         for section, name in names
