@@ -11,7 +11,6 @@ setting can be overridden as for `hvdlm train`, by --section.key value.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 
 from common.conditions import describe_run
 from common.script import absolute_path, run_script
+from common.steps import interval, step_seconds
 from hvdlm.config_reader import load
-from hvdlm.data.loader import Loader
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
 from hvdlm.model.presets import PRESETS
@@ -50,19 +49,19 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         ratios: dict[str, list[float]] = {"elastic": [], "while a checkpoint is written": []}
         stops: list[float] = []
         with trainer.open_loader() as loader:
-            _seconds(trainer, loader, _WARM_UP)
+            step_seconds(trainer, loader, _WARM_UP)
             for number in range(options.blocks):
                 seconds: dict[bool, float] = {}
                 for is_elastic in (False, True) if number % 2 else (True, False):
                     trainer.elastic = elastic if is_elastic else None
-                    seconds[is_elastic] = _seconds(trainer, loader, options.steps)
+                    seconds[is_elastic] = step_seconds(trainer, loader, options.steps)
                 ratios["elastic"].append(seconds[True] / seconds[False])
                 if number % 2:
                     continue
                 trainer.elastic = None
                 with _Stopped(trainer.saver) as stopped:
                     trainer.saver.save(in_background=True)
-                    written = _seconds(trainer, loader, options.steps)
+                    written = step_seconds(trainer, loader, options.steps)
                 stops.append(stopped.seconds / seconds[False])
                 ratios["while a checkpoint is written"].append(written / seconds[False])
                 trainer.saver.wait(must_succeed=True)
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if communicator.rank == 0:
             print(describe_run())
             for name, values in ratios.items():
-                print(f"{name}: {_interval(values)} of a step without")
+                print(f"{name}: {interval(values)} of a step without")
             slowest = [max(each) for each in zip(*longest, strict=True)]
             print(f"a save stops training for {100 * statistics.median(slowest):.1f}% of a step, {len(slowest)} saves")
 
@@ -98,22 +97,6 @@ class _Stopped:
             self.seconds += time.perf_counter() - begin
 
         return run
-
-
-def _seconds(trainer: Trainer, loader: Loader, steps: int) -> float:
-    """Of a step; the median of some."""
-    seconds = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        trainer.train_step(loader, stop_here=False)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
-def _interval(ratios: Sequence[float]) -> str:
-    """The median, and the mean with its 95% interval."""
-    half = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
-    return f"{statistics.median(ratios):.3f} (mean {statistics.fmean(ratios):.3f} ± {half:.3f}, {len(ratios)} pairs)"
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
