@@ -42,6 +42,13 @@ def finite(text: str) -> float:
     return number
 
 
+def seed(text: str) -> int:
+    """The seed of a generator, for argparse: train.seed has the same bounds."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """Seconds of a wait, for argparse; more than a million is no wait that a library could be given."""
     number = finite(text)

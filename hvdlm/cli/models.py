@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from hvdlm.arguments import finite, path
+from hvdlm.arguments import finite, path, seed
+from hvdlm.errors import HvdlmError
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="continue N texts of the validation split, and compare with how they go on there (default: 0)",
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of which texts, and of the tokens that are drawn")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of which texts, and of the tokens that are drawn")
     _add_ema(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -67,7 +68,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that hold P of the mass"
     )
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=seed, default=0)
     generate.add_argument(
         "--ngram", type=int, metavar="N", help="CHECKPOINT is a data set: by its N-gram model, N up to 5"
     )
@@ -128,6 +129,8 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
     names = ("prompt", "tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(options, name) for name in names}
     if options.ngram is not None:
+        if options.ema:
+            raise HvdlmError("--ngram takes a data set, which has no moving average of weights: leave out --ema")
         from hvdlm.training.ngram_inference import generate_by_ngrams
 
         return generate_by_ngrams(options.checkpoint, options.ngram, **settings)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hvdlm.comm.launch import Launch
-from hvdlm.comm.launcher_process import first_launcher_process
+from hvdlm.comm.launcher_process import first_launcher_process, launcher_processes
 
 # With which the user has chosen a file for each rank
 _OPTION = "output-filename"
@@ -28,7 +28,18 @@ def print_as_launcher(launch: Launch) -> None:
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         with suppress(OSError):
-            _lead(number, Path(f"/proc/{process.pid}/fd/{number}"))
+            if _is_read_by_launcher(number):
+                _lead(number, Path(f"/proc/{process.pid}/fd/{number}"))
+
+
+def _is_read_by_launcher(number: int) -> bool:
+    """Whether a file descriptor leads to the launcher, and not to where a user has led it in the meantime."""
+    if os.isatty(number):
+        return True  # MPI's launchers may use terminals of their own
+    own = Path(f"/proc/self/fd/{number}").readlink()
+    return own.name.startswith("pipe:") and any(
+        each.readlink() == own for process in launcher_processes() for each in Path(f"/proc/{process.pid}/fd").iterdir()
+    )
 
 
 def _lead(number: int, path: Path) -> None:

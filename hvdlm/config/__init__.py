@@ -55,13 +55,17 @@ class Config(Section):
     def _fits(self) -> Config:
         optimizer, local_steps, compression = self.optimizer, self.local_steps, self.compression
         is_dion = optimizer.algorithm == "dion"
+        has_warmup = optimizer.schedule != "range_test"
+        steps = f"train.steps = {self.train.steps}"
+        if self.planned_steps < self.train.steps:
+            steps = f"the {self.planned_steps} steps of train.max_tokens = {self.train.max_tokens}"
         misfits = {
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than train.steps = {self.train.steps}": (
-                optimizer.warmup_steps > self.train.steps
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than {steps}": (
+                optimizer.warmup_steps > self.planned_steps and has_warmup
             ),
             f"optimizer.decay_steps = {optimizer.decay_steps} does not fit between optimizer.warmup_steps = "
-            f"{optimizer.warmup_steps} and train.steps = {self.train.steps}": (
-                optimizer.decay_steps > self.train.steps - optimizer.warmup_steps
+            f"{optimizer.warmup_steps} and {steps}": (
+                optimizer.decay_steps > self.planned_steps - optimizer.warmup_steps and has_warmup
             ),
             "compression.codec = 'auto' chooses by the gradients of every step: name a codec for local_steps.every": (
                 bool(local_steps.every) and compression.codec == "auto"
@@ -94,6 +98,12 @@ class Config(Section):
         if found := [sentence for sentence, is_wrong in misfits.items() if is_wrong]:
             raise ValueError(found[0])
         return self
+
+    @property
+    def planned_steps(self) -> int:
+        """After which training ends, unless by time or by validation before: by `train.steps` or `train.max_tokens`."""
+        tokens = self.train.global_batch_size * self.model.context_length
+        return min(self.train.steps, -(-self.train.max_tokens // tokens) or self.train.steps)
 
     def to_toml(self) -> str:
         """This configuration as the text of a TOML file that `config_reader.load` reads back to an equal one."""

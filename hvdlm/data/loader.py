@@ -207,4 +207,5 @@ def validation_batches(
 
 
 def _tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+    """A copy: inputs and targets of a sequence overlap in what was read, and are changed one without the other."""
+    return torch.from_numpy(values.copy())

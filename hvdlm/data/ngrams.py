@@ -64,14 +64,13 @@ class KneserNey:
 
     @classmethod
     def fit(cls, split: Split, vocab_size: int, order: int) -> KneserNey:
-        """Counts the first MAX_TOKENS tokens of a split; documents are in its shards by chance."""
-        shards: list[Integers] = []
-        room = MAX_TOKENS
-        for shard, record in enumerate(split.shards):
-            size = min(room, record.n_tokens)
-            if size:
-                shards.append(split.read(shard, 0, size).astype(np.int64))
-            room -= size
+        """Counts up to MAX_TOKENS tokens of a split: as many of each shard, of which several may hold one source."""
+        sizes = [record.n_tokens for record in split.shards]
+        room, taken = MAX_TOKENS, [0] * len(sizes)
+        for number, shard in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+            taken[shard] = min(sizes[shard], room // (len(sizes) - number))
+            room -= taken[shard]
+        shards = [split.read(shard, 0, size).astype(np.int64) for shard, size in enumerate(taken) if size]
         return cls(shards, vocab_size, order)
 
     def probabilities(self, tokens: Integers) -> Floats:
@@ -168,5 +167,5 @@ def _discounts(counts: Integers) -> Floats:
         return np.array([0.0, *_USUAL_DISCOUNTS])
     y = n1 / (n1 + 2 * n2)
     estimates = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-    usable = all(0 <= estimate <= k for k, estimate in enumerate(estimates, start=1))
+    usable = all(0 < estimate <= k for k, estimate in enumerate(estimates, start=1))
     return np.array([0.0, *(estimates if usable else _USUAL_DISCOUNTS)])

@@ -20,6 +20,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from hvdlm.data.byte_characters import byte_vocabulary
 from hvdlm.errors import HvdlmError
 
+_LARGEST_RANK = 1_000_000
+
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?")
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -137,7 +139,7 @@ def _read(path: Path, content: bytes) -> dict[bytes, int]:
             continue
         token, _, rank = line.partition(b" ")
         try:
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            ranks[base64.b64decode(token, validate=True)] = _rank(rank)
         except (binascii.Error, ValueError):
             raise HvdlmError(
                 f"{path}:{number} is not a token in base64 and its rank, as tiktoken writes them"
@@ -145,6 +147,15 @@ def _read(path: Path, content: bytes) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise HvdlmError(f"{path} has no rank for the byte {missing[0]:#04x}, so it is cut short or none of tiktoken")
+    if max(ranks.values()) > _LARGEST_RANK:
+        raise HvdlmError(f"{path} has the rank {max(ranks.values())}: damaged, for published files end at 200,000")
     if len(set(ranks.values())) < len(ranks):
         raise HvdlmError(f"{path} gives one rank to two tokens")
     return ranks
+
+
+def _rank(text: bytes) -> int:
+    """Raises ValueError if it is no number in digits."""
+    if not text.isdigit():
+        raise ValueError(f"{text!r} is no rank")
+    return int(text)

@@ -71,7 +71,7 @@ def _origin(state: Mapping[str, Any], config: Config, averaged: bool) -> dict[st
         return {"imported from": Path(state["imported_from"]).name}
     step, train = state["step"], config.train
     return {
-        "steps": f"{step:,} of {train.steps:,}",
+        "steps": f"{step:,} of {config.planned_steps:,}",
         "tokens seen": f"{step * train.global_batch_size * config.model.context_length:,}",
         "validation loss": _validation_loss(Path(state["path"]), step, "ema_loss" if averaged else "loss"),
         "data set": f"{Path(config.data.path).name}, fingerprint {str(state['fingerprint'])[:16]}",

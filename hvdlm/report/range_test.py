@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 # Share of a mean that the mean of the next step keeps
@@ -33,10 +34,12 @@ def advice(records: Sequence[dict[str, Any]]) -> str:
     Smith, "Cyclical learning rates for training neural networks" (WACV 2017, arXiv:1506.01186), section 3.3, reads the
     same from where accuracy becomes ragged.
     """
+    if any(b["step"] - a["step"] > 1 for a, b in pairwise(records)):
+        return "Steps are missing: set log.every = 1."
     points = smoothed_losses(records)
     if not points:
         return "No loss was finite."
     rate, loss = min(points, key=lambda point: point[1])
-    if rate == points[-1][0]:
+    if rate == records[-1]["lr"]:
         return f"The loss still falls at {rate:.2g}, the highest rate: raise optimizer.lr."
     return f"The loss is least, {loss:.4f}, at {rate:.2g}: begin with optimizer.lr = {rate / _MARGIN:.1g}."

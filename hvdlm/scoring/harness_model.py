@@ -107,6 +107,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is not type
         sampling = Sampling()
         if kwargs["do_sample"]:
             sampling = Sampling(
-                float(kwargs["temperature"]), int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1))
+                float(kwargs.get("temperature", 1.0)), int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1))
             )
         return Completion(Prompt(tokens, limit, sampling, seed), [stop for stop in stops if stop])

@@ -61,7 +61,7 @@ def _what_rounds(device: torch.device, config: Config) -> dict[str, Shared]:
         own["CPU capability"] = Shared(torch.backends.cpu.get_cpu_capability(), remedy)
     remedy = "parameters would drift apart: use hosts of one kind, with one C library and one PyTorch"
     own["how they round the optimizer's update"] = Shared(update_digest(device, config.optimizer), remedy)
-    rates = rates_digest(config.train.steps, config.optimizer)
+    rates = rates_digest(config.planned_steps, config.optimizer)
     own["how they round the learning rate"] = Shared(rates, remedy)
     for file, digest in codec_digests(config.compression).items():
         own[f"the codec {file}"] = Shared(digest, "copy one file to all hosts")

@@ -58,8 +58,8 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "sequences per step": f"{train.global_batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
         "micro-batches per step": f"{-(-share // micro_batch):,}",
         "tokens per step": f"{tokens:,}",
-        "tokens in all": f"{tokens * train.steps:,}",
-        "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * train.steps / 1e12:,.1f} TFLOP",
+        "tokens in all": f"{tokens * config.planned_steps:,}",
+        "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * config.planned_steps / 1e12:,.1f} TFLOP",
         "memory a rank, estimated": f"{whole / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }

@@ -293,7 +293,8 @@ class Elastic:
                 broadcast_tensors(trainer.communicator, trainer.ema.state().values(), root)
             elif trainer.config.optimizer.algorithm == "muon":
                 # Each may have made the last updates by itself, and hosts of unlike kinds do not round alike
-                broadcast_tensors(trainer.communicator, hidden_matrices(trainer.model).values(), root)
+                updated = [*hidden_matrices(trainer.model).values(), *trainer.ema.state().values()]
+                broadcast_tensors(trainer.communicator, updated, root)
             new.restored(1.0)
         except DeadRankError:
             new.abandon()

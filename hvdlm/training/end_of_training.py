@@ -21,11 +21,11 @@ class EndOfTraining:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._settings = trainer, trainer.config.train
-        steps, tokens = self._settings.steps, self._settings.max_tokens
-        self.last_step = min(steps, -(-tokens // trainer.nominal_tokens)) if tokens else steps
+        self.last_step = trainer.config.planned_steps
         self._limit = self._settings.max_seconds
         self._before = 0.0  # seconds of earlier starts
         self._begun: float | None = None
+        self._first_step = 0  # of this start
 
     @property
     def seconds(self) -> float:
@@ -40,10 +40,10 @@ class EndOfTraining:
     def begin(self) -> None:
         """Training begins now; not at all if it has ended before. Collective."""
         trainer = self._trainer
-        self._begun = time.monotonic()
+        self._begun, self._first_step = time.monotonic(), trainer.step
         if self._before >= self._limit:
             self.end_by_time()
-        self.end_if_not_better()
+        self.end_if_not_better(steps_later=0)
         if trainer.step >= self.last_step and trainer.communicator.rank == 0:
             limits = "train.max_tokens, train.max_time or train.patience"
             what = limits if trainer.step < self._settings.steps else "train.steps"
@@ -53,24 +53,29 @@ class EndOfTraining:
         """Whether this rank, rank 0, asks all to end with the step under way."""
         return self._trainer.communicator.rank == 0 and self.seconds >= self._limit
 
-    def end(self, why: str) -> None:
-        """The step that was done last is the last one, unless it was so anyway."""
+    def end(self, why: str, steps_later: int = 0) -> None:
+        """The step that was done last is the last one, or one that is so many later, unless one before is so anyway."""
         trainer = self._trainer
-        if trainer.step < self.last_step:
-            self.last_step, trainer.due.end = trainer.step, why
+        if trainer.step + steps_later < self.last_step:
+            self.last_step, trainer.due.end = trainer.step + steps_later, why
+            if trainer.step > self._first_step:  # it has had a line if one was due anyway
+                trainer.due.log |= not steps_later and trainer.step % trainer.config.log.every > 0
 
     def end_by_time(self) -> None:
         self.end(f"train.max_time = {self._settings.max_time} is over")
 
-    def end_if_not_better(self) -> None:
-        """Ends training if the last `train.patience` validations were no better than one before. Collective."""
+    def end_if_not_better(self, steps_later: int) -> None:
+        """Ends training if the last `train.patience` validations were no better than one before. Collective.
+
+        `steps_later`: 1 for local steps, whose rounds under way end with a last step that is planned.
+        """
         patience, metrics = self._settings.patience, self._trainer.metrics
         if not patience:
             return
         losses = [] if metrics is None else [loss for _, loss in sorted(metrics.losses.items())]
         is_over = len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
         if self._trainer.communicator.broadcast_object(is_over):
-            self.end(f"the validation loss was not better train.patience = {patience} times in a row")
+            self.end(f"the validation loss was not better train.patience = {patience} times in a row", steps_later)
 
     def tell(self) -> None:
         """Says why training has ended before `train.steps`, if it has."""

@@ -26,11 +26,15 @@ class CheckpointModel(HarnessModel):
     """The model of a checkpoint, or of the latest one in a run directory."""
 
     def __init__(self, checkpoint: str, batch_size: int | str | None = None, **_: Any) -> None:
-        """`batch_size`: requests that are computed at once; None: 8. What else the harness passes, such as a device, is
-        not used: it computes on a GPU where there is one. Raises HvdlmError if the checkpoint cannot be read."""
+        """`batch_size`: requests that are computed at once; None or "auto": 8. What else the harness passes, such as a
+        device, is not used: it computes on a GPU where there is one.
+
+        Raises HvdlmError if the checkpoint cannot be read.
+        """
         communicator = SoloCommunicator()
         state = open_state(Path(checkpoint))
         config = ModelSection.model_validate(state["config"]["model"])
         model = load_model(state, config).double().to(choose_device("auto", communicator))
+        size = 8 if batch_size in (None, "auto") else int(batch_size or 8)
         tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
-        super().__init__(DistributedModel(model, tokenizer, communicator, int(batch_size or 8)))
+        super().__init__(DistributedModel(model, tokenizer, communicator, size))

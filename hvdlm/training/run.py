@@ -110,17 +110,22 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
 
-        def open_metrics(step: int) -> MetricsLog:
+        def open_metrics(step: int, takes_over: bool = False) -> MetricsLog:
             view = open_view(trainer.ending.last_step, step)
             if config.log.tensorboard:
                 view = Views(view, TensorBoard(run_directory.path, step))
             if config.log.wandb:
-                view = Views(view, WeightsAndBiases(run_directory.path, config))
+                try:
+                    view = Views(view, WeightsAndBiases(run_directory.path, config))
+                except HvdlmError as error:
+                    if not takes_over:
+                        raise
+                    logger.warning("%s", error)  # a job that has outlived rank 0 does not end for it
             return MetricsLog(run_directory.path, step, view)
 
         def take_over(step: int) -> MetricsLog:
             run_directory.take_over(config)
-            return open_metrics(step)
+            return open_metrics(step, takes_over=True)
 
         trainer.open_metrics = take_over
         if communicator.rank == 0 and not communicator.is_new:

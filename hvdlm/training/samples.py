@@ -31,7 +31,11 @@ def held_out_texts(data: DataSet, context_length: int, count: int, seed: int) ->
 
     Raises HvdlmError if there are fewer, or if they cannot be read.
     """
+    if not count:
+        return []
     half = min(_LONGEST, context_length // 2)
+    if not half:
+        raise HvdlmError("--samples: a model whose context is one token continues no text")
     windows = [
         (shard, start)
         for shard, info in enumerate(data.validation.shards)
@@ -60,7 +64,7 @@ def continue_texts(model: DistributedModel, texts: Sequence[HeldOutText], seed: 
     the document, shorter. Collective; equal on any number of ranks."""
     eos_id = model.tokenizer.eos_id
     requests = [
-        Completion(Prompt(text.prompt, len(text.continuation), Sampling(temperature=1.0), seed * 1_000_003 + number))
+        Completion(Prompt(text.prompt, len(text.continuation), Sampling(temperature=1.0), (seed + number) % 2**63))
         for number, text in enumerate(texts)
     ]
     answers = model.answer(requests)

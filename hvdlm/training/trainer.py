@@ -155,13 +155,13 @@ class Trainer:
         if self.due.validation:
             self.stop |= not (self._validate(preemption) and self.task_scores.score(preemption))
             if not self.stop:
-                self.ending.end_if_not_better()
-            self.due.validation = False
-            if self.stop or self.due.end:
+                self.ending.end_if_not_better(steps_later=int(self.strategy.is_local))
+            self.due.validation, self._has_done_what_was_due = False, True
+            self._report_step()
+            if self.stop or self.step >= self.ending.last_step:
                 self.saver.save_what_is_done()
             if not self.stop:
                 self.saver.tell_validated()
-            self._has_done_what_was_due = True
         if self.elastic and self.strategy.is_local and self._has_done_what_was_due:
             self._has_done_what_was_due = False  # on every rank that comes here, though not every one may leave
             self.communicator.barrier()

@@ -15,6 +15,8 @@ from hvdlm.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_TO_FINISH = 60.0  # other ranks wait meanwhile
+
 _STATE = "wandb.json"  # in the run directory: the run's id there, and the last step that it was told of at a start
 
 
@@ -51,8 +53,9 @@ class WeightsAndBiases:
                 dir=str(run_dir),
                 resume="allow",
                 config=config.model_dump(),
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, finish_timeout=_SECONDS_TO_FINISH),
             )
+            self._run.define_metric("*", step_metric="step")  # theirs would refuse an event of an earlier step
         except (wandb.Error, OSError) as error:
             raise HvdlmError(
                 f"log.wandb = {config.log.wandb!r}: {str(error).partition(chr(10))[0]} With WANDB_MODE=offline in the "
@@ -64,15 +67,23 @@ class WeightsAndBiases:
         if self._run is None or step <= self._last_told:
             return
         names = ("message",) if kind == "event" else record.keys() - {"kind", "step"}
+        values = {f"{kind}/{name}": record[name] for name in names if record[name] is not None}
         try:
-            self._run.log({f"{kind}/{name}": record[name] for name in names if record[name] is not None}, step=step)
-        except Exception as error:  # of a service in another process: metrics.jsonl is what is kept
-            self._run = None
-            logger.warning("Weights & Biases gets no more: %s", str(error).partition("\n")[0])
+            self._run.log({"step": step, **values})
+        except Exception as error:
+            self._give_up(error)
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+        try:
+            if self._run is not None:
+                self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Of a service in another process, or a network: metrics.jsonl is what is kept."""
+        self._run = None
+        logger.warning("Weights & Biases gets no more: %s", str(error).partition("\n")[0])
 
 
 def _state(run_dir: Path) -> tuple[str | None, int]:

@@ -83,8 +83,11 @@ class Ranks:
         overflow_at: Sequence[int] = (),
         **overrides: object,
     ) -> Result:
-        words = command(data, run_dir, *options, **overrides)[1:]
-        return self.hvdlm(ranks, *words, stop_after=stop_after, overflow_at=overflow_at)
+        """`overrides` of settings, SECTION__KEY; those in capitals are variables of the environment."""
+        environment = {name: str(value) for name, value in overrides.items() if name.isupper()}
+        settings = {name: value for name, value in overrides.items() if not name.isupper()}
+        words = command(data, run_dir, *options, **settings)[1:]
+        return self.hvdlm(ranks, *words, stop_after=stop_after, overflow_at=overflow_at, **environment)
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, object]]:

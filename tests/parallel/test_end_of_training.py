@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,22 +61,35 @@ def test_time(every: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> Non
     assert_ended_at(tmp_path / "run", last + 8)
 
 
-@pytest.mark.parametrize("more", [{}, {"checkpoint__keep_best": "true"}, {"local_steps__every": 3}])
-def test_patience(more: dict[str, object], ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """Of a model that stays as it is the first validation is the best: the second one after it ends the run."""
+@pytest.mark.parametrize(
+    ("more", "last"),
+    [
+        ({}, 9),
+        ({"log__every": 100}, 9),
+        ({"checkpoint__keep_best": "true"}, 9),
+        ({"local_steps__every": 3}, 10),
+        ({"local_steps__every": 5, "local_steps__fragments": 2, "local_steps__overlap": 2}, 10),
+    ],
+)
+def test_patience(more: dict[str, object], last: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Of a model that stays as it is the first validation is the best: the second one after it ends the run. With local
+    steps there is one more, in which the ranks become equal."""
     settings = {**STANDS_STILL, **more, "train__patience": 2, "train__evaluate_every": 3}
     said = ["training ends here: the validation loss was not better train.patience = 2 times in a row"]
     result = ranks.train(2, small_data, tmp_path / "whole", **settings)
     assert result.status == 0, result.output
     assert ends(tmp_path / "whole") == said
-    assert_ended_at(tmp_path / "whole", 9)
+    assert_ended_at(tmp_path / "whole", last)
+    state = json.loads((tmp_path / "whole" / f"checkpoints/step_{last:08d}/state.json").read_text())
+    rounds = state.get("local_steps", {"fragments": [], "under_way": []})
+    assert rounds["under_way"] == [] and all(each["steps"] == 0 for each in rounds["fragments"])
     assert ranks.train(2, small_data, tmp_path / "run", stop_after=7, **settings).status == 75
     assert ends(tmp_path / "run") == []
     assert ranks.train(2, small_data, tmp_path / "run", "--resume", "latest", **settings).status == 0
     assert ends(tmp_path / "run") == said
-    assert_ended_at(tmp_path / "run", 9)
+    assert_ended_at(tmp_path / "run", last)
     result = ranks.train(2, small_data, tmp_path / "run", "--resume", "latest", **settings)
-    assert result.status == 0 and "all 9 steps are done: nothing to train" in result.output
+    assert result.status == 0 and f"all {last} steps are done: nothing to train" in result.output
 
 
 def test_patience_lasts_while_it_improves(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ def test_files_that_a_user_has_chosen_get_everything(tmp_path: Path) -> None:
     assert not {"err 0", "out 0"} & set(lines(done.output))
 
 
+def test_where_a_user_has_led_rank_0_it_stays(tmp_path: Path) -> None:
+    script = tmp_path / "own.sh"
+    script.write_text(f"exec {sys.executable} -c '{PROGRAM}' >{tmp_path}/own.$HOROVOD_RANK 2>&1\n")
+    done = run([*launcher_command("horovodrun --gloo", 2), "sh", str(script)], deadline=120)
+    assert done.status == 0, done.output
+    assert lines((tmp_path / "own.0").read_text()) == ["err 0", "out 0"]
+    assert lines(done.output) == []
+
+
 def test_a_file_is_left_to_horovodrun(tmp_path: Path) -> None:
     """Which has a position of its own in it."""
     words = [*launcher_command("horovodrun --gloo", 2), sys.executable, "-c", PROGRAM]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import wandb
 from jobs import Ranks, records
@@ -42,9 +45,10 @@ def told(run_dir: Path) -> dict[str, list[tuple[int, object]]]:
         for message in messages(file):
             record = Record()
             record.ParseFromString(message)
-            for item in record.history.item if record.HasField("history") else ():
-                name = item.key or "/".join(item.nested_key)
-                found.setdefault(name, []).append((record.history.step.num, json.loads(item.value_json)))
+            items = record.history.item if record.HasField("history") else ()
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            for name, value in row.items():
+                found.setdefault(name, []).append((row["step"], value))
     return found
 
 
@@ -52,7 +56,8 @@ def told(run_dir: Path) -> dict[str, list[tuple[int, object]]]:
 def anew() -> Iterator[None]:
     """A process reads the environment once."""
     yield
-    wandb.teardown()
+    with suppress(OSError):  # a test may have ended its service
+        wandb.teardown()
 
 
 @pytest.fixture
@@ -61,9 +66,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_each_step_once_after_two_resumes(offline: None, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+def test_each_step_once_after_two_resumes(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    settings = {"log__wandb": "mine", "checkpoint__every": 4, "train__evaluate_every": 5}
+    settings = {"log__wandb": "mine", "checkpoint__every": 4, "train__evaluate_every": 5, "WANDB_MODE": "offline"}
     settings["optimizer__schedule"] = "inverse_sqrt"  # whose rates do not depend on train.steps
     assert ranks.train(2, small_data, run_dir, train__steps=10, **settings).status == 0
     again = str(run_dir / "checkpoints" / "step_00000004")
@@ -79,9 +84,12 @@ def test_each_step_once_after_two_resumes(offline: None, ranks: Ranks, small_dat
             if name != "mean_loss":  # of fewer steps after a resume
                 assert {step: dict(points)[step] for step in expected} == pytest.approx(expected, rel=1e-6)
     assert [step for step, _ in values["train/loss"]] == list(range(1, 13))
-    assert any("first step done" in str(message) for _, message in values["event/message"])
-    assert len({json.loads((run_dir / "wandb.json").read_text(encoding="utf-8"))["id"]}) == 1
-    assert len({path.name.rpartition("-")[2] for path in run_dir.glob("wandb/offline-run-*")}) == 1  # one run there
+    messages = [str(message) for _, message in values["event/message"]]
+    assert any("first step done" in message for message in messages)
+    assert any("saved " in message and "step_00000004" in message for message in messages)
+    own = json.loads((run_dir / "wandb.json").read_text(encoding="utf-8"))["id"]
+    folders = [path.name for path in run_dir.glob("wandb/offline-run-*")]
+    assert len(folders) == 3 and all(f"-{own}" in name for name in folders)  # of one run there
 
 
 def test_without_a_login_there_is_a_sentence(
@@ -104,6 +112,17 @@ def test_what_it_cannot_be_told_ends_nothing(offline: None, tmp_path: Path, capl
     view = WeightsAndBiases(tmp_path, Config(log=LogSection(wandb="mine")))
     view.show({"kind": "train", "step": 1, "loss": object()})
     view.show({"kind": "train", "step": 2, "loss": 1.0})
+    view.close()
+    ours = [each for each in caplog.records if each.name.startswith("hvdlm.")]
+    assert [each.getMessage().partition(":")[0] for each in ours] == ["Weights & Biases gets no more"]
+
+
+def test_a_service_that_has_gone_ends_nothing(offline: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    view = WeightsAndBiases(tmp_path, Config(log=LogSection(wandb="mine")))
+    (service,) = [each for each in psutil.Process().children() if "wandb-core" in " ".join(each.cmdline())]
+    service.kill()
+    while service.status() != psutil.STATUS_ZOMBIE:  # its own library waits for it
+        time.sleep(0.01)
     view.close()
     ours = [each for each in caplog.records if each.name.startswith("hvdlm.")]
     assert [each.getMessage().partition(":")[0] for each in ours] == ["Weights & Biases gets no more"]

@@ -79,9 +79,10 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_more_tokens_are_counted_than_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngrams, "MAX_TOKENS", 5)
-    parts = ngram_baselines(data_set(tmp_path / "more", 3, [[0, 1, 0], [1, 2, 2, 2], [2, 2]], [[1, 0, 1, 2, 0]]))
-    assert parts == ngram_baselines(data_set(tmp_path / "less", 3, [[0, 1, 0], [1, 2]], [[1, 0, 1, 2, 0]]))
+    """As many of each shard, and more of long ones where others are short."""
+    monkeypatch.setattr(ngrams, "MAX_TOKENS", 8)
+    parts = ngram_baselines(data_set(tmp_path / "more", 3, [[0, 1, 0, 0, 0], [1, 2, 2, 2], [2]], [[1, 0, 1, 2, 0]]))
+    assert parts == ngram_baselines(data_set(tmp_path / "less", 3, [[0, 1, 0, 0], [1, 2, 2], [2]], [[1, 0, 1, 2, 0]]))
 
 
 def test_no_validation_is_an_error(tmp_path: Path) -> None:

@@ -376,3 +376,19 @@ def test_a_variable_that_no_shell_has_replaced_is_refused(path: str) -> None:
     variable = path[path.index("$") :].partition("/")[0]
     sentence = f"train.run_dir = {path!r} holds {variable}, which hvdlm does not replace: write the path itself"
     assert refusal("--train.run_dir", path).endswith(sentence)
+
+
+def test_tokens_that_end_training_shorten_the_schedule() -> None:
+    shape = ("--train.steps", "1000", "--train.global_batch_size", "4", "--model.context_length", "8")
+    config = configure(*shape, "--train.max_tokens", "3201", "--optimizer.warmup_steps", "50")
+    assert config.planned_steps == 101  # of 32 tokens each
+    few = (*shape, "--train.max_tokens", "3200", "--optimizer.warmup_steps")
+    assert configure(*few, "100").planned_steps == 100
+    said = refusal(*few, "101")
+    assert said.endswith("optimizer.warmup_steps = 101 is more than the 100 steps of train.max_tokens = 3200")
+    assert "optimizer.decay_steps = 60 does not fit between" in refusal(*few, "50", "--optimizer.decay_steps", "60")
+
+
+def test_a_range_test_has_no_warm_up() -> None:
+    assert "is more than train.steps = 50" in refusal("--train.steps", "50")
+    assert configure("--train.steps", "50", "--optimizer.schedule", "range_test").train.steps == 50

@@ -123,6 +123,19 @@ def test_all_ranks_together_read_the_global_batch(path: Path, size: int) -> None
     assert [len(own[0].inputs) for own in ranks] == [len(rank_part(BATCH, rank, size)) for rank in range(size)]
 
 
+@pytest.mark.parametrize("size", [1, 3, BATCH])
+def test_replaced_tokens_are_inputs_alone(path: Path, size: int) -> None:
+    """The same on any number of ranks, also where each has one sequence, whose targets are as they were read."""
+    for rank in range(size):
+        parts = RankParts(BATCH, size)
+        with Loader(DataSet(path), LENGTH, parts, 5, rank, read_ahead=2, token_dropout=0.3) as loader:
+            for k in range(4):
+                whole, own, batch = read(path, k + 1)[k], read(path, k + 1, rank, size)[k], loader.next()
+                assert batch.targets.equal(own.targets)
+                assert not batch.inputs.equal(own.inputs)
+                assert len(whole.targets) == BATCH
+
+
 def test_resuming_from_a_state(path: Path) -> None:
     expected = read(path, 12)
     with Loader(DataSet(path), LENGTH, RankParts(BATCH, 1), 5, 0, read_ahead=4) as loader:

@@ -53,7 +53,7 @@ class Plain:
             return usual[min(count, 3)]
         y = n1 / (n1 + 2 * n2)
         own = {0: 0.0, 1: 1 - 2 * y * n2 / n1, 2: 2 - 3 * y * n3 / n2, 3: 3 - 4 * y * n4 / n3}
-        return (own if all(0 <= own[k] <= k for k in (1, 2, 3)) else usual)[min(count, 3)]
+        return (own if all(0 < own[k] <= k for k in (1, 2, 3)) else usual)[min(count, 3)]
 
     def probability(self, history: Gram, token: int, n: int) -> float:
         if n == 0:

@@ -32,10 +32,17 @@ def test_smoothing_is_a_weighted_mean() -> None:
     [
         ([5.0, 4.0, 3.0, 9.0], "The loss is least, 3.9299, at 0.03: begin with optimizer.lr = 0.003."),
         ([5.0, 4.0, 3.0, 2.0], "The loss still falls at 0.3, the highest rate: raise optimizer.lr."),
+        ([5.0, 4.0, 3.0, None], "The loss is least, 3.9299, at 0.03: begin with optimizer.lr = 0.003."),  # diverged
         ([None, None, None, None], "No loss was finite."),
     ],
 )
 def test_advice(losses: list[float | None], expected: str) -> None:
     # (0.81 * 5 + 0.9 * 4 + 3) / 2.71 = 3.9299
     rates = (3e-4, 3e-3, 3e-2, 3e-1)
-    assert advice([{"lr": rate, "loss": loss} for rate, loss in zip(rates, losses, strict=True)]) == expected
+    records = [{"step": step, "lr": rates[step], "loss": loss} for step, loss in enumerate(losses)]
+    assert advice(records) == expected
+
+
+def test_steps_that_are_missing_are_told() -> None:
+    records = [{"step": step, "lr": 0.1 * step, "loss": 1.0} for step in (10, 20)]
+    assert advice(records) == "Steps are missing: set log.every = 1."

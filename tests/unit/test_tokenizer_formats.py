@@ -243,6 +243,12 @@ def test_ranks_of_an_unknown_number_need_a_pattern(ranks: dict[bytes, int], tmp_
     ):
         Tokenizer.open(path)
     write_ranks(path, {**ranks, b"\x00\x00\x00": 5})
+    no_line, too_large = r"601 is not a token in base64 and its rank", "has the rank 999999999: damaged"
+    good = write_ranks(tmp_path / "good.tiktoken", ranks).read_text()
+    for rank, said in (("-5", no_line), ("1_0", no_line), ("999999999", too_large)):
+        (tmp_path / "bad.tiktoken").write_text(f"{good}cXVpeHh5eg== {rank}\n")
+        with pytest.raises(HvdlmError, match=said):
+            Tokenizer.open(tmp_path / "bad.tiktoken", "gpt2")
     with pytest.raises(HvdlmError, match=r"own\.tiktoken gives one rank to two tokens"):
         Tokenizer.open(path, "gpt2")
 
