@@ -115,6 +115,15 @@ def test_too_few_are_left(small_data: Path, tmp_path: Path, undisturbed: Callabl
     assert_same_curve(losses(run_dir), losses(undisturbed(**SAVING)), relative=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_without_comm_elastic_a_death_ends_the_job(ranks: int, small_data: Path, tmp_path: Path) -> None:
+    """With a status that says so, also where one rank is left."""
+    result = train(ranks, "backward:7:1", small_data, tmp_path / "run", comm__elastic="false")
+    assert result.status not in (0, 75), result.output
+    assert "another rank has died" in result.output
+    assert max(losses(tmp_path / "run")) == 7
+
+
 def test_without_mpirun_s_tolerance(small_data: Path, tmp_path: Path) -> None:
     words = command(small_data, tmp_path / "run", **SETTINGS)
     result = run(["mpirun", "-np", "2", "--oversubscribe", "--bind-to", "none", *words])
