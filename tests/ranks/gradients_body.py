@@ -111,10 +111,12 @@ def check_overlap_when_compiled(comm: Communicator, algorithm: str) -> None:
     model = make_whole_model(config, VOCABULARY, torch.device("cpu"))
     sync, made = make_sync(model, comm, algorithm), note_gradients(model)
     backward_pass(model, sync, sequences=8)
-    made.clear()
-    begin = backward_pass(model, sync, sequences=8)
-    # compiled as a whole, the model would have no gradient complete by then
-    assert sync.traffic.first_sent - begin < 0.7 * (made[-1] - begin)
+    shares = []
+    for _ in range(5):  # the least counts: what else the machine does only delays
+        made.clear()
+        begin = backward_pass(model, sync, sequences=8)
+        shares.append((sync.traffic.first_sent - begin) / (made[-1] - begin))
+    assert min(shares) < 0.7  # compiled as a whole, the model would have no gradient complete by then
 
 
 def note_gradients(model: Transformer) -> list[float]:
