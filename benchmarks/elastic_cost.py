@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from common.conditions import describe_run
-from common.script import absolute_path, run_script
-from common.steps import interval, step_seconds
+from common.script import run_script
+from common.steps import interval, parse_blocks, step_seconds
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
@@ -99,13 +99,5 @@ class _Stopped:
         return run
 
 
-def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=absolute_path)
-    parser.add_argument("--steps", type=int, default=2, help="of a block (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=100, help="of each kind (default: %(default)s)")
-    return parser.parse_known_args()
-
-
 if __name__ == "__main__":
-    run_script("elastic_cost.py", lambda: run(*_parse()))
+    run_script("elastic_cost.py", lambda: run(*parse_blocks(__doc__, blocks=100)))

@@ -1,6 +1,7 @@
-"""The one exception that is meant for the user rather than for a developer, and what its sentence says of files."""
+"""The exceptions that are meant for the user rather than for a developer, and sentences of theirs that recur."""
 
 import errno
+import importlib.util
 
 
 class HvdlmError(Exception):
@@ -24,6 +25,12 @@ _REMEDIES = {
     errno.EFBIG: "raise the limit of file sizes, ulimit -f",
     errno.EMFILE: "raise the limit of open files, ulimit -n",
 }
+
+
+def check_installed(module: str, wanted_by: str, library: str, extra: str) -> None:
+    """Raises HvdlmError if a library of an extra is missing; `wanted_by` begins the sentence."""
+    if importlib.util.find_spec(module) is None:
+        raise HvdlmError(f"{wanted_by} needs {library}, which is not installed: pip install 'hvdlm[{extra}]'")
 
 
 def write_failure(error: OSError) -> str:

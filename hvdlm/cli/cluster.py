@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvdlm.arguments import path, seconds
+from hvdlm.cli.shared import SETTINGS_EPILOG, add_engine
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,14 +20,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     doctor.add_argument(
         "--hostfile", type=path, metavar="FILE", help="check this host list and every host on it, by ssh, from here"
     )
-    doctor.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    add_engine(doctor)
     doctor.add_argument("--timeout", type=seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
     doctor.set_defaults(run=_doctor)
 
     slurm = commands.add_parser(
         "slurm",
         help="write a Slurm job that trains, and goes on by itself after its time limit",
-        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        epilog=SETTINGS_EPILOG,
         allow_abbrev=False,
     )
     slurm.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hvdlm.arguments import finite, path, seed
+from hvdlm.cli.shared import add_checkpoint, add_engine
 from hvdlm.errors import HvdlmError
 
 
@@ -13,13 +14,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate = commands.add_parser(
         "evaluate", help="loss, perplexity, bits per byte and accuracy, beside n-gram baselines"
     )
-    evaluate.add_argument(
-        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
-    )
+    add_checkpoint(evaluate)
     evaluate.add_argument(
         "--data", type=path, required=True, metavar="DIR", help="data set whose validation split is read"
     )
-    evaluate.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    add_engine(evaluate)
     evaluate.add_argument(
         "--micro-batch-size", type=int, default=8, metavar="N", help="sequences a rank computes at once (default: 8)"
     )
@@ -35,9 +34,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     evaluate.set_defaults(run=_evaluate)
 
     lm_eval = commands.add_parser("lm-eval", help="scores in tasks of lm-evaluation-harness")
-    lm_eval.add_argument(
-        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
-    )
+    add_checkpoint(lm_eval)
     lm_eval.add_argument(
         "--tasks", required=True, metavar="NAMES", help="tasks, or paths of task files, with commas between them"
     )
@@ -49,7 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     lm_eval.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="requests a rank computes at once (default: 8)"
     )
-    lm_eval.add_argument("--engine", default="auto", choices=["auto", "solo", "horovod", "mpi", "torch"])
+    add_engine(lm_eval)
     lm_eval.add_argument("--output", type=path, metavar="FILE", help="the scores as JSON")
     lm_eval.add_argument(
         "--log-samples", action="store_true", help="also write every question with the model's answers there"
@@ -58,9 +55,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     lm_eval.set_defaults(run=_lm_eval)
 
     generate = commands.add_parser("generate", help="continue a prompt")
-    generate.add_argument(
-        "checkpoint", type=path, metavar="CHECKPOINT", help="a checkpoint, or a run directory for its latest"
-    )
+    add_checkpoint(generate)
     generate.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     generate.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hvdlm.arguments import path, path_text
+from hvdlm.cli.shared import SETTINGS_EPILOG
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +17,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     train = commands.add_parser(
         "train",
         help="train a model; start it with horovodrun, mpirun or srun for more than one rank",
-        epilog="Any setting is overridden by --section.key value, as in --train.steps 500.",
+        epilog=SETTINGS_EPILOG,
         allow_abbrev=False,
     )
     train.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")

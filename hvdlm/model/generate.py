@@ -55,8 +55,7 @@ def generate(
                 documents = document_ids(window, eos_id)[:, cache.length :]
             hidden = model(unread[None], documents, cache)  # (1, T, D)
             logits = model.logits(hidden[0, -1])[:vocab_size]
-            if not bool(torch.isfinite(logits).all()):
-                raise HvdlmError("the model computes NaN or infinite numbers: it has diverged; take another checkpoint")
+            check_finite(logits)
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
             unread = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(sequence.device)  # (1,)
             sequence = torch.cat([sequence, unread])
@@ -86,6 +85,12 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int, top
         probabilities[1:][probabilities.cumsum(dim=0)[:-1] >= top_p] = 0
         probabilities /= probabilities.sum()
     return torch.zeros_like(probabilities).scatter_(0, order, probabilities)
+
+
+def check_finite(numbers: Tensor) -> None:
+    """Raises HvdlmError if a model has computed numbers that are not finite."""
+    if not bool(torch.isfinite(numbers).all()):
+        raise HvdlmError("the model computes NaN or infinite numbers: it has diverged; take another checkpoint")
 
 
 def _check(model: Transformer, prompt: Tensor, tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvdlm.errors import HvdlmError
-from hvdlm.model.generate import next_token_probabilities
+from hvdlm.model.generate import check_finite, next_token_probabilities
 from hvdlm.model.transformer import KeyValueCache, Transformer, document_ids
 
 
@@ -62,8 +61,7 @@ def generate_batch(
             documents = document_ids(read, eos_id)[:, cache.length :].to(device)
         hidden = model(unread.to(device), documents, cache)  # (B, t, D)
         logits = model.logits(hidden[:, -1])[:, :vocab_size]  # (B, V)
-        if not bool(torch.isfinite(logits).all()):
-            raise HvdlmError("the model computes NaN or infinite numbers: it has diverged; take another checkpoint")
+        check_finite(logits)
         likeliest = logits.argmax(dim=-1).tolist()
         following = []
         for row, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from hvdlm.errors import HvdlmError
+from hvdlm.model.generate import check_finite
 from hvdlm.model.loss import loss_chunk_tokens
 from hvdlm.model.transformer import Transformer, document_ids
 
@@ -49,8 +49,7 @@ def likelihoods(
             own = logits.gather(1, part[:, None]).squeeze(1)
             log_probabilities.append(own - logits.logsumexp(dim=-1))
             are_likeliest.append(logits.argmax(dim=-1) == part)
-        total = float(torch.cat(log_probabilities).sum())
-        if not -torch.inf < total < torch.inf:
-            raise HvdlmError("the model computes NaN or infinite numbers: it has diverged; take another checkpoint")
-        results.append(Likelihood(total, bool(torch.cat(are_likeliest).all())))
+        total = torch.cat(log_probabilities).sum()
+        check_finite(total)
+        results.append(Likelihood(float(total), bool(torch.cat(are_likeliest).all())))
     return results

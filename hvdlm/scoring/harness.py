@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import random
@@ -13,7 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, check_installed
 from hvdlm.scoring.distributed_model import DistributedModel
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,7 @@ _ENVIRONMENT = {
 
 def check_harness(wanted_by: str) -> None:
     """Raises HvdlmError if the harness is not installed; `wanted_by` begins the sentence."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise HvdlmError(f"{wanted_by} needs lm_eval, which is not installed: pip install 'hvdlm[lm-eval]'")
+    check_installed("lm_eval", wanted_by, "lm_eval", "lm-eval")
 
 
 def split_names(text: str) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import check_installed
 
 Tokens = Sequence[int]
 
@@ -33,8 +32,7 @@ def vocabulary_coverage(texts: Sequence[Tokens], vocab_size: int) -> float:
 
 def check_rouge(wanted_by: str) -> None:
     """Raises HvdlmError if rouge-score is not installed; `wanted_by` begins the sentence."""
-    if importlib.util.find_spec("rouge_score") is None:
-        raise HvdlmError(f"{wanted_by} needs rouge-score, which is not installed: pip install 'hvdlm[lm-eval]'")
+    check_installed("rouge_score", wanted_by, "rouge-score", "lm-eval")
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:

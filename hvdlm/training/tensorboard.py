@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import LogSection
-from hvdlm.errors import HvdlmError, write_failure
+from hvdlm.errors import check_installed, write_failure
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +18,8 @@ _FOLDER = "tensorboard"  # in the run directory
 
 def check_tensorboard(settings: LogSection) -> None:
     """Raises HvdlmError if it is wanted and not installed."""
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise HvdlmError(
-            "log.tensorboard = true needs TensorBoard, which is not installed: pip install 'hvdlm[tensorboard]'"
-        )
+    if settings.tensorboard:
+        check_installed("tensorboard", "log.tensorboard = true", "TensorBoard", "tensorboard")
 
 
 class TensorBoard:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import secrets
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import Config, LogSection
-from hvdlm.errors import HvdlmError, write_failure
+from hvdlm.errors import HvdlmError, check_installed, write_failure
 from hvdlm.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -22,10 +21,8 @@ _STATE = "wandb.json"  # in the run directory: the run's id there, and the last 
 
 def check_weights_and_biases(settings: LogSection) -> None:
     """Raises HvdlmError if it is wanted and not installed."""
-    if settings.wandb and importlib.util.find_spec("wandb") is None:
-        raise HvdlmError(
-            f"log.wandb = {settings.wandb!r} needs Weights & Biases, which is not installed: pip install 'hvdlm[wandb]'"
-        )
+    if settings.wandb:
+        check_installed("wandb", f"log.wandb = {settings.wandb!r}", "Weights & Biases", "wandb")
 
 
 class WeightsAndBiases:
