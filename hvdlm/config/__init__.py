@@ -18,6 +18,7 @@ from hvdlm.config.local_steps import LocalStepsSection
 from hvdlm.config.model import ModelSection
 from hvdlm.config.optimizer import Algorithm, OptimizerSection
 from hvdlm.config.output import CheckpointSection, LogSection
+from hvdlm.config.parallel import ParallelSection
 from hvdlm.config.section import Section
 from hvdlm.config.train import Precision, TrainSection
 
@@ -32,6 +33,7 @@ __all__ = [
     "LogSection",
     "ModelSection",
     "OptimizerSection",
+    "ParallelSection",
     "Precision",
     "Section",
     "TrainSection",
@@ -48,6 +50,7 @@ class Config(Section):
     comm: CommSection = Field(default_factory=CommSection)
     compression: CompressionSection = Field(default_factory=CompressionSection)
     local_steps: LocalStepsSection = Field(default_factory=LocalStepsSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
 
@@ -91,6 +94,7 @@ class Config(Section):
             "comm.mirror_residuals = true sends the residuals of gradients, not of local steps: leave it out": (
                 self.comm.mirror_residuals and bool(local_steps.every)
             ),
+            **self._parallel_misfits(),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width
             ),
@@ -98,6 +102,22 @@ class Config(Section):
         if found := [sentence for sentence, is_wrong in misfits.items() if is_wrong]:
             raise ValueError(found[0])
         return self
+
+    def _parallel_misfits(self) -> dict[str, bool]:
+        """What [parallel] does not go with, and whether it is set."""
+        parallel, model = self.parallel, self.model
+        heads = model.kv_heads or model.heads
+        return {
+            "[parallel] divides a model among ranks, local_steps.every has them train copies of their own: set one of "
+            "them": parallel.is_used and bool(self.local_steps.every),
+            "comm.elastic = true needs the whole model on every rank: it does not go with parallel.shard, "
+            "parallel.tensor or parallel.pipeline": parallel.is_used and self.comm.elastic,
+            f"parallel.tensor = {parallel.tensor} does not divide the {heads} key and value heads of the model: take a "
+            f"divisor of {heads}": heads % parallel.tensor > 0,
+            f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
+                parallel.pipeline > model.layers
+            ),
+        }
 
     @property
     def planned_steps(self) -> int:

@@ -10,6 +10,7 @@ import communicator_body
 import dion_body
 import gradients_body
 import local_steps_body
+import mesh_body
 import mpi_body
 import muon_body
 import pytest
@@ -47,6 +48,7 @@ CASES = [
             *groups("horovod", OVER_MPI, [2], pool=2),
         ],
     ),
+    *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4])]),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
         ring_body,
@@ -122,7 +124,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(muon_body, scoring_body),
+        *(mesh_body, muon_body, scoring_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:
