@@ -28,6 +28,7 @@ import mpi4py
 import torch
 from torch import Tensor
 
+from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import DeadRankError, LostRankError, lost_rank_errors, result_within, say, wait_until
 from hvdlm.errors import HvdlmError
@@ -139,7 +140,7 @@ class MPICommunicator(Communicator):
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
         def run() -> None:
             for piece in _pieces(flat):
-                self._group.Allreduce(MPI.IN_PLACE, piece.numpy(), _OPS[op])
+                self._group.Allreduce(MPI.IN_PLACE, as_array(piece), _OPS[op])
 
         return self._submit(run)
 
@@ -148,13 +149,13 @@ class MPICommunicator(Communicator):
 
         def run() -> Tensor:
             if flat.nbytes <= LARGEST_MESSAGE:
-                self._group.Reduce_scatter(flat.numpy(), part.numpy(), list(lengths), _OPS[op])
+                self._group.Reduce_scatter(as_array(flat), as_array(part), list(lengths), _OPS[op])
                 return part
             for owner, theirs in enumerate(flat.split(list(lengths))):
                 # all ranks have as many pieces of the owner's part as the owner itself
                 for piece, target in zip(_pieces(theirs), _pieces(part if owner == self.rank else theirs), strict=True):
-                    received = target.numpy() if owner == self.rank else None
-                    self._group.Reduce(piece.numpy(), received, _OPS[op], owner)
+                    received = as_array(target) if owner == self.rank else None
+                    self._group.Reduce(as_array(piece), received, _OPS[op], owner)
             return part
 
         return self._submit(run)
@@ -164,13 +165,13 @@ class MPICommunicator(Communicator):
 
         def run() -> Tensor:
             if gathered.nbytes <= LARGEST_MESSAGE:
-                self._group.Allgatherv(data.numpy(), [gathered.numpy(), list(lengths)])
+                self._group.Allgatherv(as_array(data), [as_array(gathered), list(lengths)])
                 return gathered
             parts = gathered.split(list(lengths))
             parts[self.rank].copy_(data)
             for owner, part in enumerate(parts):
                 for piece in _pieces(part):
-                    self._group.Bcast(piece.numpy(), owner)
+                    self._group.Bcast(as_array(piece), owner)
             return gathered
 
         return self._submit(run)
@@ -186,9 +187,11 @@ class MPICommunicator(Communicator):
         for distance in range(1, self.size):
             source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
             for piece in _messages(received[source]):
-                works.append(self._poll([self._group.Irecv(piece.numpy(), source, _TAG)], f"rank {source} to send"))
+                works.append(self._poll([self._group.Irecv(as_array(piece), source, _TAG)], f"rank {source} to send"))
             for piece in _messages(parts[target]):
-                works.append(self._poll([self._group.Isend(piece.numpy(), target, _TAG)], f"rank {target} to receive"))
+                works.append(
+                    self._poll([self._group.Isend(as_array(piece), target, _TAG)], f"rank {target} to receive")
+                )
 
         def finish() -> list[Tensor]:
             for work in works:
@@ -200,18 +203,18 @@ class MPICommunicator(Communicator):
     def _broadcast(self, data: Tensor, root: int) -> Work[None]:
         def run() -> None:
             for piece in _pieces(data):
-                self._group.Bcast(piece.numpy(), root)
+                self._group.Bcast(as_array(piece), root)
 
         return self._submit(run)
 
     def _send(self, data: Tensor, destination: int) -> Work[None]:
         with self._errors():
-            requests = [self._group.Isend(piece.numpy(), destination) for piece in _pieces(data)]
+            requests = [self._group.Isend(as_array(piece), destination) for piece in _pieces(data)]
         return self._poll(requests, f"rank {destination} to receive")
 
     def _receive(self, data: Tensor, source: int) -> Work[None]:
         with self._errors():
-            requests = [self._group.Irecv(piece.numpy(), source) for piece in _pieces(data)]
+            requests = [self._group.Irecv(as_array(piece), source) for piece in _pieces(data)]
         return self._poll(requests, f"rank {source} to send")
 
     def _submit(self, collective: Callable[[], T]) -> Work[T]:

@@ -93,17 +93,53 @@ class Ring:
         stride = -(-length // _ALIGNMENT) * _ALIGNMENT
         gathered = message.new_empty(self._size * stride)
         gathered[self._rank * stride :][:length].copy_(message)
+        self.all_gather_(gathered)
+        return [gathered[rank * stride :][:length] for rank in range(self._size)]
+
+    def all_gather_(self, values: Tensor) -> int:
+        """Fills each rank's part of `values` (1-D, contiguous, as many elements for each) by what that rank has there.
+
+        The second half of an all-reduce. Returns the bytes that this rank sent.
+        """
+        if self._size == 1 or values.numel() == 0:
+            return 0
+        gathered = values.view(torch.uint8)
         segments = self._segments(len(gathered), 4 * self._segment)
         sends = [self._communicator.send_async(gathered[each.span], self._right) for each in segments[self._rank]]
         received_segments = self._receive_segments(
-            segments, self._size - 1, lambda _, __, segment: gathered[segment.span]
+            segments, self._size - 1, self._rank, lambda _, __, segment: gathered[segment.span]
         )
         for hop, _, received in received_segments:
             if hop < self._size - 2:
                 sends.append(self._communicator.send_async(received, self._right))
         for work in sends:
             work.wait()
-        return [gathered[rank * stride :][:length] for rank in range(self._size)]
+        return len(gathered) * (self._size - 1) // self._size
+
+    def reduce_scatter_(self, values: Tensor) -> int:
+        """Replaces this rank's part of `values` (float32, 1-D, contiguous, as many elements for each) by the sum over
+        all ranks there; what it then holds elsewhere means nothing.
+
+        The first half of an all-reduce, begun one chunk earlier, so that the chunk which a rank finishes is its own.
+        Returns the bytes that this rank sent.
+        """
+        if self._size == 1 or values.numel() == 0:
+            return 0
+        first = self._left
+        segments = self._segments(len(values), self._segment)
+        scratch = self._workspace("scratch", (_POSTED_RECEIVES, self._segment), values)
+        sends = [self._communicator.send_async(values[each.span], self._right) for each in segments[first]]
+
+        def receive_buffer(message_index: int, hop: int, segment: _Segment) -> Tensor:
+            return scratch[message_index % _POSTED_RECEIVES, : segment.length]
+
+        for hop, segment, received in self._receive_segments(segments, self._size - 1, first, receive_buffer):
+            values[segment.span] += received
+            if hop < self._size - 2:
+                sends.append(self._communicator.send_async(values[segment.span], self._right))
+        for work in sends:
+            work.wait()
+        return values.nbytes * (self._size - 1) // self._size
 
     def _all_reduce_plain(self, values: Tensor) -> int:
         """Sends from `values` and receives finished chunks into it, without copies."""
@@ -125,7 +161,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             send(segment)
-        for hop, segment, received in self._receive_segments(segments, self._last_hop + 1, receive_buffer):
+        for hop, segment, received in self._receive_segments(segments, self._last_hop + 1, self._rank, receive_buffer):
             if hop < self._size - 1:
                 values[segment.span] += received
             if hop < self._last_hop:
@@ -167,7 +203,7 @@ class Ring:
 
         for segment in segments[self._rank]:
             encode_and_send(segment, partial, is_finished=False)
-        for hop, segment, message in self._receive_segments(segments, self._last_hop + 1, receive_buffer):
+        for hop, segment, message in self._receive_segments(segments, self._last_hop + 1, self._rank, receive_buffer):
             if hop < self._size - 1:
                 partial_sum = decoded[: segment.length]
                 encoding.decode(message, partial_sum)
@@ -205,13 +241,17 @@ class Ring:
         return chunks
 
     def _receive_segments(
-        self, segments: list[list[_Segment]], hops: int, receive_buffer: Callable[[int, int, _Segment], Tensor]
+        self,
+        segments: list[list[_Segment]],
+        hops: int,
+        first: int,
+        receive_buffer: Callable[[int, int, _Segment], Tensor],
     ) -> Iterator[tuple[int, _Segment, Tensor]]:
         """Hop, segment and content of every message from the left neighbour, in order, with some receives posted ahead.
 
-        At hop h this rank sends chunk rank - h on and receives the one before it, which it will send at hop h + 1.
+        At hop h this rank sends chunk `first` - h on and receives the one before it, which it will send at hop h + 1.
         """
-        expected = [(hop, segment) for hop in range(hops) for segment in segments[(self._rank - hop - 1) % self._size]]
+        expected = [(hop, segment) for hop in range(hops) for segment in segments[(first - hop - 1) % self._size]]
         pending: deque[Work[Tensor]] = deque()
         posted = 0
         for message_index, (hop, segment) in enumerate(expected):

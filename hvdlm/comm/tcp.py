@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work, part_lengths
 from hvdlm.comm.death_watch import DeathWatch
 from hvdlm.comm.failure import end_process, result_within
@@ -199,4 +200,4 @@ class TcpCommunicator(Communicator):
 
 
 def _bytes(data: Tensor) -> memoryview:
-    return data.view(torch.uint8).numpy().data
+    return as_array(data.view(torch.uint8)).data

@@ -41,6 +41,12 @@ class Batch:
     targets: torch.Tensor
     errors: tuple[str, ...] = ()
 
+    @staticmethod
+    def empty(index: int, length: int) -> Batch:
+        """No sequences of `length` tokens."""
+        nothing = torch.empty((0, length), dtype=torch.int64)
+        return Batch(index, nothing, nothing)
+
 
 class Loader:
     """Context manager that yields what one rank trains on of global batches `start`, `start` + 1, ... without end.

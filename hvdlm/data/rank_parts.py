@@ -42,6 +42,10 @@ class RankParts:
         part = rank_part(self.batch_size, ranks.index(rank), len(ranks))
         return [(batch, index) for index in part] + self._made_up.get(batch, {}).get(rank, [])
 
+    def most(self, batch: int) -> int:
+        """Sequences of the rank that has most of a batch."""
+        return max(len(self.own(batch, rank)) for rank in self.ranks)
+
     def regrouped(self, ranks: Sequence[int], sent: int, batch: int, end: int) -> tuple[RankParts, int]:
         """Parts of these ranks alone, from `batch` on; and how many sequences are lost for good.
 

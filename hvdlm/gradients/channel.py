@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -72,19 +73,23 @@ class Channel:
         On a GPU it is ordered after what the current stream has been given so far, and the stream that is current in
         `wait` is ordered after it.
         """
+        return self.run(partial(self.reduce_, codec, gradients, step, name))
+
+    def run(self, task: Callable[[], None]) -> Work[None]:
+        """Queues a task of another kind, ordered like `submit`'s."""
         stream = self._stream
         if stream is None:
-            return Work(self._thread.submit(self.reduce_, codec, gradients, step, name).result)
+            return Work(self._thread.submit(task).result)
         ready, finished = torch.cuda.Event(), torch.cuda.Event()
         ready.record()
 
-        def reduce_on_stream() -> None:
+        def run_on_stream() -> None:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                self.reduce_(codec, gradients, step, name)
+                task()
                 finished.record(stream)
 
-        future = self._thread.submit(reduce_on_stream)
+        future = self._thread.submit(run_on_stream)
 
         def finish() -> None:
             future.result()
@@ -100,14 +105,20 @@ class Channel:
         """Replaces `gradients` by their sum over all ranks; `name`: of the span that this takes."""
 
         def reduce() -> None:
-            begin = time.perf_counter()
-            codec.reduce_(gradients, self.exchange, step)
-            self.spans.append(Span(name, begin, time.perf_counter()))
+            with self.timed(name):
+                codec.reduce_(gradients, self.exchange, step)
 
         if self.hierarchy is None:
             reduce()
         else:
             self.hierarchy.reduce_(gradients, reduce)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Counts what happens within as a span of this channel."""
+        begin = time.perf_counter()
+        yield
+        self.spans.append(Span(name, begin, time.perf_counter()))
 
 
 def open_channels(

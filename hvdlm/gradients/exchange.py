@@ -96,6 +96,35 @@ class Exchange:
         self._count_all_reduce(values)
         return self._communicator.all_reduce_async_(values)
 
+    def reduce_scatter_(self, values: Tensor) -> None:
+        """Replaces this rank's part of `values` (float32, 1-D, contiguous, as many for each rank) by their sum over all
+        ranks. What is elsewhere then means nothing.
+        """
+        with self._counted("reduce-scatter"):
+            if self._ring is not None and self.prefers_ring(values.numel()):
+                self._count(self._ring.reduce_scatter_(values))
+                return
+            self._count((self.size - 1) * values.nbytes // self.size)
+            self.part_of(values).copy_(self._communicator.reduce_scatter(values))
+
+    def all_gather_(self, values: Tensor) -> None:
+        """Fills each rank's part of `values` (1-D, contiguous, as many for each rank) by what that rank has there."""
+        with self._counted("all-gather"):
+            if self._ring is not None:  # it sleeps while it waits, where engines spin
+                self._count(self._ring.all_gather_(values))
+                return
+            self._count((self.size - 1) * values.nbytes // self.size)
+            own = self.part_of(values)
+            gathered = self._communicator.all_gather_v(own, [len(own)] * self.size)
+            for rank, part in enumerate(gathered):
+                if rank != self.rank:
+                    values[rank * len(own) :][: len(own)].copy_(part)
+
+    def part_of(self, values: Tensor) -> Tensor:
+        """This rank's part of a tensor that has as many elements for each: a view."""
+        length = len(values) // self.size
+        return values[self.rank * length :][:length]
+
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
         with self._counted("all-gather"):

@@ -34,6 +34,8 @@ their reverse is about the order in which the backward pass completes gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,21 @@ from hvdlm.model.linear import Linear
 from hvdlm.model.size import key_value_heads, mlp_width
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
+
+
+# A part of a model that reads parameters: a block, by number, or one of these
+Part = int | str
+EMBEDDING, OUTPUT = "embedding", "output"
+
+
+class ParameterAccess(Protocol):
+    """Is told where a model reads its parameters, in case they are elsewhere in between."""
+
+    def before(self, part: Part, x: Tensor) -> Tensor:
+        """Before the forward pass of a part, with its input, which it returns; OUTPUT ends with the loss."""
+
+    def after(self, part: Part, x: Tensor) -> Tensor:
+        """After the forward pass of a part, with what it returns. Not called for OUTPUT."""
 
 
 class Transformer(nn.Module):
@@ -69,6 +86,7 @@ class Transformer(nn.Module):
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
         self._compute_dtype: torch.dtype | None = None  # of matrix products; None: that of the parameters
         self.activation_checkpointing = False  # keep only each block's input, and compute it again in the backward pass
+        self.parameter_access: ParameterAccess | None = None
         self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
@@ -114,25 +132,30 @@ class Transformer(nn.Module):
                 f"{config.context_length}: shorten the sequence or train with a longer context"
             )
         positions = torch.arange(start, start + length, device=tokens.device)
+        access = self.parameter_access
+        tokens = access.before(EMBEDDING, tokens) if access else tokens
         x = self.token_embedding(tokens)  # (B, T, D)
         rotation = None
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         else:
             rotation = _rotation(positions, config)
+        x = access.after(EMBEDDING, x) if access else x
         mask = _attention_mask(positions, documents, cache, self.dtype)
         x = self.dropout(x)
         # Chen et al. 2016, arXiv:1604.06174
         recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
+            x = access.before(layer, x) if access else x
             if recomputes:
                 x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
             else:
                 x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
+            x = access.after(layer, x) if access else x
         if cache:
             cache.length += length
         hidden: Tensor = self.final_norm(x)
-        return hidden
+        return access.before(OUTPUT, hidden) if access else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
@@ -146,14 +169,22 @@ class Transformer(nn.Module):
         of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
         identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
         """
+        values = dict(self.named_parameters())
+        for name, initial in self.initial_values(seed):
+            values[name].copy_(initial)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """What `initialise` sets each parameter to, by name, on the CPU: one at a time, for models that are too large
+        to be anywhere as a whole.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                yield name, torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0, device="cpu")
                 continue
             into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
             deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator))
+            yield name, torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
 
 
 class Block(nn.Module):

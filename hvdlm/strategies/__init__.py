@@ -13,20 +13,26 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.dion.strategy import Dion
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
+from hvdlm.strategies.sharded.strategy import Sharded
 from hvdlm.strategies.strategy import Strategy
 
 
 def make_strategy(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     communicator: Communicator,
     config: Config,
+    device: torch.device,
     algorithm_costs: Sequence[AlgorithmCost] = (),
 ) -> Strategy:
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
 
+    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns.
     `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
     """
+    if config.parallel.shard:
+        return Sharded(model, communicator, config, device)
+    assert optimizer is not None
     if config.local_steps.every:
         return LocalSteps(model, optimizer, communicator, config, algorithm_costs)
     if config.optimizer.algorithm == "dion":

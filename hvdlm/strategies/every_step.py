@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from hvdlm.strategies.optimizer import (
     set_learning_rate,
 )
 from hvdlm.strategies.penalties import add_penalties_
-from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
+from hvdlm.strategies.replaced_parameters import parameters_replaced
+from hvdlm.strategies.step_agreement import StepAgreement
+from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
 
 
 class EveryStep(Strategy):
@@ -51,19 +53,12 @@ class EveryStep(Strategy):
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
         self.sync.only_if_finite = config.train.precision == "fp16" and bool(self.sync.codec_state())
         deal_out_among(optimizer, communicator)
-        self._asked = (0, 0, 0, 0)  # by how many ranks to stop, save and end in this step; what is unread of its batch
+        self._agreement = StepAgreement()
 
     def begin_step(self, own: Report) -> Work[int]:
-        reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
+        totals = self._agreement.begin(self.communicator, own)
         self.sync.zero_grad()
-        return reduction.then(partial(self._read_totals, own.error))
-
-    def _read_totals(self, error: str | None, totals: Tensor) -> int:
-        tokens, stops, saves, unread, errors, ends = totals.tolist()
-        if errors:
-            raise_if_unreadable(self.communicator, error)
-        self._asked = stops, saves, ends, unread
-        return int(tokens)
+        return totals
 
     def narrow_to(self, communicator: Communicator) -> None:
         """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
@@ -99,14 +94,13 @@ class EveryStep(Strategy):
         return leave_out_if(self._optimizer, found)
 
     def apply(self, rate: float) -> None:
-        add_penalties_(self._parameters.values(), self._settings)
+        add_penalties_((each for each in self._parameters.values() if each.dim() >= 2), self._settings)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
 
     def end_step(self) -> StepEnd:
         self._model.update_low_precision_weights()
-        stops, saves, ends, unread = self._asked
-        return StepEnd(stops > 0, saves > 0, unread, ranks_have_met=True, end=ends > 0)
+        return self._agreement.end()
 
     def arrive(self) -> None:
         pass  # it has, when `wait` returns
@@ -136,6 +130,9 @@ class EveryStep(Strategy):
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._parameters)
+
+    def replaced(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return parameters_replaced(self._model, parameters)
 
     def start(self) -> None:
         broadcast_tensors(self.communicator, self._parameters.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,19 +37,39 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     """
     matrices = hidden_matrices(model) if settings.algorithm in ("dion", "muon") else {}
     parameters = [p for name, p in model.named_parameters() if p.requires_grad and name not in matrices]
+    decaying, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+    return make_optimizer_of(decaying, others, settings, list(matrices.values()))
+
+
+def make_optimizer_of(
+    decaying: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+    settings: OptimizerSection,
+    matrices: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """The same over parameters, or parts of them, that decay and that do not; `matrices`: which Muon steps."""
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": list(decaying), "weight_decay": settings.weight_decay},
+        {"params": list(others), "weight_decay": 0.0},
     ]
-    optimizer = _make([group for group in groups if group["params"]], list(matrices.values()), settings)
-    moments = () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
-    for parameter in parameters:
+    optimizer = _make([group for group in groups if group["params"]], list(matrices), settings)
+    for parameter in (*decaying, *others):
         # What the optimizer would make at its first step: made now, so that every rank can be sent the state to resume.
-        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in moments}
-        if settings.algorithm in _COUNT_STEPS:
+        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in moment_names(settings)}
+        if counts_steps(settings):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = state
     return optimizer
+
+
+def moment_names(settings: OptimizerSection) -> tuple[str, ...]:
+    """What is kept of each parameter, in its shape."""
+    return () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
+
+
+def counts_steps(settings: OptimizerSection) -> bool:
+    """Whether a number of steps, "step", is kept of each parameter."""
+    return settings.algorithm in _COUNT_STEPS
 
 
 def _make(
@@ -101,7 +121,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by name, `exp_avg.blocks.0...`: the tensors themselves, to save, fill or broadcast."""
-    names: Mapping[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return named_state(optimizer, dict(model.named_parameters()))
+
+
+def named_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for parameters by name."""
+    names = {parameter: name for name, parameter in parameters.items()}
     return {
         f"{kind}.{names[parameter]}": tensor
         for parameter, state in optimizer.state.items()

@@ -11,10 +11,10 @@ from hvdlm.config import OptimizerSection
 
 
 @torch.no_grad()
-def add_penalties_(parameters: Iterable[Tensor], settings: OptimizerSection) -> None:
-    """Adds to `.grad` that of `l1` |w| + `l2` w^2 / 2, of matrices, as decay is: of what has one dimension nothing."""
-    for each in parameters if settings.l1 or settings.l2 else ():
-        if each.dim() >= 2 and each.grad is not None:
+def add_penalties_(matrices: Iterable[Tensor], settings: OptimizerSection) -> None:
+    """Adds to `.grad` that of `l1` |w| + `l2` w^2 / 2: of matrices, or parts of them, as decay is."""
+    for each in matrices if settings.l1 or settings.l2 else ():
+        if each.grad is not None:
             each.grad.add_(each, alpha=settings.l2)
             if settings.l1:
                 each.grad.add_(each.sign(), alpha=settings.l1)

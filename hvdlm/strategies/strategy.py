@@ -14,8 +14,8 @@ The loop computes a loss on micro-batches, and knows of other ranks only by a `S
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
+from hvdlm.strategies.layout import Layout
 
 
 class Report(NamedTuple):
@@ -102,6 +103,19 @@ class Strategy(ABC):
     def set_last_micro_batch(self) -> None:
         """From here on a gradient that is made is final."""
 
+    def end_pass(self) -> None:  # noqa: B027
+        """After the backward pass of every micro-batch."""
+
+    @property
+    def passes_are_collective(self) -> bool:
+        """Whether all ranks have to make as many passes in a step."""
+        return False
+
+    @property
+    def evaluation_is_collective(self) -> bool:
+        """Whether all ranks have to make as many forward passes in a validation."""
+        return False
+
     @abstractmethod
     def wait(self) -> None:
         """Returns when every `.grad` is the one that this rank is to act on, as a sum over tokens."""
@@ -125,6 +139,10 @@ class Strategy(ABC):
     @abstractmethod
     def channels(self) -> list[Channel]:
         """Those over which the work of a step travels to other ranks; some ranks may have none."""
+
+    def synchronize(self) -> None:
+        """Returns when all that was queued on the device has ended; raises LostRankError after `comm.timeout`."""
+        self.sync.synchronize()
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -214,10 +232,18 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
+    def layout(self) -> Layout | None:
+        """What this rank holds of parameters and optimizer state; None: all of it."""
+        return None
+
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
         """Within this context the model computes with `parameters()`."""
         yield
+
+    def replaced(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within this context the model computes with others, of the names and shapes of `parameters()`. Collective."""
+        raise NotImplementedError
 
     # ---- state
 

@@ -281,7 +281,9 @@ class Elastic:
         if some_are_new:
             shared = share_state(trainer, root)
             costs, state = shared.algorithm_costs, shared.strategy
-        new = make_strategy(trainer.model, trainer.optimizer, trainer.communicator, trainer.config, costs)
+        new = make_strategy(
+            trainer.model, trainer.optimizer, trainer.communicator, trainer.config, trainer.device, costs
+        )
         try:
             new.load_state_dict(state, trainer.step, as_saved=False)
             kept = {} if is_new else {**old.optimizer_state(), **old.rank_state().tensors()}
@@ -300,7 +302,7 @@ class Elastic:
             new.abandon()
             new.release()
             raise
-        trainer.strategy, trainer.sync = new, new.sync
+        trainer.strategy = new
         trainer.communicator.is_new = False
         self._before = {}
 

@@ -15,6 +15,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.targets import IGNORE
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,19 @@ def evaluate(
     micro_batch_size: int,
     limit: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
+    is_collective: bool = False,
 ) -> Evaluation | None:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks.
 
     Sums are added in the order of ranks, so all ranks return the same. None if `stop_requested` says so on some rank
-    before the end. After each micro-batch the ranks exchange a message: none waits longer for a slower one.
+    before the end. `is_collective`: a forward pass takes all ranks, so each makes as many as any other.
+
+    After each micro-batch the ranks exchange a message: none waits longer for a slower one.
     Collective. Raises JobError if the split is empty or cannot be read.
     """
     own = _Sums()
     length = model.config.context_length
+    nothing = Batch(0, torch.zeros((1, length), dtype=torch.int64), torch.full((1, length), IGNORE))
     batches = validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit)
     was_training = model.training
     model.eval()
@@ -66,6 +71,8 @@ def evaluate(
                 error = str(failure)
             if batch is not None:
                 own.add(model, batch, data.eos_id)
+            elif is_collective:
+                own.add(model, nothing, data.eos_id)
             flags = torch.tensor([batch is not None, stop_requested(), error is not None], dtype=torch.int32)
             communicator.activity.begin_wait("a validation")
             running, stops, errors = communicator.all_reduce_(flags).tolist()

@@ -90,11 +90,18 @@ def use_deterministic_kernels(wanted: bool) -> None:
 
 
 def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
-    """The same model on every rank. Blocks are compiled at their first use."""
+    """The same model on every rank. Blocks are compiled at their first use.
+
+    With `parallel.shard` it has shapes alone: strategies/sharded/ gives it parameters.
+    """
     use_deterministic_kernels(config.train.deterministic)
-    model = Transformer(config.model, vocab_size)
-    model.initialise(config.train.seed)
-    model.to(device)
+    if config.parallel.shard:
+        with torch.device("meta"):
+            model = Transformer(config.model, vocab_size)
+    else:
+        model = Transformer(config.model, vocab_size)
+        model.initialise(config.train.seed)
+        model.to(device)
     model.set_compute_dtype(DTYPES[config.train.precision])
     model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:

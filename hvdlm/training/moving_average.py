@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hvdlm.errors import HvdlmError
-from hvdlm.strategies.local_steps.evaluation import parameters_replaced
 from hvdlm.training.checkpoint import Checkpoint
 from hvdlm.training.evaluation import Evaluation
 
@@ -31,14 +30,13 @@ class MovingAverage:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._decay = trainer.config.train.ema
-        named = trainer.model.named_parameters() if self._decay else ()
-        self._averages = {name: parameter.detach().clone() for name, parameter in named}
+        named = trainer.parameters if self._decay else {}
+        self._averages = {name: parameter.detach().clone() for name, parameter in named.items()}
 
     def reset(self) -> None:
         """The average is that of the parameters as they are, alone."""
-        for name, parameter in self._trainer.model.named_parameters():
-            if self._averages:
-                self._averages[name].copy_(parameter.detach())
+        for name, parameter in self._trainer.parameters.items() if self._averages else ():
+            self._averages[name].copy_(parameter.detach())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -46,7 +44,7 @@ class MovingAverage:
         if self._averages:
             step = self._trainer.step
             decay = min(self._decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self._averages.values()), list(self._trainer.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(self._averages.values()), list(self._trainer.parameters.values()), 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by name, equal on all ranks: views, to be saved, or to be filled."""
@@ -56,7 +54,7 @@ class MovingAverage:
         """What a validation's record is to say of the averages; None if `evaluate`, of the model, was stopped."""
         if not self._averages:
             return {}
-        with parameters_replaced(self._trainer.model, self._averages):
+        with self._trainer.strategy.replaced(self._averages):
             result = evaluate()
         return None if result is None else {"ema_loss": result.loss}
 

@@ -44,7 +44,7 @@ class SkippedSteps:
             self._read_late(norm)
             return False  # the GPU decides, and the host learns of it later
         if norm.is_cuda:
-            trainer.sync.synchronize()
+            trainer.strategy.synchronize()
         skip = not math.isfinite(norm)
         was_least = scale.is_least
         trainer.strategy.scale_residuals_(scale.update(skip))

@@ -34,6 +34,7 @@ from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
+from hvdlm.training.micro_batches import MicroBatch, divide
 from hvdlm.training.model import make_model, seed_dropout
 from hvdlm.training.moving_average import MovingAverage
 from hvdlm.training.precision import LossScale
@@ -57,9 +58,8 @@ class Trainer:
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         self.model = make_model(config, vocab_size, device)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.strategy = make_strategy(self.model, self.optimizer, communicator, config)
-        self.sync = self.strategy.sync
+        self.optimizer = None if config.parallel.shard else make_optimizer(self.model, config.optimizer)
+        self.strategy = make_strategy(self.model, self.optimizer, communicator, config, device)
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.saver = Saver(self)
@@ -185,7 +185,7 @@ class Trainer:
         activity.begin(f"reads the batch of step {step}")
         batch, error = self._next_batch(loader)
         if not self.strategy.takes_part():
-            batch = self._empty_batch()
+            batch = Batch.empty(self.step, self.config.model.context_length)
         timer.end_phase("data")
 
         tokens: int | None = None
@@ -209,6 +209,7 @@ class Trainer:
                 tokens = self._wait_for(status)
                 self.strategy.set_last_micro_batch()  # gradients are final from here on: they are sent when ready
             (loss * factor).backward()
+            self.strategy.end_pass()
             timer.end_phase("backward")
         if tokens is None:  # this rank has no sequences, and contributes zeros
             tokens = self._wait_for(status)
@@ -264,7 +265,7 @@ class Trainer:
     def _report_step(self) -> None:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
         if self.due.log and (self._ranks_have_met or self.step == self.ending.last_step):
-            self.sync.synchronize()
+            self.strategy.synchronize()
             self._log()
             self.due.log, self._has_done_what_was_due = False, True
         if self.due.check and self._ranks_have_met:
@@ -281,20 +282,16 @@ class Trainer:
         try:
             batch = loader.next()
         except HvdlmError as error:
-            return self._empty_batch(), str(error)
+            return Batch.empty(self.step, self.config.model.context_length), str(error)
         for said in dict.fromkeys(batch.errors):
             logger.warning("rank %d leaves out a sequence: %s", self.communicator.rank, said)
         return batch, None
 
-    def _empty_batch(self) -> Batch:
-        empty = torch.empty((0, self.config.model.context_length), dtype=torch.int64)
-        return Batch(self.step, empty, empty)
-
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and targets, (b, T) each, of at most `micro_batch_size` sequences; empty if this rank has none."""
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (batch.inputs, batch.targets))
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """None if this rank has no sequences, unless all are to make as many passes."""
         size = self.config.train.micro_batch_size
-        return list(zip(inputs.split(size), targets.split(size), strict=True)) if len(inputs) else []
+        most = -(-self.parts.most(self.step) // size) if self.strategy.passes_are_collective else 0
+        return divide(batch, size, self.device, most)
 
     def _wait_for(self, status: Work[int]) -> int:
         """The tokens over whose mean loss gradients are; raises UnreadableBatchError on all ranks if some could not."""
@@ -360,7 +357,8 @@ class Trainer:
             self.write("event", message="no validation: the data set was prepared without it")
             return True
         sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
-        run = partial(evaluate, self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
+        options = *sizes, lambda: preemption.requested, self.strategy.evaluation_is_collective
+        run = partial(evaluate, self.model, self.data, self.communicator, *options)
         with self.strategy.evaluation_parameters():
             result = run()
         averaged = self.ema.evaluate(run) if result is not None else None

@@ -95,6 +95,28 @@ def split_into_parts(bucket: Bucket, block: int, count: int) -> list[Part]:
     ]
 
 
+def split_evenly(bucket: Bucket, block: int, count: int) -> list[Part]:
+    """Splits `bucket`, as long as a multiple of `count`, into parts of as many elements, whose blocks do not cross."""
+    length = len(bucket.buffer) // count
+    spans: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    dense: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64)] for _ in range(count)]
+    start = 0
+    for parameter in bucket.parameters:
+        stop = start + parameter.numel()
+        for owner in range(start // length, -(-stop // length)):
+            span = max(start, owner * length), min(stop, (owner + 1) * length)
+            if is_large_matrix(parameter):
+                spans[owner].append(span)
+            else:
+                dense[owner].append(torch.arange(*span))
+        start = stop
+    device = bucket.buffer.device
+    return [
+        Part(block, torch.tensor(own, dtype=torch.int64).reshape(-1, 2), torch.cat(indices).to(device))
+        for own, indices in zip(spans, dense, strict=True)
+    ]
+
+
 class BlockEncoding(ABC):
     """How the blocks of a part are encoded. `message` is uint8, of `nbytes(part)` bytes or more."""
 
@@ -130,6 +152,7 @@ class BlockwiseCodec(Codec):
         self._block = block
         self._residual = torch.zeros_like(bucket.buffer)
         self._parts: list[Part] = []
+        self._owned: list[Part] = []  # of as many elements for each rank
 
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}
@@ -148,8 +171,30 @@ class BlockwiseCodec(Codec):
         message = self._encode(encoding, bucket, _nbytes(encoding, bucket), gradients)
         self._decode(encoding, [(bucket, exchange.all_gather(message))], gradients)
 
+    def reduce_to_owners_by_(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
+        """Replaces this rank's part of `gradients`, of which each rank has as many, by the sum of its own numbers and
+        what the others' are decoded to.
+        """
+        if not self.settings.error_feedback:
+            self._residual.zero_()
+        if len(self._owned) != exchange.size:
+            self._owned = split_evenly(self.bucket, self._block, exchange.size)
+        own, residual = exchange.part_of(gradients), exchange.part_of(self._residual)
+        own.add_(residual)
+        residual.zero_()
+        self._sum_at_owner_(encoding, self._owned, gradients, exchange)
+
     def _reduce_by_owners(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         parts = self._split(exchange.size)
+        nbytes = self._sum_at_owner_(encoding, parts, gradients, exchange)
+        own_sum = self._encode(encoding, parts[exchange.rank], nbytes, gradients)
+        sums = [[message] for message in exchange.all_gather(own_sum)]
+        self._decode(encoding, list(zip(parts, sums, strict=True)), gradients)
+
+    def _sum_at_owner_(
+        self, encoding: BlockEncoding, parts: Sequence[Part], gradients: Tensor, exchange: Exchange
+    ) -> int:
+        """Adds to this rank's part what the others send of it; returns the bytes of a message."""
         own = parts[exchange.rank]
         nbytes = max(_nbytes(encoding, part) for part in parts)
         unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
@@ -159,9 +204,7 @@ class BlockwiseCodec(Codec):
                 dense, blocks = _sections(own, message)
                 gradients.index_add_(0, own.dense, dense)
                 encoding.add(own, [blocks], gradients, from_zero=False)
-        own_sum = self._encode(encoding, own, nbytes, gradients)
-        sums = [[message] for message in exchange.all_gather(own_sum)]
-        self._decode(encoding, list(zip(parts, sums, strict=True)), gradients)
+        return nbytes
 
     def _split(self, count: int) -> list[Part]:
         if len(self._parts) != count:

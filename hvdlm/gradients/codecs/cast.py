@@ -13,12 +13,13 @@ number that the host would have to wait for. Numba has no 16-bit floats on CPUs,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import part_lengths
 from hvdlm.comm.ring import SEGMENT
 from hvdlm.config import CompressionSection
@@ -114,27 +115,42 @@ class Cast(Codec):
 
     def _reduce_by_owners(self, gradients: Tensor, exchange: Exchange) -> None:
         """Each rank encodes each number once, the others' or its own sum, so its residual is added once."""
-        lengths = part_lengths(len(gradients), exchange.size)
-        parts = gradients.split(lengths)
+        parts = gradients.split(part_lengths(len(gradients), exchange.size))
+        residuals, nbytes = self._sum_at_owner_(parts, exchange)
+        own_sum = self._encoded(parts[exchange.rank], residuals[exchange.rank], nbytes)
+        for part, message in zip(parts, exchange.all_gather(own_sum), strict=True):
+            self._segments.decode(message, part)
+
+    def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        if self._residual.values is not None:
+            residual = exchange.part_of(self._residual.values)  # of an earlier layout: what a rank owns leaves none
+            exchange.part_of(gradients).add_(residual)
+            residual.zero_()
+        self._sum_at_owner_(gradients.split(len(gradients) // exchange.size), exchange)
+
+    def _sum_at_owner_(self, parts: Sequence[Tensor], exchange: Exchange) -> tuple[list[Tensor | None], int]:
+        """Adds to this rank's part what the others send of it; returns the residuals of all parts, and the bytes of a
+        message.
+        """
+        lengths = [len(part) for part in parts]
         residual = self._residual.values
-        residuals = [None] * exchange.size if residual is None else residual.split(lengths)
-        nbytes = self._segments.nbytes(max(lengths))
-
-        def encoded(part: Tensor, error: Tensor | None) -> Tensor:
-            message = part.new_zeros(nbytes, dtype=torch.uint8)
-            self._segments.encode(part, message, error)
-            return message
-
-        rank = exchange.rank
-        unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
-        messages = [unused if own == rank else encoded(parts[own], residuals[own]) for own in range(exchange.size)]
+        residuals: list[Tensor | None] = [None] * exchange.size if residual is None else [*residual.split(lengths)]
+        nbytes, rank = self._segments.nbytes(max(lengths)), exchange.rank
+        messages = []
+        for owner, (part, error) in enumerate(zip(parts, residuals, strict=True)):
+            is_own = owner == rank  # which it adds unrounded
+            messages.append(part.new_zeros(nbytes, dtype=torch.uint8) if is_own else self._encoded(part, error, nbytes))
         decoded = torch.empty_like(parts[rank])
         for source, message in enumerate(exchange.all_to_all(messages)):
             if source != rank:
                 self._segments.decode(message, decoded)
                 parts[rank].add_(decoded)
-        for part, message in zip(parts, exchange.all_gather(encoded(parts[rank], residuals[rank])), strict=True):
-            self._segments.decode(message, part)
+        return residuals, nbytes
+
+    def _encoded(self, part: Tensor, residual: Tensor | None, nbytes: int) -> Tensor:
+        message = part.new_zeros(nbytes, dtype=torch.uint8)
+        self._segments.encode(part, message, residual)
+        return message
 
     def state(self) -> dict[str, Tensor]:
         return self._residual.state()
@@ -165,7 +181,7 @@ def _decode(scales: Tensor, numbers: Tensor, values: Tensor) -> None:
 
 def add_residual(values: Tensor, residual: Tensor | None) -> float:
     """Adds `residual`, if any, to `values`, and returns the largest magnitude of the sums; NaN if one is NaN."""
-    return float(_add_residual(values.numpy(), _NONE if residual is None else residual.numpy()))
+    return float(_add_residual(as_array(values), _NONE if residual is None else as_array(residual)))
 
 
 def narrow(values: Tensor, scale: float, numbers: Tensor, residual: Tensor | None) -> None:
@@ -173,16 +189,16 @@ def narrow(values: Tensor, scale: float, numbers: Tensor, residual: Tensor | Non
 
     The residual of a number that is not finite is zero.
     """
-    bits = numbers.view(torch.int16).numpy().view(np.uint16)
-    errors = _NONE if residual is None else residual.numpy()
+    bits = as_array(numbers.view(torch.int16)).view(np.uint16)
+    errors = _NONE if residual is None else as_array(residual)
     factors = np.float32(scale), np.float32(1 / scale)
-    _narrow(values.numpy(), *factors, numbers.dtype == torch.float16, bits, errors)
+    _narrow(as_array(values), *factors, numbers.dtype == torch.float16, bits, errors)
 
 
 def widen(numbers: Tensor, factor: float, values: Tensor) -> None:
     """Writes `numbers` (fp16 or bf16) x `factor`, a power of two, to `values`."""
-    bits = numbers.view(torch.int16).numpy().view(np.uint16)
-    _widen(bits, np.float32(factor), numbers.dtype == torch.float16, values.numpy())
+    bits = as_array(numbers.view(torch.int16)).view(np.uint16)
+    _widen(bits, np.float32(factor), numbers.dtype == torch.float16, as_array(values))
 
 
 def encode_with_torch(values: Tensor, scales: Tensor, numbers: Tensor, residual: Tensor | None) -> None:

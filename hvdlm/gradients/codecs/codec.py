@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvdlm.errors import HvdlmError
+
 if TYPE_CHECKING:
     from hvdlm.config import CompressionSection
     from hvdlm.gradients.bucket import Bucket
@@ -38,6 +40,17 @@ class Codec(ABC):
 
         The result is equal bit for bit on all ranks. `step`: the number of this optimizer step, from 0.
         """
+
+    def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        """The first half of `reduce_`: replaces this rank's part of `gradients`, of which each rank has as many, by
+        what is delivered of the sum there. What is elsewhere then means nothing.
+
+        Raises HvdlmError if this codec has no such half.
+        """
+        raise HvdlmError(
+            f"codec {type(self).__name__.lower()} cannot send gradients to their owners, as parallel.shard wants it: "
+            "set compression.codec to none, fp16, bf16, int8 or int4"
+        )
 
     def state(self) -> dict[str, Tensor]:
         """What is kept for the next step, by name: tensors that are flat and as long as the bucket's buffer.

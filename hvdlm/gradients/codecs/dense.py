@@ -13,3 +13,6 @@ class Dense(Codec):
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         exchange.all_reduce_(gradients)
+
+    def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        exchange.reduce_scatter_(gradients)

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hvdlm.arrays import as_array
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import integer_loops as loops
@@ -54,6 +55,9 @@ class Integer(BlockwiseCodec):
 
     def reduce_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         self.reduce_by_(self._encoding, gradients, exchange)
+
+    def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
+        self.reduce_to_owners_by_(self._encoding, gradients, exchange)
 
 
 class _IntegerEncoding(BlockEncoding):
@@ -125,12 +129,12 @@ def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, sca
     if not uses_loops(gradients):
         round_blocks_with_torch(part, bits, gradients, residual, scales, integers)
         return
-    blocks = part.block, part.spans.numpy()
-    arrays = gradients.numpy(), residual.numpy()
+    blocks = part.block, as_array(part.spans)
+    arrays = as_array(gradients), as_array(residual)
     if bits == 2:
-        loops.round_to_levels(*blocks, *arrays, scales.view(torch.int16).numpy(), integers.numpy())
+        loops.round_to_levels(*blocks, *arrays, as_array(scales.view(torch.int16)), as_array(integers))
     else:
-        loops.round_to_integers(*blocks, bits, *arrays, scales.numpy(), integers.numpy())
+        loops.round_to_integers(*blocks, bits, *arrays, as_array(scales), as_array(integers))
 
 
 def add_blocks(
@@ -140,14 +144,14 @@ def add_blocks(
     if not uses_loops(target):
         add_blocks_with_torch(part, bits, messages, target, from_zero)
         return
-    blocks = part.block, part.spans.numpy()
-    integers = tuple(each.numpy() for _, each in messages)
+    blocks = part.block, as_array(part.spans)
+    integers = tuple(as_array(each) for _, each in messages)
     if bits == 2:
-        levels = tuple(scales.view(torch.int16).numpy() for scales, _ in messages)
-        loops.add_levels(*blocks, from_zero, levels, integers, target.numpy())
+        levels = tuple(as_array(scales.view(torch.int16)) for scales, _ in messages)
+        loops.add_levels(*blocks, from_zero, levels, integers, as_array(target))
     else:
         loops.add_integers(
-            *blocks, bits, from_zero, tuple(each.numpy() for each, _ in messages), integers, target.numpy()
+            *blocks, bits, from_zero, tuple(as_array(each) for each, _ in messages), integers, as_array(target)
         )
 
 

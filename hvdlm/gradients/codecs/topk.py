@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvdlm.arrays import as_array
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast, integer
@@ -131,8 +132,8 @@ def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[
     values = gradients.new_empty(part.chosen_count(kept))
     indices = torch.empty_like(values, dtype=torch.uint8)
     if uses_loops(gradients):
-        arrays = gradients.numpy(), residual.numpy(), values.numpy(), indices.numpy()
-        _choose(part.block, part.spans.numpy(), kept, *arrays)
+        arrays = as_array(gradients), as_array(residual), as_array(values), as_array(indices)
+        _choose(part.block, as_array(part.spans), kept, *arrays)
     else:
         choose_with_torch(part, kept, gradients, residual, values, indices)
     return values, indices
@@ -141,7 +142,7 @@ def choose(part: Part, kept: int, gradients: Tensor, residual: Tensor) -> tuple[
 def add_chosen(part: Part, kept: int, values: Tensor, indices: Tensor, target: Tensor) -> None:
     """Adds each of `values` to `target` where `choose` has found it."""
     if uses_loops(target):
-        _add_chosen(part.block, part.spans.numpy(), kept, values.numpy(), indices.numpy(), target.numpy())
+        _add_chosen(part.block, as_array(part.spans), kept, as_array(values), as_array(indices), as_array(target))
     else:
         add_chosen_with_torch(part, kept, values, indices, target)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.config import Config
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.bucket_codecs import OwnCodec
@@ -23,6 +23,7 @@ from hvdlm.strategies.dion.matrices import matrix_rank
 from hvdlm.strategies.dion.momentum import MatrixMomentum
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.hidden_matrices import hidden_matrices
+from hvdlm.strategies.strategy import Report
 
 
 class Dion(EveryStep):
@@ -51,9 +52,11 @@ class Dion(EveryStep):
         own = OwnCodec(frozenset(hidden_matrices(model)), nbytes, make_momentum)
         super().__init__(model, optimizer, communicator, config, own, algorithm_costs)
 
-    def _read_totals(self, error: str | None, totals: Tensor) -> int:
+    def begin_step(self, own: Report) -> Work[int]:
+        return super().begin_step(own).then(self._note_tokens)
+
+    def _note_tokens(self, tokens: int) -> int:
         """Gradients enter the momentum as those of the mean over all tokens of their step."""
-        tokens = super()._read_totals(error, totals)
         for momentum in self._momenta:
             momentum.gradient_scale = self._nominal_tokens / max(1, tokens)
         return tokens

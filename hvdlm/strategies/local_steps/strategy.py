@@ -25,7 +25,6 @@ from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
-from hvdlm.strategies.local_steps.evaluation import parameters_replaced
 from hvdlm.strategies.local_steps.fragment import Fragment
 from hvdlm.strategies.local_steps.groups import each_alone, make_groups
 from hvdlm.strategies.local_steps.interval import TIMED_STEPS, ComputeTimer, choose, round_seconds, rounds_of
@@ -34,6 +33,7 @@ from hvdlm.strategies.local_steps.round_progress import RoundProgress, rounds_en
 from hvdlm.strategies.local_steps.rounds import split_into_fragments
 from hvdlm.strategies.local_steps.warmup import with_warmup_codec
 from hvdlm.strategies.optimizer import deal_out_among, optimizer_tensors
+from hvdlm.strategies.replaced_parameters import parameters_replaced
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 

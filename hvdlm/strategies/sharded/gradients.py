@@ -1,0 +1,194 @@
+"""Gradients on their way to the ranks that own them.
+
+Stage 1 keeps the gradients of a rank whole until the last micro-batch. Stages 2 and 3 send those of every micro-batch,
+partition by partition, and keep the sum of what a rank owns: a partition's memory is there from its first gradient
+until its sum has been taken from it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.dense import Dense
+from hvdlm.gradients.norm import norm_of_parts
+from hvdlm.strategies.sharded.partition import Partition, free, hold
+
+# Partitions whose sums are under way while the backward pass fills another one
+_UNDER_WAY = 2
+
+
+class ShardedGradients:
+    """Sums the gradients of partitions, each at its owners. Every rank sends all partitions in one order."""
+
+    def __init__(
+        self,
+        partitions: Sequence[Partition],
+        codecs: Sequence[Codec],
+        channels: Sequence[Channel],
+        copies: Sequence[Channel],
+        keeps_whole: bool,
+    ) -> None:
+        """`partitions`: in the order in which a backward pass completes them. `channels`: to the owners; `copies`: to
+        those that own the same parts of other copies of the model, if there are any. `keeps_whole`: stage 1.
+        """
+        self.partitions, self.codecs, self.channels = partitions, codecs, channels
+        self._copies, self._keeps_whole = copies, keeps_whole
+        self.step = 0
+        self._slots = {
+            parameter: (partition, slot)
+            for partition in partitions
+            for parameter, slot in zip(partition.parameters, partition.split(partition.buffer), strict=True)
+        }
+        parts = [partition.buffer[partition.part] for partition in partitions]
+        # Of each partition: what this rank owns of the sums, as long as a part
+        self.own = parts if keeps_whole else [torch.zeros_like(part) for part in parts]
+        for partition in () if keeps_whole else partitions:
+            free(partition.buffer)
+        self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
+        self._under_way: deque[tuple[int, Work[None]]] = deque()
+        self._next = 0  # the partition to be sent next in this pass
+        self._made: set[Tensor] = set()  # parameters whose gradients of this pass are final
+        self._is_final = False  # whether gradients are sent when they are made
+        self._has_sum = [False] * len(partitions)  # of an earlier pass of this step
+        self._is_last_pass = False
+        self._dense = [Dense(partition, codec.settings) for partition, codec in zip(partitions, codecs, strict=True)]
+        self._between_copies: list[Work[None]] = []
+        self._residuals_before: list[tuple[Tensor, Tensor]] = []
+
+    # ---- one step
+
+    def begin_step(self) -> None:
+        """There are no gradients."""
+        for parameter in self._slots:
+            parameter.grad = None
+        self._has_sum = [False] * len(self.partitions)
+        self._is_last_pass, self._is_final = False, not self._keeps_whole
+        self._begin_pass()
+        self._residuals_before = [
+            (kept, kept.clone())
+            for codec in self.codecs
+            for kept in [*codec.state().values(), *codec.extra_state().values()]
+        ]
+
+    def set_last_micro_batch(self) -> None:
+        """From here on gradients are final, in stage 1, too."""
+        self._is_last_pass = self._is_final = True
+
+    def end_pass(self) -> None:
+        """After the backward pass of a micro-batch, on all ranks."""
+        if not self._keeps_whole:
+            self._complete_pass()
+            self._begin_pass()
+
+    def wait(self) -> None:
+        """Returns when this rank's parts hold the sums over all ranks."""
+        if self._keeps_whole:
+            self._is_final = True
+            self._complete_pass()
+        while self._under_way:
+            self._take_sum()
+        for work in self._between_copies:
+            work.wait()
+        self._between_copies.clear()
+        self.step += 1
+
+    def norm(self, communicator: Communicator) -> Tensor:
+        """Euclidean norm of all gradients, a float32 scalar; `communicator`: the ranks that own parts. Collective.
+
+        If it is not finite, what codecs have kept is what it was before the step, which will be left out.
+        """
+        norm = norm_of_parts(self.own, communicator)
+        for kept, before in self._residuals_before:
+            kept.copy_(torch.where(norm.isfinite(), kept, before))
+        self._residuals_before = []
+        return norm
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiplies all gradients by a number."""
+        for own in self.own:
+            own.mul_(factor)
+
+    def release(self) -> None:
+        """Lets go of the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # ---- one pass
+
+    def _begin_pass(self) -> None:
+        self._next = 0
+        for partition in self.partitions:
+            partition.pending = len(partition.parameters)
+        self._made = set()
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        partition, slot = self._slots[parameter]
+        assert parameter.grad is not None
+        self._make_room(partition)
+        if parameter.grad is not slot:
+            slot.copy_(parameter.grad)
+        parameter.grad = slot if self._keeps_whole else None
+        if self._is_final:
+            self._made.add(parameter)
+            partition.pending -= 1
+            self._send_ready()
+
+    def _complete_pass(self) -> None:
+        """Zeros for parameters that have got no gradient, and sends what has not been sent."""
+        for partition in self.partitions[self._next :]:
+            self._make_room(partition)
+            for parameter in partition.parameters:
+                if parameter not in self._made:
+                    if parameter.grad is None:
+                        self._slots[parameter][1].zero_()
+                    partition.pending -= 1
+        self._send_ready()
+
+    def _make_room(self, partition: Partition) -> None:
+        """Memory for the gradients of a partition, once the sum of an earlier pass has been taken from there."""
+        while any(self.partitions[index] is partition for index, _ in self._under_way):
+            self._take_sum()
+        if partition.buffer.untyped_storage().size() == 0:
+            hold(partition.buffer)
+            partition.buffer[sum(each.numel() for each in partition.parameters) :].zero_()
+
+    def _send_ready(self) -> None:
+        while self._next < len(self.partitions) and self.partitions[self._next].pending == 0:
+            while len(self._under_way) >= _UNDER_WAY and not self._keeps_whole:
+                self._take_sum()
+            self._under_way.append((self._next, self._send(self._next)))
+            self._next += 1
+
+    def _send(self, index: int) -> Work[None]:
+        partition, codec = self.partitions[index], self.codecs[index]
+        channel = self.channels[index % len(self.channels)]
+
+        def reduce() -> None:
+            with channel.timed(f"bucket {index + 1}"):
+                codec.reduce_to_owners_(partition.buffer, channel.exchange, self.step)
+
+        return channel.run(reduce)
+
+    def _take_sum(self) -> None:
+        """Of the partition that was sent first."""
+        index, work = self._under_way.popleft()
+        work.wait()
+        partition, own = self.partitions[index], self.own[index]
+        if not self._keeps_whole:
+            if self._has_sum[index]:
+                own.add_(partition.buffer[partition.part])
+            else:
+                own.copy_(partition.buffer[partition.part])
+                self._has_sum[index] = True
+            free(partition.buffer)
+        if self._copies and self._is_last_pass:
+            channel = self._copies[index % len(self._copies)]
+            work = channel.submit(self._dense[index], own, self.step, f"copies of bucket {index + 1}")
+            self._between_copies.append(work)

@@ -1,0 +1,98 @@
+"""Parameters one behind the other in a flat tensor, of which each rank owns an equal part.
+
+A part is a span of the flat tensor whatever parameters lie there, so that all ranks own as much, and of a parameter a
+rank owns a span of its flattened numbers, or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.gradients.bucket import Bucket
+
+# Elements: parts begin at multiples of this, so that 16-bit numbers can be viewed as any dtype and vectors are aligned
+_ALIGNMENT = 32
+
+
+class Piece(NamedTuple):
+    """What a rank owns of one parameter."""
+
+    start: int  # in the flattened parameter
+    stop: int
+    offset: int  # in the rank's part of the partition
+
+    @property
+    def span(self) -> slice:
+        """In the rank's part."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
+
+class Partition(Bucket):
+    """The parameters of a module that are gathered, and whose gradients are summed, together.
+
+    `buffer`: their gradients, float32. `weights`: what this rank computes with, in the dtype in which it is gathered.
+    Both are as long as all parts, and have memory only between `hold` and `free`. `master`: this rank's part of the
+    float32 parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int,
+        ranks: int,
+        is_kept: bool,
+    ) -> None:
+        """`parameters`: by name; shapes are all that is asked of them. `rank`: this one of the `ranks` that own parts.
+        `is_kept`: whether `weights` stay from step to step.
+        """
+        self.is_kept = is_kept
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        total = sum(parameter.numel() for parameter in self.parameters)
+        length = -(-total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
+        self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
+        self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
+        self.part = slice(rank * length, (rank + 1) * length)
+        self.pieces = dict(self._pieces())
+        own = self.weights[self.part]
+        self.master = own if is_kept and dtype == torch.float32 else torch.zeros_like(own, dtype=torch.float32)
+        self.pending = len(self.parameters)  # gradients that the pass under way has not made
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        total = sum(parameter.numel() for parameter in self.parameters)
+        return super().split(flat[:total])  # what remains fills up the last part
+
+    def load(self, name: str, values: Tensor) -> None:
+        """Takes over what this rank owns of a parameter. `values`: all of it."""
+        if piece := self.pieces.get(name):
+            self.master[piece.span].copy_(values.reshape(-1)[piece.start : piece.stop])
+
+    def own_pieces(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views, 1-D, of a tensor as long as a part, by the names of the parameters whose pieces lie there."""
+        return {name: flat[piece.span] for name, piece in self.pieces.items()}
+
+    def _pieces(self) -> list[tuple[str, Piece]]:
+        found, begin = [], 0
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            start, stop = max(begin, self.part.start), min(begin + parameter.numel(), self.part.stop)
+            if start < stop:
+                found.append((name, Piece(start - begin, stop - begin, start - self.part.start)))
+            begin += parameter.numel()
+        return found
+
+
+def hold(tensor: Tensor) -> None:
+    """Gives a tensor memory, if `free` has taken it. What is in it then means nothing."""
+    storage = tensor.untyped_storage()
+    if storage.size() == 0:
+        storage.resize_(tensor.numel() * tensor.element_size())
+
+
+def free(tensor: Tensor) -> None:
+    """Frees the memory of a tensor, and of its views, which keep their shapes."""
+    tensor.untyped_storage().resize_(0)

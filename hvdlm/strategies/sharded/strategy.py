@@ -1,0 +1,235 @@
+"""Ranks divide the optimizer's state (stage 1), the gradients (2) and the parameters (3) among them.
+
+ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5).
+The curve is that of `EveryStep`: gradients are summed over all ranks, each number at its owner, which steps it; weights
+are gathered from their owners, in the dtype in which products are computed, of which `EveryStep` makes the same copies.
+Where several groups of ranks hold a copy of the model each, sums go on from owner to owner of the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.mesh import Mesh, mesh_shape
+from hvdlm.config import Config
+from hvdlm.gradients.bucket_codecs import codec_state, flat_states
+from hvdlm.gradients.channel import Channel, open_channels
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.registry import bucket_bytes, codec_factory
+from hvdlm.gradients.sync import Traffic, traffic_of
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.layout import STEP, Layout
+from hvdlm.strategies.optimizer import (
+    counts_steps,
+    leave_out_if,
+    make_optimizer_of,
+    moment_names,
+    named_state,
+    set_learning_rate,
+)
+from hvdlm.strategies.penalties import add_penalties_
+from hvdlm.strategies.sharded.gradients import ShardedGradients
+from hvdlm.strategies.sharded.parameters import ShardedParameters
+from hvdlm.strategies.sharded.partitions import make_partitions, readers_of
+from hvdlm.strategies.step_agreement import StepAgreement
+from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
+
+
+class Sharded(Strategy):
+    """Each rank steps what it owns."""
+
+    def __init__(self, model: Transformer, communicator: Communicator, config: Config, device: torch.device) -> None:
+        """Takes the place of the parameters of `model`, which may be on the meta device, and of their `.grad`. Values
+        are those of `model.initial_values`.
+
+        Collective. Raises HvdlmError where the settings do not go together.
+        """
+        self.communicator, self._settings, self._device = communicator, config.optimizer, device
+        self._stage = config.parallel.shard
+        mesh = Mesh(communicator, mesh_shape(config.parallel, communicator.size))
+        owners, copies = mesh["shard"], mesh["data"]
+        self._owners = owners
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
+        self._partitions = make_partitions(model, device, self._stage, nbytes, owners)
+        longest = max(len(each.buffer) for each in self._partitions)
+        self._channels = open_channels(owners, device, config.comm, config.compression, longest)
+        dense = config.compression.model_copy(update={"codec": "none", "hierarchical": False})
+        self._copies: list[Channel] = []
+        if copies.size > 1:
+            self._copies = open_channels(copies, device, config.comm, dense, longest // owners.size)
+        make_codec = codec_factory(config.compression.codec)
+        self._codecs: list[Codec] = [make_codec(each, config.compression) for each in self._partitions]
+        self._gradients = ShardedGradients(
+            self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
+        )
+        self._weights = ShardedParameters(readers_of(model, self._partitions), self._channels)
+        model.parameter_access = self._weights
+        self._pieces: dict[str, nn.Parameter] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        for partition, own in zip(self._partitions, self._gradients.own, strict=True):
+            for name, piece in partition.pieces.items():
+                self._pieces[name] = nn.Parameter(partition.master[piece.span])
+                self._pieces[name].grad = own[piece.span]
+                self._spans[name] = piece.start, piece.stop
+        self._decaying = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) >= 2]
+        others = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) < 2]
+        # A rank of more than there are parameters for has none
+        self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer) if self._pieces else None
+        self._agreement = StepAgreement()
+        self._arrival: Work[None] = Work.done(None)
+        self.load(model.initial_values(config.train.seed))
+
+    # ---- one step
+
+    def begin_step(self, own: Report) -> Work[int]:
+        totals = self._agreement.begin(self.communicator, own)
+        self._gradients.begin_step()
+        for channel in (*self._channels, *self._copies):
+            channel.reset_counters()
+        return totals
+
+    def set_last_micro_batch(self) -> None:
+        self._gradients.set_last_micro_batch()
+
+    def end_pass(self) -> None:
+        self._gradients.end_pass()
+
+    @property
+    def passes_are_collective(self) -> bool:
+        return self._stage > 1
+
+    @property
+    def evaluation_is_collective(self) -> bool:
+        return self._stage == 3
+
+    def wait(self) -> None:
+        self._gradients.wait()
+        self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
+        self._arrival = self.communicator.arrival(self._device)
+
+    def synchronize(self) -> None:
+        self.communicator.arrival(self._device).wait()
+
+    @property
+    def traffic(self) -> Traffic:
+        size = self.communicator.size
+        dense = sum(2 * (size - 1) * each.buffer.nbytes // size for each in self._partitions)
+        return traffic_of(self.channels, dense)
+
+    def norm(self) -> Tensor:
+        return self._gradients.norm(self._owners)
+
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("of ranks that go on when another has died, which these do not")
+
+    @property
+    def channels(self) -> list[Channel]:
+        return [*self._channels, *self._copies]
+
+    def scale_(self, factor: float | Tensor) -> None:
+        self._gradients.scale_(factor)
+
+    def scale_residuals_(self, factor: float) -> None:
+        for kept in self.residuals():
+            kept.mul_(factor)
+
+    def leave_out_if(self, found: Tensor) -> bool:
+        return self._optimizer is None or leave_out_if(self._optimizer, found)
+
+    def apply(self, rate: float) -> None:
+        if self._optimizer is not None:
+            add_penalties_(self._decaying, self._settings)
+            set_learning_rate(self._optimizer, rate)
+            self._optimizer.step()
+        self._weights.publish()
+
+    def end_step(self) -> StepEnd:
+        return self._agreement.end()
+
+    def arrive(self) -> None:
+        self._weights.wait()
+
+    def finish(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._weights.wait()
+        for channel in self.channels:
+            channel.close()
+
+    # ---- after a rank has died: the state that it had is lost
+
+    def abandon(self) -> None:
+        for channel in self.channels:
+            channel.abandon()
+
+    def release(self) -> None:
+        self._gradients.release()
+
+    def step_state(self) -> dict[str, Tensor]:
+        return codec_state(self._partitions, self._codecs)
+
+    def residuals(self) -> list[Tensor]:
+        return flat_states(self._codecs)
+
+    # ---- the parameters to keep, and state
+
+    @property
+    def ranks_are_equal(self) -> bool:
+        return True
+
+    def layout(self) -> Layout:
+        kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
+        return Layout(self._shapes, self._spans, kinds)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self._pieces)
+
+    @contextmanager
+    def replaced(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        kept = [each.master.clone() for each in self._partitions]
+        for name, piece in self._pieces.items():
+            piece.data.copy_(parameters[name])
+        self._weights.publish()
+        try:
+            yield
+        finally:
+            for each, master in zip(self._partitions, kept, strict=True):
+                each.master.copy_(master)
+            self._weights.publish()
+
+    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over what this rank owns of whole parameters, one after the other by name. Collective."""
+        for name, values in parameters:
+            for partition in self._partitions:
+                partition.load(name, values)
+        self._weights.publish()
+
+    def start(self) -> None:
+        self._weights.publish()
+
+    def log_numbers(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": {"step": self._gradients.step, "trials": [], "ranks": self.communicator.size}}
+
+    def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
+        self._gradients.step = state["gradients"]["step"]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
+
+    def rank_state(self) -> RankState:
+        return RankState(summed=self.step_state())
+
+    def restored(self, residual_factor: float) -> None:
+        self.scale_residuals_(residual_factor)
+        self._weights.publish()

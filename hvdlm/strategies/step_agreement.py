@@ -1,0 +1,33 @@
+"""What ranks tell one another in a step in which all wait for all."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.strategies.strategy import Report, StepEnd, raise_if_unreadable
+
+
+class StepAgreement:
+    """The reports of all ranks on one step after the other."""
+
+    def __init__(self) -> None:
+        self._stops = self._saves = self._ends = self._unread = 0
+
+    def begin(self, communicator: Communicator, own: Report) -> Work[int]:
+        """Tells the others of this rank; the result is the sum of the tokens of all (`Strategy.begin_step`)."""
+        reduction = communicator.all_reduce_async_(own.message())  # while the first passes run
+        return reduction.then(partial(self._read, communicator, own.error))
+
+    def _read(self, communicator: Communicator, error: str | None, totals: Tensor) -> int:
+        tokens, stops, saves, unread, errors, ends = totals.tolist()
+        if errors:
+            raise_if_unreadable(communicator, error)
+        self._stops, self._saves, self._ends, self._unread = stops, saves, ends, unread
+        return int(tokens)
+
+    def end(self) -> StepEnd:
+        """What all ranks know now."""
+        return StepEnd(self._stops > 0, self._saves > 0, self._unread, ranks_have_met=True, end=self._ends > 0)

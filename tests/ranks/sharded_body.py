@@ -1,0 +1,125 @@
+"""ZeRO against plain PyTorch on the joined batch: losses, norms, and each rank's part of parameters and moments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from checks import check
+from torch import Tensor, nn
+from torch.nn import functional
+from training_body import Batches, Records, global_batch
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.config import Config
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.sharded.strategy import Sharded
+from hvdlm.training.trainer import Trainer
+
+VOCABULARY, LENGTH, SEQUENCES = 61, 16, 7
+CPU = torch.device("cpu")
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"layers": 3, "heads": 2, "width": 64},
+    "llama": {
+        **{"layers": 3, "heads": 4, "kv_heads": 2, "width": 64, "norm": "rmsnorm", "activation": "swiglu"},
+        **{"position": "rope", "bias": False, "tie_embeddings": False},
+    },
+}
+
+
+def make_config(model: str, stage: int, data: int = 0, precision: str = "fp32", **more: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {**MODELS[model], "context_length": LENGTH},
+            "train": {"global_batch_size": SEQUENCES, "micro_batch_size": 2, "precision": precision, "steps": 2000},
+            "optimizer": {"lr": 1e-3, "schedule": "wsd", "warmup_steps": 0, **more.get("optimizer", {})},
+            "compression": {"codec": more.get("codec", "none")},
+            "comm": {"bucket_mb": 40_000 / 2**20},
+            "parallel": {"shard": stage, "data": data},
+            "log": {"every": 1},
+        }
+    )
+
+
+def make_trainer(comm: Communicator, config: Config) -> Trainer:
+    trainer = Trainer(config, comm, SimpleNamespace(eos_id=0), VOCABULARY, CPU)
+    trainer.metrics = Records()
+    trainer.start()
+    return trainer
+
+
+class Plain:
+    """The same model, loss and AdamW on one rank, by PyTorch alone."""
+
+    def __init__(self, config: Config) -> None:
+        self.model = Transformer(config.model, VOCABULARY)
+        self.model.initialise(config.train.seed)
+        decaying = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+        )
+        self.clip_norm = settings.clip_norm
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Loss and norm."""
+        inputs, targets = global_batch(number, ignored=True)
+        self.optimizer.zero_grad()
+        logits = functional.linear(self.model(inputs), self.model.output_weight)
+        loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), targets.reshape(-1), ignore_index=-100)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return loss.item(), float(norm)
+
+
+def difference(comm: Communicator, trainer: Trainer, plain: Plain) -> float:
+    """Between the parameters of all owners and those of the plain model, of the way that these have come.
+
+    The biases of keys are left out: their gradient is zero but for rounding, which AdamW makes steps of.
+    """
+    layout = trainer.strategy.layout()
+    assert layout is not None
+    begin, whole = dict(Plain(trainer.config).model.named_parameters()), dict(plain.model.named_parameters())
+    sums = torch.zeros(2)
+    for name, piece in trainer.parameters.items():
+        if not name.endswith("qkv.bias"):
+            span = slice(*layout.spans[name])
+            expected = whole[name].detach().reshape(-1)[span]
+            moved = expected - begin[name].detach().reshape(-1)[span]
+            sums += torch.stack([(piece.detach() - expected).square().sum(), moved.square().sum()])
+    difference, way = comm.all_reduce_(sums).sqrt().tolist()
+    return float(difference / way)
+
+
+def owned(comm: Communicator, trainer: Trainer) -> Tensor:
+    """How often each number of the model is owned by some rank, flat."""
+    layout = trainer.strategy.layout()
+    assert layout is not None
+    counts = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in layout.shapes.items()}
+    for name, (start, stop) in layout.spans.items():
+        counts[name][start:stop] += 1
+    return comm.all_reduce_(torch.cat(list(counts.values())))
+
+
+@check(sizes=[1, 2, 3, 4], stage=[1, 2, 3], model=["gpt2", "llama"])
+def check_the_curve_is_that_of_plain_pytorch(comm: Communicator, stage: int, model: str) -> None:
+    """50 steps; ranks have unequal parts of a batch, one of four has fewer micro-batches than others."""
+    config = make_config(model, stage)
+    trainer, plain = make_trainer(comm, config), Plain(config)
+    assert isinstance(trainer.strategy, Sharded)
+    assert torch.equal(owned(comm, trainer), torch.ones_like(owned(comm, trainer)))
+    batches = Batches(comm, 0, ignored=True)
+    for step in range(50):
+        trainer.train_step(batches, False)
+        loss, norm = plain.step(step)
+        record = trainer.metrics.train[step]
+        assert abs(record["loss"] / loss - 1) <= 1e-6, (step, record["loss"], loss)
+        assert abs(record["grad_norm"] / norm - 1) <= 1e-5, (step, record["grad_norm"], norm)
+    assert difference(comm, trainer, plain) <= 1e-4
+    trainer.strategy.close()
