@@ -19,7 +19,8 @@ from hvdlm.hugging_face.tensor_files import write_tensors
 from hvdlm.hugging_face.tokenizer_files import write_tokenizer
 from hvdlm.hugging_face.weights import to_hugging_face
 from hvdlm.model.presets import PRESETS
-from hvdlm.training.checkpoint import Checkpoint, not_finite, open_state, save_failure
+from hvdlm.training.checkpoint import open_state, save_failure
+from hvdlm.training.checkpoint_contents import Checkpoint, not_finite
 from hvdlm.training.moving_average import weights_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

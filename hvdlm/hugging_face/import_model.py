@@ -18,7 +18,8 @@ from hvdlm.hugging_face.tokenizer_files import read_tokenizer
 from hvdlm.hugging_face.weights import from_hugging_face
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
-from hvdlm.training.checkpoint import not_finite, save_failure, versions, write_files
+from hvdlm.training.checkpoint import save_failure, versions, write_files
+from hvdlm.training.checkpoint_contents import not_finite
 
 
 def import_model(source: Path, output: Path) -> int:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-STEP = "step"  # how often a parameter was stepped: a number that goes with its first element
+STEP = "step"  # how often a parameter was stepped: one number, which goes with its first element
+
+Runs = Sequence[tuple[int, int]]  # from where to where, in a flattened tensor
 
 
 @dataclass(frozen=True)
 class Layout:
     """What this rank holds of parameters, and of what is kept in their shape: moments, averages.
 
+    Each lies in a tensor of its own, whose numbers are those of some runs of the flattened whole, one behind the other.
     State is named by its kind and its parameter, "exp_avg.blocks.0.mlp.up.weight".
     """
 
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, by name
-    spans: Mapping[str, tuple[int, int]]  # of the flattened parameters of which this rank holds something
+    runs: Mapping[str, Runs]  # of those of which this rank holds something
     kinds: tuple[str, ...]  # of state, STEP among them where steps are counted
+    is_first_copy: bool = True  # whether it is this rank, of those that hold the same, that saves it
+
+    def with_kind(self, kind: str) -> Layout:
+        """The same with one more kind of state."""
+        return replace(self, kinds=(*self.kinds, kind))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all state, by name."""
@@ -27,19 +35,17 @@ class Layout:
             for name, shape in self.shapes.items()
         }
 
-    def span(self, name: str) -> tuple[int, int] | None:
-        """What this rank holds of a parameter or of state: from where to where in the flattened tensor."""
+    def runs_of(self, name: str) -> Runs:
+        """The runs that this rank holds of a parameter or of state; empty if it holds nothing."""
         if name in self.shapes:
-            return self.spans.get(name)
+            return self.runs.get(name, ())
         kind, _, parameter = name.partition(".")
-        span = self.spans.get(parameter)
-        if kind == STEP and span is not None:
-            return (0, 1)
-        return span
+        runs = self.runs.get(parameter, ())
+        return [(0, 1)] if runs and kind == STEP else runs
 
-    def writes(self, name: str) -> bool:
+    def saves(self, name: str) -> bool:
         """Whether it is this rank that saves what it holds of a parameter or of state."""
         kind, _, parameter = name.partition(".")
-        if name not in self.shapes and kind == STEP:
-            return parameter in self.spans and self.spans[parameter][0] == 0
-        return self.span(name) is not None
+        is_count = name not in self.shapes and kind == STEP
+        runs = self.runs.get(parameter, ()) if is_count else self.runs_of(name)
+        return self.is_first_copy and bool(runs) and (not is_count or runs[0][0] == 0)

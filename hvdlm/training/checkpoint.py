@@ -24,9 +24,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,75 +35,23 @@ from torch import Tensor
 import hvdlm
 from hvdlm.data.staging import let_others_read, make_durable
 from hvdlm.errors import HvdlmError, write_failure
+from hvdlm.training.checkpoint_contents import RANKS, TENSOR_FILES, Checkpoint
 from hvdlm.training.retention import Retention
 
 logger = logging.getLogger(__name__)
 
-_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"}
+_FILES = {*TENSOR_FILES, "state.json", "tokenizer.json"}
 _STEP = "step_" + "[0-9]" * 8
 _LATEST = "latest"
 _BEST = "best"
-_RANKS = "ranks"
 _PARTIAL = ".partial"
-
-
-class RemovedCheckpointError(HvdlmError):
-    """A checkpoint was there, and its job has removed it since."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that has been verified. Reading it raises RemovedCheckpointError if it is not there any more."""
-
-    path: Path
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Step, data position, loss scale, settings, world size, fingerprint of the data, versions."""
-        with self._noticing_removal():
-            state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return state
-
-    def model(self) -> dict[str, Tensor]:
-        """Parameters by name, float32, on the CPU. Raises HvdlmError if some are NaN or infinite."""
-        with self._noticing_removal():
-            tensors = safetensors.torch.load_file(self.path / "model.safetensors")
-        if name := not_finite(tensors):
-            raise HvdlmError(
-                f"checkpoint {self.path} is of no use: {name} holds NaN or infinite numbers; take an earlier one"
-            )
-        return tensors
-
-    def optimizer(self) -> dict[str, Tensor]:
-        """The optimizer's state by name, on the CPU."""
-        with self._noticing_removal():
-            return safetensors.torch.load_file(self.path / "optimizer.safetensors")
-
-    def rank_state(self, rank: int) -> dict[str, Tensor]:
-        """The tensors of that rank alone, on the CPU; none if ranks did not differ."""
-        file = self.path / _RANKS / rank_file_name(rank)
-        return safetensors.torch.load_file(file) if file.exists() else {}
-
-    def bytes(self) -> int:
-        """Of all its files."""
-        with self._noticing_removal():
-            return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-
-    @contextmanager
-    def _noticing_removal(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise RemovedCheckpointError(
-                f"checkpoint {self.path} was removed while it was read: take a newer one, or raise checkpoint.keep"
-            ) from None
 
 
 def save(
     parent: Path,
     step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None,
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     tokenizer: bytes,
     keep: Retention,
@@ -115,7 +61,8 @@ def save(
     """Writes `step_XXXXXXXX` into `parent`, points `latest` at it and removes those up to it that are not to `keep`.
 
     `tokenizer`: the content of a tokenizer.json. `ranks`: a directory in `parent` of files by rank, which becomes a
-    part of the checkpoint, and `rank_entries` what `file_entry` has said of them.
+    part of the checkpoint, and `rank_entries` what `file_entry` has said of them; where `model` and `optimizer` are
+    None, the files of both lie there, too, written by ranks together.
 
     Raises HvdlmError if it cannot be written; checkpoints of other steps are then as they were.
     """
@@ -127,7 +74,12 @@ def save(
             shutil.rmtree(stale, ignore_errors=stale != partial)
         partial.mkdir()
         if ranks is not None:
-            ranks.rename(partial / _RANKS)
+            ranks.rename(partial / RANKS)
+        if ranks is not None and model is None:
+            for name in TENSOR_FILES:
+                (partial / RANKS / name).rename(partial / name)
+            if not any((partial / RANKS).iterdir()):
+                (partial / RANKS).rmdir()
         write_files(partial, step, model, optimizer, state, tokenizer, rank_entries)
         for path_inside in partial.rglob("*"):
             make_durable(path_inside)
@@ -147,20 +99,21 @@ def save(
 def write_files(
     path: Path,
     step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None,
+    optimizer: Mapping[str, Tensor] | None,
     state: Mapping[str, Any],
     tokenizer: bytes,
     rank_entries: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes the files of a checkpoint into a directory, which may hold those of ranks, as `save` has them."""
-    safetensors.torch.save_file(_plain(model), path / "model.safetensors")
-    safetensors.torch.save_file(_plain(optimizer), path / "optimizer.safetensors")
+    """Writes the files of a checkpoint into a directory, which may hold those of ranks or by them, as `save` has it."""
+    for name, tensors in zip(TENSOR_FILES, (model, optimizer), strict=True):
+        if tensors is not None:
+            safetensors.torch.save_file(_plain(tensors), path / name)
     (path / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     (path / "tokenizer.json").write_bytes(tokenizer)
     let_others_read(path, like=path / "state.json")
-    known = {f"{_RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
-    names = sorted([*_FILES, *(str(file.relative_to(path)) for file in path.glob(f"{_RANKS}/*"))])
+    known = {f"{RANKS}/{name}": entry for name, entry in (rank_entries or {}).items()}
+    names = sorted([*_FILES, *(str(file.relative_to(path)) for file in path.glob(f"{RANKS}/*"))])
     files = {name: known.get(name) or file_entry(path / name) for name in names}
     manifest = json.dumps({"step": step, "files": files}, indent=1)
     (path / "manifest.json").write_text(manifest, encoding="utf-8")
@@ -187,11 +140,6 @@ def retain(newest: Path, keep: Retention) -> None:
             logger.warning("cannot make %s lead to %s: %s", link, saved[best].name, _reason(error))
 
 
-def rank_file_name(rank: int) -> str:
-    """Of the file of what one rank has of its own."""
-    return f"rank_{rank:05d}.safetensors"
-
-
 def file_entry(file: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
@@ -203,11 +151,6 @@ def save_failure(error: OSError | safetensors.SafetensorError) -> str:
         return write_failure(error)
     number = re.search(r"\(os error (\d+)\)", str(error))
     return write_failure(OSError(int(number[1]), os.strerror(int(number[1])))) if number else str(error)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinite number, or None."""
-    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
 def versions() -> dict[str, str]:

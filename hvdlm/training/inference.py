@@ -27,6 +27,7 @@ from hvdlm.scoring.distributed_model import DistributedModel
 from hvdlm.scoring.text_quality import check_rouge
 from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.agreement import check_data_matches, check_devices_match
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.moving_average import weights_of
@@ -169,7 +170,7 @@ def load_model(
 
     def read() -> None:
         if communicator is None or communicator.rank == 0:
-            model.load_state_dict(weights_of(checkpoint.Checkpoint(Path(state["path"])), averaged))
+            model.load_state_dict(weights_of(Checkpoint(Path(state["path"])), averaged))
 
     if communicator is None:
         read()

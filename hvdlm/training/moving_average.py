@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.errors import HvdlmError
-from hvdlm.training.checkpoint import Checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.evaluation import Evaluation
 
 if TYPE_CHECKING:

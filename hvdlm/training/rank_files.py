@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,15 @@ from hvdlm.comm.failure import RunningTime
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.data.staging import make_durable
 from hvdlm.errors import HvdlmError
-from hvdlm.training.checkpoint import file_entry, rank_file_name, save_failure
+from hvdlm.strategies.layout import Runs
+from hvdlm.training import parts_file
+from hvdlm.training.checkpoint import file_entry, save_failure
+from hvdlm.training.checkpoint_contents import rank_file_name
 from hvdlm.training.rank_states import move
 
 logger = logging.getLogger(__name__)
+
+Parts = Mapping[str, tuple[Runs, Tensor]]  # by name: runs of a flattened tensor, and their numbers
 
 # Bytes of a message to rank 0: after each of them all ranks meet, so that none waits long for another
 _PIECE = 16 * 2**20
@@ -58,13 +63,30 @@ def make_directory(communicator: Communicator, parent: Path) -> tuple[Path, bool
     return directory, all(are_seeing)
 
 
-def write_own(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the file of one rank, then its entry."""
+def create_together(directory: Path, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    """Makes the files that ranks write together, by their names. Raises HvdlmError."""
+    for file, each in shapes.items():
+        try:
+            parts_file.create(directory / file, each)
+        except OSError as error:
+            raise HvdlmError(f"cannot write {directory / file}: {save_failure(error)}") from error
+
+
+def write_own(
+    directory: Path, rank: int, tensors: Mapping[str, Tensor], parts: Mapping[str, Parts] | None = None
+) -> None:
+    """Writes this rank's `parts` of files that ranks write together, then the file of its own `tensors`, if it has any,
+    then its entry.
+    """
     file = directory / rank_file_name(rank)
+    entry: dict[str, Any] = {}
     try:
-        safetensors.torch.save_file(dict(tensors), file)
-        make_durable(file)
-        entry = file_entry(file)
+        for name, own in (parts or {}).items():
+            parts_file.write(directory / name, own)
+        if tensors:
+            safetensors.torch.save_file(dict(tensors), file)
+            make_durable(file)
+            entry = file_entry(file)
     except (OSError, safetensors.SafetensorError) as error:
         entry = {"error": f"cannot write {file}: {save_failure(error)}"}
     try:
@@ -95,20 +117,38 @@ def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: thread
             if clock.seconds() > timeout:
                 raise HvdlmError(f"rank {rank} has written nothing to {file} for {timeout:g} s (comm.timeout)")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        told[file.name] = _read_entry(directory, rank)
+        entry = _read_entry(directory, rank)
+        if entry:
+            told[file.name] = entry
         _entry(file).unlink()
     return told
 
 
-def gather(communicator: Communicator, directory: Path, own: Mapping[str, Tensor]) -> None:
-    """Rank 0 writes each rank's tensors. Names and shapes are equal on all ranks. Collective; raises JobError."""
+def gather(
+    communicator: Communicator, directory: Path, own: Mapping[str, Tensor], parts: Mapping[str, Parts] | None = None
+) -> None:
+    """Rank 0 writes each rank's tensors, whose names and shapes are equal on all ranks, and parts. Collective; raises
+    JobError.
+    """
     for rank in range(communicator.size):
         tensors = {name: _move_to_rank_0(communicator, tensor, rank) for name, tensor in own.items()}
-        on_rank_0(communicator, partial(_write_and_check, directory, rank, tensors))
+        theirs = {file: _parts_on_rank_0(communicator, each, rank) for file, each in (parts or {}).items()}
+        on_rank_0(communicator, partial(_write_and_check, directory, rank, tensors, theirs))
 
 
-def _write_and_check(directory: Path, rank: int, tensors: Mapping[str, Tensor]) -> None:
-    write_own(directory, rank, tensors)
+def _parts_on_rank_0(communicator: Communicator, own: Parts, source: int) -> Parts:
+    """The parts of rank `source`, on rank 0 in memory of its own. Collective."""
+    places = {name: (runs, numbers.shape) for name, (runs, numbers) in own.items()}
+    listed = communicator.broadcast_object(places, source)
+    moved = {}
+    for name, (runs, shape) in listed.items():
+        numbers = own[name][1] if communicator.rank == source else torch.empty(shape)
+        moved[name] = runs, _move_to_rank_0(communicator, numbers, source)
+    return moved
+
+
+def _write_and_check(directory: Path, rank: int, tensors: Mapping[str, Tensor], parts: Mapping[str, Parts]) -> None:
+    write_own(directory, rank, tensors, parts)
     _read_entry(directory, rank)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import on_rank_0
+from hvdlm.comm.replicas import broadcast_tensors
+from hvdlm.strategies.layout import Layout
 from hvdlm.strategies.strategy import RankState
-from hvdlm.training.checkpoint import Checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
+from hvdlm.training.parts_file import take
 
 
 def read_equal_state(source: Checkpoint | None, tensors: Mapping[str, Tensor], old_size: int) -> None:
@@ -32,6 +35,41 @@ def read_equal_state(source: Checkpoint | None, tensors: Mapping[str, Tensor], o
             found = saved.get(name, means.get(name))
             if found is not None:
                 tensor.copy_(found)
+
+
+def read_parts(
+    communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], layout: Layout, old_size: int
+) -> None:
+    """The same where each rank has a part, by `layout`, in `own`: rank 0 sends one whole tensor after the other, which
+    no rank keeps. Collective.
+    """
+    shapes = {**layout.shapes, **layout.state_shapes()}
+
+    def names_and_own() -> tuple[set[str], set[str]]:
+        assert source is not None
+        return source.names(), {name for rank in range(min(old_size, 1)) for name in source.rank_state(rank)}
+
+    equal, differed = on_rank_0(communicator, names_and_own)
+    for name, shape in shapes.items():
+        if name not in equal | differed:
+            continue
+
+        whole = torch.empty(shape)
+        on_rank_0(communicator, partial(_read_whole, source, name, name in equal, old_size, whole))
+        broadcast_tensors(communicator, [whole])
+        if name in own:
+            take(whole, layout.runs_of(name), own[name])
+
+
+def _read_whole(source: Checkpoint | None, name: str, is_equal: bool, old_size: int, whole: Tensor) -> None:
+    """Fills `whole` with a tensor of a checkpoint; if ranks had one each, with their mean."""
+    assert source is not None
+    if is_equal:
+        whole.copy_(source.tensor(name))
+        return
+    whole.zero_()
+    for rank in range(old_size):
+        whole.add_(source.rank_state(rank)[name] / old_size)
 
 
 def scatter_from_checkpoint(

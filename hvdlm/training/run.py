@@ -19,8 +19,8 @@ from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.gradients.channel import may_sum_by_engine
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
-from hvdlm.training import checkpoint
 from hvdlm.training.agreement import check_data_matches, check_devices_match
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.console import Views, open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.elastic import check_elastic
@@ -102,7 +102,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         if not communicator.is_new:
             state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
         if state is not None:
-            source = checkpoint.Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
+            source = Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
             sentences = restore(trainer, source, state)
         elif not communicator.is_new:
             if config.model.from_:

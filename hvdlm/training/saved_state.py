@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import LocalStepsSection
+from hvdlm.strategies.layout import Layout
 from hvdlm.strategies.strategy import RankState
 from hvdlm.training import checkpoint
-from hvdlm.training.rank_states import read_equal_state, scatter_from_checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
+from hvdlm.training.rank_states import read_equal_state, read_parts, scatter_from_checkpoint
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
 
 
-def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[str, Any]) -> list[str]:
+def restore(trainer: Trainer, source: Checkpoint | None, state: dict[str, Any]) -> list[str]:
     """Restores a checkpoint, which rank 0 has open as `source`; all ranks have its `state`. Collective.
 
     Returns what the user is to be told. Raises JobError if its weights are of no use.
@@ -26,8 +28,12 @@ def restore(trainer: Trainer, source: checkpoint.Checkpoint | None, state: dict[
     as_saved = combines_alike and size == communicator.size
     strategy.load_state_dict(state, state["step"], as_saved)
     equal = {**strategy.parameters(), **trainer.optimizer_state()}
-    on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
-    broadcast_tensors(communicator, equal.values())
+    layout = layout_of(trainer)
+    if layout is not None:
+        read_parts(communicator, source, equal, layout, size)
+    else:
+        on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
+        broadcast_tensors(communicator, equal.values())
     if not state["config"]["train"].get("ema"):
         trainer.ema.reset()
     loss_scale.load_state_dict(state["loss_scale"])
@@ -67,6 +73,12 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "fingerprint": trainer.data.fingerprint,
         "versions": checkpoint.versions(),
     }
+
+
+def layout_of(trainer: Trainer) -> Layout | None:
+    """What this rank holds of a trainer's parameters and optimizer state; None: all."""
+    layout = trainer.strategy.layout()
+    return layout.with_kind("ema") if layout and trainer.config.train.ema else layout
 
 
 def own_state(trainer: Trainer) -> RankState:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from hvdlm.comm.rank_errors import on_rank_0, wait_for_tasks
 from hvdlm.errors import HvdlmError, JobError, write_failure
+from hvdlm.strategies.layout import Layout
 from hvdlm.training import checkpoint, rank_files
+from hvdlm.training.checkpoint_contents import TENSOR_FILES, not_finite
 from hvdlm.training.retention import Retention
-from hvdlm.training.saved_state import own_state, state_of
+from hvdlm.training.saved_state import layout_of, own_state, state_of
 from hvdlm.training.state_copies import StateCopies
 
 if TYPE_CHECKING:
@@ -161,21 +163,74 @@ class Saver:
         """Begins to copy what is to be written, if asked for, and to write it. Collective."""
         trainer = self._trainer
         rank, parent = trainer.communicator.rank, checkpoint.directory(trainer.config.train.run_dir)
-        own = own_state(trainer).tensors()
-        directory, is_shared = rank_files.make_directory(trainer.communicator, parent) if own else (None, False)
+        own, layout = own_state(trainer).tensors(), layout_of(trainer)
+        needs_directory = bool(own) or layout is not None
+        directory, is_shared = (
+            rank_files.make_directory(trainer.communicator, parent) if needs_directory else (None, False)
+        )
+        if layout is not None and directory is not None:
+            self._begin_together(layout, directory, is_shared, own, copies)
+            return
         if directory is not None and not is_shared:
             rank_files.gather(trainer.communicator, directory, own)
         shared = own if is_shared else {}
         shared = self._own_copies.copy(shared) if copies else shared
         if rank == 0:
             equal = self._begin_to_copy() if copies else self._as_it_is()
-            keep, size = self._retention(), trainer.communicator.size
-            save = partial(
-                checkpoint.save, parent, self.step, state=state_of(trainer), tokenizer=trainer.tokenizer, keep=keep
-            )
+            save, size = self._save_function(), trainer.communicator.size
             self._start(lambda: self._write(save, equal(), directory, shared, size))
         elif directory is not None and is_shared:
             self._start(lambda: rank_files.write_own(directory, rank, shared))
+
+    def _begin_together(
+        self, layout: Layout, directory: Path, is_shared: bool, own: Mapping[str, Tensor], copies: bool
+    ) -> None:
+        """The same where each rank has a part of parameters and optimizer state: all write the files of both."""
+        trainer = self._trainer
+        communicator, rank = trainer.communicator, trainer.communicator.rank
+        model, optimizer = trainer.parameters, trainer.optimizer_state()
+        if name := next((each for each in communicator.all_gather_object(not_finite(model)) if each), None):
+            raise UselessWeightsError(_useless(name, self.step))
+        shapes = (layout.shapes, layout.state_shapes())
+        on_rank_0(
+            communicator, lambda: rank_files.create_together(directory, dict(zip(TENSOR_FILES, shapes, strict=True)))
+        )
+
+        def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, rank_files.Parts]:
+            return {
+                file: {name: (layout.runs_of(name), tensors[name]) for name in names if layout.saves(name)}
+                for file, names in zip(TENSOR_FILES, (model, optimizer), strict=True)
+            }
+
+        if not is_shared:
+            rank_files.gather(communicator, directory, own, parts_of({**model, **optimizer}))
+            own, complete = {}, None
+        elif copies:
+            own = self._own_copies.copy(own)
+            complete = self._copies.begin({name: each.detach() for name, each in {**model, **optimizer}.items()})
+        else:
+            if trainer.device.type == "cuda":
+                torch.cuda.current_stream(trainer.device).synchronize()
+            complete = lambda: {**model, **optimizer}  # noqa: E731
+        write = partial(rank_files.write_own, directory, rank, own)
+        save, size, timeout = self._save_function(), communicator.size, trainer.config.comm.timeout
+
+        def write_and_wait() -> Path | None:
+            if complete is not None:
+                write(parts_of(complete()))
+            if rank:
+                return None
+            entries = rank_files.wait_for_all(directory, size, timeout, self._is_given_up)
+            return save(None, None, ranks=directory, rank_entries=entries)
+
+        self._start(write_and_wait)
+
+    def _save_function(self) -> Callable[..., Path]:
+        """`checkpoint.save` but for tensors and files of ranks."""
+        trainer = self._trainer
+        parent = checkpoint.directory(trainer.config.train.run_dir)
+        state, keep = state_of(trainer), self._retention()
+        return partial(checkpoint.save, parent, self.step, state=state, tokenizer=trainer.tokenizer, keep=keep)
 
     def _write(
         self,
@@ -189,11 +244,8 @@ class Saver:
         parameters and optimizer state.
         """
         model, optimizer = equal
-        if name := checkpoint.not_finite(model):
-            raise UselessWeightsError(
-                f"{name} holds NaN or infinite numbers after step {self.step}, which is not saved: lower optimizer.lr, "
-                "and resume from the last checkpoint"
-            )
+        if name := not_finite(model):
+            raise UselessWeightsError(_useless(name, self.step))
         if directory is None:
             return save(model, optimizer)
         if own:
@@ -250,6 +302,13 @@ class Saver:
         if error is not None and not isinstance(error, HvdlmError):
             raise error
         return (None if error is None else str(error)), isinstance(error, UselessWeightsError)
+
+
+def _useless(name: str, step: int) -> str:
+    return (
+        f"{name} holds NaN or infinite numbers after step {step}, which is not saved: lower optimizer.lr, and resume "
+        "from the last checkpoint"
+    )
 
 
 _GO_ON = "then resume from the checkpoint before it"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hvdlm.errors import JobError
-from hvdlm.training import checkpoint
+from hvdlm.training.checkpoint_contents import not_finite
 from hvdlm.training.late_number import LateNumber
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class SkippedSteps:
         self._check_weights(step)
         self.in_a_row += 1
         trainer = self._trainer
-        gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
-        name = checkpoint.not_finite(gradients)
+        name = self._find_not_finite(lambda parameter: parameter.grad)
         what = f"the gradient of {name}" if name else "a gradient"
         if self.in_a_row > trainer.config.train.max_skipped:
             steps = f", the last of {self.in_a_row} in a row" if self.in_a_row > 1 else ""
@@ -88,8 +88,17 @@ class SkippedSteps:
         self._say(f"step {step} is left out: {what} is not finite (batch {step - 1})")
 
     def _check_weights(self, step: int) -> None:
-        if name := checkpoint.not_finite(dict(self._trainer.model.named_parameters())):
+        if name := self._find_not_finite(lambda parameter: parameter):
             self._give_up(f"{name} holds NaN or infinite numbers at step {step}: {_REMEDY}")
+
+    def _find_not_finite(self, of: Callable[[Tensor], Tensor | None]) -> str | None:
+        """The name of a parameter of which `of` gives numbers that are not finite; of all ranks, if each has a part."""
+        trainer = self._trainer
+        is_divided = trainer.strategy.layout() is not None
+        own = trainer.parameters if is_divided else dict(trainer.model.named_parameters())
+        name = not_finite({name: tensor for name, each in own.items() if (tensor := of(each)) is not None})
+        found = trainer.communicator.all_gather_object(name) if is_divided else [name]
+        return next((each for each in found if each is not None), None)
 
     def _give_up(self, sentence: str) -> None:
         if self._trainer.strategy.ranks_are_equal:

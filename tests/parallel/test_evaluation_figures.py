@@ -19,6 +19,7 @@ from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.samples import held_out_texts
 
 
@@ -49,7 +50,7 @@ def expected(run_dir: Path, data: Path) -> tuple[float, float, int]:
     state = checkpoint.open_state(run_dir)
     config = Config.model_validate(state["config"]).model
     model = Transformer(config, state["vocab_size"])
-    model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+    model.load_state_dict(Checkpoint(Path(state["path"])).model())
     model.eval()
     loss, right, count = 0.0, 0, 0
     files = sorted((data / "val").glob("*.h5"))

@@ -20,6 +20,7 @@ from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.evaluation import evaluate
 from hvdlm.training.trainer import Trainer
 
@@ -99,7 +100,7 @@ def evaluate_checkpoint(comm: Communicator, run_dir: Path, data_path: Path, at_o
     """Loss, accuracy and number of tokens that `hvdlm evaluate` rounds and prints, `at_once` sequences at once."""
     state = checkpoint.open_state(run_dir)
     model = Transformer(Config.model_validate(state["config"]).model, state["vocab_size"])
-    model.load_state_dict(checkpoint.Checkpoint(Path(state["path"])).model())
+    model.load_state_dict(Checkpoint(Path(state["path"])).model())
     result = evaluate(model, DataSet(data_path), comm, at_once)
     return result.loss, result.accuracy, result.tokens
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hvdlm.errors import HvdlmError, write_failure
 from hvdlm.training import checkpoint
+from hvdlm.training.checkpoint_contents import RemovedCheckpointError
 from hvdlm.training.retention import Retention
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
@@ -486,5 +487,5 @@ def test_a_checkpoint_that_its_job_removes_meanwhile(parent: Path, monkeypatch: 
     assert opened.path.name == "step_00000006"
     save(parent, 7, keep=1)
     for read in (opened.model, opened.optimizer, lambda: opened.state):
-        with pytest.raises(checkpoint.RemovedCheckpointError, match="step_00000006 was removed while it was read"):
+        with pytest.raises(RemovedCheckpointError, match="step_00000006 was removed while it was read"):
             read()

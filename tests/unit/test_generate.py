@@ -17,6 +17,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.generate import generate, next_token_probabilities
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.training import checkpoint
+from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.retention import Retention
 
 VOCABULARY = 61
@@ -288,7 +289,7 @@ def test_a_model_that_has_diverged(trained):
     shutil.copytree(trained / "run", trained / "diverged")
     parent = trained / "diverged" / "checkpoints"
     (path,) = parent.glob("step_*")
-    opened = checkpoint.Checkpoint(path)
+    opened = Checkpoint(path)
     weights = {name: tensor.fill_(math.nan) for name, tensor in opened.model().items()}
     tokenizer = (path / "tokenizer.json").read_bytes()
     checkpoint.save(parent, 1, weights, opened.optimizer(), opened.state, tokenizer, keep=Retention(1))

@@ -24,7 +24,7 @@ from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.registry import bucket_bytes, codec_factory
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.layout import STEP, Layout
+from hvdlm.strategies.layout import STEP, Layout, Runs
 from hvdlm.strategies.optimizer import (
     counts_steps,
     leave_out_if,
@@ -54,7 +54,7 @@ class Sharded(Strategy):
         self._stage = config.parallel.shard
         mesh = Mesh(communicator, mesh_shape(config.parallel, communicator.size))
         owners, copies = mesh["shard"], mesh["data"]
-        self._owners = owners
+        self._owners, self._is_first_copy = owners, copies.rank == 0
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
         self._partitions = make_partitions(model, device, self._stage, nbytes, owners)
@@ -72,12 +72,12 @@ class Sharded(Strategy):
         self._weights = ShardedParameters(readers_of(model, self._partitions), self._channels)
         model.parameter_access = self._weights
         self._pieces: dict[str, nn.Parameter] = {}
-        self._spans: dict[str, tuple[int, int]] = {}
+        self._runs: dict[str, Runs] = {}
         for partition, own in zip(self._partitions, self._gradients.own, strict=True):
             for name, piece in partition.pieces.items():
                 self._pieces[name] = nn.Parameter(partition.master[piece.span])
                 self._pieces[name].grad = own[piece.span]
-                self._spans[name] = piece.start, piece.stop
+                self._runs[name] = [(piece.start, piece.stop)]
         self._decaying = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) >= 2]
         others = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) < 2]
         # A rank of more than there are parameters for has none
@@ -187,7 +187,7 @@ class Sharded(Strategy):
 
     def layout(self) -> Layout:
         kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
-        return Layout(self._shapes, self._spans, kinds)
+        return Layout(self._shapes, self._runs, kinds, is_first_copy=self._is_first_copy)
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._pieces)
