@@ -34,6 +34,7 @@ their reverse is about the order in which the backward pass completes gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.attention import causal_attention
 from hvdlm.model.linear import Linear
+from hvdlm.model.loss import TokenStatistics, token_loss, token_statistics
 from hvdlm.model.size import key_value_heads, mlp_width
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
@@ -69,7 +71,10 @@ class Transformer(nn.Module):
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
         self._compute_dtype: torch.dtype | None = None  # of matrix products; None: that of the parameters
         self.activation_checkpointing = False  # keep only each block's input, and compute it again in the backward pass
-        self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
+
+    @property
+    def _linear(self) -> list[Linear]:
+        return [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Computes matrix products in `dtype`. Parameters, norms and the residual stream stay in fp32.
@@ -138,22 +143,39 @@ class Transformer(nn.Module):
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
         return functional.linear(hidden.to(self.dtype), self.output_weight.to(self.dtype))
 
+    def token_loss(self, hidden: Tensor, targets: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """The loss of hidden states, (..., D), summed over targets, (...): see `hvdlm.model.loss.token_loss`."""
+        return token_loss(hidden, self.output_weight, targets, self.dtype, grad_scale=grad_scale)
+
+    def token_statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
+        """Loss and accuracy without gradients. Arguments as of `token_loss`."""
+        return token_statistics(hidden, self.output_weight, targets, self.dtype)
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Sets every parameter, as a function of the seed and the shape alone.
+        """Sets every parameter to its value of `initial_values`."""
+        parameters = dict(self.named_parameters())
+        for name, values in self.initial_values(seed):
+            parameters[name].copy_(values)
 
-        Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream
-        of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
-        identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of all parameters, one after the other, as a function of the seed and the shape alone.
+
+        The model itself may be on the `meta` device. Matrices and embeddings are drawn from N(0, 0.02^2), the two
+        projections into the residual stream of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section
+        2.3); norms begin as the identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the
+        same.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
+            values = torch.empty(parameter.shape, device="cpu")
             into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
             deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator))
+            if values.ndim == 1:
+                values.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                values.normal_(0, deviation, generator=generator)
+            yield name, values
 
 
 class Block(nn.Module):
@@ -208,9 +230,13 @@ class Attention(nn.Module):
             cached[0][:, :, -length:], cached[1][:, :, -length:] = keys, values
             keys, values = cached
         dropout = self.dropout if self.training else 0.0
-        attended = causal_attention(queries, keys, values, mask, dropout)  # (B, H, T, E)
+        attended = self.attend(queries, keys, values, mask, dropout)  # (B, H, T, E)
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, -1))
         return output
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Arguments and result as of `causal_attention`."""
+        return causal_attention(queries, keys, values, mask, dropout)
 
 
 class MLP(nn.Module):

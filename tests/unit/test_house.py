@@ -27,9 +27,12 @@ MAY_IMPORT = {
     "gradients": {*EVERYONE, "comm"},
     "data": EVERYONE,
     "model": EVERYONE,
+    "parallel": {*EVERYONE, "comm", "model"},
     "strategies": {*EVERYONE, "comm", "gradients", "model"},
     "scoring": {*EVERYONE, "comm", "data", "model"},
-    "training": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "scoring", "data", "model"},
+    "training": {
+        *(*EVERYONE, "config_reader", "comm", "gradients", "strategies", "scoring", "data", "model", "parallel"),
+    },
     "scaling": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "model"},
     "cluster": {*EVERYONE, "config_reader", "comm", "gradients", "data", "model"},
     "report": {*EVERYONE, "config_reader", "model", "training"},
