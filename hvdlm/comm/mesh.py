@@ -73,6 +73,10 @@ class Mesh:
             self._groups[wanted] = self._split(wanted)
         return self._groups[wanted]
 
+    def is_first(self, *axes: str) -> bool:
+        """Whether this rank is the first one along each of these axes."""
+        return not any(self.coordinates[axis] for axis in axes)
+
     def _split(self, axes: Sequence[str]) -> Communicator:
         if not axes:
             return SoloCommunicator()

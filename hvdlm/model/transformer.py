@@ -71,10 +71,7 @@ class Transformer(nn.Module):
         self.output = None if config.tie_embeddings else nn.Linear(config.width, vocab_size, bias=False)
         self._compute_dtype: torch.dtype | None = None  # of matrix products; None: that of the parameters
         self.activation_checkpointing = False  # keep only each block's input, and compute it again in the backward pass
-
-    @property
-    def _linear(self) -> list[Linear]:
-        return [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
+        self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Computes matrix products in `dtype`. Parameters, norms and the residual stream stay in fp32.
@@ -153,29 +150,28 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Sets every parameter to its value of `initial_values`."""
-        parameters = dict(self.named_parameters())
-        for name, values in self.initial_values(seed):
-            parameters[name].copy_(values)
+        """Sets every parameter, as a function of the seed and the shape alone.
+
+        Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream
+        of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
+        identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
+        """
+        values = dict(self.named_parameters())
+        for name, initial in self.initial_values(seed):
+            values[name].copy_(initial)
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of all parameters, one after the other, as a function of the seed and the shape alone.
-
-        The model itself may be on the `meta` device. Matrices and embeddings are drawn from N(0, 0.02^2), the two
-        projections into the residual stream of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section
-        2.3); norms begin as the identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the
-        same.
+        """What `initialise` sets each parameter to, by name, on the CPU: one at a time, for models that are too large
+        to be anywhere as a whole.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            values = torch.empty(parameter.shape, device="cpu")
+            if parameter.ndim == 1:
+                yield name, torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0, device="cpu")
+                continue
             into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
             deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-            if values.ndim == 1:
-                values.fill_(1.0 if name.endswith("weight") else 0.0)
-            else:
-                values.normal_(0, deviation, generator=generator)
-            yield name, values
+            yield name, torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
 
 
 class Block(nn.Module):

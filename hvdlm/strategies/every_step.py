@@ -46,6 +46,7 @@ class EveryStep(Strategy):
         `own_codec`: of some of them. `algorithm_costs`: see `open_channels`.
         """
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
+        self.everyone = communicator  # all ranks of the job, also those that share a model with others
         self._parameters = dict(model.named_parameters())
         self._settings = config.optimizer
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
@@ -54,20 +55,20 @@ class EveryStep(Strategy):
         self._asked = (0, 0, 0, 0)  # by how many ranks to stop, save and end in this step; what is unread of its batch
 
     def begin_step(self, own: Report) -> Work[int]:
-        reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
+        reduction = self.everyone.all_reduce_async_(own.message())  # while the first passes run
         self.sync.zero_grad()
         return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
         tokens, stops, saves, unread, errors, ends = totals.tolist()
         if errors:
-            raise_if_unreadable(self.communicator, error)
+            raise_if_unreadable(self.everyone, error)
         self._asked = stops, saves, ends, unread
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
         """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
-        self.communicator = communicator
+        self.communicator = self.everyone = communicator
         self.sync.narrow_to(communicator)
         deal_out_among(self._optimizer, communicator)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.training.compile_cache import (
     avoid_precompiled_headers,
     avoid_unusable_cache,
@@ -89,10 +91,17 @@ def use_deterministic_kernels(wanted: bool) -> None:
         torch.use_deterministic_algorithms(wanted)
 
 
-def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
-    """The same model on every rank. Blocks are compiled at their first use."""
+def make_model(
+    config: Config, vocab_size: int, device: torch.device, tensor_ranks: Communicator | None = None
+) -> Transformer:
+    """The same model on every rank, or its part of one that `tensor_ranks` divide. Blocks are compiled at their first
+    use.
+    """
     use_deterministic_kernels(config.train.deterministic)
-    model = Transformer(config.model, vocab_size)
+    if tensor_ranks is not None and tensor_ranks.size > 1:
+        model: Transformer = TensorParallelTransformer(config.model, vocab_size, tensor_ranks)
+    else:
+        model = Transformer(config.model, vocab_size)
     model.initialise(config.train.seed)
     model.to(device)
     model.set_compute_dtype(DTYPES[config.train.precision])
@@ -104,5 +113,5 @@ def make_model(config: Config, vocab_size: int, device: torch.device) -> Transfo
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """By seed, step and rank: resuming needs no random-number state."""
+    """By seed, step and rank among those that read different sequences: resuming needs no random-number state."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -73,7 +74,7 @@ class SkippedSteps:
         self.in_a_row += 1
         trainer = self._trainer
         gradients = {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
-        name = checkpoint.not_finite(gradients)
+        name = self._not_finite(gradients)
         what = f"the gradient of {name}" if name else "a gradient"
         if self.in_a_row > trainer.config.train.max_skipped:
             steps = f", the last of {self.in_a_row} in a row" if self.in_a_row > 1 else ""
@@ -88,8 +89,13 @@ class SkippedSteps:
         self._say(f"step {step} is left out: {what} is not finite (batch {step - 1})")
 
     def _check_weights(self, step: int) -> None:
-        if name := checkpoint.not_finite(dict(self._trainer.model.named_parameters())):
+        if name := self._not_finite(dict(self._trainer.model.named_parameters())):
             self._give_up(f"{name} holds NaN or infinite numbers at step {step}: {_REMEDY}")
+
+    def _not_finite(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The name of one that is not finite, here or on a rank that shares the model. Collective among these."""
+        names = self._trainer.mesh["tensor"].all_gather_object(checkpoint.not_finite(tensors))
+        return next(filter(None, names), None)
 
     def _give_up(self, sentence: str) -> None:
         if self._trainer.strategy.ranks_are_equal:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": EVERYONE,
     "model": EVERYONE,
     "parallel": {*EVERYONE, "comm", "model"},
-    "strategies": {*EVERYONE, "comm", "gradients", "model"},
+    "strategies": {*EVERYONE, "comm", "gradients", "model", "parallel"},
     "scoring": {*EVERYONE, "comm", "data", "model"},
     "training": {
         *(*EVERYONE, "config_reader", "comm", "gradients", "strategies", "scoring", "data", "model", "parallel"),

@@ -11,6 +11,7 @@ from torch.nn import functional
 from hvdlm.comm.communicator import Communicator, part_lengths
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
+from hvdlm.model.linear import Linear
 from hvdlm.model.loss import TokenStatistics, loss_chunk_tokens, token_loss, token_statistics
 from hvdlm.model.transformer import Block, Transformer
 from hvdlm.parallel.tensor.collectives import TensorRanks
@@ -47,6 +48,7 @@ class TensorParallelTransformer(Transformer):
             for block in self.blocks:
                 assert isinstance(block, Block)
                 divide(block, config, ranks)
+        self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
         self.to_empty(device=torch.get_default_device())
         self.regions = regions
         self._ranks = ranks
