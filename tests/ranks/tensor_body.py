@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import training_body
 from checks import check
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mesh import Mesh
-from hvdlm.config import ModelSection
+from hvdlm.config import ModelSection, ParallelSection
+from hvdlm.errors import JobError
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.parallel.tensor.layout import cut, is_divided, parameter_regions
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
@@ -234,3 +236,66 @@ def check_compiled_blocks(comm: Communicator, shape: str) -> None:
     assert not counters["graph_break"], counters["graph_break"]
     assert counters["stats"]["unique_graphs"] >= 1
     ranks.close()
+
+
+@check(sizes=[2, 4], clip_norm=[0.0, 0.3])
+def check_trainer(comm: Communicator, clip_norm: float) -> None:
+    """Steps of SGD on 1 or 2 pairs of tensor ranks: parameters, loss and norm are those of PyTorch on the joined batch.
+
+    Pairs have different numbers of sequences. A wish to stop of the last rank is heard by all.
+    """
+    config = training_body.make_config("fp32", clip_norm)
+    config = config.model_copy(update={"parallel": ParallelSection(tensor=2)})
+    trainer = training_body.make_trainer(comm, config)
+    batches = training_body.Batches(trainer.readers, 0, ignored=True)
+    plain = training_body.make_plain_model(config)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=training_body.RATE)
+    begin = {name: each.detach().clone() for name, each in plain.named_parameters()}
+    trainer.start()
+    assert isinstance(trainer.model, TensorParallelTransformer)
+    for step in range(5):
+        assert trainer.train_step(batches, stop_here=step == 4 and comm.rank == comm.size - 1) == (step == 4)
+        optimizer.zero_grad()
+        loss = training_body.plain_loss(plain, step, ignored=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_norm or float("inf"))
+        optimizer.step()
+        record = trainer.metrics.train[-1]
+        assert abs(record["loss"] / float(loss) - 1) <= 1e-6
+        assert abs(record["grad_norm"] / float(norm) - 1) <= 1e-5
+        squares = torch.zeros(2)
+        for name, parameter in plain.named_parameters():
+            regions = trainer.model.regions[name]
+            moved = trainer.parameters[name].detach() - cut(begin[name], regions)
+            expected = cut(parameter.detach() - begin[name], regions)
+            squares += torch.stack([(moved - expected).square().sum(), expected.square().sum()])
+        assert squares[0] <= 1e-10 * squares[1], squares
+    trainer._replica_check.compare()
+    trainer.strategy.close()
+
+
+@check(sizes=[4])
+def check_replicas_by_part(comm: Communicator) -> None:
+    """Of two pairs: a part that differs from the other pair's, and a norm that differs from its neighbour's."""
+    config = training_body.make_config("fp32", 0.0)
+    config = config.model_copy(update={"parallel": ParallelSection(tensor=2)})
+    trainer = training_body.make_trainer(comm, config)
+    trainer._replica_check.compare()
+    with torch.no_grad():
+        trainer.model.blocks[0].mlp.up.weight[0, 0] += float(comm.rank == 3)
+    assert "rank 3 on" in refused(trainer._replica_check.compare)
+    with torch.no_grad():
+        trainer.model.blocks[0].mlp.up.weight[0, 0] -= float(comm.rank == 3)
+        trainer.model.blocks[0].mlp.up.weight.copy_(trainer.readers.broadcast_(trainer.model.blocks[0].mlp.up.weight))
+        trainer.model.final_norm.weight += comm.rank % 2  # in both pairs alike
+    assert "rank 1 on" in refused(trainer._replica_check.compare)
+    trainer.strategy.close()
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The sentence by which all ranks are told."""
+    try:
+        action()
+    except JobError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
