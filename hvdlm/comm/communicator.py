@@ -98,6 +98,7 @@ class Communicator(ABC):
     hosts: list[str]
     capabilities: frozenset[str]
     _timeout: float = math.inf  # seconds that a rank waits for another
+    is_inline = False  # whether the thread that calls a collective runs it, also where an engine would queue it
     is_new = False  # whether this rank was started to join others, and is a group of its own until `regroup_`
     hosts_have_changed = False  # whether other ranks wait to join, or some are to leave; one rank alone may know
 

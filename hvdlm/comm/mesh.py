@@ -47,10 +47,7 @@ class Mesh:
     """The ranks of a communicator, by axis."""
 
     def __init__(self, communicator: Communicator, shape: Mapping[str, int]) -> None:
-        """`shape`: from `mesh_shape`. Splits off a communicator for each axis of some ranks, but for one that has all.
-
-        Collective. Raises HvdlmError if the engine cannot split.
-        """
+        """`shape`: from `mesh_shape`."""
         self.everyone = communicator
         self.shape = {axis: shape[axis] for axis in AXES}
         if math.prod(self.shape.values()) != communicator.size:
@@ -63,8 +60,11 @@ class Mesh:
         return self.group(axis)
 
     def group(self, *axes: str) -> Communicator:
-        """The ranks that differ from this one in these axes alone, in the order of their ranks in the job. Collective
-        at its first use.
+        """The ranks that differ from this one in these axes alone, in the order of their ranks in the job.
+
+        All ranks of the job are `everyone`, but as the axis `tensor`: computation waits for each of its many messages,
+        so it is inline and has a communicator that no other message uses. Collective at its first use. Raises
+        HvdlmError if the engine cannot split.
         """
         wanted = tuple(axis for axis in AXES if axis in axes and self.shape[axis] > 1)
         if set(axes) - set(AXES):
@@ -73,21 +73,32 @@ class Mesh:
             self._groups[wanted] = self._split(wanted)
         return self._groups[wanted]
 
+    def is_first(self, *axes: str) -> bool:
+        """Whether this rank is the first one along each of these axes."""
+        return not any(self.coordinates[axis] for axis in axes)
+
+    def place(self, *along: str) -> int:
+        """A number that ranks have in common which differ along these axes alone, and no others have."""
+        number = 0
+        for axis in AXES:
+            if axis not in along:
+                number = number * self.shape[axis] + self.coordinates[axis]
+        return number
+
     def _split(self, axes: Sequence[str]) -> Communicator:
         if not axes:
             return SoloCommunicator()
-        if math.prod(self.shape[axis] for axis in axes) == self.everyone.size:
+        is_tensor = axes == ("tensor",)
+        if math.prod(self.shape[axis] for axis in axes) == self.everyone.size and not is_tensor:
             return self.everyone
         if not self.everyone.supports("split"):
             raise HvdlmError(
                 f"engine {self.everyone.engine} cannot split ranks into groups, which [parallel] needs here: set "
                 "comm.engine = 'mpi' or 'torch'"
             )
-        others = [axis for axis in AXES if axis not in axes]
-        color = 0
-        for axis in others:
-            color = color * self.shape[axis] + self.coordinates[axis]
-        return self.everyone.split(color, self.everyone.rank)
+        group = self.everyone.split(self.place(*axes), self.everyone.rank)
+        group.is_inline = is_tensor
+        return group
 
 
 def coordinates(shape: Mapping[str, int], rank: int) -> dict[str, int]:

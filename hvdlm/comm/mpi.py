@@ -1,7 +1,9 @@
 """Engine `mpi`: collectives and messages of mpi4py, for ranks started by mpirun or srun.
 
 Collectives run on a communication thread, one after the other in the order of their submission, so they
-overlap with computation and every rank runs them in the same order. Messages between two ranks start at once.
+overlap with computation and every rank runs them in the same order. Messages between two ranks start at once. Of
+a communicator that `is_inline` the calling thread runs collectives: a computation that waits for each of them saves the
+20 us of two changes of threads (benchmarks/LOG.md).
 
 A blocking MPI call spins on its core until the slowest rank has called it, and where the cores also compute,
 spinning slows down the rank it waits for. So before each collective the ranks enter a non-blocking barrier that
@@ -218,7 +220,7 @@ class MPICommunicator(Communicator):
         return self._poll(requests, f"rank {source} to send")
 
     def _submit(self, collective: Callable[[], T]) -> Work[T]:
-        """Queues a collective for the communication thread."""
+        """Queues a collective for the communication thread, or runs it here."""
 
         def run() -> T:
             with self._errors():
@@ -228,6 +230,8 @@ class MPICommunicator(Communicator):
                     self._raise_if_some_have_died()
                 return result
 
+        if self.is_inline:  # after the barrier, a rank that has stopped is left to the watchdog of `activity`
+            return Work.done(run())
         future = self._thread.submit(run)
         # The barrier has its own deadline; this one is for the collective, where a rank has stopped after the barrier
         return Work(lambda: result_within(future, self._timeout, self.rank, "the other ranks"))

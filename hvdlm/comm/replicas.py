@@ -53,9 +53,16 @@ def parameter_hash(parameters: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters."""
-    odd, _ = _different_from_most(_hashes(communicator, parameters))
+def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+    """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters.
+
+    `part`: where ranks divide a model, the one that this rank holds; it is compared with those of the same part.
+    """
+    hashes, parts = _hashes(communicator, parameters), communicator.all_gather_object(part)
+    odd = []
+    for each in sorted(set(parts)):
+        ranks = [rank for rank, held in enumerate(parts) if held == each]
+        odd += [ranks[index] for index in _different_from_most([hashes[rank] for rank in ranks])[0]]
     if odd:
         raise JobError(
             f"after step {step} the parameters of {_names(odd, communicator)} differ from those of the other ranks: "

@@ -107,6 +107,7 @@ class Config(Section):
         """What [parallel] does not go with, and whether it is set."""
         parallel, model = self.parallel, self.model
         heads = model.kv_heads or model.heads
+        algorithm, is_tensor = self.optimizer.algorithm, parallel.tensor > 1
         return {
             "[parallel] divides a model among ranks, local_steps.every has them train copies of their own: set one of "
             "them": parallel.is_used and bool(self.local_steps.every),
@@ -114,6 +115,16 @@ class Config(Section):
             "parallel.tensor or parallel.pipeline": parallel.is_used and self.comm.elastic,
             f"parallel.tensor = {parallel.tensor} does not divide the {heads} key and value heads of the model: take a "
             f"divisor of {heads}": heads % parallel.tensor > 0,
+            f"optimizer.algorithm = '{algorithm}' needs whole matrices, which parallel.tensor divides: take another": (
+                is_tensor and algorithm in ("dion", "muon")
+            ),
+            "compression.codec = 'auto' chooses for whole gradients, which parallel.tensor divides: name a codec": (
+                is_tensor and self.compression.codec == "auto"
+            ),
+            "train.heal_replicas, train.evaluate_tasks and model.from need the whole model on every rank: they do not "
+            "go with parallel.tensor": (
+                is_tensor and (self.train.heal_replicas or bool(self.train.evaluate_tasks) or bool(model.from_))
+            ),
             f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
                 parallel.pipeline > model.layers
             ),

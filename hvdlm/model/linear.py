@@ -17,6 +17,8 @@ class Linear(nn.Linear):
     where autocast casts the weights at every use. Gradients of the parameters are fp32.
     """
 
+    casts_bias = True  # whether a bias is added in the precision of products
+
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__(inputs, outputs, bias)
         self.low_precision_weight: Tensor | None = None
@@ -36,12 +38,24 @@ class Linear(nn.Linear):
         if self.low_precision_bias is not None:
             self.low_precision_bias.copy_(self.bias)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.weight.dtype if self.low_precision_weight is None else self.low_precision_weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) to (..., outputs) in the dtype of the products, to which x is cast if they have copies."""
+        return self._product(x, self.bias, self.low_precision_bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The same as `forward` without a bias."""
+        return self._product(x, None, None)
+
+    def _product(self, x: Tensor, bias: Tensor | None, low_precision_bias: Tensor | None) -> Tensor:
         if self.low_precision_weight is None:
-            return super().forward(x)
+            return functional.linear(x, self.weight, bias)
         x = x.to(self.low_precision_weight.dtype)
-        product: Tensor = _Product.apply(x, self.weight, self.bias, self.low_precision_weight, self.low_precision_bias)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(x, self.weight, bias, self.low_precision_weight, low_precision_bias)  # type: ignore[no-untyped-call]
         return product
 
 

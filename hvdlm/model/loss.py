@@ -28,6 +28,33 @@ class TokenStatistics(NamedTuple):
     target_count: Tensor  # int64
 
 
+class Softmax:
+    """Over a vocabulary whose logits are all here; what divides it among ranks derives from this."""
+
+    def losses(self, logits: Tensor, targets: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+        """-log softmax(logits)[target], (n,) in `precise`, and whether the target is the likeliest token, (n,) bool.
+
+        logits: (n, V). targets: (n,) int64.
+        """
+        losses = torch.empty(len(logits), dtype=precise, device=logits.device)
+        for part in cached_rows(logits):
+            log_probabilities = torch.log_softmax(logits[part], dim=-1, dtype=precise)
+            losses[part] = -log_probabilities.gather(1, targets[part, None]).squeeze(1)
+        return losses, logits.argmax(dim=-1) == targets
+
+    def differentiate_(self, logits: Tensor, targets: Tensor, precise: torch.dtype, scale: float) -> Tensor:
+        """The same losses; replaces the logits by `scale` times their gradient, softmax - one-hot."""
+        losses = torch.empty(len(logits), dtype=precise, device=logits.device)
+        for part in cached_rows(logits):
+            log_probabilities = torch.log_softmax(logits[part], dim=-1, dtype=precise)
+            losses[part] = -log_probabilities.gather(1, targets[part, None]).squeeze(1)
+            probabilities = log_probabilities.exp_()
+            ones = probabilities.new_full((len(probabilities), 1), -1.0)
+            gradient = probabilities.scatter_add_(1, targets[part, None], ones)
+            logits[part] = gradient if scale == 1 else gradient.mul_(scale)
+        return losses
+
+
 def token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -35,6 +62,7 @@ def token_loss(
     dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
     grad_scale: float = 1.0,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats.
 
@@ -43,7 +71,7 @@ def token_loss(
     memory. grad_scale: by what the gradient of the logits is multiplied before it is rounded to `dtype`, and what
     results divided again: about what the backward pass begins with, where that is a loss scale (Micikevicius et al.,
     ICLR 2018, section 3.2). In fp16 a probability below 6e-8 would vanish otherwise, and an overflow in the products
-    could not be mended by a smaller loss scale.
+    could not be mended by a smaller loss scale. softmax: None, unless `weight` has some rows of a vocabulary only.
 
     Logarithms, sums and the accumulated gradient of the weight are in fp32. Returns an fp32 scalar (fp64 for fp64
     weights). Differentiable once with respect to hidden and weight; one backward pass only, because it overwrites what
@@ -53,9 +81,10 @@ def token_loss(
     chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize, hidden.device.type)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         rows = hidden.reshape(-1, hidden.shape[-1])
-        loss: Tensor = _TokenLoss.apply(rows, weight, targets.reshape(-1), dtype, chunk_tokens, grad_scale)  # type: ignore[no-untyped-call]
+        arguments = (dtype, chunk_tokens, grad_scale, softmax or Softmax())
+        loss: Tensor = _TokenLoss.apply(rows, weight, targets.reshape(-1), *arguments)  # type: ignore[no-untyped-call]
         return loss
-    return token_statistics(hidden, weight, targets, dtype, chunk_tokens).loss_sum
+    return token_statistics(hidden, weight, targets, dtype, chunk_tokens, softmax).loss_sum
 
 
 @torch.no_grad()
@@ -65,8 +94,10 @@ def token_statistics(
     targets: Tensor,
     dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    softmax: Softmax | None = None,
 ) -> TokenStatistics:
     """Loss and next-token accuracy in one pass, without gradients. Arguments as of `token_loss`."""
+    softmax = softmax or Softmax()
     dtype = dtype or weight.dtype
     matrix = weight.to(dtype)
     losses = torch.zeros(targets.numel(), dtype=_precise(weight), device=hidden.device)
@@ -75,10 +106,10 @@ def token_statistics(
     chunk_tokens = chunk_tokens or loss_chunk_tokens(weight.shape[0], dtype.itemsize, hidden.device.type)
     for chunk in _chunks(rows, targets.reshape(-1), dtype, chunk_tokens):
         logits = chunk.hidden @ matrix.T  # (n, V)
-        for part, log_probabilities in _log_softmax(logits, losses.dtype):
-            chunk.write_losses(losses, part, log_probabilities)
-        correct += ((logits.argmax(dim=-1) == chunk.targets) & ~chunk.ignored).sum()
-        del logits, log_probabilities  # before the next are made
+        own, is_likeliest = softmax.losses(logits, chunk.targets, losses.dtype)
+        losses[chunk.tokens] = own.masked_fill_(chunk.ignored, 0)
+        correct += (is_likeliest & ~chunk.ignored).sum()
+        del logits  # before the next are made
     return TokenStatistics(losses.sum(), correct, (targets != IGNORE).sum())
 
 
@@ -105,6 +136,7 @@ class _TokenLoss(torch.autograd.Function):
         dtype: torch.dtype,
         chunk_tokens: int,
         grad_scale: float,
+        softmax: Softmax,
     ) -> Tensor:
         precise = _precise(weight)
         matrix = weight.to(dtype)
@@ -113,7 +145,11 @@ class _TokenLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=precise) if needs_weight else None
         for chunk in _chunks(hidden, targets, dtype, chunk_tokens):
-            logits_grad = chunk.logits_grad(matrix, losses, grad_scale)
+            # d loss / d logits. Ignored tokens are left out of the products that follow, whose rows have D numbers, and
+            # not here, where they have V.
+            logits_grad = chunk.hidden @ matrix.T  # (n, V)
+            own = softmax.differentiate_(logits_grad, chunk.targets, precise, grad_scale)
+            losses[chunk.tokens] = own.masked_fill_(chunk.ignored, 0)
             if hidden_grad is not None:
                 product = (logits_grad @ matrix).masked_fill_(chunk.ignored[:, None], 0)
                 hidden_grad[chunk.tokens] = product.to(hidden_grad.dtype)
@@ -130,12 +166,12 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because a second (V, D) would be the largest tensor of the step. PyTorch's own check of
         # saved tensors refuses a second backward pass, which would find them scaled already.
         factor = loss_grad / ctx.grad_scale
         hidden_grad, weight_grad = (None if grad is None else grad.mul_(factor) for grad in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
 class _Chunk(NamedTuple):
@@ -143,26 +179,6 @@ class _Chunk(NamedTuple):
     hidden: Tensor  # (n, D), in the dtype of the products
     targets: Tensor  # (n,); 0 for ignored ones, which is a valid index
     ignored: Tensor  # (n,) bool
-
-    def logits_grad(self, matrix: Tensor, losses: Tensor, scale: float) -> Tensor:
-        """(n, V): of `scale` times the loss with respect to the logits, in their place; writes the losses on the way.
-
-        d loss / d logits = softmax - one-hot. Ignored tokens are left out of the products that follow, whose rows have
-        D numbers, and not here, where they have V.
-        """
-        logits = self.hidden @ matrix.T  # (n, V)
-        for part, log_probabilities in _log_softmax(logits, losses.dtype):
-            self.write_losses(losses, part, log_probabilities)
-            probabilities = log_probabilities.exp_()
-            ones = probabilities.new_full((len(probabilities), 1), -1.0)
-            gradient = probabilities.scatter_add_(1, self.targets[part, None], ones)
-            logits[part] = gradient if scale == 1 else gradient.mul_(scale)
-        return logits
-
-    def write_losses(self, losses: Tensor, part: slice, log_probabilities: Tensor) -> None:
-        """Sets those of all tokens that are a part of the chunk: minus the target's (m, V), 0 where it is ignored."""
-        own = -log_probabilities.gather(1, self.targets[part, None]).squeeze(1)
-        losses[self.tokens][part] = own.masked_fill_(self.ignored[part], 0)
 
 
 def _chunks(hidden: Tensor, targets: Tensor, dtype: torch.dtype, chunk_tokens: int) -> Iterator[_Chunk]:
@@ -172,16 +188,15 @@ def _chunks(hidden: Tensor, targets: Tensor, dtype: torch.dtype, chunk_tokens: i
         yield _Chunk(tokens, hidden[tokens].to(dtype), targets[tokens].masked_fill(ignored, 0), ignored)
 
 
-def _log_softmax(logits: Tensor, precise: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the rows of (n, V) logits, and (m, V) logarithms of their probabilities.
+def cached_rows(logits: Tensor) -> Iterator[slice]:
+    """Parts of the rows of (n, V) logits.
 
     On a CPU few rows at once: what follows then finds them in the cache, which with 50,000 words made it three times
     as fast.
     """
     rows = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        yield part, torch.log_softmax(logits[part], dim=-1, dtype=precise)
+        yield slice(start, start + rows)
 
 
 def _precise(weight: Tensor) -> torch.dtype:

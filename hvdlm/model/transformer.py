@@ -46,6 +46,7 @@ from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.attention import causal_attention
 from hvdlm.model.linear import Linear
+from hvdlm.model.loss import TokenStatistics, token_loss, token_statistics
 from hvdlm.model.size import key_value_heads, mlp_width
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
@@ -161,6 +162,14 @@ class Transformer(nn.Module):
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
         return functional.linear(hidden.to(self.dtype), self.output_weight.to(self.dtype))
 
+    def token_loss(self, hidden: Tensor, targets: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """The loss of hidden states, (..., D), summed over targets, (...): see `hvdlm.model.loss.token_loss`."""
+        return token_loss(hidden, self.output_weight, targets, self.dtype, grad_scale=grad_scale)
+
+    def token_statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
+        """Loss and accuracy without gradients. Arguments as of `token_loss`."""
+        return token_statistics(hidden, self.output_weight, targets, self.dtype)
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Sets every parameter, as a function of the seed and the shape alone.
@@ -239,9 +248,13 @@ class Attention(nn.Module):
             cached[0][:, :, -length:], cached[1][:, :, -length:] = keys, values
             keys, values = cached
         dropout = self.dropout if self.training else 0.0
-        attended = causal_attention(queries, keys, values, mask, dropout)  # (B, H, T, E)
+        attended = self.attend(queries, keys, values, mask, dropout)  # (B, H, T, E)
         output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, -1))
         return output
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """Arguments and result as of `causal_attention`."""
+        return causal_attention(queries, keys, values, mask, dropout)
 
 
 class MLP(nn.Module):

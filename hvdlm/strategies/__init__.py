@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.dion.strategy import Dion
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
+from hvdlm.strategies.model_parallel import ModelParallel
 from hvdlm.strategies.sharded.strategy import Sharded
 from hvdlm.strategies.strategy import Strategy
 
@@ -20,19 +21,24 @@ from hvdlm.strategies.strategy import Strategy
 def make_strategy(
     model: Transformer,
     optimizer: torch.optim.Optimizer | None,
-    communicator: Communicator,
+    mesh: Mesh,
     config: Config,
     device: torch.device,
     algorithm_costs: Sequence[AlgorithmCost] = (),
 ) -> Strategy:
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
 
-    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns.
-    `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
+    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns. `mesh`: of the job's
+    ranks. `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
     """
     if config.parallel.shard:
-        return Sharded(model, communicator, config, device)
+        return Sharded(model, mesh, config, device)
     assert optimizer is not None
+    if config.parallel.is_used:
+        return ModelParallel(model, optimizer, mesh, config)
+    communicator = mesh.everyone
+    if config.parallel.is_used:
+        return ModelParallel(model, optimizer, mesh, config)
     if config.local_steps.every:
         return LocalSteps(model, optimizer, communicator, config, algorithm_costs)
     if config.optimizer.algorithm == "dion":

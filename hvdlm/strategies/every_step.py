@@ -48,6 +48,7 @@ class EveryStep(Strategy):
         `own_codec`: of some of them. `algorithm_costs`: see `open_channels`.
         """
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
+        self.everyone = communicator  # all ranks of the job, also those that share a model with others
         self._parameters = dict(model.named_parameters())
         self._settings = config.optimizer
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
@@ -56,13 +57,13 @@ class EveryStep(Strategy):
         self._agreement = StepAgreement()
 
     def begin_step(self, own: Report) -> Work[int]:
-        totals = self._agreement.begin(self.communicator, own)
+        totals = self._agreement.begin(self.everyone, own)
         self.sync.zero_grad()
         return totals
 
     def narrow_to(self, communicator: Communicator) -> None:
         """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
-        self.communicator = communicator
+        self.communicator = self.everyone = communicator
         self.sync.narrow_to(communicator)
         deal_out_among(self._optimizer, communicator)
 

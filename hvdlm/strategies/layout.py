@@ -21,7 +21,7 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, by name
     runs: Mapping[str, Runs]  # of those of which this rank holds something
     kinds: tuple[str, ...]  # of state, STEP among them where steps are counted
-    is_first_copy: bool = True  # whether it is this rank, of those that hold the same, that saves it
+    saved: frozenset[str]  # of those, which it is this rank, of all that hold the same, that saves
 
     def with_kind(self, kind: str) -> Layout:
         """The same with one more kind of state."""
@@ -45,7 +45,7 @@ class Layout:
 
     def saves(self, name: str) -> bool:
         """Whether it is this rank that saves what it holds of a parameter or of state."""
-        kind, _, parameter = name.partition(".")
-        is_count = name not in self.shapes and kind == STEP
-        runs = self.runs.get(parameter, ()) if is_count else self.runs_of(name)
-        return self.is_first_copy and bool(runs) and (not is_count or runs[0][0] == 0)
+        kind, _, rest = name.partition(".")
+        parameter = name if name in self.shapes else rest
+        is_count = parameter != name and kind == STEP
+        return parameter in self.saved and (not is_count or self.runs[parameter][0][0] == 0)

@@ -281,9 +281,7 @@ class Elastic:
         if some_are_new:
             shared = share_state(trainer, root)
             costs, state = shared.algorithm_costs, shared.strategy
-        new = make_strategy(
-            trainer.model, trainer.optimizer, trainer.communicator, trainer.config, trainer.device, costs
-        )
+        new = make_strategy(trainer.model, trainer.optimizer, trainer.mesh, trainer.config, trainer.device, costs)
         try:
             new.load_state_dict(state, trainer.step, as_saved=False)
             kept = {} if is_new else {**old.optimizer_state(), **old.rank_state().tensors()}

@@ -13,7 +13,6 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.data.loader import Batch, validation_batches
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.model.loss import token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.targets import IGNORE
 
@@ -45,19 +44,21 @@ def evaluate(
     limit: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
     is_collective: bool = False,
+    readers: Communicator | None = None,
 ) -> Evaluation | None:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks.
 
     Sums are added in the order of ranks, so all ranks return the same. None if `stop_requested` says so on some rank
-    before the end. `is_collective`: a forward pass takes all ranks, so each makes as many as any other.
+    before the end. `is_collective`: a forward pass takes all ranks, so each makes as many as any other. `readers`:
+    those among whom the sequences are divided; None: all, since each has the whole model.
 
-    After each micro-batch the ranks exchange a message: none waits longer for a slower one.
-    Collective. Raises JobError if the split is empty or cannot be read.
+    After each micro-batch the ranks exchange a message: none waits longer for a slower one. Collective. Raises JobError
+    if the split is empty or cannot be read.
     """
-    own = _Sums()
+    own, readers = _Sums(), readers or communicator
     length = model.config.context_length
     nothing = Batch(0, torch.zeros((1, length), dtype=torch.int64), torch.full((1, length), IGNORE))
-    batches = validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit)
+    batches = validation_batches(data, length, micro_batch_size, readers.rank, readers.size, limit)
     was_training = model.training
     model.eval()
     try:
@@ -82,7 +83,7 @@ def evaluate(
                 return None
     finally:
         model.train(was_training)
-    parts = communicator.all_gather_object((own.loss, own.correct, own.count))
+    parts = readers.all_gather_object((own.loss, own.correct, own.count))
     loss, correct, count = (sum(column) for column in zip(*parts, strict=True))
     if not count:
         raise JobError(f"{data.path} has no validation tokens: prepare it with a larger --validation")
@@ -102,7 +103,7 @@ class _Sums:
         device = model.output_weight.device
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         documents = document_ids(inputs, eos_id) if model.config.document_mask else None
-        sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
+        sums = model.token_statistics(model(inputs, documents), targets)
         self.loss += float(sums.loss_sum)
         self.correct += int(sums.correct_count)
         self.count += int(sums.target_count)

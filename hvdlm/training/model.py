@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.training.compile_cache import (
     avoid_precompiled_headers,
     avoid_unusable_cache,
@@ -89,17 +92,21 @@ def use_deterministic_kernels(wanted: bool) -> None:
         torch.use_deterministic_algorithms(wanted)
 
 
-def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
-    """The same model on every rank. Blocks are compiled at their first use.
+def make_model(
+    config: Config, vocab_size: int, device: torch.device, tensor_ranks: Communicator | None = None
+) -> Transformer:
+    """The same model on every rank, or its part of one that `tensor_ranks` divide. Blocks are compiled at their first
+    use.
 
     With `parallel.shard` it has shapes alone: strategies/sharded/ gives it parameters.
     """
     use_deterministic_kernels(config.train.deterministic)
-    if config.parallel.shard:
-        with torch.device("meta"):
+    with torch.device("meta") if config.parallel.shard else nullcontext():
+        if tensor_ranks is not None and tensor_ranks.size > 1:
+            model: Transformer = TensorParallelTransformer(config.model, vocab_size, tensor_ranks)
+        else:
             model = Transformer(config.model, vocab_size)
-    else:
-        model = Transformer(config.model, vocab_size)
+    if not config.parallel.shard:
         model.initialise(config.train.seed)
         model.to(device)
     model.set_compute_dtype(DTYPES[config.train.precision])
@@ -111,5 +118,5 @@ def make_model(config: Config, vocab_size: int, device: torch.device) -> Transfo
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """By seed, step and rank: resuming needs no random-number state."""
+    """By seed, step and rank among those that read different sequences: resuming needs no random-number state."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdlm.comm.replicas import ReplicaHealer, check_replicas
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -20,7 +21,9 @@ class ReplicaCheck:
         """Raises JobError on all ranks if some differ that are not healed. Collective."""
         trainer = self._trainer
         if not trainer.config.train.heal_replicas:
-            check_replicas(trainer.communicator, trainer.parameters, trainer.step)
+            check_replicas(trainer.communicator, trainer.parameters, trainer.step, trainer.mesh.place("data"))
+            if isinstance(trainer.model, TensorParallelTransformer) and not trainer.config.parallel.shard:
+                check_replicas(trainer.communicator, trainer.model.replicated_parameters(), trainer.step)
             return
         state = trainer.optimizer_state().values()
         if said := self._healer.heal(trainer.communicator, trainer.parameters, state, trainer.step):

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.mesh import Mesh, mesh_shape
+from hvdlm.comm.rank_errors import on_all_ranks
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.rank_parts import RankParts
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.model.loss import token_loss
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
 from hvdlm.strategies import make_strategy
@@ -30,7 +30,6 @@ from hvdlm.timing import StepTimer
 from hvdlm.training.due import Due
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.end_of_training import EndOfTraining
-from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
@@ -46,6 +45,7 @@ from hvdlm.training.skipped_steps import SkippedSteps
 from hvdlm.training.step_metrics import StepMetrics
 from hvdlm.training.stragglers import Stragglers
 from hvdlm.training.task_evaluation import TaskScores
+from hvdlm.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,12 @@ class Trainer:
         self, config: Config, communicator: Communicator, data: DataSet, vocab_size: int, device: torch.device
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
-        self.model = make_model(config, vocab_size, device)
+        shape = on_all_ranks(communicator, lambda: mesh_shape(config.parallel, communicator.size))
+        self.mesh = Mesh(communicator, shape)
+        self.readers = self.mesh.group("data", "shard") if config.parallel.is_used else communicator
+        self.model = make_model(config, vocab_size, device, self.mesh["tensor"])
         self.optimizer = None if config.parallel.shard else make_optimizer(self.model, config.optimizer)
-        self.strategy = make_strategy(self.model, self.optimizer, communicator, config, device)
+        self.strategy = make_strategy(self.model, self.optimizer, self.mesh, config, device)
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.saver = Saver(self)
@@ -83,7 +86,7 @@ class Trainer:
         self.due, self._has_done_a_step = Due(), False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
-        self.parts = RankParts(config.train.global_batch_size, communicator.size)
+        self.parts = RankParts(config.train.global_batch_size, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
 
@@ -153,7 +156,7 @@ class Trainer:
             self.saver.save(in_background=not (self.stop or self.step == self.ending.last_step))
             self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
-            self.stop |= not (self._validate(preemption) and self.task_scores.score(preemption))
+            self.stop |= not (validate(self, preemption) and self.task_scores.score(preemption))
             if not self.stop:
                 self.ending.end_if_not_better(steps_later=int(self.strategy.is_local))
             self.due.validation, self._has_done_what_was_due = False, True
@@ -189,13 +192,14 @@ class Trainer:
         timer.end_phase("data")
 
         tokens: int | None = None
-        self._own_tokens = int((batch.targets != IGNORE).sum())
-        asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors)
+        counts = self.mesh.is_first("tensor")  # ranks that share a model read the same sequences
+        self._own_tokens = int((batch.targets != IGNORE).sum()) if counts else 0
+        asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors) if counts else 0
         error = error or self.skipped.error
         status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
         if self.elastic:
             self.elastic.begin_step()
-        seed_dropout(self.config.train.seed, self.step, self.communicator.rank)
+        seed_dropout(self.config.train.seed, self.step, self.readers.rank)
         losses: list[Tensor] = []
         micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
@@ -218,7 +222,7 @@ class Trainer:
         self.strategy.wait()
         timer.end_phase("wait")
         activity.begin_wait(f"the other ranks at the end of step {step}")
-        self._losses, self._tokens = losses, tokens
+        self._losses, self._tokens = losses if counts else [], tokens
         norm = self.elastic.norm() if self.elastic else self.strategy.norm()
         self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
         self._report_step()
@@ -307,7 +311,7 @@ class Trainer:
         hidden = self.model(inputs, documents)  # (b, T, D)
         # A power of two, so that gradients in bf16 and fp32, which need no loss scale, are what they are without
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
-        return token_loss(hidden, self.model.output_weight, targets, self.model.dtype, grad_scale=grad_scale)
+        return self.model.token_loss(hidden, targets, grad_scale)
 
     def _unscale(self) -> float:
         """By what the summed gradients are multiplied to be those of the mean loss."""
@@ -337,7 +341,7 @@ class Trainer:
         """Collective."""
         loss = self.elastic.loss() if self.elastic else self.own_loss()
         numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
-        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
+        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self.tokens_done(), **numbers)
         if score := self._loss_spikes.add(numbers["loss"]):
             said = f"the loss of batch {self.step - 1}, {numbers['loss']:.4f}, is {score:.1f} standard deviations above"
             self.write("event", message=f"{said} the mean of the last ones")
@@ -348,29 +352,6 @@ class Trainer:
         if self.elastic:
             self.elastic.note_residuals()
 
-    def _validate(self, preemption: Preemption) -> bool:
-        """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
-
-        Raises JobError if the loss is not finite.
-        """
-        if not self.data.validation.shards:
-            self.write("event", message="no validation: the data set was prepared without it")
-            return True
-        sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
-        options = *sizes, lambda: preemption.requested, self.strategy.evaluation_is_collective
-        run = partial(evaluate, self.model, self.data, self.communicator, *options)
-        with self.strategy.evaluation_parameters():
-            result = run()
-        averaged = self.ema.evaluate(run) if result is not None else None
-        if result is not None and averaged is not None:
-            self.write("eval", loss=result.loss, accuracy=result.accuracy, **averaged, tokens=self._tokens_done())
-            if not math.isfinite(result.loss):
-                raise JobError(
-                    f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "
-                    "optimizer.lr, and resume from an earlier checkpoint"
-                )
-        return averaged is not None
-
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
         return Loader(
@@ -378,7 +359,7 @@ class Trainer:
             self.config.model.context_length,
             self.parts,
             self.config.train.seed,
-            self.elastic.number if self.elastic else self.communicator.rank,
+            self.elastic.number if self.elastic else self.readers.rank,
             self.config.data.read_ahead,
             start=self.step,
             pin_memory=self.device.type == "cuda",
@@ -390,7 +371,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(kind, self.step, **values)
 
-    def _tokens_done(self) -> int:
+    def tokens_done(self) -> int:
+        """By all steps, if every target counted."""
         return self.step * self.nominal_tokens
 
 

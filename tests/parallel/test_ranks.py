@@ -17,6 +17,7 @@ import pytest
 import ring_body
 import scoring_body
 import sharded_body
+import tensor_body
 import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
 from pool import Pools
@@ -100,6 +101,7 @@ CASES = [
         ],
     ),
     *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
+    *cases_of(tensor_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2])]),
 ]
 
 # One pool after the other, so that each starts once.
@@ -126,7 +128,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(mesh_body, muon_body, scoring_body, sharded_body),
+        *(mesh_body, muon_body, scoring_body, sharded_body, tensor_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

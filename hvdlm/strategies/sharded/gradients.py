@@ -13,11 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Work
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
-from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.strategies.sharded.partition import Partition, free, hold
 
 # Partitions whose sums are under way while the backward pass fills another one
@@ -99,16 +98,13 @@ class ShardedGradients:
         self._between_copies.clear()
         self.step += 1
 
-    def norm(self, communicator: Communicator) -> Tensor:
-        """Euclidean norm of all gradients, a float32 scalar; `communicator`: the ranks that own parts. Collective.
-
-        If it is not finite, what codecs have kept is what it was before the step, which will be left out.
+    def keep_residuals_if(self, is_finite: Tensor) -> None:
+        """Once the norm of all gradients is known, in a step whose gradients are left out unless it `is_finite`, a bool
+        scalar: then what codecs have kept is what it was before.
         """
-        norm = norm_of_parts(self.own, communicator)
         for kept, before in self._residuals_before:
-            kept.copy_(torch.where(norm.isfinite(), kept, before))
+            kept.copy_(torch.where(is_finite, kept, before))
         self._residuals_before = []
-        return norm
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""

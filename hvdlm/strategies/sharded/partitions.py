@@ -30,12 +30,13 @@ def make_partitions(
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         for kind, _ in module.named_parameters()
+        if kind == "weight" or module.casts_bias or model.dtype == torch.float32
     }
     groups: list[tuple[dict[str, nn.Parameter], bool]] = []
     if stage == 3:
         by_part: dict[Part, dict[str, nn.Parameter]] = {}
         for name, parameter in reversed(parameters.items()):
-            is_norm = name not in linear and parameter.dim() < 2
+            is_norm = name not in linear and parameter.dim() < 2  # or a bias that is added in float32
             by_part.setdefault("norms" if is_norm else part_of(name, model), {})[name] = parameter
         groups = [(group, part == "norms") for part, group in by_part.items()]
     else:

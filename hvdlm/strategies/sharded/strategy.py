@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Communicator, Work
-from hvdlm.comm.mesh import Mesh, mesh_shape
+from hvdlm.comm.communicator import Work
+from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.registry import bucket_bytes, codec_factory
+from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.layout import STEP, Layout, Runs
+from hvdlm.strategies.model_part import ModelPart, runs_within
 from hvdlm.strategies.optimizer import (
     counts_steps,
     leave_out_if,
@@ -44,18 +46,18 @@ from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
 class Sharded(Strategy):
     """Each rank steps what it owns."""
 
-    def __init__(self, model: Transformer, communicator: Communicator, config: Config, device: torch.device) -> None:
+    def __init__(self, model: Transformer, mesh: Mesh, config: Config, device: torch.device) -> None:
         """Takes the place of the parameters of `model`, which may be on the meta device, and of their `.grad`. Values
         are those of `model.initial_values`.
 
         Collective. Raises HvdlmError where the settings do not go together.
         """
-        self.communicator, self._settings, self._device = communicator, config.optimizer, device
+        self.communicator = communicator = mesh.everyone
+        self._settings, self._device = config.optimizer, device
         self._stage = config.parallel.shard
-        mesh = Mesh(communicator, mesh_shape(config.parallel, communicator.size))
+        self._part = ModelPart(model, mesh)
         owners, copies = mesh["shard"], mesh["data"]
-        self._owners, self._is_first_copy = owners, copies.rank == 0
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._norm_ranks, self._is_first_copy = mesh.group("pipeline", "shard", "tensor"), copies.rank == 0
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
         self._partitions = make_partitions(model, device, self._stage, nbytes, owners)
         longest = max(len(each.buffer) for each in self._partitions)
@@ -77,9 +79,11 @@ class Sharded(Strategy):
             for name, piece in partition.pieces.items():
                 self._pieces[name] = nn.Parameter(partition.master[piece.span])
                 self._pieces[name].grad = own[piece.span]
-                self._runs[name] = [(piece.start, piece.stop)]
-        self._decaying = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) >= 2]
-        others = [piece for name, piece in self._pieces.items() if len(self._shapes[name]) < 2]
+                self._runs[name] = runs_within(self._part.runs[name], piece.start, piece.stop)
+        shapes = self._part.shapes
+        self._decaying = [piece for name, piece in self._pieces.items() if len(shapes[name]) >= 2]
+        others = [piece for name, piece in self._pieces.items() if len(shapes[name]) < 2]
+        self._counted = [piece for name, piece in self._pieces.items() if self._part.counts[name]]
         # A rank of more than there are parameters for has none
         self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer) if self._pieces else None
         self._agreement = StepAgreement()
@@ -124,7 +128,10 @@ class Sharded(Strategy):
         return traffic_of(self.channels, dense)
 
     def norm(self) -> Tensor:
-        return self._gradients.norm(self._owners)
+        counted = [each.grad for each in self._counted if each.grad is not None]
+        norm = norm_of_parts(counted or [torch.zeros(1, device=self._device)], self._norm_ranks)
+        self._gradients.keep_residuals_if(norm.isfinite())
+        return norm
 
     def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("of ranks that go on when another has died, which these do not")
@@ -187,7 +194,8 @@ class Sharded(Strategy):
 
     def layout(self) -> Layout:
         kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
-        return Layout(self._shapes, self._runs, kinds, is_first_copy=self._is_first_copy)
+        saved = self._part.saved(self._is_first_copy) & self._runs.keys()
+        return Layout(self._part.shapes, self._runs, kinds, saved)
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._pieces)

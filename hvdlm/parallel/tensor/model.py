@@ -1,0 +1,98 @@
+"""The Transformer, divided among tensor ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdlm.comm.communicator import Communicator, part_lengths
+from hvdlm.config import ModelSection
+from hvdlm.errors import HvdlmError
+from hvdlm.model.linear import Linear
+from hvdlm.model.loss import TokenStatistics, loss_chunk_tokens, token_loss, token_statistics
+from hvdlm.model.transformer import Block, Transformer
+from hvdlm.parallel.tensor.collectives import TensorRanks
+from hvdlm.parallel.tensor.layers import TensorParallelAttention, TensorParallelMLP, VocabularyParallelEmbedding
+from hvdlm.parallel.tensor.layout import cut, is_divided, parameter_regions
+from hvdlm.parallel.tensor.softmax import VocabularyParallelSoftmax
+
+
+class TensorParallelTransformer(Transformer):
+    """What one tensor rank has of a Transformer; all of them call the same methods with the same arguments.
+
+    Its parameters have the names of the whole model's, and are regions of them: `parameter_regions`. Each block has two
+    all-reduces in the forward pass and two in the backward pass. Hidden states are equal on all ranks. Random numbers
+    are to be seeded alike on all of them. Without a cache of keys and values.
+    """
+
+    def __init__(self, config: ModelSection, vocab_size: int, communicator: Communicator) -> None:
+        """`communicator`: of the tensor ranks.
+
+        Raises HvdlmError if they do not divide the heads, or are more than tokens or hidden numbers of the MLP.
+        """
+        regions = parameter_regions(config, vocab_size, communicator.rank, communicator.size)
+        if any(each.start == each.stop for own in regions.values() for region in own for each in region):
+            raise HvdlmError(
+                f"parallel.tensor = {communicator.size} is more than the {vocab_size} tokens of the vocabulary or the "
+                "hidden numbers of the MLP: lower it"
+            )
+        with torch.device("meta"):  # no rank has the memory for the whole
+            super().__init__(config, vocab_size)
+            ranks = TensorRanks(communicator)
+            self.token_embedding = embedding = VocabularyParallelEmbedding(vocab_size, config.width, ranks)
+            if self.output is not None:
+                self.output = nn.Linear(config.width, embedding.num_embeddings, bias=False)
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                divide(block, config, ranks)
+        self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
+        self.to_empty(device=torch.get_default_device())
+        self.regions = regions
+        self._ranks = ranks
+        self._softmax = VocabularyParallelSoftmax(ranks, embedding.part)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of what the whole model begins with, of which one parameter at a time is made."""
+        with torch.device("meta"):
+            whole = Transformer(self.config, self.vocab_size)
+        for name, values in whole.initial_values(seed):
+            yield name, cut(values, self.regions[name])
+
+    def replicated_parameters(self) -> dict[str, Tensor]:
+        """Those that every tensor rank has as a whole, by name."""
+        return {name: each for name, each in self.named_parameters() if not is_divided(name)}
+
+    def token_loss(self, hidden: Tensor, targets: Tensor, grad_scale: float = 1.0) -> Tensor:
+        entered = self._ranks.enter(hidden)
+        arguments = self._loss_arguments()
+        return token_loss(entered, self.output_weight, targets, *arguments, grad_scale, self._softmax)
+
+    def token_statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
+        return token_statistics(hidden, self.output_weight, targets, *self._loss_arguments(), self._softmax)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the whole vocabulary, without gradients: (..., D) to (..., V)."""
+        own = functional.linear(hidden.to(self.dtype), self.output_weight.to(self.dtype)).detach()
+        padded = functional.pad(own, (0, self._longest_part - own.shape[-1]))
+        lengths = part_lengths(self.vocab_size, self._ranks.size)
+        parts = self._ranks.gather(padded)
+        return torch.cat([part[..., :length] for part, length in zip(parts, lengths, strict=True)], dim=-1)
+
+    @property
+    def _longest_part(self) -> int:
+        """Rows of the vocabulary of the first rank."""
+        return -(-self.vocab_size // self._ranks.size)
+
+    def _loss_arguments(self) -> tuple[torch.dtype, int]:
+        """The dtype of products, and how many tokens are taken at once: equal on all ranks, whose parts may not be."""
+        device = self.output_weight.device.type
+        return self.dtype, loss_chunk_tokens(self._longest_part, self.dtype.itemsize, device)
+
+
+def divide(block: Block, config: ModelSection, ranks: TensorRanks) -> None:
+    """Replaces attention and MLP of a block by this rank's parts, with new parameters."""
+    block.attention = TensorParallelAttention(config, ranks)
+    block.mlp = TensorParallelMLP(config, ranks)

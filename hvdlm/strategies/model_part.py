@@ -1,0 +1,54 @@
+"""What the model of a rank is of the whole one, where several ranks share it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hvdlm.comm.mesh import Mesh
+from hvdlm.model.transformer import Transformer
+from hvdlm.parallel.tensor.layout import flat_runs, is_divided
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
+from hvdlm.strategies.layout import Runs
+
+
+class ModelPart:
+    """The parameters of this rank's model by name, as runs of those of the whole."""
+
+    def __init__(self, model: Transformer, mesh: Mesh) -> None:
+        """Collective."""
+        self.ranks = mesh.group("pipeline", "tensor")  # that have the whole model together
+        with torch.device("meta"):
+            whole = Transformer(model.config, model.vocab_size)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+        self.runs: dict[str, Runs] = {name: [(0, math.prod(self.shapes[name]))] for name, _ in model.named_parameters()}
+        # Whether norms count a parameter here, and checkpoints have it from here: of those that several ranks have as a
+        # whole, only one
+        self.counts = dict.fromkeys(self.runs, True)
+        self._divided: set[str] = set()
+        if isinstance(model, TensorParallelTransformer):
+            for name, regions in model.regions.items():
+                self.runs[name] = flat_runs(regions, self.shapes[name])
+                self.counts[name] = is_divided(name) or mesh.is_first("tensor")
+                if is_divided(name):
+                    self._divided.add(name)
+
+    def is_divided(self, name: str) -> bool:
+        """Whether each of several ranks has a part only of a parameter; otherwise all that have it have all of it."""
+        return name in self._divided
+
+    def saved(self, is_first_copy: bool) -> frozenset[str]:
+        """Parameters that this rank saves; `is_first_copy`: whether it is the first of those with the same part."""
+        return frozenset(name for name, counts in self.counts.items() if counts and is_first_copy)
+
+
+def runs_within(runs: Runs, start: int, stop: int) -> Runs:
+    """Of numbers that are runs of a whole, one behind the other: those from `start` to `stop`, as runs of the whole."""
+    found, position = [], 0
+    for begin, end in runs:
+        first, last = max(start - position, 0), min(stop - position, end - begin)
+        if first < last:
+            found.append((begin + first, begin + last))
+        position += end - begin
+    return found
