@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.mixture import Mixture
 from hvdlm.data.rank_parts import RankParts
@@ -71,7 +72,7 @@ class Loader:
         self._split, self._end_of_text = data.train, data.eos_id
         self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
         self._context_length = context_length
-        self._sampler = training_sampler(data, context_length, parts.batch_size, seed)
+        self._sampler = training_sampler(data, context_length, parts.batch_sizes, seed)
         self._parts, self._rank = parts, rank
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
@@ -152,11 +153,13 @@ class Loader:
         return Batch(index, inputs, targets, tuple(errors))
 
 
-def training_sampler(data: DataSet, context_length: int, batch_size: int, seed: int) -> Sampler | MixtureSampler:
+def training_sampler(
+    data: DataSet, context_length: int, batch_sizes: BatchSizes, seed: int
+) -> Sampler | MixtureSampler:
     """The sample order of the training split. Raises HvdlmError if it, or one of its sources, is too small."""
     windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
     if not data.sources:
-        return Sampler(windows, batch_size, seed, data.fingerprint)
+        return Sampler(windows, batch_sizes, seed, data.fingerprint)
     rest = iter(windows)
     by_source = [list(itertools.islice(rest, source.shards)) for source in data.sources]
     for source, own in zip(data.sources, by_source, strict=True):
@@ -166,7 +169,7 @@ def training_sampler(data: DataSet, context_length: int, batch_size: int, seed: 
                 "shorten model.context_length, or prepare the data set with more of it or fewer --shards"
             )
     mixture = Mixture([source.weight for source in data.sources])
-    return MixtureSampler(by_source, mixture, batch_size, seed, data.fingerprint)
+    return MixtureSampler(by_source, mixture, batch_sizes, seed, data.fingerprint)
 
 
 def validation_batches(

@@ -33,6 +33,7 @@ from hvdlm.strategies.muon.optimizer import MuonAdamW
 from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.trainer import Trainer
+from hvdlm.training.validation import Validation
 
 UNDER_HOROVODRUN = "HOROVOD_RANK" in os.environ
 _RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")  # of horovodrun, mpirun, srun, torchrun
@@ -219,7 +220,7 @@ def log(step: int) -> None:
 
 
 def validation(step: int) -> None:
-    before(trainer, "evaluate", step)
+    before(Validation, "run", step)
 
 
 def saving(step: int) -> None:

@@ -1,0 +1,60 @@
+"""Validation in a run: which steps it follows, and what is written of it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hvdlm.errors import JobError
+from hvdlm.training.due import recurs
+from hvdlm.training.evaluation import evaluate
+from hvdlm.training.preemption import Preemption
+
+if TYPE_CHECKING:
+    from hvdlm.training.trainer import Trainer
+
+
+class Validation:
+    """Of `train.evaluate_every`, and after the last step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def follows(self) -> bool:
+        """Whether a validation follows the step that was done last."""
+        trainer = self._trainer
+        return trainer.step == trainer.ending.last_step or recurs(trainer.step, trainer.config.train.evaluate_every)
+
+    def was_cut_off(self) -> bool:
+        """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
+        trainer = self._trainer
+        if trainer.step == 0 or not self.follows():
+            return False
+        kinds, metrics = ("eval", "tasks") if trainer.task_scores else ("eval",), trainer.metrics
+        is_unfinished = metrics is not None and not all(metrics.holds(kind, trainer.step) for kind in kinds)
+        return trainer.communicator.broadcast_object(is_unfinished)
+
+    def run(self, preemption: Preemption) -> bool:
+        """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
+
+        Raises JobError if the loss is not finite.
+        """
+        trainer = self._trainer
+        if not trainer.data.validation.shards:
+            trainer.write("event", message="no validation: the data set was prepared without it")
+            return True
+        sizes = trainer.config.train.micro_batch_size, trainer.config.train.evaluate_sequences
+        run = partial(evaluate, trainer.model, trainer.data, trainer.communicator, *sizes, lambda: preemption.requested)
+        with trainer.strategy.evaluation_parameters():
+            result = run()
+        averaged = trainer.ema.evaluate(run) if result is not None else None
+        if result is not None and averaged is not None:
+            numbers = {"loss": result.loss, "accuracy": result.accuracy, **averaged}
+            trainer.write("eval", **numbers, tokens=trainer.tokens_done)
+            if not math.isfinite(result.loss):
+                raise JobError(
+                    f"the validation loss is {result.loss} after step {trainer.step}: the model has diverged; lower "
+                    "optimizer.lr, and resume from an earlier checkpoint"
+                )
+        return averaged is not None
