@@ -26,12 +26,15 @@ from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.gradients.bucket_codecs import flat_states
 from hvdlm.gradients.channel import Channel
+from hvdlm.scoring.distributed_model import DistributedModel
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.muon.optimizer import MuonAdamW
 from hvdlm.training import checkpoint, trainer
 from hvdlm.training.elastic import Elastic
+from hvdlm.training.saver import Saver
+from hvdlm.training.task_evaluation import TaskScores
 from hvdlm.training.trainer import Trainer
 from hvdlm.training.validation import Validation
 
@@ -217,6 +220,21 @@ def last_round(step: int) -> None:
 
 def log(step: int) -> None:
     before(Trainer, "_log", step)
+
+
+def tasks(step: int) -> None:
+    """Between a validation and the tasks that follow it."""
+    before(TaskScores, "score", step)
+
+
+def answering(step: int) -> None:
+    """In the middle of the tasks, while the others compute their part of a second list of requests."""
+    before(DistributedModel, "answer", step, passes=1)
+
+
+def after_its_scores(step: int) -> None:
+    """When the scores are written: the others may not know."""
+    before(Saver, "tell_validated", step)
 
 
 def validation(step: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records
 
-# 2 sequences in batches 0 to 7, 4 to 15, ..., 14 to 55, 16 from 56 on; one of three ranks has none at first
-RAMP = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 56, "model__context_length": 32}
+# 2 sequences in batches 0 to 7, 4 in 8 to 15, ..., 16 from 56 on; one of three ranks has none at first
+RAMP = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 56}
 LOCAL = {"local_steps__every": 4, "local_steps__fragments": 2, "compression__codec": "int4"}
 
 

@@ -41,6 +41,16 @@ def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) 
     assert re.fullmatch(r"[\d,]+ MiB", found["memory a rank, estimated"])
 
 
+def test_a_batch_that_grows(capsys: pytest.CaptureFixture[str]) -> None:
+    ramp = ["--train.batch_ramp_start=8", "--train.batch_ramp_steps=90", "--model.context_length=16"]
+    print_dry_run(load(None, [*ramp, "--train.global_batch_size=32"], PRESETS), 100, Launch("mpirun", 0, 3))
+    found = rows(capsys.readouterr().out)
+    assert found["sequences per step"] == "8, growing in 90 steps to 32, at most 11 a rank, 8 at once"
+    assert found["tokens per step"] == "128, growing in 90 steps to 512"
+    # 30 steps each with 8, 16 and 24 sequences, and 910 with 32
+    assert found["tokens in all"] == f"{16 * (30 * (8 + 16 + 24) + 910 * 32):,}"
+
+
 @pytest.mark.parametrize(
     ("words", "numbers"),
     [

@@ -123,7 +123,7 @@ def test_agrees_with_an_independent_implementation(batch_sizes: BatchSizes, size
         order.append(chosen[1])
     sampler = MixtureSampler(SHARDS, Mixture(SHARES), batch_sizes, 3, "f")
     starts = [0, 2, 5]
-    for k, size in enumerate(sizes):
+    for k in range(len(sizes)):
         batch: list[list[tuple[int, int]]] = [[], [], []]
         places = range(sum(sizes[:k]), sum(sizes[: k + 1]))
         for place in places:
