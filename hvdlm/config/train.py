@@ -31,13 +31,13 @@ class TrainSection(Section):
     )
     global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
     batch_ramp_start: int = Field(
-        0, ge=0, description="sequences of the first steps, whose number grows to global_batch_size; 0: it does not"
+        0, ge=0, description="sequences of a step at first, where they then grow to global_batch_size; 0: they do not"
     )
     batch_ramp_increment: int = Field(
-        0, ge=0, description="sequences by which a step's number grows at a time; 0: by batch_ramp_start"
+        0, ge=0, description="by how many sequences a step grows at a time; 0: by batch_ramp_start"
     )
     batch_ramp_steps: int = Field(
-        0, ge=0, description="steps until it is global_batch_size; each size before lasts for as many of them"
+        0, ge=0, description="steps before the first of global_batch_size sequences, as many of them of each size"
     )
     micro_batch_size: int = Field(
         8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"
