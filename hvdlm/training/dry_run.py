@@ -9,6 +9,7 @@ from hvdlm.comm.launch import Launch
 from hvdlm.config import Config
 from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.size import flops_per_token, parameter_count
+from hvdlm.scoring.harness import split_names
 from hvdlm.strategies.local_steps.fragment import numbers_kept
 from hvdlm.training.hardware import device_type, libraries_bytes
 
@@ -37,6 +38,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
     )
     moving_average = memory.parameters if train.ema else 0
+    scored = memory.double_precision if split_names(train.evaluate_tasks) else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
@@ -46,15 +48,16 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "activations": memory.activations,
         "loss": memory.loss,
         "temporary, and gaps between": memory.temporary + memory.gaps,
+        "float64 copy for tasks": scored,
         "libraries": libraries,
     }
-    whole = memory.total + residuals + averages + moving_average + libraries
+    whole = memory.total + residuals + averages + moving_average + scored + libraries
     tokens = config.tokens_before(config.planned_steps)
     first = train.batch_sizes.first
     sequences, tokens_per_step = (
         f"{count * train.global_batch_size:,}"
         if first == train.global_batch_size
-        else f"{count * first:,}, growing in {train.batch_ramp_steps:,} steps to {count * train.global_batch_size:,}"
+        else f"{count * first:,} to {count * train.global_batch_size:,} in {train.batch_ramp_steps:,} steps"
         for count in (1, model.context_length)
     )
     table = Table(show_header=False, box=None)
