@@ -35,12 +35,14 @@ class Batch:
         inputs: (b, T) int64.
         targets: (b, T) int64; the token after each input, or IGNORE.
         errors: for each sequence that could not be read, and has no targets, why.
+        shards: of a validation split, the number of the shard that each sequence is from.
     """
 
     index: int
     inputs: torch.Tensor
     targets: torch.Tensor
     errors: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
 
 
 class Loader:
@@ -189,7 +191,7 @@ def validation_batches(
         for shard, info in enumerate(data.validation.shards)
         for start in range(0, info.n_tokens - 1, context_length)
     ]
-    if 1 < len(data.validation.shards) == len(data.sources):
+    if data.validates_sources:
         mixture = Mixture([source.weight for source in data.sources])
         counts = Counter(shard for shard, _ in windows)
         draws = np.concatenate([mixture.draws(source, counts[source]) for source in range(len(data.sources))])
@@ -206,7 +208,7 @@ def validation_batches(
             tokens = data.validation.read(shard, start, count + 1)
             inputs[row, :count] = tokens[:-1]
             targets[row, :count] = tokens[1:]
-        yield Batch(index, _tensor(inputs), _tensor(targets))
+        yield Batch(index, _tensor(inputs), _tensor(targets), shards=tuple(shard for shard, _ in chosen))
 
 
 def _tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:

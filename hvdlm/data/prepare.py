@@ -74,7 +74,7 @@ def prepare(
         validation: fraction of the documents, at least 0 and below 1; of a single document, of its bytes.
         workers: number of processes; 0 for one for each core that may be used.
         text_key: key of the text in a JSON record, column of the texts in a table.
-        seed: of the assignment of documents to shards and validation, at least 0 and below 2**63.
+        seed: of the assignment of documents to shards and validation.
         skip_bad: leave out bad documents and count them, instead of stopping at the first.
         split: `blank-lines`, `lines` or a number of bytes by which text files are divided into documents; None: each
             is one document.
@@ -84,7 +84,7 @@ def prepare(
 
     Raises HvdlmError for bad input or options, naming the file and line.
     """
-    check_options(inputs, mix, shards, validation, workers, validation_inputs, seed)
+    check_options(inputs, mix, shards, validation, workers, validation_inputs)
     choice = tokenizer_choice(tokenizer, tokenizer_pattern)
     check_output_outside_inputs([*inputs, *(each.path for each in mix), *validation_inputs], output)
     corpora = find_corpora(inputs, mix, validation_inputs, split, shards, validation, text_key)

@@ -21,7 +21,6 @@ def check_options(
     validation: float,
     workers: int,
     validation_inputs: Sequence[str],
-    seed: int,
 ) -> None:
     """Raises HvdlmError for options of which nothing could be made, whatever the input is."""
     if bool(inputs) == bool(mix):
@@ -40,8 +39,6 @@ def check_options(
             f"--validation {validation} and --validation-input: give one of them; "
             "the files of --validation-input are all of validation"
         )
-    if not 0 <= seed < 2**63:
-        raise HvdlmError(f"--seed {seed}: give a number of at least 0 and below 2**63")
     if not 0 <= workers <= MOST_WORKERS:
         raise HvdlmError(
             f"--workers {workers}: give a number of processes, at most {MOST_WORKERS:,}, or 0 for one for each core"

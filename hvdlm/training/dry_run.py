@@ -53,26 +53,21 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     }
     whole = memory.total + residuals + averages + moving_average + scored + libraries
     tokens = config.tokens_before(config.planned_steps)
-    first = train.batch_sizes.first
-    sequences, tokens_per_step = (
-        f"{count * train.global_batch_size:,}"
-        if first == train.global_batch_size
-        else f"{count * first:,} to {count * train.global_batch_size:,} in {train.batch_ramp_steps:,} steps"
-        for count in (1, model.context_length)
-    )
     table = Table(show_header=False, box=None)
     rows = {
         "parameters": f"{parameter_count(model, vocab_size):,}",
         "vocabulary": f"{vocab_size:,}",
         "ranks": f"{launch.size}",
-        "sequences per step": f"{sequences}, at most {share:,} a rank, {micro_batch:,} at once",
+        "sequences per step": f"{train.global_batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
         "micro-batches per step": f"{-(-share // micro_batch):,}",
-        "tokens per step": tokens_per_step,
+        "tokens per step": f"{train.global_batch_size * model.context_length:,}",
         "tokens in all": f"{tokens:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens / 1e12:,.1f} TFLOP",
         "memory a rank, estimated": f"{whole / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
+    if train.batch_ramp_start:
+        rows["sequences at first"] = f"{train.batch_ramp_start:,}, growing in {train.batch_ramp_steps:,} steps"
     if config.checkpoint.every:
         copied = memory.parameters + memory.moments + moving_average
         rows["host memory of rank 0 besides"] = f"{copied / 2**20:,.0f} MiB, to copy a checkpoint"

@@ -50,7 +50,8 @@ class Validation:
             result = run()
         averaged = trainer.ema.evaluate(run) if result is not None else None
         if result is not None and averaged is not None:
-            numbers = {"loss": result.loss, "accuracy": result.accuracy, **averaged}
+            of_sources = {f"{source}/loss": own.loss for source, own in result.of_sources.items()}
+            numbers = {"loss": result.loss, "accuracy": result.accuracy, **averaged, **of_sources}
             trainer.write("eval", **numbers, tokens=trainer.tokens_done)
             if not math.isfinite(result.loss):
                 raise JobError(

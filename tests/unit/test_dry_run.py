@@ -45,8 +45,9 @@ def test_a_batch_that_grows(capsys: pytest.CaptureFixture[str]) -> None:
     ramp = ["--train.batch_ramp_start=8", "--train.batch_ramp_steps=90", "--model.context_length=16"]
     print_dry_run(load(None, [*ramp, "--train.global_batch_size=32"], PRESETS), 100, Launch("mpirun", 0, 3))
     found = rows(capsys.readouterr().out)
-    assert found["sequences per step"] == "8 to 32 in 90 steps, at most 11 a rank, 8 at once"
-    assert found["tokens per step"] == "128 to 512 in 90 steps"
+    assert found["sequences per step"] == "32, at most 11 a rank, 8 at once"
+    assert found["sequences at first"] == "8, growing in 90 steps"
+    assert found["tokens per step"] == "512"
     # 30 steps each with 8, 16 and 24 sequences, and 910 with 32
     assert found["tokens in all"] == f"{16 * (30 * (8 + 16 + 24) + 910 * 32):,}"
 
@@ -95,7 +96,8 @@ def test_memory_of_the_copy_that_tasks_are_scored_with(
     copy = 8 * int(rows(output)["parameters"].replace(",", "")) / 2**20
     more = re.findall(r"float64 copy for tasks +([\d,]+) MiB", output)
     if not is_more:
-        assert (more, found[1]) == ([], found[0])
+        assert more == []
+        assert abs(found[1] - found[0]) <= 1  # what libraries have is measured
         return
     # One sequence of 128 tokens needs little beside
     assert 0.7 * copy < int(more[0]) < copy
