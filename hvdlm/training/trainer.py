@@ -122,7 +122,7 @@ class Trainer:
             # Now: whoever moves the data set while a job runs does not keep it from saving
             self.tokenizer = self.data.tokenizer_path.read_bytes()
         self.ending.begin()
-        self.due.validation = self.validation.was_cut_off()
+        self.due.validation = self.validation.was_cut_off(self.step)
         try:
             while True:
                 try:
@@ -252,7 +252,7 @@ class Trainer:
         self._has_done_a_step = True
         self.due.log |= is_last or recurs(self.step, self.config.log.every)
         self.due.check |= recurs(self.step, train.check_replicas_every)
-        self.due.validation |= self.validation.follows() and not end.stop
+        self.due.validation |= self.validation.follows(self.step) and not end.stop
         self.due.save |= is_last or end.stop or end.save or self.saver.is_due_by_step()
         self.due.save |= self.due.validation and self.config.checkpoint.keep_best
         if self.elastic:

@@ -21,19 +21,22 @@ class Validation:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def follows(self) -> bool:
-        """Whether a validation follows the step that was done last."""
+    def follows(self, step: int) -> bool:
+        """Whether a validation follows a step."""
         trainer = self._trainer
-        return trainer.step == trainer.ending.last_step or recurs(trainer.step, trainer.config.train.evaluate_every)
+        return step == trainer.ending.last_step or recurs(step, trainer.config.train.evaluate_every)
 
-    def was_cut_off(self) -> bool:
-        """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
-        trainer = self._trainer
-        if trainer.step == 0 or not self.follows():
+    def was_cut_off(self, step: int) -> bool:
+        """Whether what was found after a step should be written, and is not: rank 0 has died before. Collective."""
+        return self._trainer.communicator.broadcast_object(self._lacks_records(step))
+
+    def _lacks_records(self, step: int) -> bool:
+        """On rank 0, which has the log."""
+        trainer, metrics = self._trainer, self._trainer.metrics
+        if metrics is None or trainer.stop or step == 0 or not self.follows(step):
             return False
-        kinds, metrics = ("eval", "tasks") if trainer.task_scores else ("eval",), trainer.metrics
-        is_unfinished = metrics is not None and not all(metrics.holds(kind, trainer.step) for kind in kinds)
-        return trainer.communicator.broadcast_object(is_unfinished)
+        kinds = {"eval": bool(trainer.data.validation.shards), "tasks": bool(trainer.task_scores)}
+        return any(is_due and not metrics.holds(kind, step) for kind, is_due in kinds.items())
 
     def run(self, preemption: Preemption) -> bool:
         """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.

@@ -31,7 +31,7 @@ from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.muon.optimizer import MuonAdamW
-from hvdlm.training import checkpoint, trainer
+from hvdlm.training import checkpoint, task_evaluation, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.saver import Saver
 from hvdlm.training.task_evaluation import TaskScores
@@ -232,8 +232,13 @@ def answering(step: int) -> None:
     before(DistributedModel, "answer", step, passes=1)
 
 
-def after_its_scores(step: int) -> None:
-    """When the scores are written: the others may not know."""
+def unwritten_scores(step: int) -> None:
+    """Rank 0, between the message that the tasks are done and the line of metrics."""
+    before(task_evaluation, "scores_of", step)
+
+
+def written_scores(step: int) -> None:
+    """Rank 0, when the scores are written."""
     before(Saver, "tell_validated", step)
 
 

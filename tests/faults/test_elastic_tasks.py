@@ -44,6 +44,7 @@ def test_before_and_in_the_tasks(
 def test_rank_0_and_those_that_follow_it(
     small_data: Path, tmp_path: Path, settings: dict[str, object], undisturbed: Callable[..., Path]
 ) -> None:
-    """The next one loads the tasks itself, or finds that their scores are written."""
-    result = train(4, "answering:9:0,after_its_scores:19:1,tasks:29:2", small_data, tmp_path / "run", **settings)
+    """The next one loads the tasks itself, and scores what was not written, once."""
+    plan = "written_scores:9:0,unwritten_scores:19:1,answering:29:2"
+    result = train(4, plan, small_data, tmp_path / "run", **settings)
     assert_scores(result, tmp_path / "run", undisturbed(**settings), deaths=3)
