@@ -41,8 +41,9 @@ batch of each rank; it does not train. A run keeps its settings in `config.toml`
   "rope"`, width over heads must be even. `optimizer.warmup_steps` must not exceed `train.steps`, and
   `optimizer.decay_steps` must fit between them.
 - All ranks of a job must have equal settings; if they do not, the job ends before it trains.
-- `--resume` needs the same `[model]` (but for the name of the preset), `train.seed` and
-  `train.global_batch_size` as the checkpoint, and the same data set. Every other setting may change.
+- `--resume` needs the same `[model]` (but for the name of the preset), `train.seed`, `train.global_batch_size`,
+  `train.batch_ramp_start`, `train.batch_ramp_increment` and `train.batch_ramp_steps` as the checkpoint, and the same
+  data set. Every other setting may change.
 """
 
 _PRESETS = """

@@ -12,6 +12,6 @@ from hvdlm.data.shard import DataSet
 def open_loader(config: Config, data: DataSet, communicator: Communicator) -> Loader:
     """The batches that hvdlm's trainer reads on this rank, from the first step on."""
     train = config.train
-    parts = RankParts(train.global_batch_size, communicator.size)
+    parts = RankParts(train.batch_sizes, communicator.size)
     length, read_ahead = config.model.context_length, config.data.read_ahead
     return Loader(data, length, parts, train.seed, communicator.rank, read_ahead)

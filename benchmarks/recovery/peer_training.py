@@ -72,14 +72,14 @@ class PeerTraining:
         self.config = load(settings, [], PRESETS)
         self.run_dir = run_dir
         self.data = DataSet(Path(self.config.data.path))
-        self.steps, self.batch_size = self.config.train.steps, self.config.train.global_batch_size
+        self.steps = self.config.train.steps
         torch.set_num_threads(1)
         self.model = LanguageModel(self.config, self.data)
         self.optimizer = make_optimizer(self.model, self.config.optimizer)
 
     def open_batches(self, rank: int, size: int, start: int) -> Loader:
         """The part of one of `size` ranks in the global batches from number `start` on."""
-        config, parts = self.config, RankParts(self.batch_size, size)
+        config, parts = self.config, RankParts(self.config.train.batch_sizes, size)
         length, seed, read_ahead = config.model.context_length, config.train.seed, config.data.read_ahead
         return Loader(self.data, length, parts, seed, rank, read_ahead, start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from hvdlm.arguments import finite, path, path_text
+from hvdlm.arguments import finite, path, path_text, seed
 
 if TYPE_CHECKING:
     from hvdlm.data.mixture import WeightedPath
@@ -41,7 +41,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument(
         "--text-key", default="text", metavar="KEY", help="of records, or column of tables (default: text)"
     )
-    prepare.add_argument("--seed", type=int, default=0, help="of the split into shards and validation")
+    prepare.add_argument("--seed", type=seed, default=0, help="of the split into shards and validation")
     prepare.add_argument("--skip-bad", action="store_true", help="count bad documents and go on")
     prepare.set_defaults(run=_prepare)
 

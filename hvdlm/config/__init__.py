@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -133,8 +134,13 @@ class Config(Section):
     @property
     def planned_steps(self) -> int:
         """After which training ends, unless by time or by validation before: by `train.steps` or `train.max_tokens`."""
-        tokens = self.train.global_batch_size * self.model.context_length
-        return min(self.train.steps, -(-self.train.max_tokens // tokens) or self.train.steps)
+        if not self.train.max_tokens:
+            return self.train.steps
+        return bisect_left(range(self.train.steps), self.train.max_tokens, key=self.tokens_before)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the global batches of the first `step` steps."""
+        return self.train.batch_sizes.before(step) * self.model.context_length
 
     def to_toml(self) -> str:
         """This configuration as the text of a TOML file that `config_reader.load` reads back to an equal one."""

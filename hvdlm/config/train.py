@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from hvdlm.arguments import duration
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.config.section import Section, UserPath, check_optional_duration, check_signals
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,6 +30,15 @@ class TrainSection(Section):
         0, ge=0, description="training ends when so many validations in a row were no better than the best; 0: never"
     )
     global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
+    batch_ramp_start: int = Field(
+        0, ge=0, description="sequences of a step at first, where they then grow to global_batch_size; 0: they do not"
+    )
+    batch_ramp_increment: int = Field(
+        0, ge=0, description="by how many sequences a step grows at a time; 0: by batch_ramp_start"
+    )
+    batch_ramp_steps: int = Field(
+        0, ge=0, description="steps before the first of global_batch_size sequences, as many of them of each size"
+    )
     micro_batch_size: int = Field(
         8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"
     )
@@ -73,6 +83,40 @@ class TrainSection(Section):
         description="a rank whose parameters are found to differ gets those of most ranks, of two those of rank 0; "
         "otherwise the job ends",
     )
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> TrainSection:
+        start, final, steps = self.batch_ramp_start, self.global_batch_size, self.batch_ramp_steps
+        if not start:
+            for name in ("batch_ramp_increment", "batch_ramp_steps"):
+                if getattr(self, name):
+                    raise ValueError(f"train.{name} = {getattr(self, name)} needs train.batch_ramp_start")
+            return self
+        if start >= final:
+            raise ValueError(f"train.batch_ramp_start = {start} is not less than train.global_batch_size = {final}")
+        increment = self.batch_ramp_increment or start
+        increments, rest = divmod(final - start, increment)
+        if rest:
+            raise ValueError(
+                f"a batch that grows by {increment} sequences at a time does not come from train.batch_ramp_start = "
+                f"{start} to train.global_batch_size = {final}: set train.batch_ramp_increment to a divisor of "
+                f"{final - start}"
+            )
+        if steps < increments:
+            raise ValueError(
+                f"train.batch_ramp_steps = {steps} is less than the {increments} times that the batch grows by "
+                f"{increment} sequences"
+            )
+        return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """How many sequences each global batch has."""
+        if not self.batch_ramp_start:
+            return BatchSizes(self.global_batch_size)
+        increment = self.batch_ramp_increment or self.batch_ramp_start
+        increments = (self.global_batch_size - self.batch_ramp_start) // increment
+        return BatchSizes(self.global_batch_size, increment, increments, self.batch_ramp_steps)
 
     @property
     def max_seconds(self) -> float:

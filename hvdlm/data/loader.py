@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.mixture import Mixture
 from hvdlm.data.rank_parts import RankParts
@@ -34,12 +35,14 @@ class Batch:
         inputs: (b, T) int64.
         targets: (b, T) int64; the token after each input, or IGNORE.
         errors: for each sequence that could not be read, and has no targets, why.
+        shards: of a validation split, the number of the shard that each sequence is from.
     """
 
     index: int
     inputs: torch.Tensor
     targets: torch.Tensor
     errors: tuple[str, ...] = ()
+    shards: tuple[int, ...] = ()
 
     @staticmethod
     def empty(index: int, length: int) -> Batch:
@@ -77,7 +80,7 @@ class Loader:
         self._split, self._end_of_text = data.train, data.eos_id
         self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
         self._context_length = context_length
-        self._sampler = training_sampler(data, context_length, parts.batch_size, seed)
+        self._sampler = training_sampler(data, context_length, parts.batch_sizes, seed)
         self._parts, self._rank = parts, rank
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
@@ -158,11 +161,13 @@ class Loader:
         return Batch(index, inputs, targets, tuple(errors))
 
 
-def training_sampler(data: DataSet, context_length: int, batch_size: int, seed: int) -> Sampler | MixtureSampler:
+def training_sampler(
+    data: DataSet, context_length: int, batch_sizes: BatchSizes, seed: int
+) -> Sampler | MixtureSampler:
     """The sample order of the training split. Raises HvdlmError if it, or one of its sources, is too small."""
     windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
     if not data.sources:
-        return Sampler(windows, batch_size, seed, data.fingerprint)
+        return Sampler(windows, batch_sizes, seed, data.fingerprint)
     rest = iter(windows)
     by_source = [list(itertools.islice(rest, source.shards)) for source in data.sources]
     for source, own in zip(data.sources, by_source, strict=True):
@@ -172,7 +177,7 @@ def training_sampler(data: DataSet, context_length: int, batch_size: int, seed: 
                 "shorten model.context_length, or prepare the data set with more of it or fewer --shards"
             )
     mixture = Mixture([source.weight for source in data.sources])
-    return MixtureSampler(by_source, mixture, batch_size, seed, data.fingerprint)
+    return MixtureSampler(by_source, mixture, batch_sizes, seed, data.fingerprint)
 
 
 def validation_batches(
@@ -192,7 +197,7 @@ def validation_batches(
         for shard, info in enumerate(data.validation.shards)
         for start in range(0, info.n_tokens - 1, context_length)
     ]
-    if 1 < len(data.validation.shards) == len(data.sources):
+    if data.validates_sources:
         mixture = Mixture([source.weight for source in data.sources])
         counts = Counter(shard for shard, _ in windows)
         draws = np.concatenate([mixture.draws(source, counts[source]) for source in range(len(data.sources))])
@@ -209,7 +214,7 @@ def validation_batches(
             tokens = data.validation.read(shard, start, count + 1)
             inputs[row, :count] = tokens[:-1]
             targets[row, :count] = tokens[1:]
-        yield Batch(index, _tensor(inputs), _tensor(targets))
+        yield Batch(index, _tensor(inputs), _tensor(targets), shards=tuple(shard for shard, _ in chosen))
 
 
 def _tensor(values: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.sampler import rank_part
 
 Sequences = list[tuple[int, int]]  # the number of a global batch, and an index in it
@@ -21,9 +22,9 @@ class RankParts:
     own.
     """
 
-    def __init__(self, batch_size: int, ranks: int) -> None:
-        """`batch_size`: sequences of a global batch. `ranks`: as many as there are at the start."""
-        self.batch_size = batch_size
+    def __init__(self, batch_sizes: BatchSizes, ranks: int) -> None:
+        """`ranks`: as many as there are at the start."""
+        self.batch_sizes = batch_sizes
         self.known = ranks  # numbers that have been given
         self.changes = 0
         self._members = [(0, list(range(ranks)))]  # from which batch on, which ranks share them; the last batch first
@@ -39,7 +40,7 @@ class RankParts:
         ranks = next(each for first, each in self._members if first <= batch)
         if rank not in ranks:
             return []
-        part = rank_part(self.batch_size, ranks.index(rank), len(ranks))
+        part = rank_part(self.batch_sizes.size(batch), ranks.index(rank), len(ranks))
         return [(batch, index) for index in part] + self._made_up.get(batch, {}).get(rank, [])
 
     def most(self, batch: int) -> int:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.mixture import Mixture
 from hvdlm.errors import HvdlmError
 
@@ -31,7 +32,7 @@ class Sampler:
     """The sample order of a training split: each window once an epoch, in a new pseudo-random permutation each epoch.
 
     The shards are divided into groups of consecutive shards, and every batch into as many runs of consecutive
-    indices; the number of groups is the greatest common divisor of the batch size and the number of shards. Each
+    indices; the number of groups is the greatest common divisor of all batch sizes and the number of shards. Each
     group fills its own run of every batch with its own windows.
 
     That draws windows in proportion only if all groups have as many. Where they differ by more than TOLERANCE, there
@@ -42,7 +43,7 @@ class Sampler:
     only the shards of its own groups; without groups it reads mainly shards that no other rank reads.
     """
 
-    def __init__(self, windows: Sequence[int], batch_size: int, seed: int, fingerprint: str) -> None:
+    def __init__(self, windows: Sequence[int], batch_sizes: BatchSizes, seed: int, fingerprint: str) -> None:
         """`windows[s]` is the number of windows in shard s.
 
         Raises HvdlmError if there is no window.
@@ -54,20 +55,21 @@ class Sampler:
                 "the training shards hold no whole sequence; "
                 "shorten model.context_length, or prepare the data set with more text or fewer --shards"
             )
-        groups = math.gcd(batch_size, len(windows))
+        groups = math.gcd(batch_sizes.divisor, len(windows))
         shards = len(windows) // groups
         in_groups = np.asarray(windows, dtype=np.int64).reshape(groups, shards).sum(axis=1)  # (groups,)
         self._is_sorted = bool(in_groups.max() > (1 + TOLERANCE) * in_groups.min())
         self._groups = 1 if self._is_sorted else groups
         self._group_windows = in_groups.sum(keepdims=True) if self._is_sorted else in_groups
         self._group_starts = np.cumsum(self._group_windows) - self._group_windows
-        self._group_batch_size = batch_size // self._groups  # sequences of each group in a batch
+        self._batch_sizes = batch_sizes
 
     def batch(self, k: int) -> tuple[Integers, Integers]:
-        """Shard and window of each sequence of global batch `k`: two (batch_size,) int64 arrays."""
-        groups = np.repeat(np.arange(self._groups), self._group_batch_size)  # (B,)
+        """Shard and window of each sequence of global batch `k`, which has B: two (B,) int64 arrays."""
+        sequences = self._batch_sizes.size(k) // self._groups  # of each group
+        groups = np.repeat(np.arange(self._groups), sequences)  # (B,)
         # (B,): windows that each group has used before this sequence
-        counters = k * self._group_batch_size + np.tile(np.arange(self._group_batch_size), self._groups)
+        counters = self._batch_sizes.before(k) // self._groups + np.tile(np.arange(sequences), self._groups)
         sizes = self._group_windows[groups]
         epochs, positions = np.divmod(counters, sizes)
         keys = _keys(self._key, groups, epochs)
@@ -88,18 +90,18 @@ class MixtureSampler:
     """
 
     def __init__(
-        self, windows: Sequence[Sequence[int]], mixture: Mixture, batch_size: int, seed: int, fingerprint: str
+        self, windows: Sequence[Sequence[int]], mixture: Mixture, batch_sizes: BatchSizes, seed: int, fingerprint: str
     ) -> None:
         """`windows[s][i]` is the number of windows in shard i of source s of `mixture`; each source has some."""
         self._key = f"{fingerprint} {seed}"
-        self._mixture, self._batch_size = mixture, batch_size
+        self._mixture, self._batch_sizes = mixture, batch_sizes
         self._shard_ends = np.cumsum([count for source in windows for count in source], dtype=np.int64)
         self._source_windows = np.array([sum(source) for source in windows], dtype=np.int64)
         self._source_starts = np.cumsum(self._source_windows) - self._source_windows
 
     def batch(self, k: int) -> tuple[Integers, Integers]:
-        """Shard and window of each sequence of global batch `k`: two (batch_size,) int64 arrays."""
-        sources, drawn = self._mixture.sources(k * self._batch_size, self._batch_size)  # (B,)
+        """Shard and window of each sequence of global batch `k`, which has B: two (B,) int64 arrays."""
+        sources, drawn = self._mixture.sources(self._batch_sizes.before(k), self._batch_sizes.size(k))  # (B,)
         sizes = self._source_windows[sources]
         epochs, positions = np.divmod(drawn, sizes)
         windows = self._source_starts[sources] + permute(positions, sizes, _keys(self._key, sources, epochs))

@@ -168,6 +168,7 @@ class DataSet:
         tokenizer_path: the data set's `tokenizer.json`.
         train, validation: the two splits; validation has no shards if the data set was prepared without it.
         sources: those that have weights, in the order of their shards; none where all are drawn from by what they hold.
+        validates_sources: whether each of several sources has a shard of the validation split, in the same order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,6 +187,7 @@ class DataSet:
         self.train = Split(path, manifest.train)
         self.validation = Split(path, manifest.validation)
         self.sources = tuple(manifest.sources)
+        self.validates_sources = 1 < len(manifest.validation) == len(manifest.sources)
 
 
 def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], index: int) -> None:

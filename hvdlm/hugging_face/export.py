@@ -8,20 +8,17 @@ from pathlib import Path
 import safetensors
 import torch
 
-from hvdlm.config import Config
-from hvdlm.config_reader import from_dict
 from hvdlm.data.staging import let_others_read, refuse_what_is_there, staged
-from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
 from hvdlm.hugging_face.architectures import CLASSES, architecture_of, to_config
 from hvdlm.hugging_face.model_card import model_card
 from hvdlm.hugging_face.tensor_files import write_tensors
 from hvdlm.hugging_face.tokenizer_files import write_tokenizer
 from hvdlm.hugging_face.weights import to_hugging_face
-from hvdlm.model.presets import PRESETS
-from hvdlm.training.checkpoint import open_state, save_failure
+from hvdlm.training.checkpoint import save_failure
 from hvdlm.training.checkpoint_contents import Checkpoint, not_finite
 from hvdlm.training.moving_average import weights_of
+from hvdlm.training.trained_model import open_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,10 +29,8 @@ def export(checkpoint: Path, output: Path, dtype: str, shard_bytes: int, average
 
     Raises HvdlmError if transformers has no such architecture, or if `output` holds something already.
     """
-    state = open_state(checkpoint)
-    config: Config = from_dict(state["config"], state["path"], PRESETS)
+    state, config, tokenizer = open_trained(checkpoint)
     architecture = architecture_of(config.model)
-    tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
     refuse_what_is_there(output)
     with staged(output) as directory:
         settings = to_config(config.model, state["vocab_size"], tokenizer.eos_id, dtype)

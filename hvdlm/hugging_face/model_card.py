@@ -69,10 +69,10 @@ def model_card(
 def _origin(state: Mapping[str, Any], config: Config, averaged: bool) -> dict[str, str]:
     if "imported_from" in state:
         return {"imported from": Path(state["imported_from"]).name}
-    step, train = state["step"], config.train
+    step = state["step"]
     return {
         "steps": f"{step:,} of {config.planned_steps:,}",
-        "tokens seen": f"{step * train.global_batch_size * config.model.context_length:,}",
+        "tokens seen": f"{config.tokens_before(step):,}",
         "validation loss": _validation_loss(Path(state["path"]), step, "ema_loss" if averaged else "loss"),
         "data set": f"{Path(config.data.path).name}, fingerprint {str(state['fingerprint'])[:16]}",
         "ranks": str(state["world_size"]),

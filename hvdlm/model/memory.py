@@ -43,6 +43,11 @@ class TrainingMemory:
     def total(self) -> int:
         return sum(getattr(self, part.name) for part in fields(self))
 
+    @property
+    def double_precision(self) -> int:
+        """By how much a copy of the model in float64 between two steps, where nothing of a step is kept, raises it."""
+        return max(0, 2 * self.parameters - self.activations - self.temporary - self.loss)
+
 
 def training_memory_bytes(
     config: ModelSection,

@@ -9,6 +9,7 @@ from hvdlm.comm.launch import Launch
 from hvdlm.config import Config
 from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.size import flops_per_token, parameter_count
+from hvdlm.scoring.harness import split_names
 from hvdlm.strategies.local_steps.fragment import numbers_kept
 from hvdlm.training.hardware import device_type, libraries_bytes
 
@@ -37,6 +38,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
     )
     moving_average = memory.parameters if train.ema else 0
+    scored = memory.double_precision if split_names(train.evaluate_tasks) else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
@@ -46,10 +48,11 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "activations": memory.activations,
         "loss": memory.loss,
         "temporary, and gaps between": memory.temporary + memory.gaps,
+        "float64 copy for tasks": scored,
         "libraries": libraries,
     }
-    whole = memory.total + residuals + averages + moving_average + libraries
-    tokens = train.global_batch_size * model.context_length
+    whole = memory.total + residuals + averages + moving_average + scored + libraries
+    tokens = config.tokens_before(config.planned_steps)
     table = Table(show_header=False, box=None)
     rows = {
         "parameters": f"{parameter_count(model, vocab_size):,}",
@@ -57,12 +60,14 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "ranks": f"{launch.size}",
         "sequences per step": f"{train.global_batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
         "micro-batches per step": f"{-(-share // micro_batch):,}",
-        "tokens per step": f"{tokens:,}",
-        "tokens in all": f"{tokens * config.planned_steps:,}",
-        "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens * config.planned_steps / 1e12:,.1f} TFLOP",
+        "tokens per step": f"{train.global_batch_size * model.context_length:,}",
+        "tokens in all": f"{tokens:,}",
+        "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens / 1e12:,.1f} TFLOP",
         "memory a rank, estimated": f"{whole / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
+    if train.batch_ramp_start:
+        rows["sequences at first"] = f"{train.batch_ramp_start:,}, growing in {train.batch_ramp_steps:,} steps"
     if config.checkpoint.every:
         copied = memory.parameters + memory.moments + moving_average
         rows["host memory of rank 0 besides"] = f"{copied / 2**20:,.0f} MiB, to copy a checkpoint"

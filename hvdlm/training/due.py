@@ -20,3 +20,8 @@ class Due:
         """Adds what is due elsewhere."""
         for name, is_due in vars(other).items():
             setattr(self, name, getattr(self, name) or is_due)
+
+
+def recurs(step: int, every: int) -> bool:
+    """Whether what is done every so many steps, if that is not 0, follows this step."""
+    return every > 0 and step % every == 0

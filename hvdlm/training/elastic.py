@@ -181,6 +181,8 @@ class Elastic:
         parts, unlearned = before.regrouped(numbers, sent, step, trainer.ending.last_step)
         if communicator.rank == 0 and trainer.metrics is None and trainer.open_metrics is not None:
             trainer.metrics = trainer.open_metrics(trainer.step)
+        if trainer.validation.was_cut_off(step):
+            self._require(step, Due(validation=True))
         self.is_regroup_due = False
         said = _who([self._names[number] for number in gone], lost)
         said += _who([self._names[number] for number in numbers if number not in before.ranks], "joined")

@@ -5,35 +5,30 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
-from hvdlm.comm.replicas import broadcast_tensors
-from hvdlm.config import Config, ModelSection
-from hvdlm.config_reader import from_dict
 from hvdlm.data.baselines import ngram_baselines
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.generate import generate as continue_prompt
-from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.scoring.distributed_model import DistributedModel
 from hvdlm.scoring.text_quality import check_rouge
 from hvdlm.training import checkpoint, evaluation
 from hvdlm.training.agreement import check_data_matches, check_devices_match
-from hvdlm.training.checkpoint_contents import Checkpoint
+from hvdlm.training.evaluation import Evaluation
 from hvdlm.training.hardware import choose_device, share_cores
 from hvdlm.training.job import job
-from hvdlm.training.moving_average import weights_of
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.samples import continue_texts, held_out_texts, print_text_quality
+from hvdlm.training.trained_model import TrainedModel, load_model, open_trained, trained_in
 
 # How often a newer checkpoint is looked for, while a job removes old ones
 _TRIES = 5
@@ -62,15 +57,15 @@ def evaluate(
             raise JobError(f"--samples {samples}: give 1 or more, or 0 for none")
         data = on_all_ranks(communicator, lambda: DataSet(data_path))
         check_data_matches(communicator, data)
-        state = on_rank_0(communicator, lambda: _open_for(data, path))
-        config = Config.model_validate(state["config"])
+        trained = on_rank_0(communicator, lambda: _open_for(data, path))
+        state, config = trained.state, trained.config
         if samples:
             on_rank_0(communicator, lambda: check_rouge("--samples"))
         texts = on_all_ranks(communicator, lambda: held_out_texts(data, config.model.context_length, samples, seed))
         device = choose_device("auto", communicator)
         check_devices_match(communicator, device)
         share_cores(0, communicator)
-        model = load_model(state, config.model, averaged, communicator).to(device)
+        model = load_model(trained, averaged, communicator).to(device)
         model.set_compute_dtype(DTYPES[config.train.precision])
         with out_of_memory_errors("lower --micro-batch-size"):
             result = evaluation.evaluate(model, data, communicator, micro_batch_size)
@@ -85,17 +80,13 @@ def evaluate(
             table = Table(title=f"{state['path']} on {data_path}, {result.tokens:,} tokens", title_justify="left")
             for column in ("", "nats per token", "perplexity", "bits per byte", "accuracy"):
                 table.add_column(column, justify="right" if column else "left")
-            bits_per_nat = result.bits_per_byte(data) / result.loss
+            bits_per_nat = result.bits_per_byte / result.loss
             for order, loss in enumerate(baselines, start=1):
                 numbers = f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{loss * bits_per_nat:.4f}"
                 table.add_row(f"{order}-gram", *numbers, "")
-            table.add_row(
-                "model",
-                f"{result.loss:.4f}",
-                f"{result.perplexity:.2f}",
-                f"{result.bits_per_byte(data):.4f}",
-                f"{result.accuracy:.2%}",
-            )
+            table.add_row("model", *_figures(result))
+            for source, own in result.of_sources.items():
+                table.add_row(f"  {escape(source)}", *_figures(own))
             Console(highlight=False).print(table)
         if samples:
             with out_of_memory_errors("lower --micro-batch-size"):
@@ -106,6 +97,11 @@ def evaluate(
             if communicator.rank == 0:
                 print_text_quality(tokenizer, texts, continuations)
     return 0
+
+
+def _figures(result: Evaluation) -> tuple[str, ...]:
+    """The cells of a row."""
+    return f"{result.loss:.4f}", f"{result.perplexity:.2f}", f"{result.bits_per_byte:.4f}", f"{result.accuracy:.2%}"
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -142,39 +138,19 @@ def _open_newest(path: Path, averaged: bool) -> tuple[Transformer, Tokenizer]:
     for _ in range(_TRIES):
         state = checkpoint.open_state(path)
         try:
-            model = load_model(state, ModelSection.model_validate(state["config"]["model"]), averaged)
-            return model, Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+            trained = trained_in(state)
+            return load_model(trained, averaged), trained.tokenizer
         except HvdlmError:
             if Path(state["path"]).exists():
                 raise
     raise HvdlmError(f"checkpoints of {path} are removed faster than they can be read: raise checkpoint.keep")
 
 
-def _open_for(data: DataSet, path: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose model reads the same tokens as the data set."""
-    state = checkpoint.open_state(path)
-    from_dict(state["config"], state["path"], PRESETS)  # raises HvdlmError if settings of it are not known any more
-    if Tokenizer.load(Path(state["path"]) / "tokenizer.json").sha256 != Tokenizer.load(data.tokenizer_path).sha256:
-        raise HvdlmError(f"{state['path']} was trained with another tokenizer than {data.path} was prepared with")
-    return state
-
-
-def load_model(
-    state: dict[str, Any], config: ModelSection, averaged: bool = False, communicator: Communicator | None = None
-) -> Transformer:
-    """The model of a checkpoint, on the CPU; with a communicator, rank 0 reads it and sends it to the others.
-
-    Raises HvdlmError, JobError with a communicator, if its weights are of no use.
-    """
-    model = Transformer(config, state["vocab_size"])
-
-    def read() -> None:
-        if communicator is None or communicator.rank == 0:
-            model.load_state_dict(weights_of(Checkpoint(Path(state["path"])), averaged))
-
-    if communicator is None:
-        read()
-    else:
-        on_all_ranks(communicator, read)
-        broadcast_tensors(communicator, model.parameters())
-    return model.eval()
+def _open_for(data: DataSet, path: Path) -> TrainedModel:
+    """A checkpoint whose model reads the same tokens as the data set."""
+    trained = open_trained(path)
+    if trained.tokenizer.sha256 != Tokenizer.load(data.tokenizer_path).sha256:
+        raise HvdlmError(
+            f"{trained.state['path']} was trained with another tokenizer than {data.path} was prepared with"
+        )
+    return trained

@@ -12,13 +12,10 @@ from typing import Any
 from lm_eval.api.registry import register_model
 
 from hvdlm.comm.solo import SoloCommunicator
-from hvdlm.config import ModelSection
-from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.scoring.distributed_model import DistributedModel
 from hvdlm.scoring.harness_model import HarnessModel
-from hvdlm.training.checkpoint import open_state
 from hvdlm.training.hardware import choose_device
-from hvdlm.training.inference import load_model
+from hvdlm.training.trained_model import load_model, open_trained
 
 
 @register_model("hvdlm")
@@ -32,9 +29,7 @@ class CheckpointModel(HarnessModel):
         Raises HvdlmError if the checkpoint cannot be read.
         """
         communicator = SoloCommunicator()
-        state = open_state(Path(checkpoint))
-        config = ModelSection.model_validate(state["config"]["model"])
-        model = load_model(state, config).double().to(choose_device("auto", communicator))
+        trained = open_trained(Path(checkpoint))
+        model = load_model(trained).double().to(choose_device("auto", communicator))
         size = 8 if batch_size in (None, "auto") else int(batch_size or 8)
-        tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
-        super().__init__(DistributedModel(model, tokenizer, communicator, size))
+        super().__init__(DistributedModel(model, trained.tokenizer, communicator, size))

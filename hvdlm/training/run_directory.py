@@ -181,7 +181,8 @@ def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab
     """Raises HvdlmError unless model, data and order of samples are those of the checkpoint; the rest may differ."""
     saved, now = _settings(state), config.model_dump()
     fixed = [("model", name) for name in now["model"] if name not in ("preset", "from")]
-    fixed += [("train", "seed"), ("train", "global_batch_size")]
+    of_batches = ("global_batch_size", "batch_ramp_start", "batch_ramp_increment", "batch_ramp_steps")
+    fixed += [("train", name) for name in ("seed", *of_batches)]
     for section, name in fixed:
         if saved[section][name] != now[section][name]:
             raise HvdlmError(

@@ -12,20 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
-from hvdlm.config import Config
-from hvdlm.config_reader import from_dict
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError, JobError, write_failure
-from hvdlm.model.presets import PRESETS
 from hvdlm.scoring.distributed_model import DistributedModel, StopRequestedError, double_precision
 from hvdlm.scoring.harness import Tasks, check_harness, scores_of, split_names
-from hvdlm.training import checkpoint
 from hvdlm.training.agreement import check_devices_match
 from hvdlm.training.hardware import choose_device, share_cores
-from hvdlm.training.inference import load_model
 from hvdlm.training.job import job
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
+from hvdlm.training.trained_model import TrainedModel, load_model, open_trained
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -57,34 +53,31 @@ def lm_eval(
             raise JobError("--log-samples goes into the file of --output: give one")
         tasks: list[Tasks] = []  # of rank 0
 
-        def prepare() -> tuple[dict[str, Any], Tokenizer]:
+        def prepare() -> TrainedModel:
             if output is not None and (output.is_dir() or not output.parent.is_dir()):
                 raise HvdlmError(f"--output {output}: give the name of a file in a folder that is there")
             check_harness("hvdlm lm-eval")
-            state = checkpoint.open_state(path)
-            from_dict(state["config"], state["path"], PRESETS)  # raises HvdlmError if settings are not known any more
-            tokenizer = Tokenizer.load(Path(state["path"]) / "tokenizer.json")
+            trained = open_trained(path)
             tasks.append(Tasks(split_names(names), include_path))
-            return state, tokenizer
+            return trained
 
-        state, tokenizer = on_rank_0(communicator, prepare)
-        config = Config.model_validate(state["config"])
+        trained = on_rank_0(communicator, prepare)
         device = choose_device("auto", communicator)
         check_devices_match(communicator, device)
         share_cores(0, communicator)
         results: dict[str, Any] = {}
         with out_of_memory_errors("lower --batch-size"):
-            model = load_model(state, config.model, averaged, communicator).double().to(device)
-            distributed = DistributedModel(model, tokenizer, communicator, batch_size)
+            model = load_model(trained, averaged, communicator).double().to(device)
+            distributed = DistributedModel(model, trained.tokenizer, communicator, batch_size)
             if communicator.rank == 0:
                 with distributed.leading():
                     results = tasks[0].score(distributed, few_shot, limit, log_samples=log_samples)
             else:
                 distributed.follow()
         if output is not None:
-            on_rank_0(communicator, lambda: _write(output, state, results))
+            on_rank_0(communicator, lambda: _write(output, trained.state, results))
         if communicator.rank == 0:
-            _print(str(state["path"]), results)
+            _print(str(trained.state["path"]), results)
     return 0
 
 

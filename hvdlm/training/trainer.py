@@ -27,7 +27,7 @@ from hvdlm.strategies.optimizer import make_optimizer
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
-from hvdlm.training.due import Due
+from hvdlm.training.due import Due, recurs
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.end_of_training import EndOfTraining
 from hvdlm.training.hardware import seconds_alive
@@ -45,7 +45,7 @@ from hvdlm.training.skipped_steps import SkippedSteps
 from hvdlm.training.step_metrics import StepMetrics
 from hvdlm.training.stragglers import Stragglers
 from hvdlm.training.task_evaluation import TaskScores
-from hvdlm.training.validation import validate
+from hvdlm.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class Trainer:
         flops = flops_per_token(config.model, vocab_size)
         self.step_metrics = StepMetrics(communicator, device, config.train.precision, flops)
         self.timer = StepTimer(device)  # of the last step
-        self.nominal_tokens = config.train.global_batch_size * config.model.context_length  # if every target counts
-        self.ending, self.ema = EndOfTraining(self), MovingAverage(self)
+        self.batch_sizes = config.train.batch_sizes
+        self.ending, self.ema, self.validation = EndOfTraining(self), MovingAverage(self), Validation(self)
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
         self._loss_spikes, self._stragglers, self._replica_check = LossSpikes(), Stragglers(), ReplicaCheck(self)
@@ -86,7 +86,7 @@ class Trainer:
         self.due, self._has_done_a_step = Due(), False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
-        self.parts = RankParts(config.train.global_batch_size, self.readers.size)
+        self.parts = RankParts(self.batch_sizes, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
 
@@ -94,6 +94,16 @@ class Trainer:
     def parameters(self) -> dict[str, Tensor]:
         """Those that are validated and saved, by name; equal on all ranks."""
         return self.strategy.parameters()
+
+    @property
+    def nominal_tokens(self) -> int:
+        """Targets of the global batch under way, if every one counts."""
+        return self.batch_sizes.size(self.step) * self.config.model.context_length
+
+    @property
+    def tokens_done(self) -> int:
+        """Tokens of the global batches of all steps done."""
+        return self.config.tokens_before(self.step)
 
     def start(self) -> None:
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
@@ -116,7 +126,7 @@ class Trainer:
             # Now: whoever moves the data set while a job runs does not keep it from saving
             self.tokenizer = self.data.tokenizer_path.read_bytes()
         self.ending.begin()
-        self.due.validation = self._was_killed_in_validation()
+        self.due.validation = self.validation.was_cut_off(self.step)
         try:
             while True:
                 try:
@@ -156,7 +166,7 @@ class Trainer:
             self.saver.save(in_background=not (self.stop or self.step == self.ending.last_step))
             self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
-            self.stop |= not (validate(self, preemption) and self.task_scores.score(preemption))
+            self.stop |= not (self.validation.run(preemption) and self.task_scores.score(preemption))
             if not self.stop:
                 self.ending.end_if_not_better(steps_later=int(self.strategy.is_local))
             self.due.validation, self._has_done_what_was_due = False, True
@@ -168,18 +178,6 @@ class Trainer:
         if self.elastic and self.strategy.is_local and self._has_done_what_was_due:
             self._has_done_what_was_due = False  # on every rank that comes here, though not every one may leave
             self.communicator.barrier()
-
-    def _validates(self) -> bool:
-        """Whether a validation follows the step that was done last."""
-        return self.step == self.ending.last_step or _is_due(self.step, self.config.train.evaluate_every)
-
-    def _was_killed_in_validation(self) -> bool:
-        """Whether the checkpoint to go on from was saved, and its validation then not ended. Collective."""
-        if self.step == 0 or not self._validates():
-            return False
-        kinds, metrics = ("eval", "tasks") if self.task_scores else ("eval",), self.metrics
-        is_unfinished = metrics is not None and not all(metrics.holds(kind, self.step) for kind in kinds)
-        return self.communicator.broadcast_object(is_unfinished)
 
     def train_step(self, loader: Loader, stop_here: bool) -> bool:
         """One global batch; returns whether some rank asks to stop after it."""
@@ -258,9 +256,9 @@ class Trainer:
         train, is_last = self.config.train, self.step == self.ending.last_step
         self.due.first_step |= not self._has_done_a_step
         self._has_done_a_step = True
-        self.due.log |= is_last or _is_due(self.step, self.config.log.every)
-        self.due.check |= _is_due(self.step, train.check_replicas_every)
-        self.due.validation |= self._validates() and not end.stop
+        self.due.log |= is_last or recurs(self.step, self.config.log.every)
+        self.due.check |= recurs(self.step, train.check_replicas_every)
+        self.due.validation |= self.validation.follows(self.step) and not end.stop
         self.due.save |= is_last or end.stop or end.save or self.saver.is_due_by_step()
         self.due.save |= self.due.validation and self.config.checkpoint.keep_best
         if self.elastic:
@@ -341,7 +339,7 @@ class Trainer:
         """Collective."""
         loss = self.elastic.loss() if self.elastic else self.own_loss()
         numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
-        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self.tokens_done(), **numbers)
+        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self.tokens_done, **numbers)
         if score := self._loss_spikes.add(numbers["loss"]):
             said = f"the loss of batch {self.step - 1}, {numbers['loss']:.4f}, is {score:.1f} standard deviations above"
             self.write("event", message=f"{said} the mean of the last ones")
@@ -370,11 +368,3 @@ class Trainer:
     def write(self, kind: str, **values: Any) -> None:
         if self.metrics is not None:
             self.metrics.write(kind, self.step, **values)
-
-    def tokens_done(self) -> int:
-        """By all steps, if every target counted."""
-        return self.step * self.nominal_tokens
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -26,13 +26,17 @@ from hvdlm.cli import main
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.gradients.bucket_codecs import flat_states
 from hvdlm.gradients.channel import Channel
+from hvdlm.scoring.distributed_model import DistributedModel
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.fragment import DifferenceBucket, Fragment
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.muon.optimizer import MuonAdamW
-from hvdlm.training import checkpoint, trainer
+from hvdlm.training import checkpoint, task_evaluation, trainer
 from hvdlm.training.elastic import Elastic
+from hvdlm.training.saver import Saver
+from hvdlm.training.task_evaluation import TaskScores
 from hvdlm.training.trainer import Trainer
+from hvdlm.training.validation import Validation
 
 UNDER_HOROVODRUN = "HOROVOD_RANK" in os.environ
 _RANKS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK")  # of horovodrun, mpirun, srun, torchrun
@@ -218,8 +222,28 @@ def log(step: int) -> None:
     before(Trainer, "_log", step)
 
 
+def tasks(step: int) -> None:
+    """Between a validation and the tasks that follow it."""
+    before(TaskScores, "score", step)
+
+
+def answering(step: int) -> None:
+    """In the middle of the tasks, while the others compute their part of a second list of requests."""
+    before(DistributedModel, "answer", step, passes=1)
+
+
+def unwritten_scores(step: int) -> None:
+    """Rank 0, between the message that the tasks are done and the line of metrics."""
+    before(task_evaluation, "scores_of", step)
+
+
+def written_scores(step: int) -> None:
+    """Rank 0, when the scores are written."""
+    before(Saver, "tell_validated", step)
+
+
 def validation(step: int) -> None:
-    before(trainer, "evaluate", step)
+    before(Validation, "run", step)
 
 
 def saving(step: int) -> None:

@@ -71,6 +71,14 @@ def test_rank_0_and_those_that_follow_it(small_data: Path, tmp_path: Path, undis
     assert records(tmp_path / "run")[-1]["world_size"] == 1
 
 
+def test_while_the_batch_grows(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """2 sequences in batches 0 to 2, 4 in 3 to 5, ..., 16 from 21 on: two ranks have none at first."""
+    ramp: dict[str, object] = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 21}
+    plan = "bucket:2:3,data:3:0,update:13:1"
+    result = train(4, plan, small_data, tmp_path / "run", **SAVING, **ramp)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING, **ramp), deaths=3)
+
+
 def test_rank_0_dies_after_a_checkpoint_of_parts(small_data: Path, tmp_path: Path) -> None:
     """The next one had only written what it has of its own."""
     plan, best = "after_its_save:12:0", {"checkpoint__keep_best": "true", "compression__codec": "int4"}

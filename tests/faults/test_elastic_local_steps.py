@@ -80,6 +80,17 @@ def test_no_sequence_is_lost_or_repeated(place: str, step: int, sent: int, small
     assert trained_on(tmp_path, {2: sent}) == ONCE
 
 
+def test_while_the_batch_grows(small_data: Path, tmp_path: Path) -> None:
+    """2 sequences in batches 0 to 2, 4 in 3 to 5, ..., 16 from 21 on."""
+    sizes = [min(16, 2 + 2 * (batch // 3)) for batch in range(STEPS)]
+    ramp = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 21}
+    result = train(4, "forward:12:2", small_data, tmp_path, **ramp)
+    (said,) = assert_goes_on(result, tmp_path / "run", 1)
+    assert steps_not_sent(said) == 5
+    once = Counter((batch, index) for batch, size in enumerate(sizes) for index in range(size))
+    assert trained_on(tmp_path, {2: 10}) == once
+
+
 @pytest.mark.parametrize(
     ("place", "step", "sent"), [("forward", 11, {8, 10}), ("forward", 14, {10, 13}), ("merge", 16, {15})]
 )

@@ -21,6 +21,7 @@ from launcher import Result
 
 from hvdlm.cli import main
 from hvdlm.config import Config
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.config_reader import from_dict, load
 from hvdlm.data.loader import Loader
 from hvdlm.data.rank_parts import RankParts
@@ -345,7 +346,7 @@ def test_training_goes_on_from_an_imported_model(ranks: Ranks, small_data: Path,
     assert result.status == 0, result.output
     events = [str(each["message"]) for each in records(run_dir, "event")]
     assert any(each.startswith(f"training begins with the weights of {start}, step 0") for each in events), events
-    with Loader(DataSet(small_data), 32, RankParts(4, 1), seed=0, rank=0, read_ahead=1) as loader:
+    with Loader(DataSet(small_data), 32, RankParts(BatchSizes(4), 1), seed=0, rank=0, read_ahead=1) as loader:
         batch = loader.next()
     loss = torch.nn.functional.cross_entropy(logits_of(reference, batch.inputs).flatten(0, 1), batch.targets.flatten())
     assert losses(run_dir)[1] == pytest.approx(loss.item(), abs=1e-5)

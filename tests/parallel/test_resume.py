@@ -16,6 +16,7 @@ from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records
 from launcher import Job
 from safetensors.torch import load_file
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.sampler import Sampler
 from hvdlm.data.shard import DataSet
 
@@ -240,7 +241,7 @@ def test_sequences_that_cannot_be_read_are_left_out(ranks: Ranks, small_data: Pa
     opened = DataSet(data)
     length, batch = 32, 16
     windows = [(shard.n_tokens - 1) // length for shard in opened.train.shards]
-    sampler = Sampler(windows, batch, 0, opened.fingerprint)
+    sampler = Sampler(windows, BatchSizes(batch), 0, opened.fingerprint)
     drawn = [pair for step in range(50) for pair in zip(*sampler.batch(step), strict=True)]
     expected = sum(shard == 3 and (window + 1) * length >= begin for shard, window in drawn)
     assert 5 < expected < 200

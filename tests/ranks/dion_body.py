@@ -129,6 +129,22 @@ def check_ranks_train_as_one_with_the_joined_batch(comm: Communicator, kind: tup
         assert (ours - plain.momentum[name]).norm() <= 10 * within * plain.momentum[name].norm(), name
 
 
+@check(sizes=[1, 2])
+def check_no_matter_how_many_tokens_are_planned(comm: Communicator) -> None:
+    """Where the batch is to grow, 1 sequence to 7, and has 7 all the time."""
+    config = dion_config()
+    ramp = {"batch_ramp_start": 1, "batch_ramp_increment": 2, "batch_ramp_steps": 6}
+    config = config.model_copy(update={"train": config.train.model_copy(update=ramp)})
+    trainer, strategy = make_dion_trainer(comm, config)
+    plain = PlainDion(config, starts_of(strategy))
+    begin = flat(plain.model)
+    for step in range(6):
+        trainer.train_step(Batches(comm, step, ignored=True), False)
+        plain.step(step)
+        moved, expected = flat(trainer.model).double() - begin, flat(plain.model) - begin
+        assert (moved - expected).norm() <= 1e-4 * expected.norm(), (step, (moved - expected).norm(), expected.norm())
+
+
 @check(sizes=[2, 3])
 def check_what_travels(comm: Communicator) -> None:
     """r (m + n) numbers a matrix, and all others by their codec; a rank sends 2 (P - 1) / P of them."""

@@ -64,6 +64,10 @@ def test_version(tmp_path: Path) -> None:
         (["doctor", "--hostfile", ""], "argument --hostfile: it is empty: give a path"),
         (["slurm", "", "--nodes", "1", "--ranks-per-node", "1"], "argument CONFIG: it is empty: give a path"),
         (["fit", "x", "--output", ""], "argument --output: it is empty: give a path"),
+        (
+            ["prepare", "--input", "x", "--output", "y", "--seed", "-1"],
+            "argument --seed: '-1': give a whole number from 0",
+        ),
         (["doctor", "--timeout", "nan"], "argument --timeout: 'nan' is not a finite number"),
         (["doctor", "--timeout", "inf"], "argument --timeout: 'inf' is not a finite number"),
         (["doctor", "--timeout", "soon"], "argument --timeout: 'soon' is not a finite number"),

@@ -41,6 +41,17 @@ def test_sizes_are_those_worked_out_by_hand(capsys: pytest.CaptureFixture[str]) 
     assert re.fullmatch(r"[\d,]+ MiB", found["memory a rank, estimated"])
 
 
+def test_a_batch_that_grows(capsys: pytest.CaptureFixture[str]) -> None:
+    ramp = ["--train.batch_ramp_start=8", "--train.batch_ramp_steps=90", "--model.context_length=16"]
+    print_dry_run(load(None, [*ramp, "--train.global_batch_size=32"], PRESETS), 100, Launch("mpirun", 0, 3))
+    found = rows(capsys.readouterr().out)
+    assert found["sequences per step"] == "32, at most 11 a rank, 8 at once"
+    assert found["sequences at first"] == "8, growing in 90 steps"
+    assert found["tokens per step"] == "512"
+    # 30 steps each with 8, 16 and 24 sequences, and 910 with 32
+    assert found["tokens in all"] == f"{16 * (30 * (8 + 16 + 24) + 910 * 32):,}"
+
+
 @pytest.mark.parametrize(
     ("words", "numbers"),
     [
@@ -68,6 +79,29 @@ def test_memory_of_a_moving_average(capsys: pytest.CaptureFixture[str]) -> None:
     copy = round(4 * int(rows(output)["parameters"].replace(",", "")) / 2**20)
     assert re.findall(r"moving average of weights +([\d,]+) MiB", output) == [str(copy)]
     assert abs(found[1] - found[0] - copy) <= 1
+
+
+@pytest.mark.parametrize(("batch", "is_more"), [(1, True), (64, False)])
+def test_memory_of_the_copy_that_tasks_are_scored_with(
+    batch: int, is_more: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 bytes a parameter, between two steps: in the place of what a step needs beside its weights."""
+    found = []
+    for tasks in ("", "arc_easy"):
+        words = [f"--train.evaluate_tasks={tasks}", "--model.width=512", f"--train.micro_batch_size={batch}"]
+        words += [f"--train.global_batch_size={batch}", "--train.device=cpu"]
+        print_dry_run(load(None, words, PRESETS), 257, Launch("mpirun", 0, 2))
+        output = capsys.readouterr().out
+        found.append(int(rows(output)["memory a rank, estimated"].removesuffix(" MiB").replace(",", "")))
+    copy = 8 * int(rows(output)["parameters"].replace(",", "")) / 2**20
+    more = re.findall(r"float64 copy for tasks +([\d,]+) MiB", output)
+    if not is_more:
+        assert more == []
+        assert abs(found[1] - found[0]) <= 1  # what libraries have is measured
+        return
+    # One sequence of 128 tokens needs little beside
+    assert 0.7 * copy < int(more[0]) < copy
+    assert abs(found[1] - found[0] - int(more[0])) <= 1
 
 
 @pytest.mark.parametrize("copies", [1, 2], ids=["", "elastic"])

@@ -17,6 +17,7 @@ from torch.nn import functional
 from hvdlm.comm.communicator import Communicator, ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import ModelSection
+from hvdlm.data.mixture import WeightedPath
 from hvdlm.data.prepare import prepare
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
@@ -70,17 +71,17 @@ class ByHand:
     tokens: int
 
 
-def validation_tokens(path: Path) -> torch.Tensor:
-    """The only validation shard, whole, or one token if there is none."""
+def validation_tokens(path: Path, shard: int = 0) -> torch.Tensor:
+    """A validation shard, whole, or one token if there is none."""
     if not (path / "val").exists():
         return torch.zeros(1, dtype=torch.int64)
-    with h5py.File(path / "val" / "shard_00000.h5", locking=False) as file:
+    with h5py.File(path / "val" / f"shard_{shard:05d}.h5", locking=False) as file:
         return torch.from_numpy(file["tokens"][:].astype("int64"))
 
 
-def by_hand(model: Transformer, path: Path, windows: int | None = None) -> ByHand:
+def by_hand(model: Transformer, path: Path, windows: int | None = None, shard: int = 0) -> ByHand:
     """One window after another, the last one as short as it is: logits, then PyTorch's own cross entropy."""
-    tokens = validation_tokens(path)
+    tokens = validation_tokens(path, shard)
     result = ByHand(0.0, 0, 0)
     model.eval()
     for start in list(range(0, len(tokens) - 1, LENGTH))[:windows]:
@@ -115,9 +116,9 @@ def test_bits_per_byte_count_the_bytes_of_the_text(path: Path) -> None:
     data = DataSet(path)
     tokens = validation_tokens(path)
     text_bytes = int((tokens != data.eos_id).sum())  # the byte tokenizer has one token a byte, and the ends of text
-    result = Evaluation(loss=2.0, accuracy=0.5, tokens=10)
-    assert result.bits_per_byte(data) == pytest.approx(2.0 / math.log(2) * len(tokens) / text_bytes)
-    assert result.perplexity == math.exp(2.0)
+    result = evaluate(make_model(data), data, SoloCommunicator(), 4)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * len(tokens) / text_bytes)
+    assert Evaluation(loss=2.0, accuracy=0.5, tokens=10, tokens_per_byte=1.5).perplexity == math.exp(2.0)
 
 
 @pytest.mark.parametrize("limit", [1, 7])
@@ -153,6 +154,60 @@ def test_all_ranks_return_the_same_however_many_there_are(path: Path, ranks: int
     assert len(set(results)) == 1
     assert (results[0].tokens, results[0].accuracy) == (alone.tokens, alone.accuracy)
     assert results[0].loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A data set of three sources of unlike lengths, and their paths."""
+    folder, draw = tmp_path_factory.mktemp("mixture"), random.Random(1)
+    mix = []
+    for weight, letters, count in ((3, "abcd", 4000), (1, "é0123", 900), (2, "xyz ", 60)):
+        name = folder / f"{letters[0]}.txt"
+        name.write_text("".join(draw.choice(letters) for _ in range(count)), encoding="utf-8")
+        mix.append(WeightedPath(weight, str(name)))
+    prepare([], folder / "data", "byte", 1, 0.2, 1, "text", 0, skip_bad=False, mix=mix)
+    return folder / "data", [each.path for each in mix]
+
+
+@pytest.mark.parametrize(("ranks", "at_once"), [(1, 1), (1, 1000), (2, 5), (3, 4)])
+def test_each_source_has_a_loss(mixture: tuple[Path, list[str]], ranks: int, at_once: int) -> None:
+    """Of its own shard alone, though micro-batches hold sequences of several; all sources together are the whole."""
+    path, names = mixture
+    model = make_model(DataSet(path))
+    expected = [by_hand(model, path, shard=shard) for shard in range(3)]
+    assert len({each.tokens for each in expected}) == 3
+    all_results = on_threads(
+        ranks, lambda communicator: evaluate(make_model(DataSet(path)), DataSet(path), communicator, at_once)
+    )
+    for result in all_results:
+        assert list(result.of_sources) == names
+        for own, one, shard in zip(result.of_sources.values(), expected, range(3), strict=True):
+            check(own, one)
+            assert own.of_sources == {}
+            tokens = validation_tokens(path, shard)
+            n_bytes = int((tokens != DataSet(path).eos_id).sum())
+            assert own.bits_per_byte == pytest.approx(own.loss / math.log(2) * len(tokens) / n_bytes)
+        sums = ([each.loss_sum for each in expected], [each.correct for each in expected])
+        check(result, ByHand(*map(sum, sums), sum(each.tokens for each in expected)))
+    assert all(result == all_results[0] for result in all_results)
+
+
+def test_a_source_without_a_sequence_among_the_first_is_left_out(mixture: tuple[Path, list[str]]) -> None:
+    """Weights 3, 1 and 2: the first two sequences, due by 2, 3 and 6, are of the first source and the last."""
+    path, names = mixture
+    result = evaluate(make_model(DataSet(path)), DataSet(path), SoloCommunicator(), 4, limit=2)
+    assert list(result.of_sources) == [names[0], names[2]]
+    assert result.tokens == sum(each.tokens for each in result.of_sources.values())
+
+
+def test_sources_with_one_validation_for_all_have_no_loss_each(tmp_path: Path) -> None:
+    for name in ("a", "b", "held"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text " * 50)
+    mix = [WeightedPath(1, str(tmp_path / f"{name}.txt")) for name in ("a", "b")]
+    held_out = [str(tmp_path / "held.txt")]
+    prepare([], tmp_path / "data", "byte", 1, 0, 1, "text", 0, skip_bad=False, mix=mix, validation_inputs=held_out)
+    data = DataSet(tmp_path / "data")
+    assert evaluate(make_model(data), data, SoloCommunicator(), 4).of_sources == {}
 
 
 def test_lower_precision_is_close_and_not_the_same(path: Path) -> None:

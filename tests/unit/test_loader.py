@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.loader import Batch, Loader, validation_batches
 from hvdlm.data.prepare import prepare
 from hvdlm.data.rank_parts import RankParts
@@ -46,7 +47,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def read(path: Path, count: int, rank: int = 0, size: int = 1, start: int = 0, seed: int = 5) -> list[Batch]:
-    with Loader(DataSet(path), LENGTH, RankParts(BATCH, size), seed, rank, read_ahead=2, start=start) as loader:
+    with Loader(
+        DataSet(path), LENGTH, RankParts(BatchSizes(BATCH), size), seed, rank, read_ahead=2, start=start
+    ) as loader:
         return [loader.next() for _ in range(count)]
 
 
@@ -73,11 +76,13 @@ def test_sequences_of_a_damaged_shard_are_told_and_have_no_targets(path: Path) -
     shard.write_bytes(content[: offset + 5] + bytes([content[offset + 5] ^ 1]) + content[offset + 6 :])
     data = DataSet(path)
     windows = [(each.n_tokens - 1) // LENGTH for each in data.train.shards]
-    sampler = Sampler(windows, BATCH, 5, data.fingerprint)
+    sampler = Sampler(windows, BatchSizes(BATCH), 5, data.fingerprint)
     drawn = [shard for index in range(6) for shard in sampler.batch(index)[0]]
     left_out = 0
     for rank in range(3):
-        with Loader(data, LENGTH, RankParts(BATCH, 3), 5, rank, read_ahead=2, skip_unreadable=True) as loader:
+        with Loader(
+            data, LENGTH, RankParts(BatchSizes(BATCH), 3), 5, rank, read_ahead=2, skip_unreadable=True
+        ) as loader:
             for expected in whole[rank]:
                 batch = loader.next()
                 is_out = (batch.targets == IGNORE).all(dim=1)
@@ -92,7 +97,7 @@ def test_sequences_of_a_damaged_shard_are_told_and_have_no_targets(path: Path) -
 def test_sequences_of_a_shard_that_is_gone(path: Path) -> None:
     data = DataSet(path)
     (path / "shard_00001.h5").unlink()
-    with Loader(data, LENGTH, RankParts(BATCH, 1), 5, 0, 2, skip_unreadable=True) as loader:
+    with Loader(data, LENGTH, RankParts(BatchSizes(BATCH), 1), 5, 0, 2, skip_unreadable=True) as loader:
         errors = loader.next().errors
     assert errors
     assert all("No such file" in error for error in errors)
@@ -101,7 +106,7 @@ def test_sequences_of_a_shard_that_is_gone(path: Path) -> None:
 def test_batches_are_the_sampler_s_windows(path: Path) -> None:
     data = DataSet(path)
     shards = [stored_tokens(path / f"shard_{i:05}.h5") for i in range(4)]
-    sampler = Sampler([(len(tokens) - 1) // LENGTH for tokens in shards], BATCH, 5, data.fingerprint)
+    sampler = Sampler([(len(tokens) - 1) // LENGTH for tokens in shards], BatchSizes(BATCH), 5, data.fingerprint)
     for k, batch in enumerate(read(path, 30)):
         assert batch.index == k
         assert batch.inputs.dtype == batch.targets.dtype == torch.int64
@@ -127,7 +132,7 @@ def test_all_ranks_together_read_the_global_batch(path: Path, size: int) -> None
 def test_replaced_tokens_are_inputs_alone(path: Path, size: int) -> None:
     """The same on any number of ranks, also where each has one sequence, whose targets are as they were read."""
     for rank in range(size):
-        parts = RankParts(BATCH, size)
+        parts = RankParts(BatchSizes(BATCH), size)
         with Loader(DataSet(path), LENGTH, parts, 5, rank, read_ahead=2, token_dropout=0.3) as loader:
             for k in range(4):
                 whole, own, batch = read(path, k + 1)[k], read(path, k + 1, rank, size)[k], loader.next()
@@ -138,7 +143,7 @@ def test_replaced_tokens_are_inputs_alone(path: Path, size: int) -> None:
 
 def test_resuming_from_a_state(path: Path) -> None:
     expected = read(path, 12)
-    with Loader(DataSet(path), LENGTH, RankParts(BATCH, 1), 5, 0, read_ahead=4) as loader:
+    with Loader(DataSet(path), LENGTH, RankParts(BatchSizes(BATCH), 1), 5, 0, read_ahead=4) as loader:
         for _ in range(7):
             loader.next()
         state = loader.state_dict()
@@ -151,7 +156,7 @@ def test_seed_changes_the_order(path: Path) -> None:
 
 
 def test_state_is_what_was_delivered_not_what_was_read(path: Path) -> None:
-    with Loader(DataSet(path), LENGTH, RankParts(BATCH, 1), 5, 0, read_ahead=8, start=3) as loader:
+    with Loader(DataSet(path), LENGTH, RankParts(BatchSizes(BATCH), 1), 5, 0, read_ahead=8, start=3) as loader:
         assert loader.state_dict() == {"seed": 5, "batch": 3}
         loader.next()
         assert loader.state_dict() == {"seed": 5, "batch": 4}
@@ -166,7 +171,7 @@ def test_reading_ahead_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -
         return original(self, k)
 
     monkeypatch.setattr(Sampler, "batch", counted)
-    with Loader(DataSet(path), LENGTH, RankParts(BATCH, 1), 5, 0, read_ahead=3) as loader:
+    with Loader(DataSet(path), LENGTH, RankParts(BatchSizes(BATCH), 1), 5, 0, read_ahead=3) as loader:
         loader.next()
         time.sleep(0.3)  # enough time to read hundreds of batches
         # One delivered, three in the queue, one read and waiting for room in the queue.
@@ -175,7 +180,7 @@ def test_reading_ahead_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_closing_ends_the_thread(path: Path) -> None:
     for taken in (0, 1, 5):
-        loader = Loader(DataSet(path), LENGTH, RankParts(BATCH, 1), 5, 0, read_ahead=1)
+        loader = Loader(DataSet(path), LENGTH, RankParts(BatchSizes(BATCH), 1), 5, 0, read_ahead=1)
         for _ in range(taken):
             loader.next()
         assert len(loader_threads()) == 1
@@ -189,8 +194,10 @@ def test_closing_ends_the_thread(path: Path) -> None:
 def test_a_process_that_forgets_to_close_still_ends(path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from hvdlm.data.loader import Loader; "
-        "from hvdlm.data.rank_parts import RankParts; from hvdlm.data.shard import DataSet; "
-        "loader = Loader(DataSet(Path(sys.argv[1])), 16, RankParts(8, 1), 0, 0, 2); print(loader.next().index)"
+        "from hvdlm.config.batch_sizes import BatchSizes; "
+        "from hvdlm.data.rank_parts import RankParts; from hvdlm.data.shard import DataSet; parts = "
+        "RankParts(BatchSizes(8), 1); loader = Loader(DataSet(Path(sys.argv[1])), 16, parts, 0, 0, 2); "
+        "print(loader.next().index)"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "0\n")
@@ -198,7 +205,7 @@ def test_a_process_that_forgets_to_close_still_ends(path: Path) -> None:
 
 def test_damage_is_raised_by_the_batch_it_hits(path: Path) -> None:
     data = DataSet(path)
-    sampler = Sampler([(info.n_tokens - 1) // LENGTH for info in data.train.shards], 1, 5, data.fingerprint)
+    sampler = Sampler([(info.n_tokens - 1) // LENGTH for info in data.train.shards], BatchSizes(1), 5, data.fingerprint)
     shards = [int(sampler.batch(k)[0][0]) for k in range(100)]
     first_hit = next(k for k in range(100) if shards[k] != shards[0])
     file = data.train.shards[shards[first_hit]].path
@@ -207,7 +214,7 @@ def test_damage_is_raised_by_the_batch_it_hits(path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
-    with Loader(data, LENGTH, RankParts(1, 1), 5, 0, read_ahead=50) as loader:
+    with Loader(data, LENGTH, RankParts(BatchSizes(1), 1), 5, 0, read_ahead=50) as loader:
         assert [loader.next().index for _ in range(first_hit)] == list(range(first_hit))
         for _ in range(2):
             with pytest.raises(HvdlmError, match=f"{file.name} cannot be read at chunk 0"):
@@ -218,7 +225,7 @@ def test_damage_is_raised_by_the_batch_it_hits(path: Path) -> None:
 
 def test_too_long_a_context_says_so(path: Path) -> None:
     with pytest.raises(HvdlmError, match=r"hold no whole sequence; shorten model\.context_length"):
-        Loader(DataSet(path), 100_000, RankParts(BATCH, 1), 5, 0, read_ahead=1)
+        Loader(DataSet(path), 100_000, RankParts(BatchSizes(BATCH), 1), 5, 0, read_ahead=1)
     assert not loader_threads()
 
 

@@ -30,6 +30,14 @@ def test_memory_of_weights_by_hand():
         assert of_matrices.moments == 8 * 124_439_808 - 4 * 12 * 12 * 768**2
 
 
+def test_memory_of_a_copy_in_double_precision():
+    """8 bytes a parameter, less what only a step needs, in whose place it comes."""
+    memory = training_memory_bytes(preset("gpt2"), 50257, 1, "bf16")
+    of_a_step = memory.activations + memory.temporary + memory.loss
+    assert memory.double_precision == 8 * 124_439_808 - of_a_step > 0
+    assert training_memory_bytes(preset("gpt2"), 50257, 32, "bf16").double_precision == 0
+
+
 @pytest.mark.parametrize("length", [128, 512, 1024])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])

@@ -16,6 +16,7 @@ from forked import hvdlm
 from test_prepare import contents, make_texts, stored_documents, write_lines
 from test_sampler import network, rank_part
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.loader import Loader, training_sampler, validation_batches
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.mixture import Mixture
@@ -96,8 +97,19 @@ def source_of(shard: int) -> int:
     return [0, 0, 1, 1, 1, 2][shard]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_agrees_with_an_independent_implementation(batch_size: int) -> None:
+RAMP = BatchSizes(16, increment=4, increments=3, steps=7)  # batches of 4, 4, 4, 8, 8, 12, 12, then 16
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "sizes"),
+    [
+        (BatchSizes(1), [1] * 400),
+        (BatchSizes(3), [3] * 133),
+        (BatchSizes(16), [16] * 25),
+        (RAMP, [4, 4, 4, 8, 8, 12, 12, *[16] * 21]),
+    ],
+)
+def test_agrees_with_an_independent_implementation(batch_sizes: BatchSizes, sizes: list[int]) -> None:
     """One sequence at a time with Python's integers: the source by its share, then a permutation of its windows."""
     tasks = sorted(
         (-(-(number + 1) * 10 // share), source, number * 10 // share)  # deadline, source, release
@@ -109,11 +121,11 @@ def test_agrees_with_an_independent_implementation(batch_size: int) -> None:
         chosen = next(task for task in tasks if task[2] <= len(order))
         tasks.remove(chosen)
         order.append(chosen[1])
-    sampler = MixtureSampler(SHARDS, Mixture(SHARES), batch_size, 3, "f")
+    sampler = MixtureSampler(SHARDS, Mixture(SHARES), batch_sizes, 3, "f")
     starts = [0, 2, 5]
-    for k in range(400 // batch_size):
+    for k in range(len(sizes)):
         batch: list[list[tuple[int, int]]] = [[], [], []]
-        places = range(k * batch_size, (k + 1) * batch_size)
+        places = range(sum(sizes[:k]), sum(sizes[: k + 1]))
         for place in places:
             source = order[place]
             own = [(starts[source] + shard, w) for shard, count in enumerate(SHARDS[source]) for w in range(count)]
@@ -132,7 +144,7 @@ def test_agrees_with_an_independent_implementation(batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 6, 16])
 def test_batches_have_each_share_and_each_source_its_own_epochs(batch_size: int) -> None:
-    sampler = MixtureSampler(SHARDS, Mixture(SHARES), batch_size, 0, "f")
+    sampler = MixtureSampler(SHARDS, Mixture(SHARES), BatchSizes(batch_size), 0, "f")
     drawn: list[list[tuple[int, int]]] = [[], [], []]
     for k in range(1600 // batch_size):
         for pair in pairs(sampler, k):
@@ -149,7 +161,7 @@ def test_batches_have_each_share_and_each_source_its_own_epochs(batch_size: int)
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_part_of_every_rank_is_a_mixture(size: int) -> None:
-    sampler = MixtureSampler([[10_000], [3000]], Mixture([3, 1]), 48, 0, "f")
+    sampler = MixtureSampler([[10_000], [3000]], Mixture([3, 1]), BatchSizes(48), 0, "f")
     for k in range(20):
         batch = pairs(sampler, k)
         assert len(set(batch)) == 48
@@ -209,8 +221,8 @@ def test_a_data_set_without_weights_is_what_it_was(tmp_path: Path) -> None:
     assert "sources" not in content
     assert "mixture" not in content["recipe"]
     data = DataSet(tmp_path / "out")
-    before = Sampler([(shard.n_tokens - 1) // 16 for shard in data.train.shards], 8, 5, data.fingerprint)
-    now = training_sampler(data, 16, 8, 5)
+    before = Sampler([(shard.n_tokens - 1) // 16 for shard in data.train.shards], BatchSizes(8), 5, data.fingerprint)
+    now = training_sampler(data, 16, BatchSizes(8), 5)
     assert all(np.array_equal(now.batch(k), before.batch(k)) for k in (0, 7, 1000))
 
 
@@ -232,11 +244,11 @@ def test_ranks_share_the_batches_and_any_of_them_is_a_start(size: int, tmp_path:
     two_sources(tmp_path)
     prepare(tmp_path, *MIX)
     data = DataSet(tmp_path / "out")
-    sampler = training_sampler(data, 16, 8, 5)
+    sampler = training_sampler(data, 16, BatchSizes(8), 5)
     for k in (0, 1000):
         rows = []
         for rank in range(size):
-            with Loader(data, 16, RankParts(8, size), 5, rank, read_ahead=1, start=k) as loader:
+            with Loader(data, 16, RankParts(BatchSizes(8), size), 5, rank, read_ahead=1, start=k) as loader:
                 rows += loader.next().inputs.tolist()
         shards, windows = sampler.batch(k)
         expected = [
@@ -336,4 +348,4 @@ def test_a_source_without_a_whole_sequence_is_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "few.jsonl", ["abc", "defg", "hi", "jkl"])
     prepare(tmp_path, "--mix", "1=code.jsonl", "1=few.jsonl", "--shards", "1", "--validation", "0")
     with pytest.raises(HvdlmError, match=r"shards of few\.jsonl in .*out hold no whole sequence; shorten model\.cont"):
-        training_sampler(DataSet(tmp_path / "out"), 64, 8, 5)
+        training_sampler(DataSet(tmp_path / "out"), 64, BatchSizes(8), 5)

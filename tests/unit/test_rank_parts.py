@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.rank_parts import RankParts
 
 BATCH, END = 12, 20
@@ -18,7 +19,7 @@ def all_of(parts: RankParts, ranks: list[int], batches: range) -> Counter:
 
 
 def test_each_rank_has_its_part_of_a_batch() -> None:
-    parts = RankParts(BATCH, 4)
+    parts = RankParts(BatchSizes(BATCH), 4)
     assert parts.ranks == [0, 1, 2, 3]
     assert parts.own(7, 1) == [(7, 3), (7, 4), (7, 5)]
     assert all_of(parts, parts.ranks, range(END)) == ONCE
@@ -26,7 +27,7 @@ def test_each_rank_has_its_part_of_a_batch() -> None:
 
 def test_others_take_over_from_the_batch_under_way() -> None:
     """As where ranks step together: all that the dead one has computed before is in the model."""
-    parts, lost = RankParts(BATCH, 4).regrouped([0, 1, 3], sent=5, batch=5, end=END)
+    parts, lost = RankParts(BatchSizes(BATCH), 4).regrouped([0, 1, 3], sent=5, batch=5, end=END)
     assert (parts.ranks, lost) == ([0, 1, 3], 0)
     assert parts.own(4, 2) == [(4, 6), (4, 7), (4, 8)]
     assert parts.own(5, 3) == [(5, 8), (5, 9), (5, 10), (5, 11)]
@@ -35,7 +36,7 @@ def test_others_take_over_from_the_batch_under_way() -> None:
 
 def test_what_was_not_sent_is_made_up_for() -> None:
     """Batches 5 and 6 of rank 0, three sequences each, in as many steps: one a rank and step."""
-    parts, lost = RankParts(BATCH, 4).regrouped([1, 2, 3], sent=5, batch=7, end=END)
+    parts, lost = RankParts(BatchSizes(BATCH), 4).regrouped([1, 2, 3], sent=5, batch=7, end=END)
     assert lost == 0
     assert parts.own(7, 1) == [(7, 0), (7, 1), (7, 2), (7, 3), (5, 0)]
     assert parts.own(8, 3) == [(8, 8), (8, 9), (8, 10), (8, 11), (6, 2)]
@@ -45,7 +46,7 @@ def test_what_was_not_sent_is_made_up_for() -> None:
 
 def test_who_makes_up_for_it_dies_too() -> None:
     """Before it has, and before it has sent anything since the first death."""
-    parts, _ = RankParts(BATCH, 4).regrouped([1, 2, 3], sent=4, batch=7, end=END)
+    parts, _ = RankParts(BatchSizes(BATCH), 4).regrouped([1, 2, 3], sent=4, batch=7, end=END)
     parts, lost = parts.regrouped([3], sent=4, batch=8, end=END)
     assert (parts.ranks, lost) == ([3], 0)
     assert all_of(parts, [3], range(END)) + all_of(parts, [0, 1, 2], range(4)) == ONCE
@@ -54,7 +55,7 @@ def test_who_makes_up_for_it_dies_too() -> None:
 @pytest.mark.parametrize(("batch", "lost"), [(20, 9), (19, 0)])
 def test_at_the_end_of_a_run(batch: int, lost: int) -> None:
     """Without a step there is nobody to train on it: 3 sequences of 3 batches. One step takes it all."""
-    parts, found = RankParts(BATCH, 4).regrouped([0, 1, 2], sent=17, batch=batch, end=END)
+    parts, found = RankParts(BatchSizes(BATCH), 4).regrouped([0, 1, 2], sent=17, batch=batch, end=END)
     assert found == lost
     trained = all_of(parts, [0, 1, 2], range(END)) + all_of(parts, [3], range(17))
     assert sum((ONCE - trained).values()) == lost
@@ -62,10 +63,10 @@ def test_at_the_end_of_a_run(batch: int, lost: int) -> None:
 
 
 def test_a_run_that_is_resumed_makes_up_for_it() -> None:
-    parts, _ = RankParts(BATCH, 4).regrouped([0, 2, 3], sent=5, batch=8, end=END)
+    parts, _ = RankParts(BatchSizes(BATCH), 4).regrouped([0, 2, 3], sent=5, batch=8, end=END)
     saved = json.loads(json.dumps(parts.state_dict()))
     for size in (3, 2, 5):
-        again = RankParts(BATCH, size)
+        again = RankParts(BatchSizes(BATCH), size)
         again.load_state_dict(saved, 9, END, as_saved=size == 3)
         both = all_of(parts, [0, 2, 3], range(9)) + all_of(parts, [1], range(5))
         assert both + all_of(again, list(range(size)), range(9, END)) == ONCE
@@ -80,7 +81,7 @@ def test_a_run_that_is_resumed_makes_up_for_it() -> None:
 
 def test_ranks_that_join_have_their_part() -> None:
     """Numbers that have been given are not given again; the order is that of ranks now."""
-    parts, _ = RankParts(BATCH, 3).regrouped([1, 2], sent=6, batch=6, end=END)
+    parts, _ = RankParts(BatchSizes(BATCH), 3).regrouped([1, 2], sent=6, batch=6, end=END)
     parts, lost = parts.regrouped([2, 1, parts.known], sent=9, batch=9, end=END)
     assert (parts.ranks, lost, parts.known, parts.changes) == ([2, 1, 3], 0, 4, 2)
     assert parts.own(9, 2) == [(9, 0), (9, 1), (9, 2), (9, 3)]

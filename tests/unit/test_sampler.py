@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.sampler import ROUNDS, Sampler, permute, rank_part
 from hvdlm.errors import HvdlmError
 
@@ -63,7 +64,7 @@ def mix(value: int, key: int) -> int:
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 6, 9, 12])
 @pytest.mark.parametrize("k", [0, 1, 17, 10**9])
 def test_agrees_with_an_independent_implementation(windows: list[int], batch_size: int, k: int) -> None:
-    assert pairs(Sampler(windows, batch_size, 3, "f"), k) == reference(windows, batch_size, 3, "f", k)
+    assert pairs(Sampler(windows, BatchSizes(batch_size), 3, "f"), k) == reference(windows, batch_size, 3, "f", k)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 7, 16])
@@ -80,7 +81,7 @@ def test_more_ranks_than_sequences_leaves_empty_parts() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_a_rank_reads_only_its_own_shards(size: int) -> None:
-    sampler = Sampler(NEARLY_EQUAL, 12, 0, "f")
+    sampler = Sampler(NEARLY_EQUAL, BatchSizes(12), 0, "f")
     for rank in range(size):
         own = {shard for k in range(40) for shard, _ in np.array(pairs(sampler, k))[list(rank_part(12, rank, size))]}
         assert own == set(range(rank * 6 // size, (rank + 1) * 6 // size))
@@ -88,7 +89,7 @@ def test_a_rank_reads_only_its_own_shards(size: int) -> None:
 
 def test_each_epoch_of_a_group_contains_each_window_once() -> None:
     # Batches of 4 over 6 shards make 2 groups of 3 shards, with 121 and 123 windows; each gives 2 sequences to a batch.
-    sampler = Sampler(NEARLY_EQUAL, 4, 0, "f")
+    sampler = Sampler(NEARLY_EQUAL, BatchSizes(4), 0, "f")
     batches = [pairs(sampler, k) for k in range(3 * 123)]
     for group, shards in ((0, (0, 1, 2)), (1, (3, 4, 5))):
         windows = {(shard, window) for shard in shards for window in range(NEARLY_EQUAL[shard])}
@@ -102,7 +103,7 @@ def test_each_epoch_of_a_group_contains_each_window_once() -> None:
 @pytest.mark.parametrize("windows", [WINDOWS, [0, 0, 5, 0], [3, 0, 0, 98]])
 @pytest.mark.parametrize("batch_size", [4, 12])
 def test_unequal_shards_give_each_window_once_an_epoch(windows: list[int], batch_size: int) -> None:
-    sampler = Sampler(windows, batch_size, 0, "f")
+    sampler = Sampler(windows, BatchSizes(batch_size), 0, "f")
     drawn = Counter(pair for k in range(3 * sum(windows)) for pair in pairs(sampler, k))
     # `batch_size` times 3 times as many sequences as there are windows: so many whole epochs
     every = [(shard, window) for shard, count in enumerate(windows) for window in range(count)]
@@ -111,7 +112,7 @@ def test_unequal_shards_give_each_window_once_an_epoch(windows: list[int], batch
 
 def test_shards_are_drawn_in_proportion() -> None:
     """200 batches of 8 from 8 shards of which one holds 98.9% of all windows."""
-    sampler = Sampler([52, 42, 68, 73, 52, 36162, 63, 42], 8, 0, "f")
+    sampler = Sampler([52, 42, 68, 73, 52, 36162, 63, 42], BatchSizes(8), 0, "f")
     drawn = [pair for k in range(200) for pair in pairs(sampler, k)]
     assert len(set(drawn)) == 1600
     # 17.2 expected of the other shards, with a standard deviation of 4.1
@@ -119,7 +120,7 @@ def test_shards_are_drawn_in_proportion() -> None:
 
 
 def test_with_unequal_shards_ranks_read_mainly_different_ones() -> None:
-    sampler = Sampler([100, 300, 200, 200, 100, 100, 500, 100], 64, 0, "f")
+    sampler = Sampler([100, 300, 200, 200, 100, 100, 500, 100], BatchSizes(64), 0, "f")
     # half of all windows are in the first four shards
     read = [[shard < 4 for shard, _ in np.array(pairs(sampler, k))[list(rank_part(64, 0, 2))]] for k in range(200)]
     # (order statistics) sqrt(64 / 4) * sqrt(2 / pi) / 2 = 1.6 of 32 lie beyond the middle on average
@@ -127,7 +128,11 @@ def test_with_unequal_shards_ranks_read_mainly_different_ones() -> None:
 
 
 def test_order_depends_on_seed_and_fingerprint() -> None:
-    orders = {tuple(pairs(Sampler([1000], 50, seed, fingerprint), 0)) for seed in (0, 1) for fingerprint in ("f", "g")}
+    orders = {
+        tuple(pairs(Sampler([1000], BatchSizes(50), seed, fingerprint), 0))
+        for seed in (0, 1)
+        for fingerprint in ("f", "g")
+    }
     assert len(orders) == 4
 
 
@@ -158,11 +163,11 @@ def test_every_window_is_equally_likely_at_every_position(size: int) -> None:
 
 
 def test_neighbouring_windows_are_separated() -> None:
-    order = np.array([window for k in range(20) for _, window in pairs(Sampler([1000], 50, 0, "f"), k)])
+    order = np.array([window for k in range(20) for _, window in pairs(Sampler([1000], BatchSizes(50), 0, "f"), k)])
     # The mean distance of two random numbers below n is n / 3, with a standard error here of about 8.
     assert abs(np.abs(np.diff(order)).mean() - 1000 / 3) < 40
 
 
 def test_too_little_data_says_what_to_change() -> None:
     with pytest.raises(HvdlmError, match=r"training shards hold no whole sequence; shorten model\.context_length"):
-        Sampler([0, 0, 0, 0], 2, 0, "f")
+        Sampler([0, 0, 0, 0], BatchSizes(2), 0, "f")

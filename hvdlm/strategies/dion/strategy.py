@@ -38,7 +38,7 @@ class Dion(EveryStep):
         algorithm_costs: Sequence[AlgorithmCost] = (),
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective. `algorithm_costs`: see `open_channels`."""
-        self._nominal_tokens = config.train.global_batch_size * config.model.context_length
+        self._batch_sizes, self._context_length = config.train.batch_sizes, config.model.context_length
         self._momenta: list[MatrixMomentum] = []
         rank = matrix_rank(config.optimizer, config.model)
 
@@ -57,8 +57,9 @@ class Dion(EveryStep):
 
     def _note_tokens(self, tokens: int) -> int:
         """Gradients enter the momentum as those of the mean over all tokens of their step."""
+        nominal_tokens = self._batch_sizes.size(self.sync.step) * self._context_length
         for momentum in self._momenta:
-            momentum.gradient_scale = self._nominal_tokens / max(1, tokens)
+            momentum.gradient_scale = nominal_tokens / max(1, tokens)
         return tokens
 
     def norm(self) -> Tensor:

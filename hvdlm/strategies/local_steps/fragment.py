@@ -153,8 +153,8 @@ class Fragment:
         self._ended_totals: Tensor | None = None  # of the last round that has ended
         self._nominal_tokens = 1.0
         self._factor: float | None = None  # from what the buckets hold to the average; None: it may be arriving
-        # Of the last round, to send it again: what this rank told, over how many steps, and what codecs had kept before
-        self._message, self._round_steps = Report().message(), 0
+        # Of the last round, to send it again: what this rank told, of how many tokens, and what codecs had kept before
+        self._message, self._global_tokens = Report().message(), 0
         self._has_sent = False  # whether its buckets were sent, so that they hold an average when it ends
         self._kept: list[Tensor] = []
 
@@ -170,38 +170,39 @@ class Fragment:
         self.tokens += tokens
         self.steps += 1
 
-    def begin(self, step: int, global_tokens: int, own: Report, told: Tensor | None = None) -> None:
+    def begin(self, step: int, tokens_before: Callable[[int], int], own: Report, told: Tensor | None = None) -> None:
         """Begins a round after `step` steps: the leader of each group submits its differences, weighted by the tokens
         of its group.
 
-        `global_tokens`: of all ranks in a step. Weights are over a group's part of as many steps, so that they are
-        about 1: what a codec has not delivered counts as much in a shorter round. `own` but for its tokens, and `told`,
-        (n,) int64: what this rank tells the others.
+        `tokens_before`: of how many tokens the global batches before one are. Weights are over a group's part of those
+        since the fragment's last round began, so that they are about 1: what a codec has not delivered counts as much
+        in a shorter round. `own` but for its tokens, and `told`, (n,) int64: what this rank tells the others.
         """
         message = own._replace(tokens=int(self.tokens)).message()
         self._message = message if told is None else torch.cat([message, told])
-        self.began_at, self._round_steps = step, self.steps
+        self._global_tokens = tokens_before(step) - tokens_before(self.began_at)
+        self.began_at = step
         self.tokens.zero_()
         self.steps = 0
         self.rounds += 1
         self.is_under_way = True
         if self._is_elastic:
             self._kept = [tensor.clone() for tensor in self._codec_state().values()]
-        self._send(global_tokens, DifferenceBucket.take_differences_)
+        self._send(DifferenceBucket.take_differences_)
 
-    def begin_again(self, global_tokens: int) -> None:
+    def begin_again(self) -> None:
         """Begins the round that is under way once more, among the ranks that are left."""
         for tensor, before in zip(self._codec_state().values(), self._kept, strict=True):
             tensor.copy_(before)
-        self._send(global_tokens, DifferenceBucket.take_differences_again_)
+        self._send(DifferenceBucket.take_differences_again_)
 
-    def _send(self, global_tokens: int, take: Callable[[DifferenceBucket], None]) -> None:
+    def _send(self, take: Callable[[DifferenceBucket], None]) -> None:
         is_leader, channels = self.groups.is_leader, self.groups.channels
         message = self._message.clone()
         tokens = int(message[0])
         message[0] *= is_leader
         self._totals = self.groups.everyone.all_reduce_async_(message)
-        self._factor, self._nominal_tokens = None, self._round_steps * global_tokens / self.groups.count
+        self._factor, self._nominal_tokens = None, self._global_tokens / self.groups.count
         weight = tokens / self._nominal_tokens
         if measures := self._measures_drift():
             self.own_square = 0.0

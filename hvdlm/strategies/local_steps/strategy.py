@@ -71,7 +71,7 @@ class LocalSteps(Strategy):
             )
             for index, group in enumerate(split_into_fragments(named, settings.fragments))
         ]
-        self._global_tokens = config.train.global_batch_size * config.model.context_length
+        self._tokens_before = config.tokens_before
         self._step = 0  # steps done
         self._has_begun = False  # local steps have, on this rank
         self._is_ending = False  # a step is; of it, what still has to end and to begin, and totals of what has ended
@@ -186,7 +186,7 @@ class LocalSteps(Strategy):
             fragment = self._to_begin[0]
             if not fragment.is_under_way:
                 told = self._pace.tell(self._groups.is_leader) if self._pace else None
-                fragment.begin(self._step, self._global_tokens, self._own, told)
+                fragment.begin(self._step, self._tokens_before, self._own, told)
                 self._own = self._own._replace(save=False, unread=0)  # told once
             if not self._rounds.overlap or fragment.is_own_average:
                 self._totals.append(fragment.end(has_overlapped=False))
@@ -204,7 +204,7 @@ class LocalSteps(Strategy):
         totals = [each.end(has_overlapped=True) for each in self.fragments if each.is_under_way]
         trained = [fragment for fragment in self.fragments if fragment.steps]
         for fragment in trained:
-            fragment.begin(self._step, self._global_tokens, self._own)
+            fragment.begin(self._step, self._tokens_before, self._own)
             self._own = self._own._replace(unread=0)
         totals += [fragment.end(has_overlapped=False) for fragment in trained]
         self._model.update_low_precision_weights()
@@ -297,7 +297,7 @@ class LocalSteps(Strategy):
 
     def send_again(self) -> None:
         for fragment in sorted(self._to_send_again, key=lambda each: each.began_at):  # as where some begin only now
-            fragment.begin_again(self._global_tokens)
+            fragment.begin_again()
 
     # ---- the parameters to keep
 
