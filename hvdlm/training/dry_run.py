@@ -39,7 +39,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     moving_average = memory.parameters if train.ema else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
-        "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
+        "weights and optimizer": memory.parameters + memory.working_parameters + memory.gradients + memory.moments,
         "residuals of the codec": residuals,
         "averages of local steps": averages,
         "moving average of weights": moving_average,
