@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,11 @@ class Layout:
     pipeline: int = 1
     divides_vocabulary: bool = False  # tensor ranks hold parts of embedding and output; hvdlm's hold all of them
 
+    @classmethod
+    def of_mesh(cls, zero: int, shape: Mapping[str, int]) -> Layout:
+        """`zero`: `parallel.shard`. `shape`: how many ranks each axis has."""
+        return cls(zero, shape["data"], shape["shard"], shape["tensor"], shape["pipeline"])
+
     @property
     def ranks(self) -> int:
         """All of the job."""
@@ -33,10 +39,11 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"ZeRO {self.zero} x {self.shard}"] if self.zero else []
-        parts += [
-            f"{axis} {size}" for axis in ("data", "tensor", "pipeline") if (size := getattr(self, axis)) > 1
-        ]
+        parts += [f"{axis} {size}" for axis in ("data", "tensor", "pipeline") if (size := getattr(self, axis)) > 1]
         return ", ".join(parts) or "one rank"
+
+
+ONE_RANK = Layout()
 
 
 class Parameters(NamedTuple):

@@ -12,6 +12,7 @@ from hvdlm.model.attention import (
     repeats_key_value_heads,
 )
 from hvdlm.model.layout import (
+    ONE_RANK,
     Layout,
     Parameters,
     block_parameters,
@@ -69,7 +70,7 @@ def training_memory_bytes(
     compiled: bool = False,
     activation_checkpointing: bool = False,
     algorithm: Algorithm = "adamw",
-    layout: Layout = Layout(),
+    layout: Layout = ONE_RANK,
     micro_batches: int = 1,
     bucket_bytes: int = 0,
 ) -> TrainingMemory:
@@ -125,32 +126,18 @@ def _stage_memory(
     bucket_bytes: int,
 ) -> TrainingMemory:
     """Of one rank of a pipeline stage that holds `in_flight` micro-batches at once."""
-    width, heads, hidden_width = config.width, config.heads // layout.tensor, mlp_width(config) / layout.tensor
     low = precision != "fp32"
     item = 2 if low else 4
     tokens = micro_batch_size * config.context_length
-    query_width = width / layout.tensor
-    key_value_width = query_width * key_value_heads(config) / config.heads
-    rotated = query_width + key_value_width if config.position == "rope" else 0
-    activated = 2 if config.activation == "gelu" else 3 if compiled else 4
-    projected = query_width + 2 * key_value_width
-    attention = projected + rotated + query_width
-    is_grouped = key_value_heads(config) != config.heads
-    if is_grouped and repeats_key_value_heads(device, low, config.document_mask):
-        attention = (query_width if rotated else projected) + 2 * query_width + query_width
-    temporary = item * tokens * 3 * hidden_width  # gradients of the MLP's hidden numbers, and those being made
-    if device == "cpu" and low and config.context_length <= LONGEST_PLAIN_ATTENTION and not config.document_mask:
-        blocks = attention_blocks(config.context_length)
-        keys = sum((end - start) * end for start, end in blocks) // config.context_length
-        attention = 5 * query_width + heads * keys
-        scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
-        temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
-    token = 8 * width + item * (2 * width + attention + activated * hidden_width)
-    if device == "cpu" and config.norm == "rmsnorm" and not compiled:
-        token += 12 * width
+    token = saved_token_bytes(config, precision, device, compiled, layout)
+    temporary = item * tokens * 3 * mlp_width(config) / layout.tensor  # gradients of the MLP, and what is being made
+    if _has_plain_attention(config, precision, device):
+        heads, rows = config.heads // layout.tensor, min(ATTENTION_BLOCK, config.context_length)
+        # probabilities, their gradients and their product, in fp32
+        temporary = max(temporary, 3 * 4 * micro_batch_size * heads * rows * config.context_length)
     mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
     layers = stage_blocks(config, layout, stage)
-    kept = in_flight * layers * 4 * width + token if activation_checkpointing else in_flight * layers * token
+    kept = in_flight * layers * 4 * config.width + token if activation_checkpointing else in_flight * layers * token
     in_use = {
         **_state_bytes(config, vocab_size, low, algorithm, layout, stage, bucket_bytes),
         "activations": int(in_flight * mask + tokens * kept),
@@ -158,6 +145,34 @@ def _stage_memory(
         "loss": _loss_bytes(config, vocab_size, tokens, low, device, layout) if stage == layout.pipeline - 1 else 0,
     }
     return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
+
+
+def saved_token_bytes(config: ModelSection, precision: Precision, device: str, compiled: bool, layout: Layout) -> float:
+    """Bytes that one block keeps of each token for its backward pass, on one rank: see `training_memory_bytes`."""
+    width, low = config.width, precision != "fp32"
+    item = 2 if low else 4
+    query_width = width / layout.tensor
+    key_value_width = query_width * key_value_heads(config) / config.heads
+    projected = query_width + 2 * key_value_width
+    rotated = query_width + key_value_width if config.position == "rope" else 0
+    attention = projected + rotated + query_width
+    is_grouped = key_value_heads(config) != config.heads
+    if is_grouped and repeats_key_value_heads(device, low, config.document_mask):
+        attention = (query_width if rotated else projected) + 2 * query_width + query_width
+    if _has_plain_attention(config, precision, device):
+        blocks = attention_blocks(config.context_length)
+        keys = sum((end - start) * end for start, end in blocks) // config.context_length
+        attention = 5 * query_width + config.heads // layout.tensor * keys
+    activated = 2 if config.activation == "gelu" else 3 if compiled else 4
+    token = 8 * width + item * (2 * width + attention + activated * mlp_width(config) / layout.tensor)
+    if device == "cpu" and config.norm == "rmsnorm" and not compiled:
+        token += 12 * width
+    return token
+
+
+def _has_plain_attention(config: ModelSection, precision: Precision, device: str) -> bool:
+    is_short = config.context_length <= LONGEST_PLAIN_ATTENTION
+    return device == "cpu" and precision != "fp32" and is_short and not config.document_mask
 
 
 def _state_bytes(
@@ -217,9 +232,7 @@ def _largest(sizes: list[int], count: int) -> list[int]:
     return sorted(sizes, reverse=True)[:count]
 
 
-def _loss_bytes(
-    config: ModelSection, vocab_size: int, tokens: int, low: bool, device: str, layout: Layout
-) -> int:
+def _loss_bytes(config: ModelSection, vocab_size: int, tokens: int, low: bool, device: str, layout: Layout) -> int:
     item = 2 if low else 4
     rows = vocabulary_parameters(config, vocab_size, layout) // config.width
     chunk = min(tokens, loss_chunk_tokens(rows, item, device))

@@ -23,27 +23,30 @@ class Link:
 class Cluster:
     """Equal hosts, joined by a network."""
 
-    flops: float  # that a rank attains while it computes
-    memory_bandwidth: float  # bytes/s of a rank's memory; infinite where `flops` includes the optimizer's step
+    flops: float  # FLOP/s of a rank's matrix products
+    memory_bandwidth: float  # bytes/s of a rank's memory, for all between the products; infinite: `flops` includes that
+    optimizer_seconds: float  # of an optimizer's step, for a parameter
     ranks_per_host: int
     inside: Link  # of each rank, to the others of its host
     between: Link  # of each host
 
-    def ring(self, nbytes: float, ranks: int, stride: int) -> float:
-        """Seconds in which each of `ranks` ranks, `stride` apart, sends so many bytes round a ring.
+    def gather(self, nbytes: float, ranks: int, stride: int, messages: int = 1) -> float:
+        """Seconds of an all-gather or a reduce-scatter of so many bytes among `ranks` ranks, `stride` apart, in so many
+        messages; an all-reduce takes twice as long.
 
-        An all-gather or reduce-scatter of b bytes sends b (n - 1) / n, an all-reduce twice that (Patarasuk & Yuan,
-        JPDC 2009, section 3). Each of the other groups of this kind does so at the same time. A ring crosses every
-        host's link once, whatever the number of its ranks there, and those rings that cross it share it.
+        On a ring each rank sends b (n - 1) / n bytes in n - 1 hops (Patarasuk & Yuan, JPDC 2009, section 3). A ring
+        crosses every host's link once, whatever the number of its ranks there; all other groups of this kind exchange
+        theirs at the same time, and share that link.
         """
         if ranks == 1:
             return 0.0
-        per_host = self._per_host(ranks, stride)
-        seconds, hops = nbytes / self.inside.bytes_per_second if per_host > 1 else 0.0, ranks - 1
+        per_host = max(1, min(ranks, self.ranks_per_host // stride))
+        sent, hops = nbytes * (ranks - 1) / ranks, messages * (ranks - 1)
+        seconds = sent / self.inside.bytes_per_second if per_host > 1 else 0.0
         if per_host == ranks:
             return seconds + hops * self.inside.latency
         rings = self.ranks_per_host / per_host
-        seconds = max(seconds, nbytes * rings / self.between.bytes_per_second)
+        seconds = max(seconds, sent * rings / self.between.bytes_per_second)
         return seconds + hops * (self.between.latency + (per_host - 1) * self.inside.latency) / per_host
 
     def message(self, nbytes: float, stride: int) -> float:
@@ -51,7 +54,3 @@ class Cluster:
         if stride < self.ranks_per_host:
             return nbytes / self.inside.bytes_per_second + self.inside.latency
         return nbytes * self.ranks_per_host / self.between.bytes_per_second + self.between.latency
-
-    def _per_host(self, ranks: int, stride: int) -> int:
-        """How many of a group's ranks are on one host."""
-        return max(1, min(ranks, self.ranks_per_host // stride))

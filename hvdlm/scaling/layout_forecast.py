@@ -10,23 +10,31 @@ and the messages between stages while the pipeline fills and drains. ZeRO's gath
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
-from hvdlm.config import Algorithm, ModelSection, Precision
+from hvdlm.config import ModelSection, Precision
 from hvdlm.model.layout import (
+    ONE_RANK,
     Layout,
+    block_parameters,
     micro_batches,
     most_parameters,
     stage_blocks,
     stage_flops_per_token,
     stage_parameters,
 )
-from hvdlm.model.size import flops_per_token
+from hvdlm.model.memory import saved_token_bytes
+from hvdlm.model.size import flops_per_token, mlp_width
 from hvdlm.scaling.cluster import Cluster
 
-# Bytes of a parameter that an optimizer's step moves: gradient and master weight are read, the latter is written, and
-# each moment is read and written
-_OPTIMIZER_BYTES: dict[Algorithm, int] = {"adamw": 28, "adam": 28, "dion": 28, "muon": 28, "sgd": 20, "lion": 20}
+# Of a forward pass, once more in the backward pass: "block" as train.activation_checkpointing does
+Recomputation = Literal["none", "half", "block", "whole"]
+
+# What a block keeps for its backward pass is written and read in the forward pass; the backward pass reads it, and
+# writes and reads its gradient
+_MOVED_FORWARD, _MOVED_BACKWARD = 2, 3
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,8 @@ class LayoutScenario:
     global_batch_size: int  # sequences
     micro_batch_size: int
     precision: Precision = "bf16"
-    algorithm: Algorithm = "adamw"
-    recomputed: float = 0.0  # of a forward pass, once more in the backward pass; 1: activation checkpointing
+    recomputed: Recomputation = "none"
+    plain_attention: bool = False  # attention as products of whole matrices, as before FlashAttention
     gradient_bytes: float = 4.0  # that are sent for a number: 4 by codec none, 2 by fp16 and bf16
     bubble_share: float = 1.0  # of 1F1B's bubble: 1/3 for zero-bubble, 1 / v for v interleaved parts of each stage
 
@@ -58,6 +66,12 @@ class LayoutScenario:
     def micro_batches(self) -> int:
         """That one rank computes in a step."""
         return micro_batches(self.global_batch_size, self.micro_batch_size, self.layout)
+
+    @property
+    def micro_batch_tokens(self) -> float:
+        """Of one of them; a mean, for the last may be smaller."""
+        sequences = math.ceil(self.global_batch_size / self.layout.batch_parts)
+        return sequences / self.micro_batches * self.model.context_length
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class LayoutForecast:
 def forecast_layout(scenario: LayoutScenario, cluster: Cluster) -> LayoutForecast:
     """Forecasts the step of a scenario."""
     count = scenario.micro_batches
-    stages = [_Stage(scenario, cluster, index) for index in range(scenario.layout.pipeline)]
+    stages = _stages(scenario, cluster)
     slowest = max(stages, key=lambda stage: stage.seconds)
     others = sum(stage.seconds for stage in stages) - slowest.seconds
     filling = 2 * (len(stages) - 1) * _boundary_seconds(scenario, cluster)
@@ -93,10 +107,28 @@ def forecast_layout(scenario: LayoutScenario, cluster: Cluster) -> LayoutForecas
     )
 
 
+def moved_bytes_per_token(model: ModelSection, precision: Precision) -> float:
+    """That one rank alone reads and writes in its memory between matrix products, for one token."""
+    saved = saved_token_bytes(model, precision, "cuda", False, ONE_RANK)
+    return (_MOVED_FORWARD + _MOVED_BACKWARD) * model.layers * saved
+
+
 def utilisation(scenario: LayoutScenario, seconds: float, peak: float) -> float:
     """Model FLOPs of a step over what all ranks could compute in `seconds` at `peak` FLOP/s each."""
     flops = flops_per_token(scenario.model, scenario.vocab_size) * scenario.tokens
     return flops / (seconds * peak * scenario.layout.ranks)
+
+
+def _stages(scenario: LayoutScenario, cluster: Cluster) -> list[_Stage]:
+    """All stages; those between the first and the last that have as many blocks are one object."""
+    last, made = scenario.layout.pipeline - 1, {}
+    kinds = [
+        (stage_blocks(scenario.model, scenario.layout, index), index == 0, index == last) for index in range(last + 1)
+    ]
+    for index, kind in enumerate(kinds):
+        if kind not in made:
+            made[kind] = _Stage(scenario, cluster, index)
+    return [made[kind] for kind in kinds]
 
 
 class _Stage:
@@ -104,18 +136,22 @@ class _Stage:
 
     def __init__(self, scenario: LayoutScenario, cluster: Cluster, index: int) -> None:
         model, layout = scenario.model, scenario.layout
-        tokens = scenario.micro_batch_size * model.context_length
+        tokens = scenario.micro_batch_tokens
         self.blocks = stage_blocks(model, layout, index)
         self.numbers = stage_parameters(model, scenario.vocab_size, layout, index).total
-        forward = tokens * stage_flops_per_token(model, scenario.vocab_size, layout, index) / cluster.flops
-        reduction = cluster.ring(
-            2 * (layout.tensor - 1) / layout.tensor * scenario.item * tokens * model.width, layout.tensor, 1
-        )
-        reductions = 2 * self.blocks * reduction  # of a pass; with sequence parallelism as many bytes (Korthikanti 2022)
-        repeated = 1 + scenario.recomputed
-        self.compute = forward * (2 + repeated)
-        self.tensor = reductions * (1 + repeated)
-        self.forward = forward + reductions
+        flops = tokens * stage_flops_per_token(model, scenario.vocab_size, layout, index)
+        saved = tokens * self.blocks * saved_token_bytes(model, scenario.precision, "cuda", False, layout)
+        if scenario.plain_attention:  # products over all pairs of tokens, and probabilities before and after dropout
+            flops += tokens * 2 * self.blocks * model.width * model.context_length / layout.tensor
+            saved += tokens * self.blocks * model.heads / layout.tensor * model.context_length * (2 * scenario.item + 1)
+        products, moved = flops / cluster.flops, saved / cluster.memory_bandwidth
+        # As many bytes as what sequence parallelism gathers and reduces (Korthikanti et al. 2022, arXiv:2205.05198)
+        reduction = 2 * cluster.gather(scenario.item * tokens * model.width, layout.tensor, 1)
+        forward = products + _MOVED_FORWARD * moved
+        repeated, repeated_reductions = _recomputed(scenario)
+        self.compute = (1 + repeated) * forward + 2 * products + _MOVED_BACKWARD * moved
+        self.tensor = self.blocks * (4 + repeated_reductions) * reduction
+        self.forward = forward + 2 * self.blocks * reduction
         self.backward = self.compute + self.tensor - self.forward
 
     @property
@@ -123,12 +159,25 @@ class _Stage:
         return self.compute + self.tensor
 
 
+def _recomputed(scenario: LayoutScenario) -> tuple[float, int]:
+    """The share of a forward pass that the backward pass repeats, and of a block's two all-reduces how many."""
+    if scenario.recomputed == "none":
+        return 0.0, 0
+    if scenario.recomputed == "whole":
+        return 1.0, 2
+    if scenario.recomputed == "half":
+        return 0.5, 1
+    # PyTorch's checkpoint stops when it has all that the backward pass needs: before the MLP's second product
+    block = block_parameters(scenario.model, ONE_RANK)
+    return 1 - scenario.model.width * mlp_width(scenario.model) / block.matrices, 1
+
+
 def _boundary_seconds(scenario: LayoutScenario, cluster: Cluster) -> float:
     """Seconds of the message of a micro-batch from one stage to the next."""
     layout = scenario.layout
     if layout.pipeline == 1:
         return 0.0
-    nbytes = scenario.item * scenario.micro_batch_size * scenario.model.context_length * scenario.model.width
+    nbytes = scenario.item * scenario.micro_batch_tokens * scenario.model.width
     return cluster.message(nbytes, layout.ranks // layout.pipeline)
 
 
@@ -140,13 +189,10 @@ def _exposed_and_optimizer(
     """
     layout = scenario.layout
     shard_stride, data_stride = layout.tensor, layout.tensor * layout.shard
-    kept = (layout.shard - 1) / layout.shard
-    reduction = cluster.ring(kept * scenario.gradient_bytes * stage.numbers, layout.shard, shard_stride)
-    gather = cluster.ring(kept * scenario.item * stage.numbers, layout.shard, shard_stride)
-    across = cluster.ring(
-        2 * (layout.data - 1) / layout.data * scenario.gradient_bytes * stage.numbers / layout.shard,
-        layout.data,
-        data_stride,
+    reduction = cluster.gather(scenario.gradient_bytes * stage.numbers, layout.shard, shard_stride, stage.blocks)
+    gather = cluster.gather(scenario.item * stage.numbers, layout.shard, shard_stride, stage.blocks)
+    across = 2 * cluster.gather(
+        scenario.gradient_bytes * stage.numbers / layout.shard, layout.data, data_stride, stage.blocks
     )
 
     def beside(seconds: float, hidden_by: float) -> float:
@@ -162,5 +208,4 @@ def _exposed_and_optimizer(
         before = beside(reduction, stage.backward)
     after = gather if layout.zero in (1, 2) else 0.0
     numbers = most_parameters(scenario.model, scenario.vocab_size, layout) / (layout.shard if layout.zero else 1)
-    optimizer = _OPTIMIZER_BYTES[scenario.algorithm] * numbers / cluster.memory_bandwidth
-    return (count - 1) * before + last + after, optimizer
+    return (count - 1) * before + last + after, numbers * cluster.optimizer_seconds

@@ -14,7 +14,6 @@ from hvdlm.config import Precision
 from hvdlm.devices import device_of_chip
 from hvdlm.training.precision import DTYPES
 
-
 # Matrices are doubled until a product takes so long, in seconds; of each size so many products are timed, or fewer if
 # they take longer than that together.
 _LONG_ENOUGH = 0.004
