@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from hvdlm.config import ModelSection
 from hvdlm.model.size import mlp_width, qkv_width
+
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class Layout:
     shard: int = 1
     tensor: int = 1
     pipeline: int = 1
-    divides_vocabulary: bool = False  # tensor ranks hold parts of embedding and output; hvdlm's hold all of them
+    schedule: Schedule = "1f1b"  # of the pipeline
+    chunks: int = 1  # parts of the model that each rank of the pipeline has, if the schedule is interleaved
+    blocks: tuple[int, ...] = ()  # of each stage; empty: as many as others have, or one more
 
     @classmethod
     def of_mesh(cls, zero: int, shape: Mapping[str, int]) -> Layout:
@@ -40,6 +44,7 @@ class Layout:
     def __str__(self) -> str:
         parts = [f"ZeRO {self.zero} x {self.shard}"] if self.zero else []
         parts += [f"{axis} {size}" for axis in ("data", "tensor", "pipeline") if (size := getattr(self, axis)) > 1]
+        parts += [self.schedule.replace("_", " ")] if self.pipeline > 1 and self.schedule != "1f1b" else []
         return ", ".join(parts) or "one rank"
 
 
@@ -59,11 +64,11 @@ class Parameters(NamedTuple):
 
 
 def block_parameters(config: ModelSection, layout: Layout) -> Parameters:
-    """Of one block on one rank.
+    """Of one block on one rank, of tensor ranks the one with most.
 
-    Tensor ranks divide the rows of the query, key, value and up projections with their biases, and the columns of the
-    two projections into the residual stream (Shoeybi et al. 2019, arXiv:1909.08053, section 3). They all hold norms and
-    the biases of the latter.
+    They divide the rows of the query, key, value and up projections with their biases, the columns of the two
+    projections into the residual stream, and the rows of embedding and output projection (Shoeybi et al. 2019,
+    arXiv:1909.08053, section 3). All of them hold norms, the biases of the former two, and position embeddings.
     """
     width, hidden_width, tensor = config.width, mlp_width(config), layout.tensor
     expansions = 1 if config.activation == "gelu" else 2
@@ -79,7 +84,9 @@ def block_parameters(config: ModelSection, layout: Layout) -> Parameters:
 
 
 def stage_blocks(config: ModelSection, layout: Layout, stage: int) -> int:
-    """Blocks of a pipeline stage: as many as others have, or one more where they do not divide evenly."""
+    """Blocks of a rank of a pipeline stage."""
+    if layout.blocks:
+        return layout.blocks[stage]
     return config.layers // layout.pipeline + (stage < config.layers % layout.pipeline)
 
 
@@ -102,9 +109,8 @@ def stage_parameters(config: ModelSection, vocab_size: int, layout: Layout, stag
 
 
 def vocabulary_parameters(config: ModelSection, vocab_size: int, layout: Layout) -> int:
-    """Of one rank's token embedding, or of its output projection: V D, or its part of them."""
-    rows = -(-vocab_size // layout.tensor) if layout.divides_vocabulary else vocab_size
-    return rows * config.width
+    """Of one rank's token embedding, or of its output projection."""
+    return -(-vocab_size // layout.tensor) * config.width
 
 
 def most_parameters(config: ModelSection, vocab_size: int, layout: Layout) -> int:
@@ -115,8 +121,7 @@ def most_parameters(config: ModelSection, vocab_size: int, layout: Layout) -> in
 def stage_flops_per_token(config: ModelSection, vocab_size: int, layout: Layout, stage: int) -> float:
     """Floating-point operations of the forward pass of one rank of a stage, for one token of a full context.
 
-    A third of `hvdlm.model.size.flops_per_token`, divided among ranks. Tensor ranks that hold the whole output
-    projection all multiply by it.
+    A third of `hvdlm.model.size.flops_per_token`, divided among ranks.
     """
     count = stage_blocks(config, layout, stage)
     flops = 2.0 * count * block_parameters(config, layout).matrices
@@ -129,6 +134,31 @@ def stage_flops_per_token(config: ModelSection, vocab_size: int, layout: Layout,
 def micro_batches(global_batch_size: int, micro_batch_size: int, layout: Layout) -> int:
     """That one rank computes in a step, of the ranks with most."""
     return math.ceil(math.ceil(global_batch_size / layout.batch_parts) / micro_batch_size)
+
+
+def micro_batches_held(count: int, layout: Layout, stage: int) -> float:
+    """Of `count` micro-batches of a step, those whose activations a rank of a stage holds at once.
+
+    1F1B and interleaved: Narayanan et al. 2021, arXiv:2104.04473, section 2.2, where a chunk is a part of a micro-batch;
+    zero bubble, ZB-H1: Qi et al. 2024, arXiv:2401.10241, section 3.
+    """
+    ranks, chunks = layout.pipeline, layout.chunks
+    most = {
+        "gpipe": float(count),
+        "1f1b": ranks - stage,
+        "interleaved": (2 * (ranks - 1 - stage) + (chunks - 1) * ranks + 1) / chunks,
+        "zero_bubble": ranks,
+    }
+    return min(count, most[layout.schedule])
+
+
+def bubble_share(layout: Layout) -> float:
+    """Of the time that a rank waits for others with 1F1B, that it waits with the layout's schedule.
+
+    Sources as of `micro_batches_held`; a third with ZB-H1 where the forward pass, the gradients of inputs and those of
+    weights take equally long.
+    """
+    return {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1 / layout.chunks, "zero_bubble": 1 / 3}[layout.schedule]
 
 
 def _end_stages(layout: Layout) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from hvdlm.model.layout import (
     Layout,
     Parameters,
     block_parameters,
+    micro_batches_held,
     stage_blocks,
     stage_parameters,
     vocabulary_parameters,
@@ -76,9 +77,8 @@ def training_memory_bytes(
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
-    Of the pipeline stages it is the one that needs most: the first one, which holds as many micro-batches of a step as
-    there are stages (1F1B: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1; `micro_batches`: those of a step),
-    or the last one, which has the loss. `bucket_bytes`: of gradients that ZeRO reduces at once.
+    Of a pipeline's stages it is the one that needs most: the first one, which holds the most of the `micro_batches` of a
+    step at once, or the last one, which has the loss. `bucket_bytes`: of gradients that ZeRO reduces at once.
 
     Weights, gradients and moments are exact. Activations are what this Transformer saves for its backward pass,
     without dropout. With a bytes a number in matrix products (4 for fp32, 2 for bf16 and fp16, where the residual
@@ -96,14 +96,14 @@ def training_memory_bytes(
     made of. All blocks share the mask of documents, a bytes for each pair of tokens of a sequence.
     On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
     silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
-    input, 4 D, and only one of them all the rest. Tensor ranks divide heads and M among them, and hold all of the rest.
+    input, 4 D, and only one of them all the rest. Tensor ranks divide heads and M among them, and hold all the rest.
     """
     stages = {0, layout.pipeline - 1}
     return max(
         (
             _stage_memory(
                 *(config, vocab_size, micro_batch_size, precision, device, compiled, activation_checkpointing),
-                *(algorithm, layout, stage, min(micro_batches, layout.pipeline - stage), bucket_bytes),
+                *(algorithm, layout, stage, micro_batches_held(micro_batches, layout, stage), bucket_bytes),
             )
             for stage in stages
         ),
@@ -122,10 +122,10 @@ def _stage_memory(
     algorithm: Algorithm,
     layout: Layout,
     stage: int,
-    in_flight: int,
+    held: float,
     bucket_bytes: int,
 ) -> TrainingMemory:
-    """Of one rank of a pipeline stage that holds `in_flight` micro-batches at once."""
+    """Of one rank of a pipeline stage that holds the activations of `held` micro-batches at once."""
     low = precision != "fp32"
     item = 2 if low else 4
     tokens = micro_batch_size * config.context_length
@@ -137,10 +137,10 @@ def _stage_memory(
         temporary = max(temporary, 3 * 4 * micro_batch_size * heads * rows * config.context_length)
     mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
     layers = stage_blocks(config, layout, stage)
-    kept = in_flight * layers * 4 * config.width + token if activation_checkpointing else in_flight * layers * token
+    kept = held * layers * 4 * config.width + token if activation_checkpointing else held * layers * token
     in_use = {
         **_state_bytes(config, vocab_size, low, algorithm, layout, stage, bucket_bytes),
-        "activations": int(in_flight * mask + tokens * kept),
+        "activations": int(held * mask + tokens * kept),
         "temporary": int(temporary),
         "loss": _loss_bytes(config, vocab_size, tokens, low, device, layout) if stage == layout.pipeline - 1 else 0,
     }

@@ -19,6 +19,7 @@ from hvdlm.model.layout import (
     ONE_RANK,
     Layout,
     block_parameters,
+    bubble_share,
     micro_batches,
     most_parameters,
     stage_blocks,
@@ -50,7 +51,6 @@ class LayoutScenario:
     recomputed: Recomputation = "none"
     plain_attention: bool = False  # attention as products of whole matrices, as before FlashAttention
     gradient_bytes: float = 4.0  # that are sent for a number: 4 by codec none, 2 by fp16 and bf16
-    bubble_share: float = 1.0  # of 1F1B's bubble: 1/3 for zero-bubble, 1 / v for v interleaved parts of each stage
 
     @property
     def item(self) -> int:
@@ -101,7 +101,7 @@ def forecast_layout(scenario: LayoutScenario, cluster: Cluster) -> LayoutForecas
     return LayoutForecast(
         count * slowest.compute,
         count * slowest.tensor,
-        scenario.bubble_share * (others + filling),
+        bubble_share(scenario.layout) * (others + filling),
         exposed,
         optimizer,
     )
@@ -150,7 +150,9 @@ class _Stage:
         forward = products + _MOVED_FORWARD * moved
         repeated, repeated_reductions = _recomputed(scenario)
         self.compute = (1 + repeated) * forward + 2 * products + _MOVED_BACKWARD * moved
-        self.tensor = self.blocks * (4 + repeated_reductions) * reduction
+        # Those of the embedding's forward and the output projection's backward pass
+        ends = (index == 0) + (index == layout.pipeline - 1)
+        self.tensor = (self.blocks * (4 + repeated_reductions) + ends) * reduction
         self.forward = forward + 2 * self.blocks * reduction
         self.backward = self.compute + self.tensor - self.forward
 
@@ -173,11 +175,11 @@ def _recomputed(scenario: LayoutScenario) -> tuple[float, int]:
 
 
 def _boundary_seconds(scenario: LayoutScenario, cluster: Cluster) -> float:
-    """Seconds of the message of a micro-batch from one stage to the next."""
+    """Seconds of the message of a micro-batch from one stage to the next, in fp32."""
     layout = scenario.layout
     if layout.pipeline == 1:
         return 0.0
-    nbytes = scenario.item * scenario.micro_batch_tokens * scenario.model.width
+    nbytes = 4 * scenario.micro_batch_tokens * scenario.model.width
     return cluster.message(nbytes, layout.ranks // layout.pipeline)
 
 

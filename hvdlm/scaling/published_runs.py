@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 from hvdlm.config import ModelSection
 from hvdlm.devices import device_named
-from hvdlm.model.layout import Layout
+from hvdlm.model.layout import Layout, Schedule
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import flops_per_token
 from hvdlm.scaling.cluster import BETWEEN_LATENCY, INSIDE_LATENCY, LINK_SHARE, Cluster, Link
@@ -119,7 +119,7 @@ _TITAN_ASSUMED = "selective recomputation, taken as half a forward pass"
 _TITAN_H100 = Source("torchtitan, H100", _TITAN, "h100", 3200e9, _TITAN_ASSUMED)
 _TITAN_FLOAT8 = Source(
     *("torchtitan, H100, float8", _TITAN, "h100", 3200e9),
-    f"{_TITAN_ASSUMED}; micro-batches of the pipeline, taken as one a stage; parts of interleaved stages, taken as 2",
+    f"{_TITAN_ASSUMED}; micro-batches of the pipeline, taken as one a stage; chunks of the interleaved schedule, taken as 2",
 )
 _TITAN_A100 = Source(
     *("torchtitan, A100", "pytorch/torchtitan docs/performance.md, commit 0413364", "a100", 1600e9),
@@ -133,7 +133,7 @@ _MEGATRON = Source(
 )
 _LLAMA3 = Source(
     *("Llama 3 405B, H100", "Grattafiori et al. 2024, arXiv:2407.21783, table 4", "h100", 3200e9),
-    "micro-batches, taken as one sequence; parts of interleaved stages, taken as 8, a block each",
+    "micro-batches, taken as one sequence; chunks of the interleaved schedule, taken as 8, a block each",
 )
 
 
@@ -157,10 +157,9 @@ def _titan(
     batch: tuple[int, int],
     recomputed: Recomputation,
     speed: float,
-    share: float = 1.0,
 ) -> PublishedRun:
     shape, vocab_size = _TITAN_SHAPES[name]
-    scenario = LayoutScenario(shape, vocab_size, layout, *batch, recomputed=recomputed, bubble_share=share)
+    scenario = LayoutScenario(shape, vocab_size, layout, *batch, recomputed=recomputed)
     return PublishedRun(source, name, scenario, speed)
 
 
@@ -169,7 +168,6 @@ _TITAN_SHAPES = {
     "Llama 3 8B": (_shape("llama-8b"), 128256),
     "Llama 3 70B": (_shape("llama-70b"), 128256),
     "Llama 3 405B": (_LLAMA3_405B, 128256),
-    "Llama 3 405B, interleaved": (_LLAMA3_405B, 128256),
     # Touvron et al. 2023, arXiv:2307.09288
     "Llama 2 13B": (
         _shape("llama-8b", layers=40, heads=40, kv_heads=40, width=5120, mlp_width=13824, context_length=4096),
@@ -189,18 +187,20 @@ def _megatron(
     ranks: int,
     batch: tuple[int, int],
     teraflops: float,
-    parts: int = 1,
+    chunks: int = 1,
 ) -> PublishedRun:
-    """`teraflops`: 10^12 FLOP/s of one GPU, in which recomputation counts (equation 3); `parts`: of each stage."""
+    """`teraflops`: 10^12 FLOP/s of one GPU, in which recomputation counts (equation 3)."""
     shape = _shape("gpt2", layers=layers, heads=heads, width=width, context_length=2048)
     per_token = 96 * layers * width**2 * (1 + 2048 / (6 * width) + 51200 / (16 * layers * width))
-    layout = Layout(data=ranks // (tensor * pipeline), tensor=tensor, pipeline=pipeline, divides_vocabulary=True)
+    schedule: Schedule = "interleaved" if chunks > 1 else "1f1b"
+    layout = Layout(
+        data=ranks // (tensor * pipeline), tensor=tensor, pipeline=pipeline, schedule=schedule, chunks=chunks
+    )
     scenario = LayoutScenario(
         *(shape, 51200, layout, *batch),
         recomputed="whole",
         plain_attention=True,
         gradient_bytes=2.0,
-        bubble_share=1 / parts,
     )
     return PublishedRun(_MEGATRON, f"GPT {name}", scenario, teraflops * 1e12 / per_token)
 
@@ -208,14 +208,15 @@ def _megatron(
 def _llama3(ranks: int, batch: int, teraflops: float) -> PublishedRun:
     """`batch`: sequences of a data-parallel group; `teraflops`: 10^12 FLOP/s of one GPU."""
     groups = ranks // (8 * 16)
-    layout = Layout(zero=1, shard=groups, tensor=8, pipeline=16, divides_vocabulary=True)
-    scenario = LayoutScenario(_LLAMA3_405B, 128256, layout, groups * batch, 1, bubble_share=1 / 8)
+    layout = Layout(zero=1, shard=groups, tensor=8, pipeline=16, schedule="interleaved", chunks=8)
+    scenario = LayoutScenario(_LLAMA3_405B, 128256, layout, groups * batch, 1)
     return PublishedRun(_LLAMA3, "Llama 3 405B", scenario, teraflops * 1e12 / flops_per_token(_LLAMA3_405B, 128256))
 
 
-_ZERO_8, _ZERO_64, _ZERO_128 = (Layout(zero=3, shard=ranks, divides_vocabulary=True) for ranks in (8, 64, 128))
-_ZERO_TENSOR = Layout(zero=3, shard=32, tensor=8, divides_vocabulary=True)
-_ALL_THREE = Layout(zero=3, shard=8, tensor=8, pipeline=8, divides_vocabulary=True)
+_ZERO_8, _ZERO_64, _ZERO_128 = (Layout(zero=3, shard=ranks) for ranks in (8, 64, 128))
+_ZERO_TENSOR = Layout(zero=3, shard=32, tensor=8)
+_ALL_THREE = Layout(zero=3, shard=8, tensor=8, pipeline=8)
+_INTERLEAVED = replace(_ALL_THREE, schedule="interleaved", chunks=2)
 
 RUNS: Sequence[PublishedRun] = (
     _foundry(_FOUNDRY_H100, "7b", 8, (48, 6), "none", 10643),
@@ -239,7 +240,7 @@ RUNS: Sequence[PublishedRun] = (
     _titan(_TITAN_FLOAT8, "Llama 3 8B", _ZERO_128, (256, 2), "half", 8380),
     _titan(_TITAN_FLOAT8, "Llama 3 70B", _ZERO_TENSOR, (512, 16), "block", 829),
     _titan(_TITAN_FLOAT8, "Llama 3 405B", _ALL_THREE, (256, 4), "block", 100),
-    _titan(_TITAN_FLOAT8, "Llama 3 405B, interleaved", _ALL_THREE, (256, 4), "block", 128, 1 / 2),
+    _titan(_TITAN_FLOAT8, "Llama 3 405B", _INTERLEAVED, (256, 4), "block", 128),
     _titan(_TITAN_A100, "Llama 2 13B", _ZERO_64, (128, 2), "none", 2162),
     _titan(_TITAN_A100, "Llama 2 70B", _ZERO_64, (128, 2), "block", 353),
     _titan(_TITAN_A100, "Llama 3 8B", _ZERO_64, (64, 1), "half", 2973),
