@@ -139,7 +139,7 @@ def micro_batches(global_batch_size: int, micro_batch_size: int, layout: Layout)
 def micro_batches_held(count: int, layout: Layout, stage: int) -> float:
     """Of `count` micro-batches of a step, those whose activations a rank of a stage holds at once.
 
-    1F1B and interleaved: Narayanan et al. 2021, arXiv:2104.04473, section 2.2, where a chunk is a part of a micro-batch;
+    A chunk's are a part of a micro-batch's. 1F1B and interleaved: Narayanan et al. 2021, arXiv:2104.04473, section 2.2;
     zero bubble, ZB-H1: Qi et al. 2024, arXiv:2401.10241, section 3.
     """
     ranks, chunks = layout.pipeline, layout.chunks

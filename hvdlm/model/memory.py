@@ -77,7 +77,7 @@ def training_memory_bytes(
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
-    Of a pipeline's stages it is the one that needs most: the first one, which holds the most of the `micro_batches` of a
+    Of a pipeline's stages it is the one that needs most: the first one, which holds most of the `micro_batches` of a
     step at once, or the last one, which has the loss. `bucket_bytes`: of gradients that ZeRO reduces at once.
 
     Weights, gradients and moments are exact. Activations are what this Transformer saves for its backward pass,

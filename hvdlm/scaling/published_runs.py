@@ -119,7 +119,7 @@ _TITAN_ASSUMED = "selective recomputation, taken as half a forward pass"
 _TITAN_H100 = Source("torchtitan, H100", _TITAN, "h100", 3200e9, _TITAN_ASSUMED)
 _TITAN_FLOAT8 = Source(
     *("torchtitan, H100, float8", _TITAN, "h100", 3200e9),
-    f"{_TITAN_ASSUMED}; micro-batches of the pipeline, taken as one a stage; chunks of the interleaved schedule, taken as 2",
+    f"{_TITAN_ASSUMED}; micro-batches, taken as one a stage; chunks of the interleaved schedule, taken as 2",
 )
 _TITAN_A100 = Source(
     *("torchtitan, A100", "pytorch/torchtitan docs/performance.md, commit 0413364", "a100", 1600e9),
