@@ -15,6 +15,7 @@ EVERYONE = {"config", "cores", "errors", "exit_status", "targets", "timing"}
 MAY_IMPORT = {
     "cores": set(),
     "errors": set(),
+    "devices": {"errors"},
     "exit_status": set(),
     "targets": set(),
     "paths": set(),
@@ -29,8 +30,8 @@ MAY_IMPORT = {
     "model": EVERYONE,
     "strategies": {*EVERYONE, "comm", "gradients", "model"},
     "scoring": {*EVERYONE, "comm", "data", "model"},
-    "training": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "scoring", "data", "model"},
-    "scaling": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "model"},
+    "training": {*EVERYONE, "config_reader", "devices", "comm", "gradients", "strategies", "scoring", "data", "model"},
+    "scaling": {*EVERYONE, "config_reader", "devices", "comm", "gradients", "strategies", "model"},
     "cluster": {*EVERYONE, "config_reader", "comm", "gradients", "data", "model"},
     "report": {*EVERYONE, "config_reader", "model", "training"},
     "hugging_face": {*EVERYONE, "config_reader", "data", "model", "training"},

@@ -346,8 +346,17 @@ def test_measured_links_and_ranks_of_a_fit(tmp_path: Path, capsys: pytest.Captur
     predict(tmp_path / "fit.json", asked)
     text = said(capsys)
     assert "ZeRO 1 x 4" in text and "published" not in text
-    predict(tmp_path / "fit.json", ForecastOptions(ranks="1..4", preset="llama-8b", device="h100", mfu=0.4,
-            overrides=["--train.precision=bf16"], batch_size_per_rank=1))
+    predict(
+        tmp_path / "fit.json",
+        ForecastOptions(
+            ranks="1..4",
+            preset="llama-8b",
+            device="h100",
+            mfu=0.4,
+            overrides=["--train.precision=bf16"],
+            batch_size_per_rank=1,
+        ),
+    )
     text = said(capsys)
     assert "codec none" in text and "codec fp16" not in text
     seconds = flops_per_token(preset("llama-8b"), 128256) * 8192 / (0.4 * 989e12)
@@ -360,7 +369,10 @@ def test_measured_links_and_ranks_of_a_fit(tmp_path: Path, capsys: pytest.Captur
     ("changes", "sentence"),
     [
         ({"device": None, "mfu": None}, "nothing says how fast a rank is: give --device and --mfu"),
-        ({"device": None, "mfu": None, "tokens_per_second": 100.0}, "what joins the ranks of a host: give --intra-node"),
+        (
+            {"device": None, "mfu": None, "tokens_per_second": 100.0},
+            "what joins the ranks of a host: give --intra-node",
+        ),
         ({"link": None}, "what joins the hosts: give --link"),
         ({"codecs": ["int4"]}, "with codec none, fp16, bf16, not int4"),
         ({"codecs": ["none", "fp16"]}, "give --codec once"),
