@@ -75,7 +75,7 @@ def test_flops_of_stages_are_those_of_the_model() -> None:
 
 
 def test_state_of_llama_70b_under_zero_by_hand() -> None:
-    """70,553,706,496 parameters on 64 ranks; a block has 855,638,016 in matrices, embedding and output 1,050,673,152."""
+    """70,553,706,496 parameters on 64 ranks, of which a block has 855,638,016 in matrices."""
     config, count = preset("llama-70b"), 70_553_706_496
     block, vocabulary, vectors = 855_638_016, 128256 * 8192, 161 * 8192
     assert count == 80 * block + 2 * vocabulary + vectors

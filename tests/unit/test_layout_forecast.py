@@ -12,10 +12,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import published_runs as page_of_published_runs
 from planted import make_point
 from shapes import GPT2, preset
 
+import published_runs as page_of_published_runs
 from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.devices import DEVICES, device_named, device_of_chip
@@ -88,7 +88,7 @@ def test_a_pass_between_products_waits_for_memory() -> None:
 
 
 def test_recomputation_leaves_out_the_last_product_of_a_block() -> None:
-    """4 x 64 x 64 of 12 x 64 x 64 are that of the MLP; the output projection is not recomputed, nor is its share here."""
+    """That is 4 x 64 x 64 of 12 x 64 x 64."""
     whole, block, none = (
         forecast_layout(scenario(Layout(), 1, recomputed=kind), CLUSTER).compute for kind in ("whole", "block", "none")
     )
@@ -231,7 +231,7 @@ def test_the_fastest_layout_that_fits() -> None:
     words = found[0].settings.split()
     again = load(None, ["--model.preset=llama-70b", "--train.precision=bf16", *words], PRESETS)
     assert choice(again, 128256, found[0].scenario.layout, 128, cluster) == found[0]
-    with pytest.raises(HvdlmError, match="no layout of 8 ranks fits into 72 GiB: .* needs the least, "):
+    with pytest.raises(HvdlmError, match=r"no layout of 8 ranks fits into 72 GiB: .* needs the least, "):
         search(asked, 128256, 8, 128, cluster, 72 * 2**30)
     with pytest.raises(HvdlmError, match="128 sequences cannot be divided among 256 groups"):
         choice(asked, 128256, Layout(3, shard=256), 128, cluster)
@@ -316,7 +316,7 @@ def test_the_command_forecasts_a_layout(capsys: pytest.CaptureFixture[str]) -> N
     text = said(capsys)
     assert "ZeRO 3 x 32" in text and "ZeRO 3 x 64" in text and "of 80" in text
     assert "11%" in text and "published runs" in text
-    with pytest.raises(HvdlmError, match="12 ranks cannot be arranged by parallel.tensor = 8"):
+    with pytest.raises(HvdlmError, match=r"12 ranks cannot be arranged by parallel\.tensor = 8"):
         predict(None, replace(OPTIONS, ranks="12", overrides=words))
 
 
