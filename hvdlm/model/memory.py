@@ -98,53 +98,30 @@ def training_memory_bytes(
     silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
     input, 4 D, and only one of them all the rest. Tensor ranks divide heads and M among them, and hold all the rest.
     """
-    stages = {0, layout.pipeline - 1}
-    return max(
-        (
-            _stage_memory(
-                *(config, vocab_size, micro_batch_size, precision, device, compiled, activation_checkpointing),
-                *(algorithm, layout, stage, micro_batches_held(micro_batches, layout, stage), bucket_bytes),
-            )
-            for stage in stages
-        ),
-        key=lambda memory: memory.total,
-    )
-
-
-def _stage_memory(
-    config: ModelSection,
-    vocab_size: int,
-    micro_batch_size: int,
-    precision: Precision,
-    device: str,
-    compiled: bool,
-    activation_checkpointing: bool,
-    algorithm: Algorithm,
-    layout: Layout,
-    stage: int,
-    held: float,
-    bucket_bytes: int,
-) -> TrainingMemory:
-    """Of one rank of a pipeline stage that holds the activations of `held` micro-batches at once."""
     low = precision != "fp32"
     item = 2 if low else 4
     tokens = micro_batch_size * config.context_length
     token = saved_token_bytes(config, precision, device, compiled, layout)
+    mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
     temporary = item * tokens * 3 * mlp_width(config) / layout.tensor  # gradients of the MLP, and what is being made
     if _has_plain_attention(config, precision, device):
         heads, rows = config.heads // layout.tensor, min(ATTENTION_BLOCK, config.context_length)
         # probabilities, their gradients and their product, in fp32
         temporary = max(temporary, 3 * 4 * micro_batch_size * heads * rows * config.context_length)
-    mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
-    layers = stage_blocks(config, layout, stage)
-    kept = held * layers * 4 * config.width + token if activation_checkpointing else held * layers * token
-    in_use = {
-        **_state_bytes(config, vocab_size, low, algorithm, layout, stage, bucket_bytes),
-        "activations": int(held * mask + tokens * kept),
-        "temporary": int(temporary),
-        "loss": _loss_bytes(config, vocab_size, tokens, low, device, layout) if stage == layout.pipeline - 1 else 0,
-    }
-    return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
+
+    def of_stage(stage: int) -> TrainingMemory:
+        held, blocks = micro_batches_held(micro_batches, layout, stage), stage_blocks(config, layout, stage)
+        kept = held * blocks * 4 * config.width + token if activation_checkpointing else held * blocks * token
+        is_last = stage == layout.pipeline - 1
+        in_use = {
+            **_state_bytes(config, vocab_size, low, algorithm, layout, stage, bucket_bytes),
+            "activations": int(held * mask + tokens * kept),
+            "temporary": int(temporary),
+            "loss": _loss_bytes(config, vocab_size, tokens, low, device, layout) if is_last else 0,
+        }
+        return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
+
+    return max((of_stage(stage) for stage in {0, layout.pipeline - 1}), key=lambda memory: memory.total)
 
 
 def saved_token_bytes(config: ModelSection, precision: Precision, device: str, compiled: bool, layout: Layout) -> float:

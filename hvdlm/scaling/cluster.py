@@ -29,6 +29,7 @@ class Cluster:
     ranks_per_host: int
     inside: Link  # of each rank, to the others of its host
     between: Link  # of each host
+    device: str = "cuda"  # or "cpu": what ranks compute on
 
     def gather(self, nbytes: float, ranks: int, stride: int, messages: int = 1) -> float:
         """Seconds of an all-gather or a reduce-scatter of so many bytes among `ranks` ranks, `stride` apart, in so many

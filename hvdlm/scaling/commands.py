@@ -98,6 +98,7 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
     if speed is not None:
         codecs = _codecs_of_device(model, speed, codecs, options)
         model = with_speed(model, speed)
+        console.print(speed.describe(config.train.precision))
     counts = options.counts
     per_host = options.ranks_per_host or model.ranks_per_host
     rate = (

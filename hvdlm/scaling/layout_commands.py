@@ -46,7 +46,7 @@ def predict_layouts(
             f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast in layouts: its ranks "
             "exchange other messages than gradients"
         )
-    cluster = _cluster(model, speed, options)
+    cluster = _cluster(model, speed, config, options)
     if len(options.codecs) > 1:
         raise HvdlmError("layouts are forecast with one codec: give --codec once")
     if options.codecs:
@@ -62,7 +62,7 @@ def predict_layouts(
             layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, count))
             found.append(choice(config, vocab_size, layout, _global_batch(config, options, layout), cluster))
     console.print(_table(found, model, speed))
-    console.print(*_notes(found, model, speed, options), sep="\n")
+    console.print(*_notes(found, model, speed, config, options), sep="\n")
 
 
 def _search(
@@ -86,7 +86,9 @@ def _global_batch(config: Config, options: ForecastOptions, layout: Layout) -> i
     return config.train.global_batch_size
 
 
-def _cluster(model: PerformanceModel | None, speed: RankSpeed | None, options: ForecastOptions) -> Cluster:
+def _cluster(
+    model: PerformanceModel | None, speed: RankSpeed | None, config: Config, options: ForecastOptions
+) -> Cluster:
     per_host = options.ranks_per_host or (model.ranks_per_host if model else _RANKS_PER_HOST)
     if speed is None:
         if model is None:
@@ -101,7 +103,8 @@ def _cluster(model: PerformanceModel | None, speed: RankSpeed | None, options: F
     is_alone = max(options.counts) == 1
     inside = _inside(model, speed, options, is_needed=per_host > 1 and not is_alone)
     between = _between(model, options, is_needed=max(options.counts) > per_host)
-    return Cluster(*computing, per_host, inside, between)
+    is_cpu = config.train.device == "cpu" if speed or model is None else not model.uses_gpu
+    return Cluster(*computing, per_host, inside, between, "cpu" if is_cpu else "cuda")
 
 
 _NO_LINK = Link(math.inf, 0.0)  # where no message goes
@@ -169,12 +172,17 @@ def _interval(model: PerformanceModel | None, speed: RankSpeed | None, ranks: in
 
 
 def _notes(
-    found: Sequence[Choice], model: PerformanceModel | None, speed: RankSpeed | None, options: ForecastOptions
+    found: Sequence[Choice],
+    model: PerformanceModel | None,
+    speed: RankSpeed | None,
+    config: Config,
+    options: ForecastOptions,
 ) -> list[str]:
     notes = []
     if options.search:
         notes.append(f"The fastest: {found[0].settings}")
     if speed is not None:
+        notes.append(speed.describe(config.train.precision))
         count = sum(not each.is_fitted for each in residuals())
         notes.append(
             f"Intervals are twice the root mean square error, {spread():.0%}, of forecasts of {count} published runs "

@@ -66,7 +66,12 @@ def choice(config: Config, vocab_size: int, layout: Layout, global_batch_size: i
         )
     micro_batch = min(train.micro_batch_size, -(-global_batch_size // layout.batch_parts))
     scenario = LayoutScenario(
-        *(config.model, vocab_size, layout, global_batch_size, micro_batch, train.precision),
+        config.model,
+        vocab_size,
+        layout,
+        global_batch_size,
+        micro_batch,
+        train.precision,
         recomputed="block" if train.activation_checkpointing else "none",
         gradient_bytes=_GRADIENT_BYTES[codec],
     )
@@ -74,13 +79,20 @@ def choice(config: Config, vocab_size: int, layout: Layout, global_batch_size: i
 
 
 def memory_of(config: Config, scenario: LayoutScenario, cluster: Cluster) -> TrainingMemory:
-    """Of one rank on a GPU."""
+    """Of one rank."""
     hosts = -(-scenario.layout.ranks // cluster.ranks_per_host)
     return training_memory_bytes(
-        *(scenario.model, scenario.vocab_size, scenario.micro_batch_size, scenario.precision, "cuda"),
-        *(config.train.compile, scenario.recomputed != "none", config.optimizer.algorithm),
-        *(scenario.layout, scenario.micro_batches),
-        bucket_bytes(config.comm, config.compression, hosts, "cuda"),
+        scenario.model,
+        scenario.vocab_size,
+        scenario.micro_batch_size,
+        scenario.precision,
+        cluster.device,
+        config.train.compile,
+        scenario.recomputed != "none",
+        config.optimizer.algorithm,
+        scenario.layout,
+        scenario.micro_batches,
+        bucket_bytes(config.comm, config.compression, hosts, cluster.device),
     )
 
 

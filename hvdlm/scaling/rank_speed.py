@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hvdlm.config import Algorithm, Config
+from hvdlm.config import Algorithm, Config, Precision
 from hvdlm.devices import Device, device_named
 from hvdlm.errors import HvdlmError
 from hvdlm.model.size import flops_per_token
@@ -26,6 +26,11 @@ class RankSpeed:
     optimizer_seconds: float  # of an optimizer's step, for a parameter; 0 where `overall_flops` includes it
     device: Device | None
     peak: float | None  # FLOP/s of the device
+
+    def describe(self, precision: Precision) -> str:
+        """In a sentence."""
+        of_peak = f" of its {self.peak / 1e12:,.0f}" if self.peak else ""
+        return f"One rank computes {self.overall_flops / 1e12:,.4g}{of_peak} TFLOP/s in {precision}."
 
 
 def rank_speed(

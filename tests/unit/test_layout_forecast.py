@@ -316,6 +316,7 @@ def test_the_command_forecasts_a_layout(capsys: pytest.CaptureFixture[str]) -> N
     text = said(capsys)
     assert "ZeRO 3 x 32" in text and "ZeRO 3 x 64" in text and "of 80" in text
     assert "11%" in text and "published runs" in text
+    assert "One rank computes 395.6 of its 989 TFLOP/s in bf16." in text
     with pytest.raises(HvdlmError, match=r"12 ranks cannot be arranged by parallel\.tensor = 8"):
         predict(None, replace(OPTIONS, ranks="12", overrides=words))
 
@@ -328,6 +329,19 @@ def test_a_batch_per_rank_grows_with_the_groups_that_read_data(capsys: pytest.Ca
         speeds.append(re.search(r"\d ([\d,]+) [\d,]+ to", said(capsys)))
     first, second = (float(each[1].replace(",", "")) for each in speeds if each)
     assert second == pytest.approx(2 * first, rel=0.05)
+
+
+def test_the_command_forecasts_by_one_rank_s_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """8 CPU ranks of 2 hosts, of 1,000 tokens/s each; links so fast that almost nothing is waited for."""
+    words = ["--train.global_batch_size=64", "--train.device=cpu", "--parallel.shard=1"]
+    predict(
+        None,
+        ForecastOptions("8", 4, "400gbit", "400gbit", tokens_per_second=1000.0, overrides=words),
+    )
+    text = said(capsys)
+    found = re.search(r"ZeRO 1 x 8 8 ([\d,]+) ", text)
+    assert found and float(found[1].replace(",", "")) == pytest.approx(8000, rel=0.01)
+    assert re.search(r"One rank computes 0.00\d+ TFLOP/s in fp32", text)
 
 
 def test_the_command_searches(capsys: pytest.CaptureFixture[str]) -> None:
