@@ -24,7 +24,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "fit", type=path, nargs="?", metavar="FIT", help="a file of hvdlm fit (default: nothing is measured)"
     )
     predict.add_argument("--ranks", required=True, metavar="N..M|N,M", help="N..M doubles from N to M")
-    predict.add_argument("--per-node", type=int, metavar="R", help="ranks a host (default: as measured)")
+    predict.add_argument("--per-node", type=int, metavar="R", help="ranks a host (default: as measured, or 8)")
     predict.add_argument("--link", metavar="RATE", help="of each host, as 100gbit (default: the fastest measured)")
     predict.add_argument(
         "--intra-node",

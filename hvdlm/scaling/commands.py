@@ -14,12 +14,13 @@ from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.scaling.cluster import INSIDE_LATENCY, LINK_SHARE
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast import StepForecast, forecast, local_interval
 from hvdlm.scaling.forecast_options import ForecastOptions
 from hvdlm.scaling.holdout import Holdout, hold_out, root_mean_square
 from hvdlm.scaling.layout_commands import predict_layouts
-from hvdlm.scaling.performance_model import CodecCost, PerformanceModel, interval, read_model
+from hvdlm.scaling.performance_model import CodecCost, Network, PerformanceModel, interval, read_model
 from hvdlm.scaling.point import read_points, write_record
 from hvdlm.scaling.rank_speed import RankSpeed, rank_speed
 from hvdlm.scaling.scenario import Scenario, of_config
@@ -99,6 +100,10 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
         codecs = _codecs_of_device(model, speed, codecs, options)
         model = with_speed(model, speed)
         console.print(speed.describe(config.train.precision))
+    if options.inside_link:
+        rate_inside = LINK_SHARE * parse_rate(options.inside_link)
+        inside = Network(efficiency=1.0, latency=INSIDE_LATENCY, bits_per_second=rate_inside)
+        model = model.model_copy(update={"inside": inside})
     counts = options.counts
     per_host = options.ranks_per_host or model.ranks_per_host
     rate = (

@@ -21,10 +21,10 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
 
     Raises HvdlmError for ranks that cannot be arranged by [parallel].
     """
+    layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, launch.size))
     console = Console(highlight=False)
     print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model
-    layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, launch.size))
     share = -(-train.global_batch_size // layout.batch_parts)
     micro_batch = min(train.micro_batch_size, share)
     device = device_type(train.device)

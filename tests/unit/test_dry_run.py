@@ -115,6 +115,7 @@ def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert mebibytes["residuals of the codec"] == round(4 * most / 2**20)
     with pytest.raises(HvdlmError, match="6 ranks cannot be arranged"):
         print_dry_run(config, 30_000, Launch("mpirun", 0, 6))
+    assert capsys.readouterr().out == ""
 
 
 def test_ranks_that_were_not_started(tmp_path: Path) -> None:

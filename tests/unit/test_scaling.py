@@ -211,6 +211,11 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert re.search(r"codec none local_steps.every = \d+, fragments = 3, overlap = \d+", said)
     assert "ms since the start of the backward pass" not in said
+    near = replace(options, ranks="8", ranks_per_host=8)  # on one host, where nothing was measured
+    with pytest.raises(HvdlmError, match="the fit has no messages within a host"):
+        predict(tmp_path / "fit.json", near)
+    predict(tmp_path / "fit.json", replace(near, inside_link="100gbit"))
+    assert re.search(r" 8 .* 9\d\.\d% ", capsys.readouterr().out)
     eight = replace(options, ranks="8", link=None, codecs=[])
     for bad, sentence in (
         ({"ranks_per_host": 0}, "--per-node 0"),
