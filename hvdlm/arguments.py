@@ -49,6 +49,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A number of things of which there is at least one, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """Seconds of a wait, for argparse; more than a million is no wait that a library could be given."""
     number = finite(text)

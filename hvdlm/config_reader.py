@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -104,7 +104,8 @@ def _typed(section: str, name: str, text: str) -> Any:
 
 
 def _takes_text(annotation: Any) -> bool:
-    return annotation is str or getattr(annotation, "__origin__", None) is Literal
+    values = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return annotation is str or any(isinstance(value, str) for value in values)
 
 
 def _sentence(detail: Any) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from hvdlm.arguments import path, path_text
+from hvdlm.arguments import count, path, path_text
 from hvdlm.cli.shared import SETTINGS_EPILOG
+from hvdlm.errors import HvdlmError
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,6 +24,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     train.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
     train.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
+    train.add_argument("--ranks", type=count, metavar="N", help="of --dry-run (default: those that were started)")
     train.set_defaults(run=_train)
 
     verify = commands.add_parser("verify", help="check every hash of a run's checkpoints, and name what is damaged")
@@ -47,7 +49,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = read_config(options.config, overrides)
     if options.dry_run:
-        return dry_run(config)
+        return dry_run(config, options.ranks)
+    if options.ranks is not None:
+        raise HvdlmError("--ranks is of --dry-run: a launcher starts ranks, as in mpirun -np 4 hvdlm train ...")
     return train(config, options.resume, options.config)
 
 

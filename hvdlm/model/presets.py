@@ -59,4 +59,14 @@ PRESETS: dict[str, dict[str, object]] = {
         "context_length": 8192,
         "tie_embeddings": False,
     },
+    "llama-70b": {
+        **_LLAMA3,
+        "layers": 80,
+        "heads": 64,
+        "kv_heads": 8,
+        "width": 8192,
+        "mlp_width": 28672,
+        "context_length": 8192,
+        "tie_embeddings": False,
+    },
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.rate import parse_rate
+from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.scaling.cluster import INSIDE_LATENCY, LINK_SHARE
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast import StepForecast, forecast, local_interval
+from hvdlm.scaling.forecast_options import ForecastOptions
 from hvdlm.scaling.holdout import Holdout, hold_out, root_mean_square
-from hvdlm.scaling.performance_model import PerformanceModel, read_model
+from hvdlm.scaling.layout_commands import predict_layouts
+from hvdlm.scaling.performance_model import CodecCost, Network, PerformanceModel, interval, read_model
 from hvdlm.scaling.point import read_points, write_record
+from hvdlm.scaling.rank_speed import RankSpeed, rank_speed
 from hvdlm.scaling.scenario import Scenario, of_config
-
-# The most ranks of a forecast: its time grows with their number
-_MOST_RANKS = 16384
 
 # A forecast is called an extrapolation beyond this many times the measured ranks, or rates of links.
 _RANGE = 4
@@ -74,48 +75,43 @@ def residual_table(holdout: Holdout) -> Table:
     return table
 
 
-def predict(
-    file: Path,
-    *,
-    ranks: str,
-    ranks_per_host: int | None,
-    link: str | None,
-    codecs: Sequence[str],
-    preset: str | None,
-    batch_size_per_rank: int | None,
-    rank_flops: float | None,
-    overrides: Sequence[str],
-) -> None:
+def predict(file: Path | None, options: ForecastOptions) -> None:
     """Prints tokens/s, efficiency and exposed communication for each codec and number of ranks, and possible gains.
 
-    `ranks`: "8..2048" for powers of two times 8, or a list as "8,12,16". `batch_size_per_rank`: sequences of a rank per
-    step. `rank_flops`: FLOP/s that a rank achieves, instead of the measured one. Raises HvdlmError for what was not
-    measured.
+    Without a file of `hvdlm fit`, or with [parallel], prints the speed and memory of layouts. Raises HvdlmError for
+    what was not measured.
     """
-    model = read_model(file)
-    for option, value in (("--per-node", ranks_per_host), ("--rank-flops", rank_flops)):
-        if value is not None and value <= 0:
-            raise HvdlmError(f"{option} {value:g}: give a number above 0")
-    if rank_flops is not None:
-        model = with_flops(model, rank_flops)
-    per_host = ranks_per_host or model.ranks_per_host
-    rate = float(parse_rate(link)) if link else max((each for each in model.measured.links if each), default=None)
-    counts = parse_counts(ranks)
-    arguments = ["--model.preset", preset] if preset else []
-    arguments += ["--compression.candidates", model.measured.candidates] if model.measured.candidates else []
-    arguments += overrides
-    if batch_size_per_rank is not None:
-        size = str(batch_size_per_rank)
-        arguments += ["--train.global_batch_size", size, "--train.micro_batch_size", size]
-    config = load(None, arguments, PRESETS)
+    model = None if file is None else read_model(file)
+    if options.ranks_per_host is not None and options.ranks_per_host <= 0:
+        raise HvdlmError(f"--per-node {options.ranks_per_host}: give a number above 0")
+    config, console = _config(model, options), _console()
+    vocab_size = config.model.vocab_size or 257
+    speed = rank_speed(config, vocab_size, options.device, options.mfu, options.tokens_per_second)
+    if model is None or config.parallel.is_used or options.search:
+        predict_layouts(model, speed, config, vocab_size, options, console)
+        return
     if config.optimizer.algorithm in ("dion", "muon"):
         raise HvdlmError(
             f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
             "than the gradients that were measured"
         )
-    vocab_size = config.model.vocab_size or 257
-    console = _console()
-    for codec in codecs or model.measured.codecs:
+    codecs = options.codecs or model.measured.codecs
+    if speed is not None:
+        codecs = _codecs_of_device(model, speed, codecs, options)
+        model = with_speed(model, speed)
+        console.print(speed.describe(config.train.precision))
+    if options.inside_link:
+        rate_inside = LINK_SHARE * parse_rate(options.inside_link)
+        inside = Network(efficiency=1.0, latency=INSIDE_LATENCY, bits_per_second=rate_inside)
+        model = model.model_copy(update={"inside": inside})
+    counts = options.counts
+    per_host = options.ranks_per_host or model.ranks_per_host
+    rate = (
+        float(parse_rate(options.link))
+        if options.link
+        else max((each for each in model.measured.links if each), default=None)
+    )
+    for codec in codecs:
         compression = config.compression.model_copy(update={"codec": codec})
         chosen = config.model_copy(update={"compression": compression})
         scenarios = [of_config(chosen, vocab_size, count, per_host, rate) for count in counts]
@@ -128,41 +124,42 @@ def predict(
     console.print(f"{counts[-1]:,} ranks take about {start_seconds(model, counts[-1]):,.0f} s to start.")
 
 
-def with_flops(model: PerformanceModel, flops: float) -> PerformanceModel:
-    """The same model with ranks that achieve this many FLOP/s."""
+def _config(model: PerformanceModel | None, options: ForecastOptions) -> Config:
+    arguments = ["--model.preset", options.preset] if options.preset else []
+    arguments += ["--compression.candidates", model.measured.candidates] if model and model.measured.candidates else []
+    arguments += options.overrides
+    if options.batch_size_per_rank is not None:
+        size = str(options.batch_size_per_rank)
+        arguments += ["--train.global_batch_size", size, "--train.micro_batch_size", size]
+    return load(None, arguments, PRESETS)
+
+
+def _codecs_of_device(
+    model: PerformanceModel, speed: RankSpeed, codecs: Sequence[str], options: ForecastOptions
+) -> Sequence[str]:
+    """Those whose costs are known on the device: what a CPU takes to encode says nothing of a GPU."""
+    if speed.device is None or model.uses_gpu:
+        return codecs
+    if others := [codec for codec in options.codecs if codec != "none"]:
+        raise HvdlmError(
+            f"codec {others[0]} was measured on a CPU, which says nothing of {speed.device.name}: fit a study of GPUs, "
+            "or give --codec none"
+        )
+    return ["none"]
+
+
+def with_speed(model: PerformanceModel, speed: RankSpeed) -> PerformanceModel:
+    """The same links with other ranks. On a GPU codec none costs no core's time."""
     old = 1 / (model.forward_seconds_per_flop + model.backward_seconds_per_flop)
-    return model.model_copy(
-        update={
-            "forward_seconds_per_flop": model.forward_seconds_per_flop * old / flops,
-            "backward_seconds_per_flop": model.backward_seconds_per_flop * old / flops,
-        }
-    )
-
-
-def parse_counts(text: str) -> list[int]:
-    """Numbers of ranks: "8..64" is 8, 16, 32, 64. Raises HvdlmError for anything else."""
-    first, dots, last = text.partition("..")
-    try:
-        ends = [int(first), int(last)] if dots else [int(each) for each in text.split(",")]
-    except ValueError:
-        ends = []
-    if not ends or min(ends) < 1 or (dots and ends[0] > ends[1]):
-        raise HvdlmError(f"--ranks {text}: give numbers as in 8,16,32, or 8..2048, which doubles")
-    if max(ends) > _MOST_RANKS:
-        raise HvdlmError(f"--ranks {text}: forecasts go to {_MOST_RANKS:,} ranks")
-    if not dots:
-        return ends
-    return [ends[0] * 2**doubling for doubling in range((ends[1] // ends[0]).bit_length())]
-
-
-def interval(model: PerformanceModel, ranks: int) -> float:
-    """The upper bound of a forecast's 95% interval over the forecast, and the forecast over its lower bound.
-
-    That is twice the residual of held-out points, and as much again for each doubling beyond the measured ranks, where
-    the growth of the error is not known.
-    """
-    doublings = max(0.0, math.log2(ranks / max(model.measured.ranks)))
-    return math.exp(2 * model.residual * (1 + doublings))
+    update: dict[str, object] = {
+        "forward_seconds_per_flop": model.forward_seconds_per_flop * old / speed.overall_flops,
+        "backward_seconds_per_flop": model.backward_seconds_per_flop * old / speed.overall_flops,
+        "optimizer_seconds_per_element": speed.optimizer_seconds,
+        "data_seconds": 0.0,
+    }
+    if speed.device is not None and not model.uses_gpu:
+        update |= {"uses_gpu": True, "codecs": {"none": CodecCost(seconds_per_element=0.0, core_seconds_per_byte=0.0)}}
+    return model.model_copy(update=update)
 
 
 def start_seconds(model: PerformanceModel, ranks: int) -> float:

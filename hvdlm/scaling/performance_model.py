@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -79,3 +80,13 @@ def read_model(file: Path) -> PerformanceModel:
         raise HvdlmError(f"cannot read the fit {file}: {error.strerror}") from None
     except (ValidationError, UnicodeDecodeError):
         raise HvdlmError(f"{file} is no fit: make one with `hvdlm fit RESULTS --output {file}`") from None
+
+
+def interval(model: PerformanceModel, ranks: int) -> float:
+    """The upper bound of a forecast's 95% interval over the forecast, and the forecast over its lower bound.
+
+    That is twice the residual of held-out points, and as much again for each doubling beyond the measured ranks, where
+    the growth of the error is not known.
+    """
+    doublings = max(0.0, math.log2(ranks / max(model.measured.ranks)))
+    return math.exp(2 * model.residual * (1 + doublings))

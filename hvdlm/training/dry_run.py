@@ -6,7 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.launch import Launch
+from hvdlm.comm.mesh import mesh_shape
 from hvdlm.config import Config
+from hvdlm.gradients.codecs.registry import bucket_bytes
+from hvdlm.model.layout import Layout, micro_batches, most_parameters
 from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.size import flops_per_token, parameter_count
 from hvdlm.scoring.harness import split_names
@@ -15,11 +18,15 @@ from hvdlm.training.hardware import device_type, libraries_bytes
 
 
 def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
-    """Prints the resolved settings, then sizes, memory and batch, to stdout."""
+    """Prints the resolved settings, then sizes, memory and batch, to stdout.
+
+    Raises HvdlmError for ranks that cannot be arranged by [parallel].
+    """
+    layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, launch.size))
     console = Console(highlight=False)
     print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model
-    share = -(-train.global_batch_size // launch.size)
+    share = -(-train.global_batch_size // layout.batch_parts)
     micro_batch = min(train.micro_batch_size, share)
     device = device_type(train.device)
     memory = training_memory_bytes(
@@ -31,8 +38,11 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         train.compile,
         train.activation_checkpointing,
         config.optimizer.algorithm,
+        layout,
+        micro_batches(train.global_batch_size, micro_batch, layout),
+        bucket_bytes(config.comm, config.compression, 1, device),  # of one node, where they are largest
     )
-    residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
+    residuals = 4 * most_parameters(model, vocab_size, layout) if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before
     averages = (
         memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
@@ -40,8 +50,16 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     moving_average = memory.parameters if train.ema else 0
     scored = memory.double_precision if split_names(train.evaluate_tasks) else 0
     libraries = libraries_bytes() if device == "cpu" else 0
+    state = {
+        "weights": memory.parameters,
+        "weights to compute with": memory.working_parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.moments,
+    }
+    if not config.parallel.is_used:
+        state = {"weights and optimizer": sum(state.values())}
     parts = {
-        "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
+        **state,
         "residuals of the codec": residuals,
         "averages of local steps": averages,
         "moving average of weights": moving_average,
@@ -57,7 +75,8 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     rows = {
         "parameters": f"{parameter_count(model, vocab_size):,}",
         "vocabulary": f"{vocab_size:,}",
-        "ranks": f"{launch.size}",
+        "ranks": f"{launch.size:,}",
+        **({"layout": str(layout)} if config.parallel.is_used else {}),
         "sequences per step": f"{train.global_batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
         "micro-batches per step": f"{-(-share // micro_batch):,}",
         "tokens per step": f"{train.global_batch_size * model.context_length:,}",

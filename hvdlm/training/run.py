@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,10 +53,11 @@ def read_config(path: Path, overrides: Sequence[str]) -> Config:
         raise
 
 
-def dry_run(config: Config) -> int:
-    """Prints what `train` would do on the ranks that this launcher has started."""
+def dry_run(config: Config, ranks: int | None = None) -> int:
+    """Prints what `train` would do on so many ranks; None: those that this launcher has started."""
     launch = detect(os.environ)
     if launch.rank == 0:
+        launch = replace(launch, size=ranks or launch.size)
         vocab_size = config.model.vocab_size or _vocab_size(config, DataSet(Path(config.data.path)))
         print_dry_run(config, vocab_size, launch)
     return 0

@@ -73,7 +73,7 @@ def test_version(tmp_path: Path) -> None:
         (["doctor", "--timeout", "soon"], "argument --timeout: 'soon' is not a finite number"),
         (["doctor", "--timeout", "-1"], "argument --timeout: '-1': give seconds above 0, at most 1000000"),
         (["doctor", "--timeout", "1e10"], "argument --timeout: '1e10': give seconds above 0, at most 1000000"),
-        (["predict", "x", "--ranks", "2", "--rank-flops", "nan"], "argument --rank-flops: 'nan' is not a finite"),
+        (["predict", "x", "--ranks", "2", "--mfu", "nan"], "argument --mfu: 'nan' is not a finite"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(

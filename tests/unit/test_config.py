@@ -210,6 +210,11 @@ def test_overrides_take_the_type_of_their_setting() -> None:
     assert config.train.seed == 1000
 
 
+def test_an_override_that_is_one_of_some_numbers() -> None:
+    assert configure("--parallel.shard", "3").parallel.shard == 3
+    assert "parallel.shard = 4: input should be 0, 1, 2 or 3" in refusal("--parallel.shard", "4")
+
+
 @pytest.mark.parametrize("path", ["123", "true", "1e-3", "2024-01-01", " ", '"quoted"', "-x", "café ☕", "a\\b"])
 def test_a_text_setting_takes_any_text_as_it_is(path: str) -> None:
     assert configure("--data.path", path).data.path == path

@@ -10,6 +10,7 @@ from forked import hvdlm
 
 from hvdlm.comm.launch import Launch
 from hvdlm.config_reader import load
+from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.training.dry_run import print_dry_run
 
@@ -122,6 +123,42 @@ def test_memory_is_the_sum_of_its_parts(copies: int, capsys: pytest.CaptureFixtu
     assert parts["residuals of the codec"] == round(4 * copies * count / 2**20)
     assert parts["weights and optimizer"] == round(16 * count / 2**20)  # fp32: no copies
     assert parts["libraries"] > 100
+
+
+def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    """16 ranks: 2 stages of 4 blocks, 2 tensor ranks, 2 groups of 2 that divide what the optimizer has."""
+    shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--train.global_batch_size=32"]
+    layout = ["--parallel.shard=1", "--parallel.data=2", "--parallel.tensor=2", "--parallel.pipeline=2"]
+    codec = ["--compression.codec=int4"]
+    config = load(None, [*shape, *layout, *codec, "--train.micro_batch_size=4"], PRESETS)
+    print_dry_run(config, 30_000, Launch("mpirun", 0, 16))
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert found["layout"] == "ZeRO 1 x 2, data 2, tensor 2, pipeline 2"
+    assert found["sequences per step"] == "32, at most 8 a rank, 4 at once"
+    assert found["micro-batches per step"] == "2"
+    # The last stage needs most: blocks, each with half of 12 x 512^2 in matrices and of 7 x 512 in biases, and with 6 x
+    # 512 in norms and biases; half of the output projection; the last norm. The first one has positions in its place.
+    blocks = 4 * (6 * 512**2 + 7 * 256 + 6 * 512)
+    count, most = blocks + 15_000 * 512 + 2 * 512, blocks + 15_000 * 512 + 128 * 512
+    parts = dict(re.findall(r"^   (\S.*?)  +([\d,]+) MiB", output, re.M))
+    mebibytes = {name: int(value.replace(",", "")) for name, value in parts.items()}
+    assert mebibytes["weights"] == round(4 * count / 2 / 2**20)
+    assert mebibytes["weights to compute with"] == mebibytes["gradients"] == round(4 * count / 2**20)
+    assert mebibytes["optimizer"] == round(8 * count / 2 / 2**20)
+    assert mebibytes["residuals of the codec"] == round(4 * most / 2**20)
+    with pytest.raises(HvdlmError, match="6 ranks cannot be arranged"):
+        print_dry_run(config, 30_000, Launch("mpirun", 0, 6))
+    assert capsys.readouterr().out == ""
+
+
+def test_ranks_that_were_not_started(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[model]\npreset = 'gpt2'\n[parallel]\nshard = 3\n")
+    done = hvdlm("train", "x.toml", "--dry-run", "--ranks", "64", cwd=tmp_path)
+    assert (rows(done.stdout)["ranks"], rows(done.stdout)["layout"]) == ("64", "ZeRO 3 x 64")
+    for words, sentence in ((["--ranks", "64"], "--ranks is of --dry-run"), (["--ranks", "0"], "above 0")):
+        wrong = hvdlm("train", "x.toml", *words, cwd=tmp_path)
+        assert wrong.returncode != 0 and sentence in wrong.stderr
 
 
 @pytest.mark.parametrize(

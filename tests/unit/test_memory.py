@@ -18,13 +18,13 @@ def test_memory_of_weights_by_hand():
     memory = training_memory_bytes(preset("gpt2"), 50257, 1, "bf16")
     assert memory.parameters == memory.gradients == 4 * 124_439_808
     assert memory.moments == 8 * 124_439_808
-    assert memory.cast_parameters == 2 * 12 * 12 * 768**2
-    parts = [memory.parameters, memory.gradients, memory.moments, memory.cast_parameters]
+    assert memory.working_parameters == 2 * 12 * 12 * 768**2
+    parts = [memory.parameters, memory.gradients, memory.moments, memory.working_parameters]
     in_use = sum(parts) + memory.activations + memory.temporary + memory.loss
     assert memory.total == in_use + memory.gaps
     assert memory.gaps == in_use // 4
     assert training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", "cuda").gaps == 0
-    assert training_memory_bytes(preset("gpt2"), 50257, 1, "fp32").cast_parameters == 0
+    assert training_memory_bytes(preset("gpt2"), 50257, 1, "fp32").working_parameters == 0
     for algorithm in ("dion", "muon"):
         of_matrices = training_memory_bytes(preset("gpt2"), 50257, 1, "bf16", algorithm=algorithm)
         assert of_matrices.moments == 8 * 124_439_808 - 4 * 12 * 12 * 768**2

@@ -238,6 +238,7 @@ def test_utilisation_is_not_known_where_a_rank_s_peak_is_not() -> None:
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),

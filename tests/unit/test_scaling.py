@@ -17,12 +17,14 @@ from hvdlm.errors import HvdlmError
 from hvdlm.gradients.auto.forecast import BackwardPass
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.codec_messages import Message, messages
-from hvdlm.scaling.commands import interval, is_extrapolated, parse_counts, predict, with_flops, write_fit
+from hvdlm.scaling.commands import is_extrapolated, predict, with_speed, write_fit
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast import forecast, local_interval
+from hvdlm.scaling.forecast_options import ForecastOptions, parse_counts
 from hvdlm.scaling.holdout import hold_out
-from hvdlm.scaling.performance_model import Network, PerformanceModel
+from hvdlm.scaling.performance_model import Network, PerformanceModel, interval
 from hvdlm.scaling.point import read_point, read_points, schema, write_record
+from hvdlm.scaling.rank_speed import rank_speed
 from hvdlm.scaling.scenario import of_config, of_point
 from hvdlm.scaling.simulation import BucketTimes, Cores, Stage, simulate
 from hvdlm.scaling.statistics import expected_maximum, trimmed_mean
@@ -190,33 +192,44 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         write_record(tmp_path / f"{index}.point.json", point)
     write_fit(tmp_path, tmp_path / "fit.json")
     assert "MAPE 0.0%" in capsys.readouterr().out
-    options = {"preset": "tiny", "batch_size_per_rank": 4, "rank_flops": None, "overrides": []}
-    predict(tmp_path / "fit.json", ranks="8..64", ranks_per_host=1, link="10gbit", codecs=["none"], **options)
+    options = ForecastOptions(
+        ranks="8..64", ranks_per_host=1, link="10gbit", codecs=["none"], preset="tiny", batch_size_per_rank=4
+    )
+    predict(tmp_path / "fit.json", options)
     said = capsys.readouterr().out
     assert "extrapolated" in said and "links of twice the rate" in said and "codec fp16" in said
     assert "64 ranks take about 67 s to start" in said  # as planted: 3 s, and 1 s a rank
-    local = {**options, "overrides": ["--local_steps.every", "auto", "--local_steps.fragments", "3"]}
-    predict(tmp_path / "fit.json", ranks="2", ranks_per_host=1, link="1mbit", codecs=["none"], **options)
+    two = replace(options, ranks="2", link="1mbit")
+    predict(tmp_path / "fit.json", two)
     said = " ".join(capsys.readouterr().out.split())
     advice = r"hide the exchange: codec fp16 local_steps.every = \d+, fragments = 2, overlap = \d+: \+\d+%"
     assert re.search(advice, said)  # half the bytes, so half the steps
-    predict(tmp_path / "fit.json", ranks="2", ranks_per_host=1, link="1mbit", codecs=["none"], **local)
+    predict(
+        tmp_path / "fit.json",
+        replace(two, overrides=["--local_steps.every", "auto", "--local_steps.fragments", "3"]),
+    )
     said = capsys.readouterr().out
     assert re.search(r"codec none local_steps.every = \d+, fragments = 3, overlap = \d+", said)
     assert "ms since the start of the backward pass" not in said
-    for bad, sentence in (({"ranks_per_host": 0}, "--per-node 0"), ({"rank_flops": -1.0}, "--rank-flops -1")):
+    near = replace(options, ranks="8", ranks_per_host=8)  # on one host, where nothing was measured
+    with pytest.raises(HvdlmError, match="the fit has no messages within a host"):
+        predict(tmp_path / "fit.json", near)
+    predict(tmp_path / "fit.json", replace(near, inside_link="100gbit"))
+    assert re.search(r" 8 .* 9\d\.\d% ", capsys.readouterr().out)
+    eight = replace(options, ranks="8", link=None, codecs=[])
+    for bad, sentence in (
+        ({"ranks_per_host": 0}, "--per-node 0"),
+        ({"tokens_per_second": -1.0}, "--tokens-per-second -1"),
+        ({"codecs": ["topk"]}, "codec topk was not measured: the fit knows fp16, none"),
+        ({"codecs": ["fp16"], "device": "v100-sxm2", "mfu": 0.1}, "codec fp16 was measured on a CPU"),
+        ({"overrides": ["--optimizer.algorithm", "dion"]}, "'dion' has no forecast"),
+        ({"overrides": ["--optimizer.algorithm", "muon"]}, "'muon' has no forecast"),
+    ):
         with pytest.raises(HvdlmError, match=sentence):
-            asked = {"ranks": "8", "ranks_per_host": 1, "link": None, "codecs": [], **options, **bad}
-            predict(tmp_path / "fit.json", **asked)
-    with pytest.raises(HvdlmError, match="codec topk was not measured: the fit knows fp16, none"):
-        predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=["topk"], **options)
-    for algorithm in ("dion", "muon"):
-        with pytest.raises(HvdlmError, match=f"'{algorithm}' has no forecast"):
-            other = {**options, "overrides": ["--optimizer.algorithm", algorithm]}
-            predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **other)
+            predict(tmp_path / "fit.json", replace(eight, **bad))  # type: ignore[arg-type]
     (tmp_path / "fit.json").write_text("{}")
     with pytest.raises(HvdlmError, match="is no fit"):
-        predict(tmp_path / "fit.json", ranks="8", ranks_per_host=1, link=None, codecs=[], **options)
+        predict(tmp_path / "fit.json", eight)
 
 
 def test_messages_within_a_host_have_a_network_of_their_own() -> None:
@@ -248,8 +261,10 @@ def test_faster_ranks_show_more_of_the_exchange() -> None:
     model = fit(PLANTED)
     scenario = of_config(from_dict({"model": {"width": 512}}, "test", PRESETS), 257, 4, 1, 1e9)
     assert len(scenario.buckets) > 1
-    flops = scenario.flops_per_token * scenario.tokens / 0.03
-    slow, fast = forecast(model, scenario), forecast(with_flops(model, flops), scenario)
+    speed = rank_speed(scenario.config, 257, None, None, scenario.tokens / 0.03)
+    assert speed is not None
+    slow, fast = forecast(model, scenario), forecast(with_speed(model, speed), scenario)
+    assert fast.optimizer == fast.data == 0  # what a rank is measured to attain includes these
     assert fast.forward + fast.backward == pytest.approx(0.03)
     assert fast.forward / fast.backward == pytest.approx(0.5)
     # of the exchange, what the shorter backward pass no longer hides

@@ -32,7 +32,7 @@ def count(model: Transformer) -> int:
 
 
 # As Hugging Face counts its pretrained gpt2, gpt2-medium, gpt2-large and gpt2-xl, and as the model cards of
-# Llama 3.2 1B (1.23B) and Llama 3 8B (8.03B) have it.
+# Llama 3.2 1B (1.23B), Llama 3 8B (8.03B) and 70B (70.6B) have it.
 @pytest.mark.parametrize(
     ("name", "published"),
     [
@@ -42,6 +42,7 @@ def count(model: Transformer) -> int:
         ("gpt2-xl", 1_557_611_200),
         ("llama-1b", 1_235_814_400),
         ("llama-8b", 8_030_261_248),
+        ("llama-70b", 70_553_706_496),
     ],
 )
 def test_parameters_of_published_shapes(name, published):

@@ -1,0 +1,57 @@
+"""Where a forecast without measurements runs: what a rank computes, and what its links carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of a link's rate, as large messages of NCCL attain it, and seconds of a hop: assumptions, which published runs check
+# (published_runs.py).
+LINK_SHARE = 0.8
+INSIDE_LATENCY = 3e-6
+BETWEEN_LATENCY = 10e-6
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries messages."""
+
+    bytes_per_second: float  # each way
+    latency: float  # seconds of a hop
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal hosts, joined by a network."""
+
+    flops: float  # FLOP/s of a rank's matrix products
+    memory_bandwidth: float  # bytes/s of a rank's memory, for all between the products; infinite: `flops` includes that
+    optimizer_seconds: float  # of an optimizer's step, for a parameter
+    ranks_per_host: int
+    inside: Link  # of each rank, to the others of its host
+    between: Link  # of each host
+    device: str = "cuda"  # or "cpu": what ranks compute on
+
+    def gather(self, nbytes: float, ranks: int, stride: int, messages: int = 1) -> float:
+        """Seconds of an all-gather or a reduce-scatter of so many bytes among `ranks` ranks, `stride` apart, in so many
+        messages; an all-reduce takes twice as long.
+
+        On a ring each rank sends b (n - 1) / n bytes in n - 1 hops (Patarasuk & Yuan, JPDC 2009, section 3). A ring
+        crosses every host's link once, whatever the number of its ranks there; all other groups of this kind exchange
+        theirs at the same time, and share that link.
+        """
+        if ranks == 1:
+            return 0.0
+        per_host = max(1, min(ranks, self.ranks_per_host // stride))
+        sent, hops = nbytes * (ranks - 1) / ranks, messages * (ranks - 1)
+        seconds = sent / self.inside.bytes_per_second if per_host > 1 else 0.0
+        if per_host == ranks:
+            return seconds + hops * self.inside.latency
+        rings = self.ranks_per_host / per_host
+        seconds = max(seconds, sent * rings / self.between.bytes_per_second)
+        return seconds + hops * (self.between.latency + (per_host - 1) * self.inside.latency) / per_host
+
+    def message(self, nbytes: float, stride: int) -> float:
+        """Seconds in which every rank sends so many bytes to the one `stride` ranks on."""
+        if stride < self.ranks_per_host:
+            return nbytes / self.inside.bytes_per_second + self.inside.latency
+        return nbytes * self.ranks_per_host / self.between.bytes_per_second + self.between.latency
