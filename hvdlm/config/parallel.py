@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from hvdlm.config.section import Section
@@ -10,10 +12,8 @@ from hvdlm.config.section import Section
 class ParallelSection(Section):
     """`[parallel]`: how the ranks of a job share a model, where one rank does not hold all of it."""
 
-    shard: int = Field(
+    shard: Literal[0, 1, 2, 3] = Field(
         0,
-        ge=0,
-        le=3,
         description="ZeRO stage: ranks divide among them the optimizer's state (1), the gradients, too (2), the "
         "parameters, too (3); 0: each rank has all",
     )
