@@ -12,7 +12,14 @@ from hvdlm.model.attention import (
     repeats_key_value_heads,
 )
 from hvdlm.model.loss import loss_chunk_tokens
-from hvdlm.model.size import key_value_heads, matmul_parameters, mlp_width, parameter_count, qkv_width
+from hvdlm.model.size import (
+    key_value_heads,
+    matmul_parameters,
+    mlp_width,
+    parameter_count,
+    qkv_width,
+    undivided_parameters,
+)
 
 # Of a parameter, in the optimizer's state; matrices of Dion and Muon have half of AdamW's
 _MOMENT_BYTES: dict[Algorithm, int] = {"adamw": 8, "adam": 8, "dion": 8, "muon": 8, "sgd": 4, "lion": 4}
@@ -53,6 +60,7 @@ def training_memory_bytes(
     compiled: bool = False,
     activation_checkpointing: bool = False,
     algorithm: Algorithm = "adamw",
+    tensor_ranks: int = 1,
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
@@ -72,10 +80,12 @@ def training_memory_bytes(
     made of. All blocks share the mask of documents, a bytes for each pair of tokens of a sequence.
     On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
     silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
-    input, 4 D, and only one of them all the rest.
+    input, 4 D, and only one of them all the rest. Of `tensor_ranks` each has its part of what attention and MLP keep
+    inside, of their matrices and of the vocabulary.
     """
-    count = parameter_count(config, vocab_size)
-    width, heads, hidden_width = config.width, config.heads, mlp_width(config)
+    undivided = undivided_parameters(config)
+    count = undivided + (parameter_count(config, vocab_size) - undivided) // tensor_ranks
+    width, heads, hidden_width = config.width, config.heads, mlp_width(config) // tensor_ranks
     low = precision != "fp32"
     item = 2 if low else 4
     tokens = micro_batch_size * config.context_length
@@ -92,13 +102,16 @@ def training_memory_bytes(
         keys = sum((end - start) * end for start, end in blocks) // config.context_length
         attention = 5 * width + heads * keys
         scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
-        temporary = max(temporary, 3 * 4 * scores)  # probabilities, their gradients and their product, in fp32
-    token = 8 * width + item * (2 * width + attention + activated * hidden_width)
+        temporary = max(
+            temporary, 3 * 4 * scores // tensor_ranks
+        )  # probabilities, their gradients and their product, in fp32
+    token = 8 * width + item * (2 * width + attention // tensor_ranks + activated * hidden_width)
     if device == "cpu" and config.norm == "rmsnorm" and not compiled:
         token += 12 * width
     mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
-    chunk = min(tokens, loss_chunk_tokens(vocab_size, item, device))
-    block_parameters = matmul_parameters(config, vocab_size) - vocab_size * width
+    rows = -(-vocab_size // tensor_ranks)
+    chunk = min(tokens, loss_chunk_tokens(rows, item, device))
+    block_parameters = (matmul_parameters(config, vocab_size) - vocab_size * width) // tensor_ranks
     copies = 2 * item if low else 0  # of the output weight, and its gradient of one chunk
     exponents = 0 if device == "cpu" else 4  # on a CPU only of a few tokens at once
     in_use = {
@@ -109,6 +122,6 @@ def training_memory_bytes(
         "activations": mask
         + tokens * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),
         "temporary": temporary,
-        "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
+        "loss": 3 * 4 * tokens * width + (4 + copies) * rows * width + chunk * rows * (item + exponents),
     }
     return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)

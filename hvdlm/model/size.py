@@ -42,6 +42,14 @@ def parameter_count(config: ModelSection, vocab_size: int) -> int:
     return count
 
 
+def undivided_parameters(config: ModelSection) -> int:
+    """Trained numbers that every tensor rank has: norms, biases after a sum over ranks, learned positions."""
+    width, layers = config.width, config.layers
+    count = (2 * layers + 1) * width * (2 if config.norm == "layernorm" and config.bias else 1)
+    count += 2 * layers * width if config.bias else 0
+    return count + (config.context_length * width if config.position == "learned" else 0)
+
+
 def flops_per_token(config: ModelSection, vocab_size: int) -> float:
     """Floating-point operations of forward and backward for one token of a full context.
 

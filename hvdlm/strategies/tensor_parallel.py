@@ -26,7 +26,9 @@ class TensorParallel(EveryStep):
 
     def norm(self) -> Tensor:
         """Each parameter counts once, also those that all tensor ranks have."""
-        replicated = torch.stack([torch.linalg.vector_norm(each.grad) for each in self._replicated])
+        replicated = torch.stack(
+            [torch.linalg.vector_norm(each.grad) for each in self._replicated if each.grad is not None]
+        )
         own = torch.stack([self.sync.norm(), torch.linalg.vector_norm(replicated)])
         squares = self._tensor_ranks.all_gather(own).square()  # (ranks, 2)
         return (squares[:, 0].sum() - (len(squares) - 1) * squares[0, 1]).clamp(min=0).sqrt()

@@ -18,7 +18,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     console = Console(highlight=False)
     print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model
-    share = -(-train.global_batch_size // launch.size)
+    share = -(-train.global_batch_size * config.parallel.tensor // launch.size)
     micro_batch = min(train.micro_batch_size, share)
     device = device_type(train.device)
     memory = training_memory_bytes(
@@ -30,6 +30,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         train.compile,
         train.activation_checkpointing,
         config.optimizer.algorithm,
+        config.parallel.tensor,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before

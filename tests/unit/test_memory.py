@@ -7,11 +7,14 @@ import torch
 from shapes import GPT2, LLAMA, preset
 from torch import Tensor
 
+from hvdlm.comm.communicator import ReduceOp
+from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import ModelSection
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import loss_chunk_tokens
 from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
 
 def test_memory_of_weights_by_hand():
@@ -81,9 +84,32 @@ def test_llama_1b_in_fp32_holds_copies_of_heads_and_no_probabilities():
     assert 4 * 8 * heads * length * length > 4.2e9  # what the probabilities of one layer would have taken
 
 
-def saved_by_autograd(config: ModelSection, precision: str) -> int:
+class FirstOfTwo(SoloCommunicator):
+    """One of two ranks, whose sums are without the other's part: they have the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_tensor_rank_keeps_its_part(config, precision):
+    config = config.model_copy(update={"layers": 4, "width": 256, "context_length": 512})
+    communicator = FirstOfTwo()
+    model = TensorParallelTransformer(config, 102, communicator)
+    model.initialise(0)
+    estimate = training_memory_bytes(config, 102, 3, precision, tensor_ranks=2)
+    assert estimate.parameters == 4 * sum(each.numel() for each in model.parameters())
+    assert estimate.activations == pytest.approx(saved_by_autograd(config, precision, model), rel=0.1)
+
+
+def saved_by_autograd(config: ModelSection, precision: str, model: Transformer | None = None) -> int:
     """Bytes of the storages that blocks save for the backward pass of 3 sequences, as the test above says."""
-    model = Transformer(config, 101)
+    model = model or Transformer(config, 101)
     model.set_compute_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     for layer in model.modules():

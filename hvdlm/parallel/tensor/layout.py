@@ -51,6 +51,20 @@ def cut(whole: Tensor, regions: Sequence[Region]) -> Tensor:
     return torch.cat([whole[region] for region in regions])
 
 
+def flat_runs(regions: Sequence[Region], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The numbers of `cut`, in its order, as runs of the flattened whole of a shape: from where to where each."""
+    runs = []
+    for region in regions:
+        columns = region[1] if len(shape) > 1 else slice(0, 1)
+        width = shape[1] if len(shape) > 1 else 1
+        if columns == slice(0, width):
+            runs.append((region[0].start * width, region[0].stop * width))
+        else:
+            rows = range(region[0].start, region[0].stop)
+            runs += [(row * width + columns.start, row * width + columns.stop) for row in rows]
+    return runs
+
+
 def is_divided(name: str) -> bool:
     """Whether each rank has a part only of the parameter of this name; otherwise each has all of it."""
     return _has_divided_rows(name) or name.endswith(_DIVIDED_COLUMNS)
