@@ -18,3 +18,13 @@ def check_groups_of_four(comm: Communicator) -> None:
     assert mesh["data"].size == mesh.group("data", "shard").size == 1
     assert mesh.group("tensor", "pipeline") is comm
     assert mesh["tensor"] is tensor
+    assert [mesh.is_first(axis) for axis in ("tensor", "pipeline", "data")] == [comm.rank % 2 == 0, comm.rank < 2, True]
+    assert tensor.is_inline and not pipeline.is_inline
+
+
+@check(sizes=(4,))
+def check_the_tensor_axis_has_a_communicator_of_its_own(comm: Communicator) -> None:
+    """Also where it has all ranks: its collectives are not to wait for others."""
+    mesh = Mesh(comm, {"pipeline": 1, "data": 1, "shard": 1, "tensor": 4})
+    assert mesh["tensor"] is not comm and mesh["tensor"].is_inline and not comm.is_inline
+    assert mesh["tensor"].all_gather_object(comm.rank) == [0, 1, 2, 3]

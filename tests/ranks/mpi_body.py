@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import communicator_body
 import numpy as np
+import pytest
 import torch
 from checks import check
 from mpi4py import MPI
@@ -77,6 +79,33 @@ def raised_by(comm: MPICommunicator, action: Callable[[], object]) -> Exception 
     except Exception as error:
         return error
     return None
+
+
+@check(sizes=[2, 3])
+def check_inline_collectives(comm: Communicator) -> None:
+    """They run on the thread that calls them, give what queued ones give, and do not wait for ever."""
+    group = comm.split(0, comm.rank)
+    assert isinstance(group, MPICommunicator)
+    assert group._submit(threading.get_ident).wait() != threading.get_ident()
+    group.is_inline = True
+    assert group._submit(threading.get_ident).wait() == threading.get_ident()
+    for body in (
+        communicator_body.check_all_reduce,
+        communicator_body.check_reduce_scatter,
+        communicator_body.check_all_gather,
+        communicator_body.check_broadcast,
+        communicator_body.check_objects,
+    ):
+        body(group)
+    group._timeout = 0.2
+    if comm.rank == 0:
+        with pytest.raises(LostRankError, match=r"waited 0\.2 s"):
+            group.barrier()
+    comm.barrier()
+    group._timeout = 60.0
+    if comm.rank != 0:  # this completes the message that rank 0 has given up
+        group._group.Ibarrier()
+    comm.barrier()
 
 
 @check(sizes=[1, 2])

@@ -75,6 +75,19 @@ def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("--optimizer.algorithm", "muon", "optimizer.algorithm = 'muon' needs whole matrices"),
+        ("--compression.codec", "auto", "compression.codec = 'auto' chooses for whole gradients"),
+        ("--train.heal_replicas", "true", "need the whole model on every rank"),
+        ("--parallel.tensor", "3", "parallel.tensor = 3 does not divide the 4 key and value heads"),
+    ],
+)
+def test_what_does_not_go_with_tensor_parallelism(setting: str, value: str, said: str) -> None:
+    assert said in refusal("--parallel.tensor", "2", setting, value)
+
+
 @pytest.mark.parametrize("other", [("--local_steps.hierarchical", "true"), ("--local_steps.by", "seconds")])
 def test_local_steps_that_do_not_outlive_a_rank_are_refused(other: tuple[str, str]) -> None:
     local = ("--local_steps.every", "4", *other)

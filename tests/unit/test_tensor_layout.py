@@ -8,7 +8,7 @@ from shapes import GPT2, LLAMA
 
 from hvdlm.errors import HvdlmError
 from hvdlm.model.transformer import Transformer
-from hvdlm.parallel.tensor.layout import cut, is_divided, parameter_regions
+from hvdlm.parallel.tensor.layout import cut, flat_runs, is_divided, parameter_regions
 
 VOCABULARY = 61
 
@@ -51,6 +51,16 @@ def test_cut_stacks_regions() -> None:
     whole = torch.arange(12).view(6, 2)
     regions = [(slice(0, 1), slice(0, 2)), (slice(4, 6), slice(0, 2))]
     assert cut(whole, regions).tolist() == [[0, 1], [8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize("name", ["attention.qkv.weight", "attention.qkv.bias", "attention.output.weight"])
+def test_runs_are_what_is_cut(name: str) -> None:
+    regions = parameter_regions(GPT2, VOCABULARY, rank=1, size=2)[f"blocks.0.{name}"]
+    shapes = {"attention.qkv.weight": (192, 64), "attention.qkv.bias": (192,), "attention.output.weight": (64, 64)}
+    whole = torch.arange(torch.Size(shapes[name]).numel()).view(shapes[name])
+    runs = flat_runs(regions, shapes[name])
+    assert torch.equal(torch.cat([whole.flatten()[start:end] for start, end in runs]), cut(whole, regions).flatten())
+    assert len(runs) == (64 if "output" in name else 3)
 
 
 def test_heads_that_cannot_be_divided() -> None:
