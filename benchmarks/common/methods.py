@@ -1,4 +1,6 @@
-"""Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`, `dion`."""
+"""Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`, `dion`, `zero2`,
+`zero3:int8`, `tensor`, `pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +19,34 @@ _LATE_CODECS = ("topk", "topk2", "powersgd")
 # The optimizer that exchanges momentum of matrices, and the codec of all other gradients beside it
 _DION, _CODEC_BESIDE_DION = "dion", "int4"
 
+# Ways in which ranks divide one model: all of them the matrices, or all of them the blocks
+_DIVIDING = ("tensor", "pipeline")
+
 
 @dataclass(frozen=True)
 class Method:
-    """A codec for the gradients of every step, or for the differences of local steps; or the optimizer Dion."""
+    """A codec for the gradients of every step, or for the differences of local steps; or the optimizer Dion; or how
+    ranks divide a model.
+    """
 
     text: str  # as it was given
     codec: str  # or "dion"
     local_steps: Mapping[str, int]  # settings of that section; none: every step
+    zero: int = 0  # ZeRO stage
+    dividing: str = ""  # one of `_DIVIDING`
 
     @property
     def name(self) -> str:
         """As in tables and plots."""
-        return f"{self.codec}, every {self.local_steps['every']} steps" if self.local_steps else self.codec
+        return f"{self.codec}, every {self.local_steps['every']} steps" if self.local_steps else self.text
 
     @property
     def steps(self) -> int:
         """From one average of the whole model to the next."""
         return self.local_steps.get("every", 1)
 
-    def apply(self, config: Config) -> Config:
-        """`config` with this method's settings, where they are not set already."""
+    def apply(self, config: Config, ranks: int = 1) -> Config:
+        """`config` with this method's settings, where they are not set already; `ranks`: that divide a model."""
         chosen: dict[str, Any] = {"codec": self.codec}
         optimizer = config.optimizer
         if self.codec == _DION:
@@ -52,12 +61,24 @@ class Method:
                 "compression": config.compression.model_copy(update=chosen),
                 "local_steps": config.local_steps.model_copy(update=dict(self.local_steps)),
                 "optimizer": optimizer,
+                "parallel": config.parallel.model_copy(update=self._parallel(config, ranks)),
             }
         )
 
+    def _parallel(self, config: Config, ranks: int) -> dict[str, int]:
+        if self.dividing:
+            return {self.dividing: ranks}
+        return {"shard": self.zero or config.parallel.shard}
+
 
 def parse_method(text: str) -> Method:
-    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, or dion. Raises HvdlmError for anything else."""
+    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, dion, zeroSTAGE[:CODEC], tensor or pipeline. Raises
+    HvdlmError for anything else.
+    """
+    if sharded := re.fullmatch(r"zero([123])(?::(\w+))?", text):
+        return Method(text, sharded[2] or "none", {}, zero=int(sharded[1]))
+    if text in _DIVIDING:
+        return Method(text, "none", {}, dividing=text)
     found = re.fullmatch(r"(.+?)(?:/(\d+)(?:/(\d+)(?:/(\d+))?)?)?", text)
     if found is None or found[2] == "0":
         raise HvdlmError(f"{text!r} is no way to exchange: give CODEC or CODEC/EVERY/FRAGMENTS/OVERLAP, as int4/4/4/1")

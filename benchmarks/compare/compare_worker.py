@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, who
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from compare.measurement import Request, measure, model_hash
+from compare.measurement import Request, measure
 from compare.registry import build, is_hvdlm, sums_by_engine
+from hvdlm.comm.replicas import parameter_hash
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.model.presets import PRESETS
@@ -43,9 +44,10 @@ def main(address: str, config_path: str, interface: str, engine: str, *names: st
                 break
             system = systems[request.system]
             measurement = measure(system, request.steps, interface or None)
+            parameters = system.parameters()  # which all ranks may have to make together
             if request.parameters is not None and communicator.rank == 0:
-                torch.save(parameters_to_vector(system.parameters().values()).detach(), request.parameters)
-            connection.send((measurement, model_hash(system)))
+                torch.save(parameters_to_vector(parameters.values()).detach(), request.parameters)
+            connection.send((measurement, parameter_hash(parameters)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from compare.systems import System
-from hvdlm.comm.replicas import parameter_hash
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer
@@ -87,11 +86,6 @@ def over_ranks(measurements: Sequence[Measurement]) -> Measurement:
         statistics.fmean(interface) if interface else None,
         max(peaks) if peaks else None,
     )
-
-
-def model_hash(system: System) -> str:
-    """SHA-256 (hex) of a system's parameters, which must be equal on all ranks."""
-    return parameter_hash(system.parameters())
 
 
 def relative_distance(own: Path, reference: Path, config: Config) -> float:

@@ -19,7 +19,7 @@ LIMIT = "no communication"
 REFERENCE = "DDP"
 
 # Codecs whose gradients are exact, or rounded to 16-bit numbers.
-_DENSE_CODECS = ("none", "fp16", "bf16")
+_DENSE_CODECS = ("none", "fp16", "bf16", "zero1", "zero2", "zero3", "tensor", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ PEERS = {
     REFERENCE: Peer("torch", systems.ddp),
     "DDP fp16": Peer("torch", systems.ddp_fp16),
     "DDP PowerSGD": Peer("torch", systems.ddp_power_sgd, is_dense=False, has_own_job=True),
+    "FSDP2": Peer("torch", systems.fsdp2, has_own_job=True),
     "Horovod": Peer("horovod", systems.horovod),
     "Horovod fp16": Peer("horovod", systems.horovod_fp16),
     "torchft DiLoCo": Peer(

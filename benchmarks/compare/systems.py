@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.batches import open_loader
@@ -25,6 +27,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
+from hvdlm.training.parts_file import put
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.trainer import Trainer
@@ -55,7 +58,7 @@ class System:
 
 def hvdlm_by_method(method: Method, config: Config, communicator: Communicator, data: DataSet) -> System:
     """hvdlm's trainer, whose ranks combine their work by this method."""
-    return _hvdlm(method.apply(config), communicator, data)
+    return _hvdlm(method.apply(config, communicator.size), communicator, data)
 
 
 def hvdlm_without_communication(config: Config, data: DataSet) -> System:
@@ -81,6 +84,22 @@ def ddp_power_sgd(config: Config, communicator: Communicator, data: DataSet) -> 
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWER_SGD_MATRIX_RANK, start_powerSGD_iter=2)
     return _ddp(
         config, communicator, data, lambda replica: replica.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    )
+
+
+def fsdp2(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """FSDP2, `fully_shard` of each block and of the rest, which gathers weights in the precision of products."""
+    dtype = DTYPES[config.train.precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (communicator.size,))
+    model = _model(config, data)
+    mean_loss = _MeanLoss(model, config.train.precision)
+    for module in (*model.blocks, mean_loss):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    optimizer = make_optimizer(model, config.optimizer)
+    return System(
+        lambda: {name: each.full_tensor() for name, each in model.named_parameters()},
+        _plain_step(mean_loss, optimizer, config, communicator, data),
     )
 
 
@@ -113,7 +132,21 @@ def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
         trainer.train_step(loader, stop_here=False)
         return StepReport(trainer.timer.seconds()["wait"], trainer.strategy.traffic.wire_bytes)
 
-    return System(lambda: trainer.parameters, step, trainer.strategy.arrive)
+    return System(lambda: _whole_parameters(trainer), step, trainer.strategy.arrive)
+
+
+def _whole_parameters(trainer: Trainer) -> Mapping[str, Tensor]:
+    """Those that ranks have among them, on every rank. Collective."""
+    layout = trainer.strategy.layout()
+    if layout is None:
+        return trainer.parameters
+    whole = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
+    for name, own in trainer.parameters.items():
+        if layout.saves(name):
+            put(whole[name], layout.runs_of(name), own)
+    for each in whole.values():
+        trainer.communicator.all_reduce_(each)
+    return whole
 
 
 class _MeanLoss(nn.Module):

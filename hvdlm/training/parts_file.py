@@ -62,6 +62,15 @@ def _write_all(file: int, content: memoryview, offset: int) -> None:
         content, offset = content[written:], offset + written
 
 
+def put(whole: Tensor, runs: Runs, numbers: Tensor) -> None:
+    """Fills some of a whole tensor from a rank's part."""
+    flat, own = whole.view(-1), numbers.detach().reshape(-1)
+    position = 0
+    for start, stop in runs:
+        flat[start:stop] = own[position : position + stop - start]
+        position += stop - start
+
+
 def take(whole: Tensor, runs: Runs, numbers: Tensor) -> None:
     """Fills a rank's part of a tensor from the whole one."""
     flat, target = whole.reshape(-1), numbers.detach().view(-1)
