@@ -117,6 +117,29 @@ class Config(Section):
             f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
                 parallel.pipeline > model.layers
             ),
+            **self._pipeline_misfits(),
+        }
+
+    def _pipeline_misfits(self) -> dict[str, bool]:
+        parallel, layers = self.parallel, self.model.layers
+        split = parallel.blocks_of_stages
+        stages = f"parallel.pipeline = {parallel.pipeline}"
+        if parallel.schedule == "interleaved":
+            stages += f" x parallel.chunks = {parallel.chunks}"
+        return {
+            f"{stages} makes {parallel.stages} stages, more than model.layers = {layers}: take fewer": (
+                parallel.pipeline > 1 and parallel.stages > layers
+            ),
+            f"parallel.split = '{parallel.split}' names {len(split)} stages, but {stages} makes {parallel.stages}": (
+                parallel.pipeline > 1 and bool(split) and len(split) != parallel.stages
+            ),
+            f"parallel.split = '{parallel.split}' has {sum(split)} blocks, but model.layers = {layers}": (
+                parallel.pipeline > 1 and bool(split) and sum(split) != layers
+            ),
+            "parallel.schedule = 'zero_bubble' makes the gradients of weights apart, which compiled blocks cannot: set "
+            "train.compile = false or another schedule": (
+                parallel.pipeline > 1 and parallel.schedule == "zero_bubble" and self.train.compile
+            ),
         }
 
     @property

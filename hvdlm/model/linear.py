@@ -1,12 +1,48 @@
-"""A linear layer that computes in 16 bits with weights that stay in fp32."""
+"""A linear layer that computes in 16 bits with weights that stay in fp32, and may make their gradients later."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+class WeightGradients:
+    """The gradients of weights that a backward pass has left out, to be made later (Qi et al. 2024, arXiv:2401.10241,
+    section 2).
+
+        with gradients.left_out():
+            loss.backward()  # of layers with `may_leave_out_weight_gradients`
+        gradients.make()
+    """
+
+    # The passes of one process come one after the other, but on a GPU autograd runs them in a thread of its own
+    current: ClassVar[WeightGradients | None] = None
+
+    def __init__(self) -> None:
+        self._products: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, rows of the gradient (n, O) and input (n, I)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within it, they are noted here and not made."""
+        WeightGradients.current = self
+        try:
+            yield
+        finally:
+            WeightGradients.current = None
+
+    def add(self, weight: Tensor, grad_rows: Tensor, rows: Tensor) -> None:
+        self._products.append((weight, grad_rows, rows))
+
+    def make(self) -> None:
+        """Adds them to `.grad`, as autograd does: what it calls when it has, is called."""
+        for weight, grad_rows, rows in self._products:
+            torch.autograd.backward(weight, (grad_rows.T @ rows).to(weight.dtype))
+        self._products.clear()
 
 
 class Linear(nn.Linear):
@@ -21,6 +57,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.low_precision_weight: Tensor | None = None
         self.low_precision_bias: Tensor | None = None
+        self.may_leave_out_weight_gradients = False  # for WeightGradients; not where blocks are compiled
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Computes products in `dtype` from now on."""
@@ -38,10 +75,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) to (..., outputs) in the dtype of the products, to which x is cast if they have copies."""
-        if self.low_precision_weight is None:
+        weight, bias = self.low_precision_weight, self.low_precision_bias
+        if weight is None and not self.may_leave_out_weight_gradients:
             return super().forward(x)
-        x = x.to(self.low_precision_weight.dtype)
-        product: Tensor = _Product.apply(x, self.weight, self.bias, self.low_precision_weight, self.low_precision_bias)  # type: ignore[no-untyped-call]
+        if weight is None:
+            weight, bias = self.weight.detach(), self.bias
+        function = _ProductInTwoPasses if self.may_leave_out_weight_gradients else _Product
+        product: Tensor = function.apply(x.to(weight.dtype), self.weight, self.bias, weight, bias)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -66,5 +106,27 @@ class _Product(torch.autograd.Function):
         x, low_precision_weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
         weight_grad = rows.T @ x.reshape(-1, x.shape[-1])  # (outputs, inputs)
-        bias_grad = rows.sum(dim=0).float() if ctx.has_bias else None  # added in fp32, then rounded, on its own
-        return grad @ low_precision_weight, weight_grad.float(), bias_grad, None, None
+        return grad @ low_precision_weight, weight_grad.float(), _bias_grad(ctx, rows), None, None
+
+
+class _ProductInTwoPasses(_Product):
+    """The same, where `WeightGradients` may make the gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        ctx.weight = weight  # not by save_for_backward: activation checkpointing would return another tensor for it
+        return _Product.forward(ctx, x, weight, *others)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if WeightGradients.current is None:
+            return _Product.backward(ctx, grad)
+        x, low_precision_weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
+        WeightGradients.current.add(ctx.weight, rows, x.reshape(-1, x.shape[-1]))
+        return grad @ low_precision_weight, None, _bias_grad(ctx, rows), None, None
+
+
+def _bias_grad(ctx: Any, rows: Tensor) -> Tensor | None:
+    """rows: (n, outputs)."""
+    return rows.sum(dim=0).float() if ctx.has_bias else None  # added in fp32, then rounded, on its own

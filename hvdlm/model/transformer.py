@@ -34,6 +34,7 @@ their reverse is about the order in which the backward pass completes gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -114,25 +115,40 @@ class Transformer(nn.Module):
                 f"{config.context_length}: shorten the sequence or train with a longer context"
             )
         positions = torch.arange(start, start + length, device=tokens.device)
-        x = self.token_embedding(tokens)  # (B, T, D)
-        rotation = None
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        else:
-            rotation = _rotation(positions, config)
-        mask = _attention_mask(positions, documents, cache, self.dtype)
-        x = self.dropout(x)
-        # Chen et al. 2016, arXiv:1604.06174
-        recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
-            if recomputes:
-                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
-            else:
-                x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
+        x = self.embed(tokens, positions)
+        x = self.apply_blocks(range(config.layers), x, positions, documents, cache)
         if cache:
             cache.length += length
         hidden: Tensor = self.final_norm(x)
         return hidden
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block is given. tokens: (B, T) int64, positions: (T,) int64. Returns (B, T, D)."""
+        x: Tensor = self.token_embedding(tokens)  # (B, T, D)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        return self.dropout(x)  # type: ignore[no-any-return]
+
+    def apply_blocks(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        positions: Tensor,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x: (B, T, D), of tokens at `positions`, (T,) int64, through some blocks, by number; the rest as `forward`."""
+        rotation = _rotation(positions, self.config) if self.config.position == "rope" else None
+        mask = _attention_mask(positions, documents, cache, self.dtype)
+        # Chen et al. 2016, arXiv:1604.06174
+        recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
+        for layer in layers:
+            block = self.blocks[layer]
+            if recomputes:
+                x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache.layer(layer, len(positions)) if cache else None)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""
@@ -142,18 +158,12 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Sets every parameter, as a function of the seed and the shape alone.
 
-        Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream
-        of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
-        identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
+        Numbers are drawn on the CPU, so every device begins with the same.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-            deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator))
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
+        parameters = dict(self.named_parameters())
+        for name, value in initial_values(shapes, self.config.layers, seed):
+            parameters[name].copy_(value)
 
 
 class Block(nn.Module):
@@ -262,6 +272,23 @@ class KeyValueCache:
         """Views (B, K, length + new, E) of one layer's keys and values; the last `new` are to be filled."""
         end = self.length + new
         return self.keys[index, :, :, :end], self.values[index, :, :, :end]
+
+
+def initial_values(shapes: Mapping[str, torch.Size], layers: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The values that the parameters of a whole model begin with, fp32 on the CPU, one after the other.
+
+    Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream of each block from
+    N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the identity and biases at 0. `shapes`:
+    of all parameters, in the order of `named_parameters`: each depends on how many numbers were drawn before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            yield name, torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+            continue
+        into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        deviation = 0.02 / (2 * layers) ** 0.5 if into_residual else 0.02
+        yield name, torch.empty(shape, device="cpu").normal_(0, deviation, generator=generator)
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
