@@ -43,8 +43,8 @@ class ParallelSection(Section):
     )
     split: Annotated[str, AfterValidator(check_split)] = Field(
         "",
-        description="blocks of each stage of a pipeline, as in 4,4,3; with chunks, stages go round the ranks; empty: so "
-        "that embedding, blocks and loss cost all stages as much as possible the same",
+        description="blocks of each stage of a pipeline, as in 4,4,3; with chunks, stages go round the ranks; empty: "
+        "so that embedding, blocks and loss cost all stages as much as possible the same",
     )
     boundary: Literal["fp32", "bf16", "int8"] = Field(
         "fp32", description="numbers of activations and their gradients between the stages of a pipeline"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class WeightGradients:
     section 2).
 
         with gradients.left_out():
-            loss.backward()  # of layers with `may_leave_out_weight_gradients`
+            loss.backward()  # through layers with `leaves_out_weight_gradients`
         gradients.make()
     """
 
@@ -57,7 +57,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias)
         self.low_precision_weight: Tensor | None = None
         self.low_precision_bias: Tensor | None = None
-        self.may_leave_out_weight_gradients = False  # for WeightGradients; not where blocks are compiled
+        self.leaves_out_weight_gradients = False  # to `WeightGradients`; not where it is compiled
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Computes products in `dtype` from now on."""
@@ -76,12 +76,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs) to (..., outputs) in the dtype of the products, to which x is cast if they have copies."""
         weight, bias = self.low_precision_weight, self.low_precision_bias
-        if weight is None and not self.may_leave_out_weight_gradients:
-            return super().forward(x)
+        if self.leaves_out_weight_gradients:
+            x = x.to(self.weight.dtype if weight is None else weight.dtype)
+            later: Tensor = _ProductWithoutWeightGradient.apply(x, self.bias, _Leaf(self.weight), weight, bias)  # type: ignore[no-untyped-call]
+            return later
         if weight is None:
-            weight, bias = self.weight.detach(), self.bias
-        function = _ProductInTwoPasses if self.may_leave_out_weight_gradients else _Product
-        product: Tensor = function.apply(x.to(weight.dtype), self.weight, self.bias, weight, bias)  # type: ignore[no-untyped-call]
+            return super().forward(x)
+        product: Tensor = _Product.apply(x.to(weight.dtype), self.weight, self.bias, weight, bias)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -109,22 +110,38 @@ class _Product(torch.autograd.Function):
         return grad @ low_precision_weight, weight_grad.float(), _bias_grad(ctx, rows), None, None
 
 
-class _ProductInTwoPasses(_Product):
-    """The same, where `WeightGradients` may make the gradient of the weight."""
+class _Leaf(NamedTuple):
+    """A parameter that autograd does not see: it calls hooks also of one that gets no gradient."""
+
+    parameter: Tensor
+
+
+class _ProductWithoutWeightGradient(torch.autograd.Function):
+    """The same, or the product with the masters themselves; `WeightGradients` makes the gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-        ctx.weight = weight  # not by save_for_backward: activation checkpointing would return another tensor for it
-        return _Product.forward(ctx, x, weight, *others)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: _Leaf,
+        low_precision_weight: Tensor | None,
+        low_precision_bias: Tensor | None,
+    ) -> Tensor:
+        if low_precision_weight is None:
+            low_precision_weight, low_precision_bias = weight.parameter.detach(), bias
+        ctx.save_for_backward(x, low_precision_weight)
+        ctx.has_bias, ctx.weight = bias is not None, weight
+        return functional.linear(x, low_precision_weight, low_precision_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if WeightGradients.current is None:
-            return _Product.backward(ctx, grad)
         x, low_precision_weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (n, outputs)
-        WeightGradients.current.add(ctx.weight, rows, x.reshape(-1, x.shape[-1]))
-        return grad @ low_precision_weight, None, _bias_grad(ctx, rows), None, None
+        if WeightGradients.current is None:
+            raise RuntimeError("the backward pass leaves out gradients of weights, and nothing notes them")
+        WeightGradients.current.add(ctx.weight.parameter, rows, x.reshape(-1, x.shape[-1]))
+        return grad @ low_precision_weight, _bias_grad(ctx, rows), None, None, None
 
 
 def _bias_grad(ctx: Any, rows: Tensor) -> Tensor | None:

@@ -85,10 +85,9 @@ class Pipeline:
             self._activity.begin(f"computes the {operation.kind.value} of {where}")
             if operation.kind is Kind.FORWARD:
                 seed(operation.micro_batch, self._stage(operation))
-                made = step.forward(operation, received)
+                self._send(operation, step, step.forward(operation, received))
             else:
-                made = step.backward(operation, received)
-            self._send(operation, step, made)
+                self._send(operation, step, step.backward(operation, received))
             timer.end_phase("forward" if operation.kind is Kind.FORWARD else "backward")
         if not own:
             before_last()
@@ -134,7 +133,7 @@ class Pipeline:
         has_sent()
 
     def close(self) -> None:
-        """Ends the thread of messages."""
+        """Closes what was opened for messages. Collective."""
         self._connections.close()
 
     def _messages(self, schedule: Schedule, micro_batches: Sequence[MicroBatch]) -> StepMessages:

@@ -44,8 +44,10 @@ class Connections:
         return direction.receive_async_(message, source)
 
     def close(self) -> None:
-        """Ends the thread. The communicators end with the one that they are of."""
+        """Collective."""
         self._thread.shutdown()
+        self._downward.close()
+        self._upward.close()
 
 
 class StepMessages:

@@ -1,8 +1,8 @@
 """Schedules of pipeline parallelism: which rank does what, in which order, in one step.
 
-A schedule is a list of operations for each rank. An operation is one pass of one micro-batch over one chunk of a rank's
-model; what it receives and sends follows from it. Of `ranks` ranks, rank r has the stages r, r + ranks, ... of the model
-as its chunks 0, 1, ..., and all schedules but the interleaved one have one chunk a rank.
+A schedule is a list of operations for each rank. An operation is one pass of one micro-batch over one chunk of a
+rank's model; what it receives and sends follows from it. Of `ranks` ranks, rank r has the stages r, r + ranks, ... of
+the model as its chunks 0, 1, ..., and all schedules but the interleaved one have one chunk a rank.
 
 Nothing here knows of tensors or communicators: schedules are pure functions, which simulation.py tests.
 """

@@ -55,9 +55,9 @@ class StageModel(Transformer):
         return ["token_embedding.weight"] if is_copy else []
 
     def divide_backward_passes(self) -> None:
-        """From now on `WeightGradients` may leave out the gradients of weights. Blocks must not be compiled."""
+        """From now on `WeightGradients` makes the gradients of weights. Blocks must not be compiled."""
         for layer in self._linear:
-            layer.may_leave_out_weight_gradients = True
+            layer.leaves_out_weight_gradients = True
 
     def apply_chunk(self, chunk: int, x: Tensor | None, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """One stage. x: (B, T, D) from the stage before, or None for the first one, which reads tokens, (B, T) int64.
