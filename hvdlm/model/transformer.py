@@ -34,7 +34,7 @@ their reverse is about the order in which the backward pass completes gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -158,12 +158,26 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Sets every parameter, as a function of the seed and the shape alone.
 
-        Numbers are drawn on the CPU, so every device begins with the same.
+        Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream
+        of each block from N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the
+        identity and biases at 0. Numbers are drawn on the CPU, so every device begins with the same.
         """
-        shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
         parameters = dict(self.named_parameters())
-        for name, value in initial_values(shapes, self.config.layers, seed):
+        for name, value in self.initial_values(seed):
             parameters[name].copy_(value)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """What `initialise` sets each parameter to, by name, on the CPU: one at a time, for models that are too large
+        to be anywhere as a whole.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                yield name, torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0, device="cpu")
+                continue
+            into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
+            yield name, torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
 
 
 class Block(nn.Module):
@@ -272,23 +286,6 @@ class KeyValueCache:
         """Views (B, K, length + new, E) of one layer's keys and values; the last `new` are to be filled."""
         end = self.length + new
         return self.keys[index, :, :, :end], self.values[index, :, :, :end]
-
-
-def initial_values(shapes: Mapping[str, torch.Size], layers: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The values that the parameters of a whole model begin with, fp32 on the CPU, one after the other.
-
-    Matrices and embeddings are drawn from N(0, 0.02^2), the two projections into the residual stream of each block from
-    N(0, 0.02^2 / (2 layers)) (Radford et al. 2019, section 2.3); norms begin as the identity and biases at 0. `shapes`:
-    of all parameters, in the order of `named_parameters`: each depends on how many numbers were drawn before it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            yield name, torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
-            continue
-        into_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-        deviation = 0.02 / (2 * layers) ** 0.5 if into_residual else 0.02
-        yield name, torch.empty(shape, device="cpu").normal_(0, deviation, generator=generator)
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:

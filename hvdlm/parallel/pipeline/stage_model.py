@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.config import ModelSection
-from hvdlm.model.transformer import Transformer, initial_values
+from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.pipeline.stages import Stage
 
 
@@ -23,14 +23,14 @@ class StageModel(Transformer):
         with torch.device("meta"):
             super().__init__(config, vocab_size)
         self.chunks = list(stages)
-        self._shapes = {name: parameter.shape for name, parameter in self.named_parameters()}  # of the whole model
+        names = [name for name, _ in self.named_parameters()]  # of the whole model
         for layer in range(config.layers):
             if not any(layer in stage.layers for stage in stages):
                 self.blocks[layer] = nn.Identity()  # in its place, so that the others keep their numbers
-        for name in ("token_embedding", "position_embedding", "final_norm", "output"):
-            parameters = [each for each in self._shapes if each.partition(".")[0] == name]
-            if not any(stage.holds(each, config.tie_embeddings) for stage in stages for each in parameters):
-                setattr(self, name, None)
+        for module in ("token_embedding", "position_embedding", "final_norm", "output"):
+            own = [name for name in names if name.partition(".")[0] == module]
+            if not any(stage.holds(name, config.tie_embeddings) for stage in stages for name in own):
+                setattr(self, module, None)
         self._linear = [layer for layer in self._linear if layer in set(self.blocks.modules())]
         self.to_empty(device=device)
 
@@ -74,8 +74,10 @@ class StageModel(Transformer):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """As that of the whole model: each parameter begins with the same number whoever holds it."""
+        """As that of the whole model: each parameter begins with the same numbers whoever holds it."""
         parameters = dict(self.named_parameters())
-        for name, value in initial_values(self._shapes, self.config.layers, seed):
+        with torch.device("meta"):
+            whole = Transformer(self.config, self.vocab_size)
+        for name, value in whole.initial_values(seed):
             if name in parameters:
                 parameters[name].copy_(value)
