@@ -28,8 +28,11 @@ MAY_IMPORT = {
     "data": EVERYONE,
     "model": EVERYONE,
     "strategies": {*EVERYONE, "comm", "gradients", "model"},
+    "parallel": {*EVERYONE, "comm", "model"},
     "scoring": {*EVERYONE, "comm", "data", "model"},
-    "training": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "scoring", "data", "model"},
+    "training": {
+        *(*EVERYONE, "config_reader", "comm", "gradients", "strategies", "parallel", "scoring", "data", "model"),
+    },
     "scaling": {*EVERYONE, "config_reader", "comm", "gradients", "strategies", "model"},
     "cluster": {*EVERYONE, "config_reader", "comm", "gradients", "data", "model"},
     "report": {*EVERYONE, "config_reader", "model", "training"},
