@@ -140,6 +140,14 @@ class Config(Section):
             "train.compile = false or another schedule": (
                 parallel.pipeline > 1 and parallel.schedule == "zero_bubble" and self.train.compile
             ),
+            "optimizer.algorithm = 'dion' needs the whole model on every rank: it does not go with parallel.pipeline": (
+                parallel.pipeline > 1 and self.optimizer.algorithm == "dion"
+            ),
+            "train.evaluate_tasks needs the whole model on every rank: it does not go with parallel.pipeline": (
+                parallel.pipeline > 1 and bool(self.train.evaluate_tasks)
+            ),
+            "data.on_corrupt = 'skip' may leave out a sequence on one stage and not on the others: set it to 'fail' or "
+            "leave out parallel.pipeline": parallel.pipeline > 1 and self.data.on_corrupt == "skip",
         }
 
     @property

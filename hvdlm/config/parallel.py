@@ -31,7 +31,7 @@ class ParallelSection(Section):
         "0: one with `shard`, and as many as there are ranks for without",
     )
     tensor: int = Field(1, gt=0, description="ranks that divide each matrix of a block among them")
-    pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, each having consecutive ones")
+    pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, and pass on micro-batches")
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b",

@@ -41,6 +41,12 @@ def global_norm_and_numbers(
     return norm, gathered[:, 1:]
 
 
+def norm_of_parts(own: Sequence[Tensor], communicator: Communicator) -> Tensor:
+    """Euclidean norm of what all ranks own together, a float32 scalar on their device. Collective."""
+    norms = communicator.all_gather(_norm(own).reshape(1)).flatten()
+    return _norm([norms]) if norms.is_cuda else _norm_in_order(norms)
+
+
 def _norm_of_part(sums: Sequence[Tensor], communicator: Communicator) -> Tensor:
     return _norm([each.tensor_split(communicator.size)[communicator.rank] for each in sums])
 

@@ -40,12 +40,15 @@ class EveryStep(Strategy):
         config: Config,
         own_codec: OwnCodec | None = None,
         algorithm_costs: Sequence[AlgorithmCost] = (),
+        everyone: Communicator | None = None,
     ) -> None:
         """Takes over `.grad` of all trainable parameters. Collective.
 
-        `own_codec`: of some of them. `algorithm_costs`: see `open_channels`.
+        `own_codec`: of some of them. `algorithm_costs`: see `open_channels`. `everyone`: the ranks that step together,
+        if these are more than those of `communicator`, which sum gradients.
         """
         self._model, self._optimizer, self.communicator = model, optimizer, communicator
+        self._everyone = everyone or communicator
         self._parameters = dict(model.named_parameters())
         self._settings = config.optimizer
         self.sync = GradientSync(model, communicator, config.comm, config.compression, own_codec, algorithm_costs)
@@ -54,20 +57,20 @@ class EveryStep(Strategy):
         self._asked = (0, 0, 0, 0)  # by how many ranks to stop, save and end in this step; what is unread of its batch
 
     def begin_step(self, own: Report) -> Work[int]:
-        reduction = self.communicator.all_reduce_async_(own.message())  # while the first passes run
+        reduction = self._everyone.all_reduce_async_(own.message())  # while the first passes run
         self.sync.zero_grad()
         return reduction.then(partial(self._read_totals, own.error))
 
     def _read_totals(self, error: str | None, totals: Tensor) -> int:
         tokens, stops, saves, unread, errors, ends = totals.tolist()
         if errors:
-            raise_if_unreadable(self.communicator, error)
+            raise_if_unreadable(self._everyone, error)
         self._asked = stops, saves, ends, unread
         return int(tokens)
 
     def narrow_to(self, communicator: Communicator) -> None:
         """From the next step on combines the work of the ranks of `communicator` alone. Collective."""
-        self.communicator = communicator
+        self.communicator = self._everyone = communicator
         self.sync.narrow_to(communicator)
         deal_out_among(self._optimizer, communicator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.data.loader import Batch, validation_batches
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
-from hvdlm.model.loss import token_statistics
+from hvdlm.model.loss import TokenStatistics, token_statistics
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.training.pipeline import PipelinePasses
 
 
 @dataclass(frozen=True)
@@ -43,36 +45,43 @@ def evaluate(
     micro_batch_size: int,
     limit: int = 0,
     stop_requested: Callable[[], bool] = lambda: False,
+    pipeline: PipelinePasses | None = None,
 ) -> Evaluation | None:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks.
 
     Sums are added in the order of ranks, so all ranks return the same. None if `stop_requested` says so on some rank
-    before the end. After each micro-batch the ranks exchange a message: none waits longer for a slower one.
+    before the end. Before each micro-batch the ranks exchange a message: none waits longer for a slower one.
+    `pipeline`: makes the forward passes, of several micro-batches at once, if a rank has some stages of the model.
     Collective. Raises JobError if the split is empty or cannot be read.
     """
     own = _Sums()
     length = model.config.context_length
-    batches = validation_batches(data, length, micro_batch_size, communicator.rank, communicator.size, limit)
+    readers, at_once = (pipeline.readers, pipeline.stages) if pipeline else (communicator, 1)
+    batches = validation_batches(data, length, micro_batch_size, readers.rank, readers.size, limit)
     was_training = model.training
     model.eval()
     try:
-        running = 1
-        while running:
-            error, batch = None, None
+        while True:
+            error, own_batches = None, []
             communicator.activity.begin("validates")
             try:
-                batch = next(batches, None)
+                own_batches = list(itertools.islice(batches, at_once))
             except HvdlmError as failure:
                 error = str(failure)
-            if batch is not None:
-                own.add(model, batch, data.eos_id)
-            flags = torch.tensor([batch is not None, stop_requested(), error is not None], dtype=torch.int32)
+            flags = torch.tensor([bool(own_batches), stop_requested(), error is not None], dtype=torch.int32)
             communicator.activity.begin_wait("a validation")
             running, stops, errors = communicator.all_reduce_(flags).tolist()
             if errors:
                 raise_on_all_ranks(communicator, communicator.all_gather_object(error))
             if stops:
                 return None
+            if not running:
+                break
+            communicator.activity.begin("validates")
+            if pipeline:
+                pipeline.evaluate(own_batches, own.add)
+            elif own_batches:
+                own.add_batch(model, own_batches[0], data.eos_id)
     finally:
         model.train(was_training)
     parts = communicator.all_gather_object((own.loss, own.correct, own.count))
@@ -91,11 +100,13 @@ class _Sums:
     count: int = 0
 
     @torch.no_grad()
-    def add(self, model: Transformer, batch: Batch, eos_id: int) -> None:
+    def add_batch(self, model: Transformer, batch: Batch, eos_id: int) -> None:
         device = model.output_weight.device
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         documents = document_ids(inputs, eos_id) if model.config.document_mask else None
-        sums = token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype)
+        self.add(token_statistics(model(inputs, documents), model.output_weight, targets, model.dtype))
+
+    def add(self, sums: TokenStatistics) -> None:
         self.loss += float(sums.loss_sum)
         self.correct += int(sums.correct_count)
         self.count += int(sums.target_count)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.parallel.pipeline.stage_model import StageModel
+from hvdlm.parallel.pipeline.stages import blocks_by_cost, divide, flops
 from hvdlm.training.compile_cache import (
     avoid_precompiled_headers,
     avoid_unusable_cache,
@@ -89,10 +92,17 @@ def use_deterministic_kernels(wanted: bool) -> None:
         torch.use_deterministic_algorithms(wanted)
 
 
-def make_model(config: Config, vocab_size: int, device: torch.device) -> Transformer:
-    """The same model on every rank. Blocks are compiled at their first use."""
+def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+    """The same model on every rank, or with a mesh its stages of it. Blocks are compiled at their first use."""
     use_deterministic_kernels(config.train.deterministic)
-    model = Transformer(config.model, vocab_size)
+    model: Transformer
+    if mesh is None:
+        model = Transformer(config.model, vocab_size)
+    else:
+        parallel, rank, ranks = config.parallel, mesh.coordinates["pipeline"], mesh.shape["pipeline"]
+        costs = flops(config.model, vocab_size)
+        counts = parallel.blocks_of_stages or blocks_by_cost(config.model.layers, parallel.stages, costs)
+        model = StageModel(config.model, vocab_size, divide(counts)[rank::ranks], device)
     model.initialise(config.train.seed)
     model.to(device)
     model.set_compute_dtype(DTYPES[config.train.precision])

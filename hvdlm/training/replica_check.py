@@ -20,9 +20,9 @@ class ReplicaCheck:
         """Raises JobError on all ranks if some differ that are not healed. Collective."""
         trainer = self._trainer
         if not trainer.config.train.heal_replicas:
-            check_replicas(trainer.communicator, trainer.parameters, trainer.step)
+            check_replicas(trainer.readers, trainer.parameters, trainer.step)
             return
         state = trainer.optimizer_state().values()
-        if said := self._healer.heal(trainer.communicator, trainer.parameters, state, trainer.step):
+        if said := self._healer.heal(trainer.readers, trainer.parameters, state, trainer.step):
             trainer.model.update_low_precision_weights()
             trainer.write("event", message=said)

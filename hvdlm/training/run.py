@@ -78,6 +78,11 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
     ):
         preemption.renew()
         check_elastic(config, communicator)
+        if config.parallel.pipeline > 1:  # rank 0 alone writes what it has, which is not the model
+            raise JobError(
+                "parallel.pipeline > 1 has no checkpoints yet: leave it out; benchmarks/pipeline_bubble.py runs "
+                "pipelines"
+            )
         data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
         check_data_matches(communicator, data)
         vocab_size = _vocab_size(config, data)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.mesh import Mesh, mesh_shape
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.rank_parts import RankParts
@@ -30,21 +30,21 @@ from hvdlm.timing import StepTimer
 from hvdlm.training.due import Due
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.end_of_training import EndOfTraining
-from hvdlm.training.evaluation import evaluate
 from hvdlm.training.hardware import seconds_alive
-from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
 from hvdlm.training.model import make_model, seed_dropout
 from hvdlm.training.moving_average import MovingAverage
+from hvdlm.training.pipeline import PipelinePasses, not_counted
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.replica_check import ReplicaCheck
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.skipped_steps import SkippedSteps
+from hvdlm.training.step_log import StepLog
 from hvdlm.training.step_metrics import StepMetrics
-from hvdlm.training.stragglers import Stragglers
 from hvdlm.training.task_evaluation import TaskScores
+from hvdlm.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,14 @@ class Trainer:
         self, config: Config, communicator: Communicator, data: DataSet, vocab_size: int, device: torch.device
     ) -> None:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
-        self.model = make_model(config, vocab_size, device)
+        parallel = config.parallel
+        mesh = Mesh(communicator, mesh_shape(parallel, communicator.size)) if parallel.pipeline > 1 else None
+        self.model = make_model(config, vocab_size, device, mesh)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.strategy = make_strategy(self.model, self.optimizer, communicator, config)
+        copies = not_counted(self.model)
+        self.strategy = make_strategy(self.model, self.optimizer, communicator, config, mesh=mesh, not_counted=copies)
+        self.pipeline = PipelinePasses(self, mesh) if mesh else None
+        self.readers = self.pipeline.readers if self.pipeline else communicator  # of parts of a batch of their own
         self.sync = self.strategy.sync
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
@@ -71,7 +76,7 @@ class Trainer:
         self.ending, self.ema = EndOfTraining(self), MovingAverage(self)
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
-        self._loss_spikes, self._stragglers, self._replica_check = LossSpikes(), Stragglers(), ReplicaCheck(self)
+        self._step_log, self._replica_check = StepLog(self), ReplicaCheck(self)
         self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
@@ -83,7 +88,7 @@ class Trainer:
         self.due, self._has_done_a_step = Due(), False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
-        self.parts = RankParts(config.train.global_batch_size, communicator.size)
+        self.parts = RankParts(config.train.global_batch_size, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
 
@@ -153,7 +158,7 @@ class Trainer:
             self.saver.save(in_background=not (self.stop or self.step == self.ending.last_step))
             self.due.save, self._has_done_what_was_due = False, True
         if self.due.validation:
-            self.stop |= not (self._validate(preemption) and self.task_scores.score(preemption))
+            self.stop |= not (validate(self, preemption) and self.task_scores.score(preemption))
             if not self.stop:
                 self.ending.end_if_not_better(steps_later=int(self.strategy.is_local))
             self.due.validation, self._has_done_what_was_due = False, True
@@ -188,18 +193,41 @@ class Trainer:
             batch = self._empty_batch()
         timer.end_phase("data")
 
-        tokens: int | None = None
-        self._own_tokens = int((batch.targets != IGNORE).sum())
+        counts = self.pipeline is None or self.pipeline.counts_tokens
+        self._own_tokens = int((batch.targets != IGNORE).sum()) if counts else 0
         asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors)
         error = error or self.skipped.error
         status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
         if self.elastic:
             self.elastic.begin_step()
-        seed_dropout(self.config.train.seed, self.step, self.communicator.rank)
-        losses: list[Tensor] = []
-        micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
         factor = self.loss_scale.factor / self.nominal_tokens
+        micro_batches = self._micro_batches(batch)
+        if self.pipeline:
+            tokens = self._wait_for(status)  # before a rank waits for another that could not read
+            losses = self.pipeline.train(micro_batches, factor)
+        else:
+            losses, tokens = self._passes(micro_batches, factor, status)
+        activity.begin_wait(f"the gradients of step {step}")
+        self.strategy.wait()
+        if self.pipeline:
+            self.pipeline.complete_gradients()
+        timer.end_phase("wait")
+        activity.begin_wait(f"the other ranks at the end of step {step}")
+        self._losses, self._tokens = losses, tokens
+        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
+        self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
+        self._report_step()
+        return self.stop
+
+    def _passes(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], factor: float, status: Work[int]
+    ) -> tuple[list[Tensor], int]:
+        """The losses of this rank's micro-batches, whose gradients are added up, and the tokens of all ranks."""
+        activity, timer, step = self.communicator.activity, self.timer, self.step + 1
+        seed_dropout(self.config.train.seed, self.step, self.communicator.rank)
+        losses: list[Tensor] = []
+        tokens: int | None = None
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
             activity.begin(f"computes micro-batch {number} of step {step}")
             loss = self._forward(inputs, targets, factor)
@@ -213,15 +241,7 @@ class Trainer:
         if tokens is None:  # this rank has no sequences, and contributes zeros
             tokens = self._wait_for(status)
             self.strategy.set_last_micro_batch()
-        activity.begin_wait(f"the gradients of step {step}")
-        self.strategy.wait()
-        timer.end_phase("wait")
-        activity.begin_wait(f"the other ranks at the end of step {step}")
-        self._losses, self._tokens = losses, tokens
-        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
-        self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
-        self._report_step()
-        return self.stop
+        return losses, tokens
 
     def complete_step(self, norm: Tensor) -> None:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
@@ -265,7 +285,7 @@ class Trainer:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
         if self.due.log and (self._ranks_have_met or self.step == self.ending.last_step):
             self.sync.synchronize()
-            self._log()
+            self._step_log.write(self._rate)
             self.due.log, self._has_done_what_was_due = False, True
         if self.due.check and self._ranks_have_met:
             self._replica_check.compare()
@@ -307,7 +327,10 @@ class Trainer:
     def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats; its backward pass begins with `factor`."""
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
-        hidden = self.model(inputs, documents)  # (b, T, D)
+        return self.loss(self.model(inputs, documents), targets, factor)
+
+    def loss(self, hidden: Tensor, targets: Tensor, factor: float) -> Tensor:
+        """The same, of hidden states, (b, T, D)."""
         # A power of two, so that gradients in bf16 and fp32, which need no loss scale, are what they are without
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
         return token_loss(hidden, self.model.output_weight, targets, self.model.dtype, grad_scale=grad_scale)
@@ -336,43 +359,6 @@ class Trainer:
         """This rank's sum of the loss over its tokens in the last step, nats, and their number."""
         return sum(map(float, self._losses)), self._own_tokens
 
-    def _log(self) -> None:
-        """Collective."""
-        loss = self.elastic.loss() if self.elastic else self.own_loss()
-        numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
-        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self._tokens_done(), **numbers)
-        if score := self._loss_spikes.add(numbers["loss"]):
-            said = f"the loss of batch {self.step - 1}, {numbers['loss']:.4f}, is {score:.1f} standard deviations above"
-            self.write("event", message=f"{said} the mean of the last ones")
-        if slow := self._stragglers.add(self.step_metrics.compute_seconds):
-            rank, ratio = slow
-            where = f"rank {rank} on {self.communicator.hosts[rank]}"
-            self.write("event", message=f"{where} is a straggler: it computes {ratio:.1f} times as long as the others")
-        if self.elastic:
-            self.elastic.note_residuals()
-
-    def _validate(self, preemption: Preemption) -> bool:
-        """Writes the validation loss; or returns False, as soon as a signal to any rank asks to stop.
-
-        Raises JobError if the loss is not finite.
-        """
-        if not self.data.validation.shards:
-            self.write("event", message="no validation: the data set was prepared without it")
-            return True
-        sizes = self.config.train.micro_batch_size, self.config.train.evaluate_sequences
-        run = partial(evaluate, self.model, self.data, self.communicator, *sizes, lambda: preemption.requested)
-        with self.strategy.evaluation_parameters():
-            result = run()
-        averaged = self.ema.evaluate(run) if result is not None else None
-        if result is not None and averaged is not None:
-            self.write("eval", loss=result.loss, accuracy=result.accuracy, **averaged, tokens=self._tokens_done())
-            if not math.isfinite(result.loss):
-                raise JobError(
-                    f"the validation loss is {result.loss} after step {self.step}: the model has diverged; lower "
-                    "optimizer.lr, and resume from an earlier checkpoint"
-                )
-        return averaged is not None
-
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""
         return Loader(
@@ -380,7 +366,7 @@ class Trainer:
             self.config.model.context_length,
             self.parts,
             self.config.train.seed,
-            self.elastic.number if self.elastic else self.communicator.rank,
+            self.elastic.number if self.elastic else self.readers.rank,
             self.config.data.read_ahead,
             start=self.step,
             pin_memory=self.device.type == "cuda",
@@ -392,7 +378,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(kind, self.step, **values)
 
-    def _tokens_done(self) -> int:
+    def tokens_done(self) -> int:
         return self.step * self.nominal_tokens
 
 

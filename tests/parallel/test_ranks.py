@@ -14,6 +14,7 @@ import mesh_body
 import mpi_body
 import muon_body
 import pipeline_body
+import pipeline_training_body
 import pytest
 import ring_body
 import scoring_body
@@ -99,6 +100,7 @@ CASES = [
         ],
     ),
     *cases_of(pipeline_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2, 4], recomputes=False)]),
+    *cases_of(pipeline_training_body, groups("mpi", "mpirun", [2, 4])),
     *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
 ]
 
@@ -126,7 +128,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(mesh_body, muon_body, pipeline_body, scoring_body),
+        *(mesh_body, muon_body, pipeline_body, pipeline_training_body, scoring_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

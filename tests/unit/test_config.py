@@ -415,6 +415,12 @@ def test_stages_of_a_pipeline() -> None:
             "parallel.pipeline = 2 x parallel.chunks = 3 makes 6 stages, more than model.layers = 4",
         ),
         (["--parallel.schedule", "zero_bubble", "--train.compile", "true"], "compiled blocks cannot"),
+        (
+            ["--optimizer.algorithm", "dion"],
+            "needs the whole model on every rank: it does not go with parallel.pipeline",
+        ),
+        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks needs the whole model"),
+        (["--data.on_corrupt", "skip"], "may leave out a sequence on one stage"),
     ],
 )
 def test_what_does_not_fit_a_pipeline(settings: list[str], sentence: str) -> None:
