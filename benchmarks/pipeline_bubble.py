@@ -85,10 +85,10 @@ class _Measured:
         chunks = parallel.stages // parallel.pipeline
         schedule = make_schedule(parallel.schedule, parallel.pipeline, micro_batches, chunks)
         formula = simulate(schedule, PassSeconds(1, 1, 1), chunks).bubble
-        low, middle, high = statistics.quantiles(self.bubbles, n=4)
+        low, high = min(self.bubbles), max(self.bubbles)
         return (
-            f"{parallel.schedule:12}  bubble {middle:6.1%} ({low:.1%} to {high:.1%})  formula {formula:6.1%}  "
-            f"step {statistics.median(self.seconds):.3f} s"
+            f"{parallel.schedule:12}  bubble {statistics.median(self.bubbles):6.1%} ({low:.1%} to {high:.1%})  "
+            f"formula {formula:6.1%}  step {statistics.median(self.seconds):.3f} s"
         )
 
 
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if communicator.rank == 0:
             print(describe_run())
             stages = f"{communicator.size} stages, {options.micro_batches} micro-batches, {train.precision}"
-            print(f"{stages}; medians and quartiles of {options.steps} steps; formula with equal F, B and W:")
+            print(f"{stages}; medians of {options.steps} steps, least and most; formula with equal F, B and W:")
             for each in measured:
                 print(each.report(options.micro_batches))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.comm.replicas import ReplicaHealer, check_replicas
+from hvdlm.errors import JobError
 
 if TYPE_CHECKING:
     from hvdlm.training.trainer import Trainer
@@ -18,6 +20,18 @@ class ReplicaCheck:
 
     def compare(self) -> None:
         """Raises JobError on all ranks if some differ that are not healed. Collective."""
+        trainer = self._trainer
+        if trainer.pipeline is None:
+            self._compare()
+            return
+        error = None
+        try:
+            self._compare()
+        except JobError as failure:  # of this stage; the others' replicas may be equal
+            error = str(failure)
+        raise_on_all_ranks(trainer.communicator, trainer.communicator.all_gather_object(error))
+
+    def _compare(self) -> None:
         trainer = self._trainer
         if not trainer.config.train.heal_replicas:
             check_replicas(trainer.readers, trainer.parameters, trainer.step)

@@ -99,7 +99,15 @@ CASES = [
             *groups("horovod", OVER_MPI, [2], pool=2),
         ],
     ),
-    *cases_of(pipeline_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2, 4], recomputes=False)]),
+    *cases_of(
+        pipeline_body,
+        [
+            *groups("mpi", "mpirun", [2, 4]),
+            *groups("torch", "mpirun", [2, 4], recomputes=False),
+            *groups("horovod", GLOO, [2], pool=3, recomputes=False),
+            *groups("horovod", OVER_MPI, [2], pool=2, recomputes=False),
+        ],
+    ),
     *cases_of(pipeline_training_body, groups("mpi", "mpirun", [2, 4])),
     *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
 ]

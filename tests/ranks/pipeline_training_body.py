@@ -118,6 +118,40 @@ def check_low_precision(comm: Communicator, precision: str) -> None:
     assert not trainer.metrics.events
 
 
+@check(sizes=[4], codec=["int8", "topk"])
+def check_lossy_codecs(comm: Communicator, codec: str) -> None:
+    """Between replicas: those of a stage stay equal, and so do both copies of the tied matrix; the loss falls."""
+    trainer = make_trainer(comm, pipeline_config("1f1b", codec=codec))
+    batches = Batches(trainer.readers, 0, ignored=False)
+    for _ in range(6):
+        trainer.train_step(batches, False)
+    replicas = trainer.readers.all_gather(flat(trainer.model))
+    assert torch.equal(replicas[0], replicas[1])
+    tied = comm.all_gather(trainer.model.token_embedding.weight.detach())
+    assert all(torch.equal(tied[0], each) for each in tied)
+    losses = [record["loss"] for record in trainer.metrics.train]
+    assert losses[-1] < losses[0] - 0.005
+
+
+@check(sizes=[4])
+def check_replicas_of_one_stage_that_differ(comm: Communicator) -> None:
+    """All ranks hear of it, and the stage whose replicas are equal does not go on alone."""
+    config = pipeline_config("1f1b")
+    train = config.train.model_copy(update={"check_replicas_every": 1})
+    trainer = make_trainer(comm, config.model_copy(update={"train": train}))
+    batches = Batches(trainer.readers, 0, ignored=False)
+    trainer.train_step(batches, False)
+    if comm.rank == 3:
+        with torch.no_grad():
+            trainer.model.final_norm.weight[5] += 0.25
+    try:
+        trainer.train_step(batches, False)
+    except JobError as error:
+        assert "differ" in str(error)
+    else:
+        raise AssertionError("nobody has noticed")
+
+
 class Unreadable(Batches):
     """Of which one rank cannot read the first batch."""
 

@@ -420,6 +420,7 @@ def test_stages_of_a_pipeline() -> None:
             "needs the whole model on every rank: it does not go with parallel.pipeline",
         ),
         (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks needs the whole model"),
+        (["--train.precision", "fp16", "--compression.codec", "topk"], "set compression.codec to 'none'"),
         (["--data.on_corrupt", "skip"], "may leave out a sequence on one stage"),
     ],
 )

@@ -75,23 +75,24 @@ class Pipeline:
         """
         chunks, ranks = len(self._model.chunks), self._communicator.size
         schedule = make_schedule(self._settings.schedule, ranks, len(micro_batches), chunks)
-        step = _Step(self._model, micro_batches, self._messages(schedule, micro_batches), loss, factor)
+        messages = self._messages(schedule, micro_batches)
+        step = _Step(self._model, micro_batches, loss, factor)
         own = schedule[self._communicator.rank]
         for number, operation in enumerate(own, start=1):
             where = f"micro-batch {operation.micro_batch + 1} of {len(micro_batches)}"
             if number == len(own):
                 before_last()
-            received = self._receive(operation, step, where, timer)
+            received = self._receive(operation, messages, where, timer)
             self._activity.begin(f"computes the {operation.kind.value} of {where}")
             if operation.kind is Kind.FORWARD:
                 seed(operation.micro_batch, self._stage(operation))
-                self._send(operation, step, step.forward(operation, received))
+                self._send(operation, messages, step.forward(operation, received))
             else:
-                self._send(operation, step, step.backward(operation, received))
+                self._send(operation, messages, step.backward(operation, received))
             timer.end_phase("forward" if operation.kind is Kind.FORWARD else "backward")
         if not own:
             before_last()
-        self._finish(step, timer)
+        self._finish(messages, timer)
         return step.losses
 
     @torch.no_grad()
@@ -101,17 +102,17 @@ class Pipeline:
         """
         schedule = forward_only(self._communicator.size, len(micro_batches), len(self._model.chunks))
         timer = StepTimer(self._model.device)
-        step = _Step(self._model, micro_batches, self._messages(schedule, micro_batches), None, 1.0)
+        messages = self._messages(schedule, micro_batches)
         for operation in schedule[self._communicator.rank]:
             micro_batch = micro_batches[operation.micro_batch]
             where = f"micro-batch {operation.micro_batch + 1} of {len(micro_batches)} of a validation"
-            received = self._receive(operation, step, where, timer)
+            received = self._receive(operation, messages, where, timer)
             self._activity.begin(f"computes {where}")
             made = self._model.apply_chunk(operation.chunk, received, micro_batch.tokens, micro_batch.documents)
-            self._send(operation, step, made)
+            self._send(operation, messages, made)
             if self._model.chunks[operation.chunk].is_last:
                 visit(made, micro_batch.targets)
-        self._finish(step, timer)
+        self._finish(messages, timer)
 
     @torch.no_grad()
     def add_tied_gradients(self) -> None:
@@ -147,24 +148,24 @@ class Pipeline:
     def _stage(self, operation: Operation) -> int:
         return operation.chunk * self._communicator.size + self._communicator.rank
 
-    def _receive(self, operation: Operation, step: _Step, where: str, timer: StepTimer) -> Tensor | None:
+    def _receive(self, operation: Operation, messages: StepMessages, where: str, timer: StepTimer) -> Tensor | None:
         message = received_by(operation, self._communicator.rank, self._communicator.size, len(self._model.chunks))
         if message is None:
             return None
         self._activity.begin_wait(f"what the {operation.kind.value} of {where} needs")
-        received = step.messages.receive(message)
+        received = messages.receive(message)
         timer.end_phase("wait")
         return received
 
-    def _send(self, operation: Operation, step: _Step, made: Tensor | None) -> None:
+    def _send(self, operation: Operation, messages: StepMessages, made: Tensor | None) -> None:
         message = sent_by(operation, self._communicator.rank, self._communicator.size, len(self._model.chunks))
         if message is not None:
             assert made is not None
-            step.messages.send(made, message.stage % self._communicator.size)
+            messages.send(made, message.stage % self._communicator.size)
 
-    def _finish(self, step: _Step, timer: StepTimer) -> None:
+    def _finish(self, messages: StepMessages, timer: StepTimer) -> None:
         self._activity.begin_wait("the other stages to receive")
-        step.messages.finish()
+        messages.finish()
         timer.end_phase("wait")
 
 
@@ -175,11 +176,9 @@ class _Step:
         self,
         model: StageModel,
         micro_batches: Sequence[MicroBatch],
-        messages: StepMessages,
-        loss: Callable[[Tensor, Tensor], Tensor] | None,
+        loss: Callable[[Tensor, Tensor], Tensor],
         factor: float,
     ) -> None:
-        self.messages = messages
         self.losses: list[Tensor] = []
         self._model, self._micro_batches, self._loss, self._factor = model, micro_batches, loss, factor
         self._passed: dict[tuple[int, int], _Passed] = {}  # by micro-batch and chunk
@@ -192,7 +191,6 @@ class _Step:
             received.requires_grad_()
         made = self._model.apply_chunk(operation.chunk, received, micro_batch.tokens, micro_batch.documents)
         if self._model.chunks[operation.chunk].is_last:
-            assert self._loss is not None
             made = self._loss(made, micro_batch.targets)
             self.losses.append(made.detach())
         self._passed[operation[1:]] = _Passed(received, made)

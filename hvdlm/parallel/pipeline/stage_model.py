@@ -31,7 +31,8 @@ class StageModel(Transformer):
             own = [name for name in names if name.partition(".")[0] == module]
             if not any(stage.holds(name, config.tie_embeddings) for stage in stages for name in own):
                 setattr(self, module, None)
-        self._linear = [layer for layer in self._linear if layer in set(self.blocks.modules())]
+        own_layers = set(self.blocks.modules())
+        self._linear = [layer for layer in self._linear if layer in own_layers]
         self.to_empty(device=device)
 
     @property
