@@ -146,7 +146,7 @@ class Config(Section):
             "train.evaluate_tasks needs the whole model on every rank: it does not go with parallel.pipeline": (
                 parallel.pipeline > 1 and bool(self.train.evaluate_tasks)
             ),
-            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what one stage has delivered of a step "
+            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what a stage has delivered of a step "
             "that overflows on another: set compression.codec to 'none', or train.precision to 'bf16'": (
                 parallel.pipeline > 1 and self.train.precision == "fp16" and self.compression.codec != "none"
             ),
