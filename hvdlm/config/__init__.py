@@ -129,6 +129,44 @@ class Config(Section):
             f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
                 parallel.pipeline > model.layers
             ),
+            "parallel.pipeline goes with neither parallel.shard nor parallel.tensor yet: leave out one of them": (
+                parallel.pipeline > 1 and (parallel.shard > 0 or parallel.tensor > 1)
+            ),
+            **self._pipeline_misfits(),
+        }
+
+    def _pipeline_misfits(self) -> dict[str, bool]:
+        parallel, layers = self.parallel, self.model.layers
+        split = parallel.blocks_of_stages
+        stages = f"parallel.pipeline = {parallel.pipeline}"
+        if parallel.schedule == "interleaved":
+            stages += f" x parallel.chunks = {parallel.chunks}"
+        return {
+            f"{stages} makes {parallel.stages} stages, more than model.layers = {layers}: take fewer": (
+                parallel.pipeline > 1 and parallel.stages > layers
+            ),
+            f"parallel.split = '{parallel.split}' names {len(split)} stages, but {stages} makes {parallel.stages}": (
+                parallel.pipeline > 1 and bool(split) and len(split) != parallel.stages
+            ),
+            f"parallel.split = '{parallel.split}' has {sum(split)} blocks, but model.layers = {layers}": (
+                parallel.pipeline > 1 and bool(split) and sum(split) != layers
+            ),
+            "parallel.schedule = 'zero_bubble' makes the gradients of weights apart, which compiled blocks cannot: set "
+            "train.compile = false or another schedule": (
+                parallel.pipeline > 1 and parallel.schedule == "zero_bubble" and self.train.compile
+            ),
+            "optimizer.algorithm = 'dion' needs the whole model on every rank: it does not go with parallel.pipeline": (
+                parallel.pipeline > 1 and self.optimizer.algorithm == "dion"
+            ),
+            "train.evaluate_tasks needs the whole model on every rank: it does not go with parallel.pipeline": (
+                parallel.pipeline > 1 and bool(self.train.evaluate_tasks)
+            ),
+            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what a stage has delivered of a "
+            "step that overflows on another: set compression.codec to 'none', or train.precision to 'bf16'": (
+                parallel.pipeline > 1 and self.train.precision == "fp16" and self.compression.codec != "none"
+            ),
+            "data.on_corrupt = 'skip' may leave out a sequence on one stage and not on the others: set it to 'fail' or "
+            "leave out parallel.pipeline": parallel.pipeline > 1 and self.data.on_corrupt == "skip",
         }
 
     @property

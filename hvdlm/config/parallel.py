@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from hvdlm.config.section import Section
+
+
+def check_split(text: str) -> str:
+    """`text`, which is empty or numbers with commas between them; otherwise ValueError."""
+    if text and not all(count.isascii() and count.isdigit() for count in text.split(",")):
+        raise ValueError(f"{text!r} is not a list of numbers of blocks, such as 4,4,3")
+    return text
 
 
 class ParallelSection(Section):
@@ -24,7 +31,34 @@ class ParallelSection(Section):
         "0: one with `shard`, and as many as there are ranks for without",
     )
     tensor: int = Field(1, gt=0, description="ranks that divide each matrix of a block among them")
-    pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, each having consecutive ones")
+    pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, and pass on micro-batches")
+
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b",
+        description="order of passes in a pipeline: all forward passes first; one forward, one backward; the same with "
+        "several chunks a rank; with gradients of weights made later, in the time in which ranks would wait",
+    )
+    chunks: int = Field(
+        2, gt=1, description="parts of the model that each rank of a pipeline has, if `schedule` is interleaved"
+    )
+    split: Annotated[str, AfterValidator(check_split)] = Field(
+        "",
+        description="blocks of each stage of a pipeline, as in 4,4,3; with chunks, stages go round the ranks; empty: "
+        "so that embedding, blocks and loss cost all stages as much as possible the same",
+    )
+    boundary: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="numbers of activations and their gradients between the stages of a pipeline"
+    )
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline, each a chunk of a rank."""
+        return self.pipeline * (self.chunks if self.schedule == "interleaved" else 1)
+
+    @property
+    def blocks_of_stages(self) -> list[int]:
+        """`split` as numbers."""
+        return [int(count) for count in self.split.split(",")] if self.split else []
 
     @property
     def is_used(self) -> bool:

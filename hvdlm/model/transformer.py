@@ -34,8 +34,7 @@ their reverse is about the order in which the backward pass completes gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,24 +46,10 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.attention import causal_attention
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import TokenStatistics, token_loss, token_statistics
+from hvdlm.model.parameter_access import EMBEDDING, OUTPUT, ParameterAccess
 from hvdlm.model.size import key_value_heads, mlp_width
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, E / 2), fp32
-
-
-# A part of a model that reads parameters: a block, by number, or one of these
-Part = int | str
-EMBEDDING, OUTPUT = "embedding", "output"
-
-
-class ParameterAccess(Protocol):
-    """Is told where a model reads its parameters, in case they are elsewhere in between."""
-
-    def before(self, part: Part, x: Tensor) -> Tensor:
-        """Before the forward pass of a part, with its input, which it returns; OUTPUT ends with the loss."""
-
-    def after(self, part: Part, x: Tensor) -> Tensor:
-        """After the forward pass of a part, with what it returns. Not called for OUTPUT."""
 
 
 class Transformer(nn.Module):
@@ -133,30 +118,46 @@ class Transformer(nn.Module):
                 f"{config.context_length}: shorten the sequence or train with a longer context"
             )
         positions = torch.arange(start, start + length, device=tokens.device)
+        x = self.embed(tokens, positions)
+        x = self.apply_blocks(range(config.layers), x, positions, documents, cache)
+        if cache:
+            cache.length += length
+        hidden: Tensor = self.final_norm(x)
+        return self.parameter_access.before(OUTPUT, hidden) if self.parameter_access else hidden
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block is given. tokens: (B, T) int64, positions: (T,) int64. Returns (B, T, D)."""
         access = self.parameter_access
         tokens = access.before(EMBEDDING, tokens) if access else tokens
-        x = self.token_embedding(tokens)  # (B, T, D)
-        rotation = None
+        x: Tensor = self.token_embedding(tokens)  # (B, T, D)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        else:
-            rotation = _rotation(positions, config)
         x = access.after(EMBEDDING, x) if access else x
+        return self.dropout(x)  # type: ignore[no-any-return]
+
+    def apply_blocks(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        positions: Tensor,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x: (B, T, D), of tokens at `positions`, (T,) int64, through some blocks, by number; the rest as `forward`."""
+        rotation = _rotation(positions, self.config) if self.config.position == "rope" else None
         mask = _attention_mask(positions, documents, cache, self.dtype)
-        x = self.dropout(x)
+        access = self.parameter_access
         # Chen et al. 2016, arXiv:1604.06174
         recomputes = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
+        for layer in layers:
+            block = self.blocks[layer]
             x = access.before(layer, x) if access else x
             if recomputes:
                 x = checkpoint(block, x, rotation, mask, None, use_reentrant=False)
             else:
-                x = block(x, rotation, mask, cache.layer(layer, length) if cache else None)
+                x = block(x, rotation, mask, cache.layer(layer, len(positions)) if cache else None)
             x = access.after(layer, x) if access else x
-        if cache:
-            cache.length += length
-        hidden: Tensor = self.final_norm(x)
-        return access.before(OUTPUT, hidden) if access else hidden
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities of the next token: (..., D) to (..., V)."""

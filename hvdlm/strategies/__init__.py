@@ -37,8 +37,6 @@ def make_strategy(
     if config.parallel.is_used:
         return ModelParallel(model, optimizer, mesh, config)
     communicator = mesh.everyone
-    if config.parallel.is_used:
-        return ModelParallel(model, optimizer, mesh, config)
     if config.local_steps.every:
         return LocalSteps(model, optimizer, communicator, config, algorithm_costs)
     if config.optimizer.algorithm == "dion":

@@ -24,7 +24,7 @@ class ModelParallel(EveryStep):
         super().__init__(model, optimizer, mesh.group("data", "shard"), config)
         self.everyone = mesh.everyone
         self._counted = [each for name, each in self._parameters.items() if self._part.counts[name]]
-        self._replicated = [each for name, each in self._parameters.items() if not self._part.is_divided(name)]
+        self._replicated = [each for name, each in self._parameters.items() if self._part.is_replicated(name)]
 
     def norm(self) -> Tensor:
         """Each number counts once, also those that several ranks of a model have."""

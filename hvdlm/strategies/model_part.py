@@ -8,6 +8,7 @@ import torch
 
 from hvdlm.comm.mesh import Mesh
 from hvdlm.model.transformer import Transformer
+from hvdlm.parallel.pipeline.stage_model import StageModel
 from hvdlm.parallel.tensor.layout import flat_runs, is_divided
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.strategies.layout import Runs
@@ -26,17 +27,19 @@ class ModelPart:
         # Whether norms count a parameter here, and checkpoints have it from here: of those that several ranks have as a
         # whole, only one
         self.counts = dict.fromkeys(self.runs, True)
-        self._divided: set[str] = set()
+        self._replicated: set[str] = set()
+        if isinstance(model, StageModel):
+            self.counts.update(dict.fromkeys(model.not_counted(), False))
         if isinstance(model, TensorParallelTransformer):
             for name, regions in model.regions.items():
                 self.runs[name] = flat_runs(regions, self.shapes[name])
                 self.counts[name] = is_divided(name) or mesh.is_first("tensor")
-                if is_divided(name):
-                    self._divided.add(name)
+                if not is_divided(name):
+                    self._replicated.add(name)
 
-    def is_divided(self, name: str) -> bool:
-        """Whether each of several ranks has a part only of a parameter; otherwise all that have it have all of it."""
-        return name in self._divided
+    def is_replicated(self, name: str) -> bool:
+        """Whether all ranks of the model have all of a parameter."""
+        return name in self._replicated
 
     def saved(self, is_first_copy: bool) -> frozenset[str]:
         """Parameters that this rank saves; `is_first_copy`: whether it is the first of those with the same part."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import raise_on_all_ranks
@@ -15,6 +18,7 @@ from hvdlm.data.shard import DataSet, Shard
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.targets import IGNORE
+from hvdlm.training.pipeline import PipelinePasses
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,20 @@ def evaluate(
     stop_requested: Callable[[], bool] = lambda: False,
     is_collective: bool = False,
     readers: Communicator | None = None,
+    counts: bool = True,
+    pipeline: PipelinePasses | None = None,
 ) -> Evaluation | None:
     """Loss and accuracy over the first `limit` sequences of the validation split (0: all), shared among the ranks; and
     those of each source, where `DataSet.validates_sources`.
 
     Sums are added in the order of ranks, so all ranks return the same. None if `stop_requested` says so on some rank
     before the end. `is_collective`: a forward pass takes all ranks, so each makes as many as any other. `readers`:
-    those among whom the sequences are divided; None: all, since each has the whole model.
+    those among whom the sequences are divided; None: all, since each has the whole model. `counts`: False on all but
+    one of several ranks that find the same. `pipeline`: makes the forward passes, of several micro-batches at once, if
+    a rank has some stages of the model.
 
-    After each micro-batch the ranks exchange a message: none waits longer for a slower one. Collective. Raises JobError
-    if the split is empty or cannot be read.
+    Before each micro-batch the ranks exchange a message: none waits longer for a slower one. Collective. Raises
+    JobError if the split is empty or cannot be read.
     """
     own, readers = [_Sums()] * (len(data.sources) if data.validates_sources else 1), readers or communicator
     length = model.config.context_length
@@ -65,28 +73,31 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        running = 1
-        while running:
-            error, batch = None, None
+        while True:
+            error, own_batches = None, []
             communicator.activity.begin("validates")
             try:
-                batch = next(batches, None)
+                own_batches = list(itertools.islice(batches, pipeline.stages if pipeline else 1))
             except HvdlmError as failure:
                 error = str(failure)
-            if batch is not None:
-                _add(own, model, batch, data.eos_id)
-            elif is_collective:
-                _add(own, model, nothing, data.eos_id)
-            flags = torch.tensor([batch is not None, stop_requested(), error is not None], dtype=torch.int32)
+            flags = torch.tensor([bool(own_batches), stop_requested(), error is not None], dtype=torch.int32)
             communicator.activity.begin_wait("a validation")
             running, stops, errors = communicator.all_reduce_(flags).tolist()
             if errors:
                 raise_on_all_ranks(communicator, communicator.all_gather_object(error))
             if stops:
                 return None
+            if not running:
+                break
+            communicator.activity.begin("validates")
+            if pipeline:
+                pipeline.evaluate(own_batches, partial(_add, own, model))
+            elif own_batches or is_collective:
+                batch = own_batches[0] if own_batches else nothing
+                _add(own, model, batch, _hidden(model, batch, data.eos_id))
     finally:
         model.train(was_training)
-    told = readers.all_gather_object(own)
+    told = communicator.all_gather_object(own if counts else [_Sums()] * len(own))
     sums = [sum(column, _Sums()) for column in zip(*told, strict=True)]
     shards = data.validation.shards
     whole = sum(sums, _Sums())
@@ -117,13 +128,18 @@ class _Sums:
 
 
 @torch.no_grad()
-def _add(sums: list[_Sums], model: Transformer, batch: Batch, eos_id: int) -> None:
+def _hidden(model: Transformer, batch: Batch, eos_id: int) -> Tensor:
+    """(b, T, D)."""
+    inputs = batch.inputs.to(model.output_weight.device)
+    hidden: Tensor = model(inputs, document_ids(inputs, eos_id) if model.config.document_mask else None)
+    return hidden
+
+
+@torch.no_grad()
+def _add(sums: list[_Sums], model: Transformer, batch: Batch, hidden: Tensor) -> None:
     """Adds what the model predicts to the sums of each source; or to the only ones there are."""
-    device = model.output_weight.device
-    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-    documents = document_ids(inputs, eos_id) if model.config.document_mask else None
-    hidden = model(inputs, documents)  # (b, T, D)
-    of_rows = batch.shards if len(sums) > 1 else (0,) * len(inputs)
+    targets = batch.targets.to(hidden.device)
+    of_rows = batch.shards if len(sums) > 1 else (0,) * len(targets)
     for source in sorted(set(of_rows)):
         rows = [row for row, other in enumerate(of_rows) if other == source]
         part = slice(None) if len(rows) == len(of_rows) else rows

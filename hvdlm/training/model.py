@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
+from hvdlm.parallel.pipeline.stage_model import StageModel
+from hvdlm.parallel.pipeline.stages import blocks_by_cost, divide, flops
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.training.compile_cache import (
     avoid_precompiled_headers,
@@ -92,18 +94,18 @@ def use_deterministic_kernels(wanted: bool) -> None:
         torch.use_deterministic_algorithms(wanted)
 
 
-def make_model(
-    config: Config, vocab_size: int, device: torch.device, tensor_ranks: Communicator | None = None
-) -> Transformer:
-    """The same model on every rank, or its part of one that `tensor_ranks` divide. Blocks are compiled at their first
-    use.
+def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+    """The same model on every rank, or its part of one that ranks of the mesh divide. Blocks are compiled at their
+    first use.
 
     With `parallel.shard` it has shapes alone: strategies/sharded/ gives it parameters.
     """
     use_deterministic_kernels(config.train.deterministic)
     with torch.device("meta") if config.parallel.shard else nullcontext():
-        if tensor_ranks is not None and tensor_ranks.size > 1:
-            model: Transformer = TensorParallelTransformer(config.model, vocab_size, tensor_ranks)
+        if mesh is not None and mesh.shape["tensor"] > 1:
+            model: Transformer = TensorParallelTransformer(config.model, vocab_size, mesh["tensor"])
+        elif mesh is not None and mesh.shape["pipeline"] > 1:
+            model = _stages(config, vocab_size, mesh, device)
         else:
             model = Transformer(config.model, vocab_size)
     if not config.parallel.shard:
@@ -115,6 +117,13 @@ def make_model(
         for block in model.blocks:  # one compiled backward pass of the whole model would make all gradients at its end
             block.compile()
     return model
+
+
+def _stages(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -> StageModel:
+    parallel, rank, ranks = config.parallel, mesh.coordinates["pipeline"], mesh.shape["pipeline"]
+    costs = flops(config.model, vocab_size)
+    counts = parallel.blocks_of_stages or blocks_by_cost(config.model.layers, parallel.stages, costs)
+    return StageModel(config.model, vocab_size, divide(counts)[rank::ranks], device)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

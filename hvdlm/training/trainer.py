@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,19 +31,19 @@ from hvdlm.training.due import Due, recurs
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.end_of_training import EndOfTraining
 from hvdlm.training.hardware import seconds_alive
-from hvdlm.training.loss_spikes import LossSpikes
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
 from hvdlm.training.micro_batches import MicroBatch, divide
 from hvdlm.training.model import make_model, seed_dropout
 from hvdlm.training.moving_average import MovingAverage
+from hvdlm.training.pipeline import PipelinePasses
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.replica_check import ReplicaCheck
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.skipped_steps import SkippedSteps
+from hvdlm.training.step_log import StepLog
 from hvdlm.training.step_metrics import StepMetrics
-from hvdlm.training.stragglers import Stragglers
 from hvdlm.training.task_evaluation import TaskScores
 from hvdlm.training.validation import Validation
 
@@ -59,10 +59,12 @@ class Trainer:
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         shape = on_all_ranks(communicator, lambda: mesh_shape(config.parallel, communicator.size))
         self.mesh = Mesh(communicator, shape)
+        # Who read parts of a batch of their own: ranks that share a model read the same
         self.readers = self.mesh.group("data", "shard") if config.parallel.is_used else communicator
-        self.model = make_model(config, vocab_size, device, self.mesh["tensor"])
+        self.model = make_model(config, vocab_size, device, self.mesh)
         self.optimizer = None if config.parallel.shard else make_optimizer(self.model, config.optimizer)
         self.strategy = make_strategy(self.model, self.optimizer, self.mesh, config, device)
+        self.pipeline = PipelinePasses(self, self.mesh) if config.parallel.pipeline > 1 else None
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
         self.saver = Saver(self)
@@ -74,7 +76,7 @@ class Trainer:
         self.ending, self.ema, self.validation = EndOfTraining(self), MovingAverage(self), Validation(self)
         self.tokenizer = b""  # where checkpoints may be written, the content of the data set's tokenizer.json
         self.skipped, self.task_scores = SkippedSteps(self), TaskScores(self)
-        self._loss_spikes, self._stragglers, self._replica_check = LossSpikes(), Stragglers(), ReplicaCheck(self)
+        self._step_log, self._replica_check = StepLog(self), ReplicaCheck(self)
         self.unread = 0  # sequences that were left out because they could not be read
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
@@ -189,19 +191,41 @@ class Trainer:
             batch = Batch.empty(self.step, self.config.model.context_length)
         timer.end_phase("data")
 
-        tokens: int | None = None
-        counts = self.mesh.is_first("tensor")  # ranks that share a model read the same sequences
+        counts = self.mesh.is_first("tensor") and (self.pipeline is None or self.pipeline.counts_tokens)
         self._own_tokens = int((batch.targets != IGNORE).sum()) if counts else 0
         asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors) if counts else 0
         error = error or self.skipped.error
         status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
         if self.elastic:
             self.elastic.begin_step()
-        seed_dropout(self.config.train.seed, self.step, self.readers.rank)
-        losses: list[Tensor] = []
-        micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
         factor = self.loss_scale.factor / self.nominal_tokens
+        micro_batches = self._micro_batches(batch)
+        if self.pipeline:
+            tokens = self._wait_for(status)  # before a rank waits for another that could not read
+            losses = self.pipeline.train(micro_batches, factor)
+        else:
+            losses, tokens = self._passes(micro_batches, factor, status)
+        activity.begin_wait(f"the gradients of step {step}")
+        self.strategy.wait()
+        if self.pipeline:
+            self.pipeline.complete_gradients()
+        timer.end_phase("wait")
+        activity.begin_wait(f"the other ranks at the end of step {step}")
+        self._losses, self._tokens = losses if counts else [], tokens
+        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
+        self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
+        self._report_step()
+        return self.stop
+
+    def _passes(
+        self, micro_batches: Sequence[MicroBatch], factor: float, status: Work[int]
+    ) -> tuple[list[Tensor], int]:
+        """The losses of this rank's micro-batches, whose gradients are added up, and the tokens of all ranks."""
+        activity, timer, step = self.communicator.activity, self.timer, self.step + 1
+        seed_dropout(self.config.train.seed, self.step, self.readers.rank)
+        losses: list[Tensor] = []
+        tokens: int | None = None
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
             activity.begin(f"computes micro-batch {number} of step {step}")
             loss = self._forward(inputs, targets, factor)
@@ -216,15 +240,7 @@ class Trainer:
         if tokens is None:  # this rank has no sequences, and contributes zeros
             tokens = self._wait_for(status)
             self.strategy.set_last_micro_batch()
-        activity.begin_wait(f"the gradients of step {step}")
-        self.strategy.wait()
-        timer.end_phase("wait")
-        activity.begin_wait(f"the other ranks at the end of step {step}")
-        self._losses, self._tokens = losses if counts else [], tokens
-        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
-        self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
-        self._report_step()
-        return self.stop
+        return losses, tokens
 
     def complete_step(self, norm: Tensor) -> None:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
@@ -268,7 +284,7 @@ class Trainer:
         """Writes a line of metrics and compares replicas, if that is due and the ranks have met."""
         if self.due.log and (self._ranks_have_met or self.step == self.ending.last_step):
             self.strategy.synchronize()
-            self._log()
+            self._step_log.write(self._rate)
             self.due.log, self._has_done_what_was_due = False, True
         if self.due.check and self._ranks_have_met:
             self._replica_check.compare()
@@ -306,7 +322,10 @@ class Trainer:
     def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats; its backward pass begins with `factor`."""
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
-        hidden = self.model(inputs, documents)  # (b, T, D)
+        return self.loss(self.model(inputs, documents), targets, factor)
+
+    def loss(self, hidden: Tensor, targets: Tensor, factor: float) -> Tensor:
+        """The same, of hidden states, (b, T, D)."""
         # A power of two, so that gradients in bf16 and fp32, which need no loss scale, are what they are without
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
         return self.model.token_loss(hidden, targets, grad_scale)
@@ -334,21 +353,6 @@ class Trainer:
     def own_loss(self) -> tuple[float, int]:
         """This rank's sum of the loss over its tokens in the last step, nats, and their number."""
         return sum(map(float, self._losses)), self._own_tokens
-
-    def _log(self) -> None:
-        """Collective."""
-        loss = self.elastic.loss() if self.elastic else self.own_loss()
-        numbers = {**self.step_metrics.collect(*loss), **self.strategy.log_numbers()}
-        self.write("train", lr=self._rate, grad_norm=float(self.norm), tokens=self.tokens_done, **numbers)
-        if score := self._loss_spikes.add(numbers["loss"]):
-            said = f"the loss of batch {self.step - 1}, {numbers['loss']:.4f}, is {score:.1f} standard deviations above"
-            self.write("event", message=f"{said} the mean of the last ones")
-        if slow := self._stragglers.add(self.step_metrics.compute_seconds):
-            rank, ratio = slow
-            where = f"rank {rank} on {self.communicator.hosts[rank]}"
-            self.write("event", message=f"{where} is a straggler: it computes {ratio:.1f} times as long as the others")
-        if self.elastic:
-            self.elastic.note_residuals()
 
     def open_loader(self) -> Loader:
         """Reads this rank's batches from the next one on."""

@@ -57,6 +57,8 @@ class Validation:
             lambda: preemption.requested,
             trainer.strategy.evaluation_is_collective,
             trainer.readers,
+            trainer.mesh.is_first("tensor"),
+            trainer.pipeline,
         )
         with trainer.strategy.evaluation_parameters():
             result = run()

@@ -13,6 +13,8 @@ import local_steps_body
 import mesh_body
 import mpi_body
 import muon_body
+import pipeline_body
+import pipeline_training_body
 import pytest
 import ring_body
 import scoring_body
@@ -100,6 +102,16 @@ CASES = [
             *groups("horovod", OVER_MPI, [2], pool=2),
         ],
     ),
+    *cases_of(
+        pipeline_body,
+        [
+            *groups("mpi", "mpirun", [2, 4]),
+            *groups("torch", "mpirun", [2, 4], recomputes=False),
+            *groups("horovod", GLOO, [2], pool=3, recomputes=False),
+            *groups("horovod", OVER_MPI, [2], pool=2, recomputes=False),
+        ],
+    ),
+    *cases_of(pipeline_training_body, groups("mpi", "mpirun", [2, 4])),
     *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
     *cases_of(tensor_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2])]),
 ]
@@ -128,7 +140,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(mesh_body, muon_body, scoring_body, sharded_body, tensor_body),
+        *(mesh_body, muon_body, pipeline_body, pipeline_training_body, scoring_body, sharded_body, tensor_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

@@ -410,3 +410,37 @@ def test_tokens_that_end_training_shorten_the_schedule() -> None:
 def test_a_range_test_has_no_warm_up() -> None:
     assert "is more than train.steps = 50" in refusal("--train.steps", "50")
     assert configure("--train.steps", "50", "--optimizer.schedule", "range_test").train.steps == 50
+
+
+# ---- pipelines
+
+
+def test_stages_of_a_pipeline() -> None:
+    config = configure("--parallel.pipeline", "2", "--parallel.schedule", "interleaved", "--parallel.split", "1,2,0,1")
+    assert (config.parallel.stages, config.parallel.blocks_of_stages) == (4, [1, 2, 0, 1])
+    config = configure("--parallel.pipeline", "2", "--parallel.boundary", "int8", "--parallel.chunks", "3")
+    assert (config.parallel.stages, config.parallel.blocks_of_stages, config.parallel.schedule) == (2, [], "1f1b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["--parallel.split", "2,x"], "'2,x' is not a list of numbers of blocks, such as 4,4,3"),
+        (["--parallel.split", "2,1,1"], "names 3 stages, but parallel.pipeline = 2 makes 2"),
+        (["--parallel.split", "2,3"], "has 5 blocks, but model.layers = 4"),
+        (
+            ["--parallel.schedule", "interleaved", "--parallel.chunks", "3"],
+            "parallel.pipeline = 2 x parallel.chunks = 3 makes 6 stages, more than model.layers = 4",
+        ),
+        (["--parallel.schedule", "zero_bubble", "--train.compile", "true"], "compiled blocks cannot"),
+        (
+            ["--optimizer.algorithm", "dion"],
+            "needs the whole model on every rank: it does not go with parallel.pipeline",
+        ),
+        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks needs the whole model"),
+        (["--train.precision", "fp16", "--compression.codec", "topk"], "set compression.codec to 'none'"),
+        (["--data.on_corrupt", "skip"], "may leave out a sequence on one stage"),
+    ],
+)
+def test_what_does_not_fit_a_pipeline(settings: list[str], sentence: str) -> None:
+    assert sentence in refusal("--parallel.pipeline", "2", *settings)

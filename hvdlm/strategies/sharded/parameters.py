@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Work
 from hvdlm.gradients.channel import Channel
-from hvdlm.model.transformer import EMBEDDING, ParameterAccess, Part
+from hvdlm.model.parameter_access import EMBEDDING, ParameterAccess, Part
 from hvdlm.strategies.sharded.partition import Partition, free, hold
 
 

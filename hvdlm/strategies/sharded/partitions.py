@@ -10,7 +10,8 @@ from torch import nn
 from hvdlm.comm.communicator import Communicator
 from hvdlm.gradients.bucket import group_parameters
 from hvdlm.model.linear import Linear
-from hvdlm.model.transformer import EMBEDDING, OUTPUT, Part, Transformer
+from hvdlm.model.parameter_access import EMBEDDING, OUTPUT, Part
+from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.sharded.partition import Partition, free
 
 
