@@ -53,12 +53,21 @@ def parameter_hash(parameters: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int) -> None:
-    """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters."""
-    odd, _ = _different_from_most(_hashes(communicator, parameters))
+def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int, share: int = 0) -> None:
+    """Raises JobError on every rank, naming those that differ from most, unless all that have the same `share` of the
+    parameters hold equal ones.
+    """
+    hashes = _hashes(communicator, parameters)
+    by_share: dict[int, list[int]] = {}
+    for rank, each in enumerate(communicator.all_gather_object(share)):
+        by_share.setdefault(each, []).append(rank)
+    odd = []
+    for ranks in by_share.values():
+        differing, _ = _different_from_most([hashes[rank] for rank in ranks])
+        odd += [ranks[index] for index in differing]
     if odd:
         raise JobError(
-            f"after step {step} the parameters of {_names(odd, communicator)} differ from those of the other ranks: "
+            f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other ranks: "
             "gradients were not combined alike, or memory was damaged; check those hosts and resume from a checkpoint, "
             "or set train.heal_replicas"
         )
@@ -99,7 +108,8 @@ def _hashes(communicator: Communicator, parameters: Mapping[str, Tensor] | None)
     """Of all ranks; None of one that passes no parameters. Collective."""
     if parameters is None:
         return communicator.all_gather_object(None)
-    communicator.arrival(next(iter(parameters.values())).device).wait()  # what the hash reads
+    for device in {each.device for each in parameters.values()}:
+        communicator.arrival(device).wait()  # of what the hash reads
     return communicator.all_gather_object(parameter_hash(parameters))
 
 

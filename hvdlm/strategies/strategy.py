@@ -14,7 +14,7 @@ The loop computes a loss on micro-batches, and knows of other ranks only by a `S
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -232,6 +232,11 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
+    @property
+    def share(self) -> int:
+        """Which part of the parameters this rank has: ranks of one number have equal ones."""
+        return 0
+
     def layout(self) -> Layout | None:
         """What this rank holds of parameters and optimizer state; None: all of it."""
         return None
@@ -250,6 +255,12 @@ class Strategy(ABC):
     @abstractmethod
     def start(self) -> None:
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
+
+    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Where `layout` is not None: takes over what this rank holds of whole parameters, one after the other, by name.
+        Collective.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def log_numbers(self) -> dict[str, float]:

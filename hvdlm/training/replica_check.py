@@ -20,7 +20,7 @@ class ReplicaCheck:
         """Raises JobError on all ranks if some differ that are not healed. Collective."""
         trainer = self._trainer
         if not trainer.config.train.heal_replicas:
-            check_replicas(trainer.communicator, trainer.parameters, trainer.step)
+            check_replicas(trainer.communicator, trainer.parameters, trainer.step, trainer.strategy.share)
             return
         state = trainer.optimizer_state().values()
         if said := self._healer.heal(trainer.communicator, trainer.parameters, state, trainer.step):

@@ -36,7 +36,8 @@ class ShardedGradients:
         keeps_whole: bool,
     ) -> None:
         """`partitions`: in the order in which a backward pass completes them. `channels`: to the owners; `copies`: to
-        those that own the same parts of other copies of the model, if there are any. `keeps_whole`: stage 1.
+        those that own the same parts of other copies of the model, if there are any. `keeps_whole`: stage 1; else their
+        buffers have no memory now.
         """
         self.partitions, self.codecs, self.channels = partitions, codecs, channels
         self._copies, self._keeps_whole = copies, keeps_whole
@@ -49,8 +50,6 @@ class ShardedGradients:
         parts = [partition.buffer[partition.part] for partition in partitions]
         # Of each partition: what this rank owns of the sums, as long as a part
         self.own = parts if keeps_whole else [torch.zeros_like(part) for part in parts]
-        for partition in () if keeps_whole else partitions:
-            free(partition.buffer)
         self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
         self._under_way: deque[tuple[int, Work[None]]] = deque()
         self._next = 0  # the partition to be sent next in this pass
@@ -110,6 +109,14 @@ class ShardedGradients:
         self._residuals_before = []
         return norm
 
+    def take_back(self) -> None:
+        """Of a step that ends before its gradients are complete, what codecs have kept is what it was before."""
+        while self._under_way:
+            self._take_sum()
+        for kept, before in self._residuals_before:
+            kept.copy_(before)
+        self._residuals_before = []
+
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
         for own in self.own:
@@ -155,9 +162,7 @@ class ShardedGradients:
         """Memory for the gradients of a partition, once the sum of an earlier pass has been taken from there."""
         while any(self.partitions[index] is partition for index, _ in self._under_way):
             self._take_sum()
-        if partition.buffer.untyped_storage().size() == 0:
-            hold(partition.buffer)
-            partition.buffer[sum(each.numel() for each in partition.parameters) :].zero_()
+        hold(partition.buffer)
 
     def _send_ready(self) -> None:
         while self._next < len(self.partitions) and self.partitions[self._next].pending == 0:
@@ -168,6 +173,7 @@ class ShardedGradients:
 
     def _send(self, index: int) -> Work[None]:
         partition, codec = self.partitions[index], self.codecs[index]
+        partition.fill_up_(partition.buffer)
         channel = self.channels[index % len(self.channels)]
 
         def reduce() -> None:

@@ -67,14 +67,14 @@ class Partition(Bucket):
         total = sum(parameter.numel() for parameter in self.parameters)
         return super().split(flat[:total])  # what remains fills up the last part
 
+    def fill_up_(self, flat: Tensor) -> None:
+        """Zeros what is of no parameter, at the end of a tensor as long as all parts."""
+        flat[sum(parameter.numel() for parameter in self.parameters) :].zero_()
+
     def load(self, name: str, values: Tensor) -> None:
         """Takes over what this rank owns of a parameter. `values`: all of it."""
         if piece := self.pieces.get(name):
             self.master[piece.span].copy_(values.reshape(-1)[piece.start : piece.stop])
-
-    def own_pieces(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views, 1-D, of a tensor as long as a part, by the names of the parameters whose pieces lie there."""
-        return {name: flat[piece.span] for name, piece in self.pieces.items()}
 
     def _pieces(self) -> list[tuple[str, Piece]]:
         found, begin = [], 0

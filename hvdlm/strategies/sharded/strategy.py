@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Communicator, Work
 from hvdlm.comm.mesh import Mesh, mesh_shape
 from hvdlm.config import Config
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
@@ -48,12 +49,15 @@ class Sharded(Strategy):
         """Takes the place of the parameters of `model`, which may be on the meta device, and of their `.grad`. Values
         are those of `model.initial_values`.
 
-        Collective. Raises HvdlmError where the settings do not go together.
+        Collective. Raises JobError where the settings do not go together.
         """
         self.communicator, self._settings, self._device = communicator, config.optimizer, device
         self._stage = config.parallel.shard
-        mesh = Mesh(communicator, mesh_shape(config.parallel, communicator.size))
-        owners, copies = mesh["shard"], mesh["data"]
+        try:  # by numbers that are the same on all ranks
+            mesh = Mesh(communicator, mesh_shape(config.parallel, communicator.size))
+            owners, copies = mesh["shard"], mesh["data"]
+        except HvdlmError as error:
+            raise JobError(str(error)) from None
         self._owners, self._is_first_copy = owners, copies.rank == 0
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
@@ -66,6 +70,11 @@ class Sharded(Strategy):
             self._copies = open_channels(copies, device, config.comm, dense, longest // owners.size)
         make_codec = codec_factory(config.compression.codec)
         self._codecs: list[Codec] = [make_codec(each, config.compression) for each in self._partitions]
+        if type(self._codecs[0]).reduce_to_owners_ is Codec.reduce_to_owners_:
+            raise JobError(
+                f"compression.codec = {config.compression.codec!r} cannot send gradients to their owners, as "
+                "parallel.shard wants it: set it to none, fp16, bf16, int8, int4 or int2"
+            )
         self._gradients = ShardedGradients(
             self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
         )
@@ -84,6 +93,7 @@ class Sharded(Strategy):
         self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer) if self._pieces else None
         self._agreement = StepAgreement()
         self._arrival: Work[None] = Work.done(None)
+        self._count_traffic()
         self.load(model.initial_values(config.train.seed))
 
     # ---- one step
@@ -91,8 +101,6 @@ class Sharded(Strategy):
     def begin_step(self, own: Report) -> Work[int]:
         totals = self._agreement.begin(self.communicator, own)
         self._gradients.begin_step()
-        for channel in (*self._channels, *self._copies):
-            channel.reset_counters()
         return totals
 
     def set_last_micro_batch(self) -> None:
@@ -111,6 +119,8 @@ class Sharded(Strategy):
 
     def wait(self) -> None:
         self._gradients.wait()
+        self._weights.wait()  # on a rank that has made no pass
+        self._count_traffic()
         self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
         self._arrival = self.communicator.arrival(self._device)
 
@@ -119,9 +129,15 @@ class Sharded(Strategy):
 
     @property
     def traffic(self) -> Traffic:
+        return self._traffic
+
+    def _count_traffic(self) -> None:
+        """Nothing is under way: what follows, weights that have changed among it, is the next step's."""
         size = self.communicator.size
         dense = sum(2 * (size - 1) * each.buffer.nbytes // size for each in self._partitions)
-        return traffic_of(self.channels, dense)
+        self._traffic = traffic_of(self.channels, dense)
+        for channel in self.channels:
+            channel.reset_counters()
 
     def norm(self) -> Tensor:
         return self._gradients.norm(self._owners)
@@ -185,6 +201,10 @@ class Sharded(Strategy):
     def ranks_are_equal(self) -> bool:
         return True
 
+    @property
+    def share(self) -> int:
+        return self._owners.rank
+
     def layout(self) -> Layout:
         kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
         return Layout(self._shapes, self._runs, kinds, is_first_copy=self._is_first_copy)
@@ -228,6 +248,7 @@ class Sharded(Strategy):
         return {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
 
     def rank_state(self) -> RankState:
+        self._gradients.take_back()  # in case of a step that a rank could not read its part of
         return RankState(summed=self.step_state())
 
     def restored(self, residual_factor: float) -> None:
