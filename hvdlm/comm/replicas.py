@@ -67,9 +67,9 @@ def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor],
         odd += [ranks[index] for index in differing]
     if odd:
         raise JobError(
-            f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other ranks: "
-            "gradients were not combined alike, or memory was damaged; check those hosts and resume from a checkpoint, "
-            "or set train.heal_replicas"
+            f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other "
+            "ranks: gradients were not combined alike, or memory was damaged; check those hosts and resume from a "
+            "checkpoint, or set train.heal_replicas"
         )
 
 

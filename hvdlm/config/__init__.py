@@ -109,11 +109,11 @@ class Config(Section):
         algorithm, shards = self.optimizer.algorithm, self.parallel.shard > 0
         heads = model.kv_heads or model.heads
         return {
-            f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with parallel.shard: "
-            "set it to another one": shards and algorithm in ("muon", "dion"),
-            f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
-            "none, fp16, bf16, int8, int4 or int2": (shards and codec in ("auto", "topk", "topk2", "powersgd")),
-            "compression.hierarchical = true sums among whole copies of the model: it does not go with parallel.shard": (
+            f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with "
+            "parallel.shard: set it to another one": shards and algorithm in ("muon", "dion"),
+            f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it "
+            "to none, fp16, bf16, int8, int4 or int2": (shards and codec in ("auto", "topk", "topk2", "powersgd")),
+            "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
                 shards and self.compression.hierarchical
             ),
             "train.heal_replicas needs another rank with the same parameters: it does not go with parallel.shard": (

@@ -257,7 +257,7 @@ class Strategy(ABC):
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
 
     def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Where `layout` is not None: takes over what this rank holds of whole parameters, one after the other, by name.
+        """Where there is a `layout`: takes over what this rank holds of whole parameters, one after the other by name.
         Collective.
         """
         raise NotImplementedError

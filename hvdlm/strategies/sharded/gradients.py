@@ -45,11 +45,10 @@ class ShardedGradients:
         self._slots = {
             parameter: (partition, slot)
             for partition in partitions
-            for parameter, slot in zip(partition.parameters, partition.split(partition.buffer), strict=True)
+            for parameter, slot in zip(partition.parameters, partition.slots, strict=True)
         }
-        parts = [partition.buffer[partition.part] for partition in partitions]
         # Of each partition: what this rank owns of the sums, as long as a part
-        self.own = parts if keeps_whole else [torch.zeros_like(part) for part in parts]
+        self.own = [each.own_slot if keeps_whole else torch.zeros_like(each.own_slot) for each in partitions]
         self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
         self._under_way: deque[tuple[int, Work[None]]] = deque()
         self._next = 0  # the partition to be sent next in this pass
@@ -189,9 +188,9 @@ class ShardedGradients:
         partition, own = self.partitions[index], self.own[index]
         if not self._keeps_whole:
             if self._has_sum[index]:
-                own.add_(partition.buffer[partition.part])
+                own.add_(partition.own_slot)
             else:
-                own.copy_(partition.buffer[partition.part])
+                own.copy_(partition.own_slot)
                 self._has_sum[index] = True
             free(partition.buffer)
         if self._copies and self._is_last_pass:

@@ -58,6 +58,8 @@ class Partition(Bucket):
         self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
         self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
         self.part = slice(rank * length, (rank + 1) * length)
+        # Views of `buffer`, of which none can be made while it has no memory: of parameters, and of this rank's part
+        self.slots, self.own_slot = self.split(self.buffer), self.buffer[self.part]
         self.pieces = dict(self._pieces())
         own = self.weights[self.part]
         self.master = own if is_kept and dtype == torch.float32 else torch.zeros_like(own, dtype=torch.float32)
