@@ -65,9 +65,9 @@ def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor],
         odd += [ranks[index] for index in _different_from_most([hashes[rank] for rank in ranks])[0]]
     if odd:
         raise JobError(
-            f"after step {step} the parameters of {_names(odd, communicator)} differ from those of the other ranks: "
-            "gradients were not combined alike, or memory was damaged; check those hosts and resume from a checkpoint, "
-            "or set train.heal_replicas"
+            f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other "
+            "ranks: gradients were not combined alike, or memory was damaged; check those hosts and resume from a "
+            "checkpoint, or set train.heal_replicas"
         )
 
 
@@ -106,7 +106,8 @@ def _hashes(communicator: Communicator, parameters: Mapping[str, Tensor] | None)
     """Of all ranks; None of one that passes no parameters. Collective."""
     if parameters is None:
         return communicator.all_gather_object(None)
-    communicator.arrival(next(iter(parameters.values())).device).wait()  # what the hash reads
+    for device in {each.device for each in parameters.values()}:
+        communicator.arrival(device).wait()  # of what the hash reads
     return communicator.all_gather_object(parameter_hash(parameters))
 
 

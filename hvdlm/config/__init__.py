@@ -106,10 +106,23 @@ class Config(Section):
 
     def _parallel_misfits(self) -> dict[str, bool]:
         """What [parallel] does not go with, and whether it is set."""
-        parallel, model = self.parallel, self.model
+        parallel, model, codec = self.parallel, self.model, self.compression.codec
+        algorithm, shards = self.optimizer.algorithm, self.parallel.shard > 0
         heads = model.kv_heads or model.heads
         algorithm, is_tensor = self.optimizer.algorithm, parallel.tensor > 1
         return {
+            f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with "
+            "parallel.shard: set it to another one": shards and algorithm in ("muon", "dion"),
+            f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it "
+            "to none, fp16, bf16, int8, int4 or int2": (shards and codec in ("auto", "topk", "topk2", "powersgd")),
+            "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
+                shards and self.compression.hierarchical
+            ),
+            "train.heal_replicas needs another rank with the same parameters: it does not go with parallel.shard": (
+                shards and self.train.heal_replicas
+            ),
+            "train.evaluate_tasks needs the whole model on every rank: with parallel.shard leave it out, and score "
+            "checkpoints by hvdlm lm-eval": shards and bool(self.train.evaluate_tasks),
             "[parallel] divides a model among ranks, local_steps.every has them train copies of their own: set one of "
             "them": parallel.is_used and bool(self.local_steps.every),
             "comm.elastic = true needs the whole model on every rank: it does not go with parallel.shard, "

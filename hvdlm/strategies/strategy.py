@@ -14,7 +14,7 @@ The loop computes a loss on micro-batches, and knows of other ranks only by a `S
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
-from hvdlm.strategies.layout import Layout
 
 
 class Report(NamedTuple):
@@ -232,10 +231,6 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
-    def layout(self) -> Layout | None:
-        """What this rank holds of parameters and optimizer state; None: all of it."""
-        return None
-
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
         """Within this context the model computes with `parameters()`."""
@@ -250,6 +245,12 @@ class Strategy(ABC):
     @abstractmethod
     def start(self) -> None:
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
+
+    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Where there is a `layout`: takes over what this rank holds of whole parameters, one after the other by name.
+        Collective.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def log_numbers(self) -> dict[str, float]:

@@ -40,10 +40,7 @@ class Checkpoint:
         """Parameters by name, float32, on the CPU. Raises HvdlmError if some are NaN or infinite."""
         with self._noticing_removal():
             tensors = safetensors.torch.load_file(self.path / "model.safetensors")
-        if name := not_finite(tensors):
-            raise HvdlmError(
-                f"checkpoint {self.path} is of no use: {name} holds NaN or infinite numbers; take an earlier one"
-            )
+        self._check_finite(tensors)
         return tensors
 
     def optimizer(self) -> dict[str, Tensor]:
@@ -60,11 +57,13 @@ class Checkpoint:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """One of `names`, on the CPU."""
+        """One of `names`, on the CPU. Raises HvdlmError if it is a parameter that holds NaN or infinite numbers."""
         for file in TENSOR_FILES:
             with self._noticing_removal(), safetensors.safe_open(self.path / file, "pt") as opened:
                 if name in opened.keys():  # noqa: SIM118  not a dictionary
                     found: Tensor = opened.get_tensor(name)
+                    if file == TENSOR_FILES[0]:
+                        self._check_finite({name: found})
                     return found
         raise KeyError(name)
 
@@ -77,6 +76,12 @@ class Checkpoint:
         """Of all its files."""
         with self._noticing_removal():
             return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def _check_finite(self, parameters: Mapping[str, Tensor]) -> None:
+        if name := not_finite(parameters):
+            raise HvdlmError(
+                f"checkpoint {self.path} is of no use: {name} holds NaN or infinite numbers; take an earlier one"
+            )
 
     @contextmanager
     def _noticing_removal(self) -> Iterator[None]:

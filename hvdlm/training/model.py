@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hvdlm.comm.mesh import Mesh
-from hvdlm.config import Config
+from hvdlm.config import Config, ParallelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
@@ -68,7 +68,8 @@ def check_deterministic(config: Config, device: torch.device) -> None:
     small = {"layers": 1, "width": width, "mlp_width": width, "context_length": 32}
     train = config.train.model_copy(update={"compile": False})
     model_section = config.model.model_copy(update=small)
-    model = make_model(config.model_copy(update={"model": model_section, "train": train}), 64, device)
+    sections = {"model": model_section, "train": train, "parallel": ParallelSection()}
+    model = make_model(config.model_copy(update=sections), 64, device)
     tokens = torch.arange(32, device=device)[None]
     documents = document_ids(tokens, 16) if config.model.document_mask else None
     try:

@@ -35,7 +35,7 @@ class MovingAverage:
 
     def reset(self) -> None:
         """The average is that of the parameters as they are, alone."""
-        for name, parameter in self._trainer.parameters.items() if self._averages else ():
+        for name, parameter in self._trainer.parameters.items() if self._decay else ():
             self._averages[name].copy_(parameter.detach())
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class MovingAverage:
 
     def evaluate(self, evaluate: Callable[[], Evaluation | None]) -> dict[str, float] | None:
         """What a validation's record is to say of the averages; None if `evaluate`, of the model, was stopped."""
-        if not self._averages:
+        if not self._decay:
             return {}
         with self._trainer.strategy.replaced(self._averages):
             result = evaluate()

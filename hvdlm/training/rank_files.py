@@ -30,7 +30,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.strategies.layout import Runs
 from hvdlm.training import parts_file
 from hvdlm.training.checkpoint import file_entry, save_failure
-from hvdlm.training.checkpoint_contents import rank_file_name
+from hvdlm.training.checkpoint_contents import TENSOR_FILES, rank_file_name
 from hvdlm.training.rank_states import move
 
 logger = logging.getLogger(__name__)
@@ -80,15 +80,18 @@ def write_own(
     """
     file = directory / rank_file_name(rank)
     entry: dict[str, Any] = {}
+    being_written = file
     try:
         for name, own in (parts or {}).items():
-            parts_file.write(directory / name, own)
+            being_written = directory / name
+            parts_file.write(being_written, own)
+        being_written = file
         if tensors:
             safetensors.torch.save_file(dict(tensors), file)
             make_durable(file)
             entry = file_entry(file)
     except (OSError, safetensors.SafetensorError) as error:
-        entry = {"error": f"cannot write {file}: {save_failure(error)}"}
+        entry = {"error": f"cannot write {being_written}: {save_failure(error)}"}
     try:
         unfinished = file.with_suffix(".partial")
         unfinished.write_text(json.dumps(entry), encoding="utf-8")
@@ -100,18 +103,16 @@ def write_own(
 def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: threading.Event) -> dict[str, dict[str, Any]]:
     """Size and hash of the files of `size` ranks, by name, once they are written; their entries are removed.
 
-    Raises HvdlmError if a rank could not write, if its file has not grown for `timeout` seconds, or if nobody waits for
-    it any more.
+    Raises HvdlmError if a rank could not write, if neither its file nor one that ranks write together has changed for
+    `timeout` seconds, or if nobody waits for it any more.
     """
     told = {}
     for rank in range(size):
         file = directory / rank_file_name(rank)
-        clock, length = RunningTime(), -1
+        clock, progress = RunningTime(), _progress(directory, file)
         while not _entry(file).exists():
-            is_begun = file.name in {each.name for each in directory.iterdir()}  # by which NFS looks again
-            now = file.stat().st_size if is_begun else -1
-            if now != length:
-                clock, length = RunningTime(), now
+            if (now := _progress(directory, file)) != progress:
+                clock, progress = RunningTime(), now
             if is_given_up.is_set():
                 raise HvdlmError(f"{directory} is not complete: a rank has died")
             if clock.seconds() > timeout:
@@ -122,6 +123,13 @@ def wait_for_all(directory: Path, size: int, timeout: float, is_given_up: thread
             told[file.name] = entry
         _entry(file).unlink()
     return told
+
+
+def _progress(directory: Path, file: Path) -> list[tuple[int, int]]:
+    """Bytes and time of change of a rank's file, once it is there, and of those that ranks write together."""
+    there = {each.name for each in directory.iterdir()}  # by which NFS looks again
+    found = [(directory / name).stat() for name in (file.name, *TENSOR_FILES) if name in there]
+    return [(each.st_size, each.st_mtime_ns) for each in found]
 
 
 def gather(

@@ -62,7 +62,9 @@ def read_parts(
 
 
 def _read_whole(source: Checkpoint | None, name: str, is_equal: bool, old_size: int, whole: Tensor) -> None:
-    """Fills `whole` with a tensor of a checkpoint; if ranks had one each, with their mean."""
+    """Fills `whole` with a tensor of a checkpoint; if ranks had one each, with their mean. Raises HvdlmError if it is a
+    parameter that is not finite.
+    """
     assert source is not None
     if is_equal:
         whole.copy_(source.tensor(name))

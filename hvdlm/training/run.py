@@ -108,7 +108,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             sentences = restore(trainer, source, state)
         elif not communicator.is_new:
             if config.model.from_:
-                sentences = on_rank_0(communicator, lambda: begin_with_weights(trainer.model, config.model, data))
+                sentences = begin_with_weights(communicator, trainer)
             trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
 

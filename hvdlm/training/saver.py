@@ -84,7 +84,7 @@ class Saver:
         self._is_given_up = threading.Event()
         try:
             self._begin(copies)
-        except JobError as error:  # of files of other ranks, which rank 0 writes now
+        except (JobError, UselessWeightsError) as error:  # of files that other ranks have a part in
             self._task = Future()
             self._task.set_exception(error)
         if not copies:

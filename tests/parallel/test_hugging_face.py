@@ -20,7 +20,8 @@ from jobs import Ranks, losses, records
 from launcher import Result
 
 from hvdlm.cli import main
-from hvdlm.config import Config
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.config import Config, ModelSection, TrainSection
 from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.config_reader import from_dict, load
 from hvdlm.data.loader import Loader
@@ -33,6 +34,7 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
 from hvdlm.training import checkpoint
 from hvdlm.training.initial_weights import begin_with_weights, shape_of
+from hvdlm.training.trainer import Trainer
 
 VOCABULARY = 301  # odd, and larger than the tokenizer's
 
@@ -356,30 +358,36 @@ def test_training_goes_on_from_an_imported_model(ranks: Ranks, small_data: Path,
     assert "all 4 steps are done" in resumed.output
 
 
+def begun(section: ModelSection, vocabulary: int, data: Path) -> tuple[Transformer, list[str]]:
+    """A model that begins with the weights of `section`, and what the user is told of that."""
+    config = Config(model=section, train=TrainSection(seed=5))
+    trainer = Trainer(config, SoloCommunicator(), DataSet(data), vocabulary, torch.device("cpu"))
+    return trainer.model, begin_with_weights(trainer.communicator, trainer)
+
+
 def test_a_larger_vocabulary_keeps_the_rows_that_there_were(small_data: Path, tmp_path: Path) -> None:
     config = configuration(LLAMA)
     source = random_model(config)
     section = config.model.model_copy(update={"from_": str(save(source, config, tmp_path)), "context_length": 16})
-    model, fresh = Transformer(section, VOCABULARY + 6), Transformer(section, VOCABULARY + 6)
-    model.initialise(5)
+    fresh = Transformer(section, VOCABULARY + 6)
     fresh.initialise(5)
-    told = begin_with_weights(model, section, DataSet(small_data))
+    model, told = begun(section, VOCABULARY + 6, small_data)
     assert told == [f"training begins with the weights of {section.from_}, step 0"]
     for name, parameter in model.named_parameters():
         rows = len(source.state_dict()[name])
         assert torch.equal(parameter[:rows], source.state_dict()[name])
         assert torch.equal(parameter[rows:], fresh.state_dict()[name][rows:])
     with pytest.raises(HvdlmError, match=rf"has a vocabulary of {VOCABULARY} tokens: set model.vocab_size to that"):
-        begin_with_weights(Transformer(section, VOCABULARY - 1), section, DataSet(small_data))
+        begun(section, VOCABULARY - 1, small_data)
 
 
 def test_learned_positions_are_not_made_up(small_data: Path, tmp_path: Path) -> None:
     config = configuration(GPT2)
     section = config.model.model_copy(update={"from_": str(save(random_model(config), config, tmp_path))})
     shorter, longer = (section.model_copy(update={"context_length": each}) for each in (40, 49))
-    begin_with_weights(Transformer(shorter, VOCABULARY), shorter, DataSet(small_data))
+    begun(shorter, VOCABULARY, small_data)
     with pytest.raises(HvdlmError, match=r"has learned 48 positions: set model.context_length to that or less, not 49"):
-        begin_with_weights(Transformer(longer, VOCABULARY), longer, DataSet(small_data))
+        begun(longer, VOCABULARY, small_data)
 
 
 def test_a_job_of_slurm_keeps_the_shape_of_its_start(small_data: Path, tmp_path: Path) -> None:

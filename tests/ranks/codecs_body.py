@@ -7,12 +7,14 @@ from unittest.mock import patch
 
 import torch
 from checks import check
-from torch import nn
+from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import CommSection, CompressionSection
-from hvdlm.gradients.codecs.registry import CODECS
+from hvdlm.gradients.channel import open_channels
+from hvdlm.gradients.codecs.registry import CODECS, codec_factory
 from hvdlm.gradients.sync import GradientSync
+from hvdlm.strategies.sharded.partition import Partition
 
 STEPS = 200
 SIGN = f"{Path(__file__).parents[2] / 'examples' / 'custom_codec' / 'sign.py'}:Sign"
@@ -68,6 +70,68 @@ def check_replicas_stay_identical_and_nothing_is_lost(comm: Communicator, algori
         shares |= {"fp16": 0.5, "bf16": 0.5}  # whatever the engine can sum
         share = shares.get(codec, 1 / 32)  # one bit a number
         assert 0.98 * share <= sent / dense <= 1.05 * share, sent / dense
+
+
+# Numbers that each codec sends as they are, whatever else is in their block
+EXACT = {
+    "none": (-1e6, 1.0, 1e6),
+    **dict.fromkeys(("fp16", "bf16"), (-3.0, 0.0, 64.0)),
+    "int8": (-127.0, 0.0, 127.0),
+    "int4": (-7.0, 0.0, 7.0),
+    "int2": (-2.0, 2.0),
+}
+
+
+def make_partition(comm: Communicator) -> Partition:
+    """Of two matrices and two small tensors, none of whose ends is that of a part."""
+    shapes = {"a": (80, 97), "b": (80,), "c": (71, 80), "d": (3, 7)}
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    return Partition(parameters, torch.device("cpu"), torch.float32, comm.rank, comm.size, is_kept=True)
+
+
+def reduced_to_owners(comm: Communicator, algorithm: str, codec: str, steps: int, **settings: object) -> list[Tensor]:
+    """The parts that ranks own, joined: what all were delivered, what they had, and what they have kept, in float64."""
+    partition, compression = make_partition(comm), CompressionSection(codec=codec, **settings)
+    used = sum(parameter.numel() for parameter in partition.parameters)
+    (channel,) = open_channels(comm, torch.device("cpu"), CommSection(algorithm=algorithm), compression, used)
+    codec_of_it = codec_factory(codec)(partition, compression)
+    delivered, had = torch.zeros(2, len(partition.buffer), dtype=torch.float64)
+    for step in range(steps):
+        numbers = torch.Generator().manual_seed(10 * step + comm.rank)
+        partition.buffer.zero_()
+        if steps == 1:
+            levels = torch.tensor(EXACT[codec])
+            partition.buffer[:used] = levels[torch.randint(len(levels), (used,), generator=numbers)]
+        else:
+            partition.buffer[:used].normal_(generator=numbers)
+        had += partition.buffer.double()
+        codec_of_it.reduce_to_owners_(partition.buffer, channel.exchange, step)
+        delivered[partition.part] += partition.own_slot.double()
+    kept = torch.zeros_like(delivered)
+    for values in codec_of_it.state().values():
+        kept += values.double()
+    channel.close()
+    own = torch.stack([delivered, had, kept])
+    return list(comm.all_gather(own.view(torch.int64)).view(torch.float64).sum(0))  # as numbers that all engines send
+
+
+@check(codec=list(EXACT))
+def check_owners_have_the_sums(comm: Communicator, algorithm: str, codec: str) -> None:
+    """Of numbers that the codec does not round: exactly, and nothing is left."""
+    delivered, had, kept = reduced_to_owners(comm, algorithm, codec, 1)
+    assert had.abs().sum() > 0
+    assert torch.equal(delivered, had)
+    assert not kept.any()
+
+
+@check(codec=[name for name in EXACT if name != "none"])
+def check_owners_lose_nothing(comm: Communicator, algorithm: str, codec: str) -> None:
+    """What was delivered in all steps, with what is kept, is all that there was; without error feedback it is not."""
+    delivered, had, kept = reduced_to_owners(comm, algorithm, codec, 10)
+    assert kept.abs().max() > 1e-4
+    assert (delivered + kept - had).abs().max() <= 1e-4, (delivered + kept - had).abs().max()
+    rounded, had, kept = reduced_to_owners(comm, algorithm, codec, 10, error_feedback=False)
+    assert not kept.any() and (rounded - had).abs().max() > 1e-3
 
 
 def distance_after(comm: Communicator, algorithm: str, codec: str, error_feedback: bool) -> float:

@@ -40,6 +40,27 @@ def check_sums(comm: Communicator) -> None:
                 assert abs(sent - 8 * (comm.size - 1) * length / comm.size) <= 8 * comm.size
 
 
+def check_halves(comm: Communicator) -> None:
+    """Each rank has the sum of its own part after the first, and all parts after the second."""
+    for segment in SEGMENTS:
+        ring = Ring(comm, segment)
+        for part in [0, *LENGTHS]:
+            length = part * comm.size
+            for repetition in range(2):  # the second time its memory is used again
+                everyone = [(torch.arange(length) * (rank + 1) + repetition) % 1000 for rank in range(comm.size)]
+                exact = torch.stack(everyone).sum(0)
+                values = everyone[comm.rank].float()
+                own = slice(comm.rank * part, (comm.rank + 1) * part)
+                sent = ring.reduce_scatter_(values)
+                assert torch.equal(values[own], exact[own].float()), (segment, part)
+                assert sent == (comm.size - 1) * part * 4
+                for values in (exact.float(), exact.bfloat16(), exact.to(torch.uint8)):
+                    gathered = torch.zeros_like(values)
+                    gathered[own] = values[own]
+                    assert ring.all_gather_(gathered) == (comm.size - 1) * part * values.element_size()
+                    assert torch.equal(gathered, values), (segment, part, values.dtype)
+
+
 @check(sizes=[2, 3, 4])
 def check_all_gather(comm: Communicator) -> None:
     for segment in SEGMENTS:

@@ -89,7 +89,8 @@ def difference(comm: Communicator, trainer: Trainer, plain: Plain) -> float:
     sums = torch.zeros(2)
     for name, piece in trainer.parameters.items():
         if not name.endswith("qkv.bias"):
-            span = slice(*layout.spans[name])
+            (run,) = layout.runs[name]
+            span = slice(*run)
             expected = whole[name].detach().reshape(-1)[span]
             moved = expected - begin[name].detach().reshape(-1)[span]
             sums += torch.stack([(piece.detach() - expected).square().sum(), moved.square().sum()])
@@ -102,7 +103,7 @@ def owned(comm: Communicator, trainer: Trainer) -> Tensor:
     layout = trainer.strategy.layout()
     assert layout is not None
     counts = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in layout.shapes.items()}
-    for name, (start, stop) in layout.spans.items():
+    for name, ((start, stop),) in layout.runs.items():
         counts[name][start:stop] += 1
     return comm.all_reduce_(torch.cat(list(counts.values())))
 

@@ -49,7 +49,7 @@ class Codec(ABC):
         """
         raise HvdlmError(
             f"codec {type(self).__name__.lower()} cannot send gradients to their owners, as parallel.shard wants it: "
-            "set compression.codec to none, fp16, bf16, int8 or int4"
+            "set compression.codec to none, fp16, bf16, int8, int4 or int2"
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ class ShardedGradients:
         keeps_whole: bool,
     ) -> None:
         """`partitions`: in the order in which a backward pass completes them. `channels`: to the owners; `copies`: to
-        those that own the same parts of other copies of the model, if there are any. `keeps_whole`: stage 1.
+        those that own the same parts of other copies of the model, if there are any. `keeps_whole`: stage 1; else their
+        buffers have no memory now.
         """
         self.partitions, self.codecs, self.channels = partitions, codecs, channels
         self._copies, self._keeps_whole = copies, keeps_whole
@@ -43,13 +44,10 @@ class ShardedGradients:
         self._slots = {
             parameter: (partition, slot)
             for partition in partitions
-            for parameter, slot in zip(partition.parameters, partition.split(partition.buffer), strict=True)
+            for parameter, slot in zip(partition.parameters, partition.slots, strict=True)
         }
-        parts = [partition.buffer[partition.part] for partition in partitions]
         # Of each partition: what this rank owns of the sums, as long as a part
-        self.own = parts if keeps_whole else [torch.zeros_like(part) for part in parts]
-        for partition in () if keeps_whole else partitions:
-            free(partition.buffer)
+        self.own = [each.own_slot if keeps_whole else torch.zeros_like(each.own_slot) for each in partitions]
         self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
         self._under_way: deque[tuple[int, Work[None]]] = deque()
         self._next = 0  # the partition to be sent next in this pass
@@ -106,6 +104,14 @@ class ShardedGradients:
             kept.copy_(torch.where(is_finite, kept, before))
         self._residuals_before = []
 
+    def take_back(self) -> None:
+        """Of a step that ends before its gradients are complete, what codecs have kept is what it was before."""
+        while self._under_way:
+            self._take_sum()
+        for kept, before in self._residuals_before:
+            kept.copy_(before)
+        self._residuals_before = []
+
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
         for own in self.own:
@@ -151,9 +157,7 @@ class ShardedGradients:
         """Memory for the gradients of a partition, once the sum of an earlier pass has been taken from there."""
         while any(self.partitions[index] is partition for index, _ in self._under_way):
             self._take_sum()
-        if partition.buffer.untyped_storage().size() == 0:
-            hold(partition.buffer)
-            partition.buffer[sum(each.numel() for each in partition.parameters) :].zero_()
+        hold(partition.buffer)
 
     def _send_ready(self) -> None:
         while self._next < len(self.partitions) and self.partitions[self._next].pending == 0:
@@ -164,6 +168,7 @@ class ShardedGradients:
 
     def _send(self, index: int) -> Work[None]:
         partition, codec = self.partitions[index], self.codecs[index]
+        partition.fill_up_(partition.buffer)
         channel = self.channels[index % len(self.channels)]
 
         def reduce() -> None:
@@ -179,9 +184,9 @@ class ShardedGradients:
         partition, own = self.partitions[index], self.own[index]
         if not self._keeps_whole:
             if self._has_sum[index]:
-                own.add_(partition.buffer[partition.part])
+                own.add_(partition.own_slot)
             else:
-                own.copy_(partition.buffer[partition.part])
+                own.copy_(partition.own_slot)
                 self._has_sum[index] = True
             free(partition.buffer)
         if self._copies and self._is_last_pass:

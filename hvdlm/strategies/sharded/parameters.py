@@ -51,6 +51,8 @@ class ShardedParameters(ParameterAccess):
     # ---- ParameterAccess
 
     def before(self, part: Part, x: Tensor) -> Tensor:
+        if part == EMBEDDING:  # what a pass that had no backward pass has left
+            self._release_all_but(self._readers[EMBEDDING])
         self._acquire(self._readers[part])
         following = self._order.index(part) + 1
         if following < len(self._order):
@@ -104,6 +106,11 @@ class ShardedParameters(ParameterAccess):
                 channel.exchange.all_gather_(partition.weights)
 
         self._arriving[partition] = channel.run(gather)
+
+    def _release_all_but(self, kept: Iterable[Partition]) -> None:
+        for partition in self._present.difference(kept):
+            if not partition.is_kept:
+                self._forget(partition)
 
     def _release(self, part: Part) -> None:
         for partition in self._readers[part]:

@@ -58,6 +58,8 @@ class Partition(Bucket):
         self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
         self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
         self.part = slice(rank * length, (rank + 1) * length)
+        # Views of `buffer`, of which none can be made while it has no memory: of parameters, and of this rank's part
+        self.slots, self.own_slot = self.split(self.buffer), self.buffer[self.part]
         self.pieces = dict(self._pieces())
         own = self.weights[self.part]
         self.master = own if is_kept and dtype == torch.float32 else torch.zeros_like(own, dtype=torch.float32)
@@ -67,14 +69,14 @@ class Partition(Bucket):
         total = sum(parameter.numel() for parameter in self.parameters)
         return super().split(flat[:total])  # what remains fills up the last part
 
+    def fill_up_(self, flat: Tensor) -> None:
+        """Zeros what is of no parameter, at the end of a tensor as long as all parts."""
+        flat[sum(parameter.numel() for parameter in self.parameters) :].zero_()
+
     def load(self, name: str, values: Tensor) -> None:
         """Takes over what this rank owns of a parameter. `values`: all of it."""
         if piece := self.pieces.get(name):
             self.master[piece.span].copy_(values.reshape(-1)[piece.start : piece.stop])
-
-    def own_pieces(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views, 1-D, of a tensor as long as a part, by the names of the parameters whose pieces lie there."""
-        return {name: flat[piece.span] for name, piece in self.pieces.items()}
 
     def _pieces(self) -> list[tuple[str, Piece]]:
         found, begin = [], 0

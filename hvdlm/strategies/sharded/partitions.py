@@ -52,6 +52,8 @@ def make_partitions(
     for group, is_kept in groups:
         dtype = model.dtype if linear.issuperset(group) else torch.float32
         partition = Partition(group, device, dtype, owners.rank, owners.size, is_kept)
+        if stage > 1:
+            free(partition.buffer)  # before the next one: there may be no memory for all
         _attach(model, partition, device)
         made.append(partition)
     return made

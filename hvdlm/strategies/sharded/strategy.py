@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Work
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
+from hvdlm.errors import JobError
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.codec import Codec
@@ -50,7 +51,7 @@ class Sharded(Strategy):
         """Takes the place of the parameters of `model`, which may be on the meta device, and of their `.grad`. Values
         are those of `model.initial_values`.
 
-        Collective. Raises HvdlmError where the settings do not go together.
+        Collective. Raises JobError where the settings do not go together.
         """
         self.communicator = communicator = mesh.everyone
         self._settings, self._device = config.optimizer, device
@@ -68,6 +69,11 @@ class Sharded(Strategy):
             self._copies = open_channels(copies, device, config.comm, dense, longest // owners.size)
         make_codec = codec_factory(config.compression.codec)
         self._codecs: list[Codec] = [make_codec(each, config.compression) for each in self._partitions]
+        if type(self._codecs[0]).reduce_to_owners_ is Codec.reduce_to_owners_:
+            raise JobError(
+                f"compression.codec = {config.compression.codec!r} cannot send gradients to their owners, as "
+                "parallel.shard wants it: set it to none, fp16, bf16, int8, int4 or int2"
+            )
         self._gradients = ShardedGradients(
             self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
         )
@@ -88,6 +94,7 @@ class Sharded(Strategy):
         self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer) if self._pieces else None
         self._agreement = StepAgreement()
         self._arrival: Work[None] = Work.done(None)
+        self._count_traffic()
         self.load(model.initial_values(config.train.seed))
 
     # ---- one step
@@ -95,8 +102,6 @@ class Sharded(Strategy):
     def begin_step(self, own: Report) -> Work[int]:
         totals = self._agreement.begin(self.communicator, own)
         self._gradients.begin_step()
-        for channel in (*self._channels, *self._copies):
-            channel.reset_counters()
         return totals
 
     def set_last_micro_batch(self) -> None:
@@ -115,6 +120,8 @@ class Sharded(Strategy):
 
     def wait(self) -> None:
         self._gradients.wait()
+        self._weights.wait()  # on a rank that has made no pass
+        self._count_traffic()
         self._arrival.wait()  # of the step before: the host stays at most one step ahead of a GPU
         self._arrival = self.communicator.arrival(self._device)
 
@@ -123,9 +130,15 @@ class Sharded(Strategy):
 
     @property
     def traffic(self) -> Traffic:
+        return self._traffic
+
+    def _count_traffic(self) -> None:
+        """Nothing is under way: what follows, weights that have changed among it, is the next step's."""
         size = self.communicator.size
         dense = sum(2 * (size - 1) * each.buffer.nbytes // size for each in self._partitions)
-        return traffic_of(self.channels, dense)
+        self._traffic = traffic_of(self.channels, dense)
+        for channel in self.channels:
+            channel.reset_counters()
 
     def norm(self) -> Tensor:
         counted = [each.grad for each in self._counted if each.grad is not None]
@@ -236,6 +249,7 @@ class Sharded(Strategy):
         return {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
 
     def rank_state(self) -> RankState:
+        self._gradients.take_back()  # in case of a step that a rank could not read its part of
         return RankState(summed=self.step_state())
 
     def restored(self, residual_factor: float) -> None:
