@@ -231,6 +231,10 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
+    def layout(self) -> Layout | None:
+        """What this rank holds of parameters and optimizer state; None: all of it."""
+        return None
+
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
         """Within this context the model computes with `parameters()`."""
