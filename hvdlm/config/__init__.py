@@ -125,6 +125,10 @@ class Config(Section):
             "go with parallel.tensor": (
                 is_tensor and (self.train.heal_replicas or bool(self.train.evaluate_tasks) or bool(model.from_))
             ),
+            f"parallel.sequence = true divides sequences among parallel.tensor = {parallel.tensor} ranks: it needs 2 "
+            f"or more, and a divisor of model.context_length = {model.context_length}": (
+                parallel.sequence and (not is_tensor or model.context_length % parallel.tensor > 0)
+            ),
             f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
                 parallel.pipeline > model.layers
             ),

@@ -24,6 +24,11 @@ class ParallelSection(Section):
         "0: one with `shard`, and as many as there are ranks for without",
     )
     tensor: int = Field(1, gt=0, description="ranks that divide each matrix of a block among them")
+    sequence: bool = Field(
+        False,
+        description="the ranks of `tensor` divide the tokens of a sequence between attention and MLP, where otherwise "
+        "each has the activations of all: less memory for the same bytes sent",
+    )
     pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, each having consecutive ones")
 
     @property

@@ -61,6 +61,7 @@ def training_memory_bytes(
     activation_checkpointing: bool = False,
     algorithm: Algorithm = "adamw",
     tensor_ranks: int = 1,
+    divides_sequence: bool = False,
 ) -> TrainingMemory:
     """An estimate for one rank, on a "cpu" or "cuda" device, to see before a run whether it fits.
 
@@ -81,7 +82,7 @@ def training_memory_bytes(
     On the CPU, where PyTorch composes RMSNorm of smaller operations, it keeps another 12 D. torch.compile makes
     silu(gate) and those parts of RMSNorm anew in the backward pass. With activation checkpointing each block keeps its
     input, 4 D, and only one of them all the rest. Of `tensor_ranks` each has its part of what attention and MLP keep
-    inside, of their matrices and of the vocabulary.
+    inside, of their matrices and of the vocabulary; with `divides_sequence` also of the input of norms.
     """
     undivided = undivided_parameters(config)
     count = undivided + (parameter_count(config, vocab_size) - undivided) // tensor_ranks
@@ -105,9 +106,10 @@ def training_memory_bytes(
         temporary = max(
             temporary, 3 * 4 * scores // tensor_ranks
         )  # probabilities, their gradients and their product, in fp32
-    token = 8 * width + item * (2 * width + attention // tensor_ranks + activated * hidden_width)
+    own_width = width // tensor_ranks if divides_sequence else width  # of a token, averaged over the sequence
+    token = 8 * own_width + item * (2 * width + attention // tensor_ranks + activated * hidden_width)
     if device == "cpu" and config.norm == "rmsnorm" and not compiled:
-        token += 12 * width
+        token += 12 * own_width
     mask = item * micro_batch_size * config.context_length**2 if config.document_mask else 0
     rows = -(-vocab_size // tensor_ranks)
     chunk = min(tokens, loss_chunk_tokens(rows, item, device))
@@ -120,7 +122,7 @@ def training_memory_bytes(
         "moments": _MOMENT_BYTES[algorithm] * count - (4 * block_parameters if algorithm in ("dion", "muon") else 0),
         "cast_parameters": item * block_parameters if low else 0,
         "activations": mask
-        + tokens * (config.layers * 4 * width + token if activation_checkpointing else config.layers * token),
+        + tokens * (config.layers * 4 * own_width + token if activation_checkpointing else config.layers * token),
         "temporary": temporary,
         "loss": 3 * 4 * tokens * width + (4 + copies) * rows * width + chunk * rows * (item + exponents),
     }

@@ -31,6 +31,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         train.activation_checkpointing,
         config.optimizer.algorithm,
         config.parallel.tensor,
+        config.parallel.sequence,
     )
     residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before

@@ -99,7 +99,7 @@ def make_model(
     """
     use_deterministic_kernels(config.train.deterministic)
     if tensor_ranks is not None and tensor_ranks.size > 1:
-        model: Transformer = TensorParallelTransformer(config.model, vocab_size, tensor_ranks)
+        model: Transformer = TensorParallelTransformer(config.model, vocab_size, tensor_ranks, config.parallel.sequence)
     else:
         model = Transformer(config.model, vocab_size)
     model.initialise(config.train.seed)
@@ -113,5 +113,5 @@ def make_model(
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """By seed, step and rank among those that read different sequences: resuming needs no random-number state."""
+    """By seed, step and rank among those that compute with different tokens: resuming needs no random-number state."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)

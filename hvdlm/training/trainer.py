@@ -199,7 +199,8 @@ class Trainer:
         status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
         if self.elastic:
             self.elastic.begin_step()
-        seed_dropout(self.config.train.seed, self.step, self.readers.rank)
+        divided = self.communicator if self.config.parallel.sequence else self.readers
+        seed_dropout(self.config.train.seed, self.step, divided.rank)
         losses: list[Tensor] = []
         micro_batches = self._micro_batches(batch)
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range

@@ -94,15 +94,22 @@ class FirstOfTwo(SoloCommunicator):
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         return tensor
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor] * self.size)
 
+    def reduce_scatter(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        return tensor.flatten()[: tensor.numel() // 2].clone()
+
+
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_a_tensor_rank_keeps_its_part(config, precision):
+def test_a_tensor_rank_keeps_its_part(config, precision, sequence):
     config = config.model_copy(update={"layers": 4, "width": 256, "context_length": 512})
     communicator = FirstOfTwo()
-    model = TensorParallelTransformer(config, 102, communicator)
+    model = TensorParallelTransformer(config, 102, communicator, sequence)
     model.initialise(0)
-    estimate = training_memory_bytes(config, 102, 3, precision, tensor_ranks=2)
+    estimate = training_memory_bytes(config, 102, 3, precision, tensor_ranks=2, divides_sequence=sequence)
     assert estimate.parameters == 4 * sum(each.numel() for each in model.parameters())
     assert estimate.activations == pytest.approx(saved_by_autograd(config, precision, model), rel=0.1)
 

@@ -25,23 +25,42 @@ class TensorRanks:
     Each of them computes the same, but for its own parts: so all call the same methods in the same order.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
-        self.communicator = communicator
+    def __init__(self, communicator: Communicator, divides_sequence: bool = False) -> None:
+        """`divides_sequence`: between the layers that are divided each rank has the hidden states of T / n tokens
+        (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198, section
+        4.2.2), in the order of ranks; otherwise those of all T.
+        """
+        self.communicator, self.divides_sequence = communicator, divides_sequence
         self.rank, self.size = communicator.rank, communicator.size
         self._number = next(_numbers)
         _communicators[self._number] = communicator
 
     def enter(self, x: Tensor) -> Tensor:
-        """`x`, equal on all ranks, for layers that are divided: its gradient is the sum of all ranks' (f in section 3
-        of the Megatron-LM paper).
+        """(B, T, D) for layers that are divided: `x`, (B, T, D) and equal on all ranks, or the (B, T / n, D) of all
+        ranks. Its gradient is the sum of all ranks' (f in section 3 of the Megatron-LM paper).
         """
-        entered: Tensor = _Enter.apply(x, self._number)  # type: ignore[no-untyped-call]
-        return entered
+        if self.divides_sequence:
+            gathered: Tensor = _Gather.apply(x, self._number, self.size)  # type: ignore[no-untyped-call]
+            return gathered
+        return self._enter(x)
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, whose gradient is the sum's (g in that section)."""
+        """The sum of all ranks' `x`, (B, T, D), or this rank's (B, T / n, D) of it (g in that section)."""
+        if self.divides_sequence:
+            part: Tensor = _ReduceScatter.apply(x, self._number, self.size)  # type: ignore[no-untyped-call]
+            return part
         summed: Tensor = _Leave.apply(x, self._number)  # type: ignore[no-untyped-call]
         return summed
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A parameter that all ranks have, to be applied to hidden states: where each has those of some tokens only,
+        its gradient is the sum of all ranks'.
+        """
+        return self._enter(parameter) if self.divides_sequence else parameter
+
+    def _enter(self, x: Tensor) -> Tensor:
+        entered: Tensor = _Enter.apply(x, self._number)  # type: ignore[no-untyped-call]
+        return entered
 
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, (size, *shape), without gradients; in the one message of a sum."""
@@ -59,6 +78,54 @@ def _all_reduce(x: Tensor, number: int) -> Tensor:
 @_all_reduce.register_fake
 def _(x: Tensor, number: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("hvdlm::all_gather_sequence", mutates_args=())
+def _all_gather_sequence(x: Tensor, number: int, ranks: int) -> Tensor:
+    """(B, T / n, D) of all n ranks to (B, T, D)."""
+    parts = _communicators[number].all_gather(x.contiguous())  # (n, B, T / n, D)
+    return parts.transpose(0, 1).reshape(x.shape[0], ranks * x.shape[1], x.shape[2])
+
+
+@_all_gather_sequence.register_fake
+def _(x: Tensor, number: int, ranks: int) -> Tensor:
+    return x.new_empty(x.shape[0], ranks * x.shape[1], x.shape[2])
+
+
+@torch.library.custom_op("hvdlm::reduce_scatter_sequence", mutates_args=())
+def _reduce_scatter_sequence(x: Tensor, number: int, ranks: int) -> Tensor:
+    """(B, T, D) to this rank's (B, T / n, D) of the sum over all n ranks."""
+    parts = x.reshape(x.shape[0], ranks, -1, x.shape[2]).transpose(0, 1).contiguous()  # (n, B, T / n, D)
+    return _communicators[number].reduce_scatter(parts).view(parts.shape[1:])
+
+
+@_reduce_scatter_sequence.register_fake
+def _(x: Tensor, number: int, ranks: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // ranks, x.shape[2])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int, ranks: int) -> Tensor:
+        ctx.arguments = number, ranks
+        gathered: Tensor = _all_gather_sequence(x, number, ranks)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter_sequence(grad, *ctx.arguments), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int, ranks: int) -> Tensor:
+        ctx.arguments = number, ranks
+        part: Tensor = _reduce_scatter_sequence(x, number, ranks)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather_sequence(grad, *ctx.arguments), None, None
 
 
 class _Enter(torch.autograd.Function):
