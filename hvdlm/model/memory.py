@@ -103,9 +103,8 @@ def training_memory_bytes(
         keys = sum((end - start) * end for start, end in blocks) // config.context_length
         attention = 5 * width + heads * keys
         scores = micro_batch_size * heads * min(ATTENTION_BLOCK, config.context_length) * config.context_length
-        temporary = max(
-            temporary, 3 * 4 * scores // tensor_ranks
-        )  # probabilities, their gradients and their product, in fp32
+        # Probabilities, their gradients and their product, in fp32
+        temporary = max(temporary, 3 * 4 * scores // tensor_ranks)
     own_width = width // tensor_ranks if divides_sequence else width  # of a token, averaged over the sequence
     token = 8 * own_width + item * (2 * width + attention // tensor_ranks + activated * hidden_width)
     if device == "cpu" and config.norm == "rmsnorm" and not compiled:

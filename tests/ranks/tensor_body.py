@@ -120,7 +120,8 @@ def check_gradients(comm: Communicator, shape: str, checkpointing: bool, sequenc
     if comm.size > SHAPES[shape].get("kv_heads", 4):
         return
     ranks = tensor_ranks(comm)
-    ours, whole = make_models(ranks, shape, sequence)
+    config = ModelSection.model_validate(SHAPES[shape] | ({"mlp_width": 52} if sequence else {}))
+    ours, whole = make_models(ranks, config, sequence)
     ours.activation_checkpointing = checkpointing
     loss, expected = backward(ours, our_loss, 0), backward(whole, whole_loss, 0)
     assert abs(loss / expected - 1) <= 1e-6, (loss, expected)

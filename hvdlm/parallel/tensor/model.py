@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from hvdlm.comm.communicator import Communicator, part_lengths
 from hvdlm.config import ModelSection
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import JobError
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import TokenStatistics, loss_chunk_tokens, token_loss, token_statistics
+from hvdlm.model.size import mlp_width
 from hvdlm.model.transformer import Block, Transformer
 from hvdlm.parallel.tensor.collectives import TensorRanks
 from hvdlm.parallel.tensor.layers import TensorParallelAttention, TensorParallelMLP, VocabularyParallelEmbedding
@@ -36,14 +37,21 @@ class TensorParallelTransformer(Transformer):
         """`communicator`: of the tensor ranks. `divides_sequence`: see `TensorRanks`; what `forward` returns is then
         (B, T / n, D), and T has to be a multiple of n.
 
-        Raises HvdlmError if they do not divide the heads, or are more than tokens or hidden numbers of the MLP.
+        Raises HvdlmError if they do not divide the heads, JobError if they are more than tokens or hidden numbers of
+        the MLP, or with `divides_sequence` do not divide these.
         """
-        regions = parameter_regions(config, vocab_size, communicator.rank, communicator.size)
-        if any(each.start == each.stop for own in regions.values() for region in own for each in region):
-            raise HvdlmError(
-                f"parallel.tensor = {communicator.size} is more than the {vocab_size} tokens of the vocabulary or the "
+        size, hidden = communicator.size, mlp_width(config)
+        if size > min(vocab_size, hidden):
+            raise JobError(
+                f"parallel.tensor = {size} is more than the {vocab_size} tokens of the vocabulary or the {hidden} "
                 "hidden numbers of the MLP: lower it"
             )
+        if divides_sequence and hidden % size:  # a compiled backward pass may send in an order that depends on sizes
+            raise JobError(
+                f"parallel.sequence needs an MLP whose {hidden} hidden numbers parallel.tensor = {size} divides: set "
+                "model.mlp_width to a multiple"
+            )
+        regions = parameter_regions(config, vocab_size, communicator.rank, size)
         with torch.device("meta"):  # no rank has the memory for the whole
             super().__init__(config, vocab_size)
             ranks = TensorRanks(communicator, divides_sequence)
