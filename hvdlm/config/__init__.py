@@ -139,11 +139,12 @@ class Config(Section):
             "go with parallel.tensor": (
                 is_tensor and (self.train.heal_replicas or bool(self.train.evaluate_tasks) or bool(model.from_))
             ),
+            f"parallel.sequence = true divides sequences among parallel.tensor = {parallel.tensor} ranks: it needs 2 "
+            f"or more, and a divisor of model.context_length = {model.context_length}": (
+                parallel.sequence and (not is_tensor or model.context_length % parallel.tensor > 0)
+            ),
             f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
                 parallel.pipeline > model.layers
-            ),
-            "parallel.pipeline goes with neither parallel.shard nor parallel.tensor yet: leave out one of them": (
-                parallel.pipeline > 1 and (parallel.shard > 0 or parallel.tensor > 1)
             ),
             **self._pipeline_misfits(),
         }

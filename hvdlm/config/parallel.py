@@ -31,6 +31,11 @@ class ParallelSection(Section):
         "0: one with `shard`, and as many as there are ranks for without",
     )
     tensor: int = Field(1, gt=0, description="ranks that divide each matrix of a block among them")
+    sequence: bool = Field(
+        False,
+        description="the ranks of `tensor` divide the tokens of a sequence between attention and MLP, where otherwise "
+        "each has the activations of all: less memory for the same bytes sent",
+    )
     pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, and pass on micro-batches")
 
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(

@@ -239,9 +239,10 @@ class Attention(nn.Module):
         mask: (B or 1, 1, T, S), added to the scores of queries, or None for plain causal attention.
         cached: keys and values (B, K, S, E) whose last T places these tokens fill.
         """
-        batch, length, _ = x.shape
         heads, key_value_heads = self.heads, self.key_value_heads
-        qkv = self.qkv(x).view(batch, length, heads + 2 * key_value_heads, self.head_width).transpose(1, 2)
+        qkv = self.qkv(x)
+        batch, length, _ = qkv.shape  # not of x, of which tensor ranks may have a part
+        qkv = qkv.view(batch, length, heads + 2 * key_value_heads, self.head_width).transpose(1, 2)
         queries, keys, values = qkv.split([heads, key_value_heads, key_value_heads], dim=1)  # (B, H or K, T, E)
         if rotation is not None:
             queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)

@@ -27,6 +27,7 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
+from hvdlm.strategies.layout import Layout
 
 
 class Report(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config, ParallelSection
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.parallel.pipeline.stage_model import StageModel
@@ -102,9 +102,16 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     With `parallel.shard` it has shapes alone: strategies/sharded/ gives it parameters.
     """
     use_deterministic_kernels(config.train.deterministic)
+    parallel = config.parallel
+    if mesh is not None and parallel.pipeline > 1 and (parallel.shard or parallel.tensor > 1):
+        raise JobError(
+            "parallel.pipeline trains with neither parallel.shard nor parallel.tensor yet: leave out one of them"
+        )
     with torch.device("meta") if config.parallel.shard else nullcontext():
         if mesh is not None and mesh.shape["tensor"] > 1:
-            model: Transformer = TensorParallelTransformer(config.model, vocab_size, mesh["tensor"])
+            model: Transformer = TensorParallelTransformer(
+                config.model, vocab_size, mesh["tensor"], config.parallel.sequence
+            )
         elif mesh is not None and mesh.shape["pipeline"] > 1:
             model = _stages(config, vocab_size, mesh, device)
         else:
@@ -128,5 +135,5 @@ def _stages(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """By seed, step and rank among those that read different sequences: resuming needs no random-number state."""
+    """By seed, step and rank among those that compute with different tokens: resuming needs no random-number state."""
     torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)

@@ -223,7 +223,9 @@ class Trainer:
     ) -> tuple[list[Tensor], int]:
         """The losses of this rank's micro-batches, whose gradients are added up, and the tokens of all ranks."""
         activity, timer, step = self.communicator.activity, self.timer, self.step + 1
-        seed_dropout(self.config.train.seed, self.step, self.readers.rank)
+        # Ranks that share a sequence draw alike, unless each has other tokens of it
+        divided = self.communicator if self.config.parallel.sequence else self.readers
+        seed_dropout(self.config.train.seed, self.step, divided.rank)
         losses: list[Tensor] = []
         tokens: int | None = None
         for number, (inputs, targets) in enumerate(micro_batches, start=1):

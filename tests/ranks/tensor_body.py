@@ -40,12 +40,14 @@ def tensor_ranks(comm: Communicator) -> Communicator:
     return Mesh(comm, {"pipeline": 1, "data": 1, "shard": 1, "tensor": comm.size})["tensor"]
 
 
-def make_models(comm: Communicator, shape: str | ModelSection) -> tuple[TensorParallelTransformer, Transformer]:
+def make_models(
+    comm: Communicator, shape: str | ModelSection, sequence: bool = False
+) -> tuple[TensorParallelTransformer, Transformer]:
     """This rank's part, and the whole; with biases and norms that are not all alike."""
     config = ModelSection.model_validate(SHAPES[shape]) if isinstance(shape, str) else shape
     whole = Transformer(config, VOCABULARY)
     whole.initialise(SEED)
-    ours = TensorParallelTransformer(config, VOCABULARY, comm)
+    ours = TensorParallelTransformer(config, VOCABULARY, comm, sequence)
     ours.initialise(SEED)
     generator = torch.Generator().manual_seed(1)
     own = dict(ours.named_parameters())
@@ -109,13 +111,17 @@ def assert_equal_on_all(comm: Communicator, tensors: Sequence[Tensor]) -> None:
     assert all(torch.equal(flat, each) for each in comm.all_gather(flat))
 
 
-@check(sizes=[2, 4], shape=list(SHAPES), checkpointing=[False, True])
-def check_gradients(comm: Communicator, shape: str, checkpointing: bool) -> None:
-    """Of a batch in two micro-batches, some of whose targets do not count; and the numbers of validation."""
+@check(sizes=[2, 4], shape=list(SHAPES), checkpointing=[False, True], sequence=[False, True])
+def check_gradients(comm: Communicator, shape: str, checkpointing: bool, sequence: bool) -> None:
+    """Of a batch in two micro-batches, some of whose targets do not count; and the numbers of validation.
+
+    `sequence`: between blocks each rank has some tokens of a sequence.
+    """
     if comm.size > SHAPES[shape].get("kv_heads", 4):
         return
     ranks = tensor_ranks(comm)
-    ours, whole = make_models(ranks, shape)
+    config = ModelSection.model_validate(SHAPES[shape] | ({"mlp_width": 52} if sequence else {}))
+    ours, whole = make_models(ranks, config, sequence)
     ours.activation_checkpointing = checkpointing
     loss, expected = backward(ours, our_loss, 0), backward(whole, whole_loss, 0)
     assert abs(loss / expected - 1) <= 1e-6, (loss, expected)
@@ -124,6 +130,7 @@ def check_gradients(comm: Communicator, shape: str, checkpointing: bool) -> None
     with torch.no_grad():
         inputs, targets = batch(1)
         hidden, logits = (each(inputs, documents_of(whole, inputs)) for each in (ours, whole))
+        assert hidden.shape[1] == (LENGTH // comm.size if sequence else LENGTH)
         statistics, logits = ours.token_statistics(hidden, targets), whole.logits(logits)
         assert torch.allclose(ours.logits(hidden), logits, rtol=0, atol=1e-5)
         assert abs(float(ours.token_loss(hidden, targets) / whole_loss(whole, inputs, targets)) - 1) <= 1e-6
@@ -196,8 +203,8 @@ def check_bfloat16(comm: Communicator, shape: str, checkpointing: bool) -> None:
     ranks.close()
 
 
-@check(sizes=[2, 4])
-def check_dropout(comm: Communicator) -> None:
+@check(sizes=[2, 4], sequence=[False, True])
+def check_dropout(comm: Communicator, sequence: bool) -> None:
     """Equal on all ranks in the residual stream, another one on each in attention; again in a recomputed forward pass.
 
     What is dropped comes from the global seed, whatever the ranks have computed before.
@@ -206,13 +213,14 @@ def check_dropout(comm: Communicator) -> None:
     config = ModelSection.model_validate({**GPT2, "dropout": 0.3})
     gradients = []
     for checkpointing in (False, True):
-        ours, _ = make_models(ranks, config)
+        ours, _ = make_models(ranks, config, sequence)
         ours.activation_checkpointing = checkpointing
-        torch.manual_seed(4)
+        torch.manual_seed(4 + (comm.rank if sequence else 0))
         backward(ours, our_loss, 0)
         gradients.append(torch.cat([each.grad.flatten() for each in ours.parameters()]))
         assert_equal_on_all(ranks, [each.grad for each in ours.replicated_parameters().values()])
-        assert_equal_on_all(ranks, [torch.rand(3)])
+        if not sequence:
+            assert_equal_on_all(ranks, [torch.rand(3)])
     assert torch.equal(*gradients)
     attention = ours.blocks[0].attention
     queries = torch.ones(1, 2, LENGTH, 8)
@@ -222,11 +230,12 @@ def check_dropout(comm: Communicator) -> None:
     ranks.close()
 
 
-@check(sizes=[2], engines=["mpi"], shape=["gpt2", "llama"])
-def check_compiled_blocks(comm: Communicator, shape: str) -> None:
+@check(sizes=[2], engines=["mpi"], shape=["gpt2", "llama"], sequence=[False, True])
+def check_compiled_blocks(comm: Communicator, shape: str, sequence: bool) -> None:
     """Each block is one graph, collectives included."""
     ranks = tensor_ranks(comm)
-    ours, whole = make_models(ranks, shape)
+    ours, whole = make_models(ranks, shape, sequence)
+    torch.compiler.reset()  # a length other than that of the check before would be a variable of the graph
     counters.clear()
     for block in ours.blocks:
         block.compile()
@@ -242,10 +251,11 @@ def check_compiled_blocks(comm: Communicator, shape: str) -> None:
 def check_trainer(comm: Communicator, clip_norm: float) -> None:
     """Steps of SGD on 1 or 2 pairs of tensor ranks: parameters, loss and norm are those of PyTorch on the joined batch.
 
-    Pairs have different numbers of sequences. A wish to stop of the last rank is heard by all.
+    Pairs have different numbers of sequences, which their ranks divide if gradients are clipped. A wish to stop of the
+    last rank is heard by all.
     """
     config = training_body.make_config("fp32", clip_norm)
-    config = config.model_copy(update={"parallel": ParallelSection(tensor=2)})
+    config = config.model_copy(update={"parallel": ParallelSection(tensor=2, sequence=clip_norm > 0)})
     trainer = training_body.make_trainer(comm, config)
     batches = training_body.Batches(trainer.readers, 0, ignored=True)
     plain = training_body.make_plain_model(config)

@@ -81,11 +81,13 @@ def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
         ("--optimizer.algorithm", "muon", "optimizer.algorithm = 'muon' needs whole matrices"),
         ("--compression.codec", "auto", "compression.codec = 'auto' chooses for whole gradients"),
         ("--train.heal_replicas", "true", "need the whole model on every rank"),
+        ("--parallel.sequence", "true", "a divisor of model.context_length = 255"),
         ("--parallel.tensor", "3", "parallel.tensor = 3 does not divide the 4 key and value heads"),
     ],
 )
 def test_what_does_not_go_with_tensor_parallelism(setting: str, value: str, said: str) -> None:
-    assert said in refusal("--parallel.tensor", "2", setting, value)
+    assert said in refusal("--parallel.tensor", "2", "--model.context_length", "255", setting, value)
+    assert "needs 2 or more" in refusal("--parallel.sequence", "true")
 
 
 @pytest.mark.parametrize("other", [("--local_steps.hierarchical", "true"), ("--local_steps.by", "seconds")])

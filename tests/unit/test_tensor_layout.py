@@ -6,9 +6,11 @@ import pytest
 import torch
 from shapes import GPT2, LLAMA
 
-from hvdlm.errors import HvdlmError
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.tensor.layout import cut, flat_runs, is_divided, parameter_regions
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
 VOCABULARY = 61
 
@@ -66,3 +68,13 @@ def test_runs_are_what_is_cut(name: str) -> None:
 def test_heads_that_cannot_be_divided() -> None:
     with pytest.raises(HvdlmError, match="4 tensor ranks do not divide the 2 key and value heads"):
         parameter_regions(LLAMA, VOCABULARY, rank=0, size=4)
+
+
+def test_more_ranks_than_there_is_to_divide() -> None:
+    communicator = SoloCommunicator()
+    communicator.size = 2
+    narrow = GPT2.model_copy(update={"mlp_width": 67})
+    with pytest.raises(JobError, match="2 is more than the 1 tokens"):
+        TensorParallelTransformer(GPT2, 1, communicator)
+    with pytest.raises(JobError, match="needs an MLP whose 67 hidden numbers"):
+        TensorParallelTransformer(narrow, VOCABULARY, communicator, divides_sequence=True)

@@ -1,6 +1,6 @@
 """Sums over tensor ranks within the forward and the backward pass.
 
-The all-reduce is an operator that torch.compile knows by name, so that a block is compiled as a whole.
+They are operators that torch.compile knows by name, so that a block is compiled as a whole.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
 
-# By a number, since operators take tensors and numbers only
-_communicators: WeakValueDictionary[int, Communicator] = WeakValueDictionary()
+# By name, since operators take tensors, numbers and strings only; a number would be a variable of compiled code as soon
+# as a process has a second one
+_communicators: WeakValueDictionary[str, Communicator] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -25,23 +26,42 @@ class TensorRanks:
     Each of them computes the same, but for its own parts: so all call the same methods in the same order.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
-        self.communicator = communicator
+    def __init__(self, communicator: Communicator, divides_sequence: bool = False) -> None:
+        """`divides_sequence`: between the layers that are divided each rank has the hidden states of T / n tokens
+        (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198, section
+        4.2.2), in the order of ranks; otherwise those of all T.
+        """
+        self.communicator, self.divides_sequence = communicator, divides_sequence
         self.rank, self.size = communicator.rank, communicator.size
-        self._number = next(_numbers)
-        _communicators[self._number] = communicator
+        self._name = str(next(_numbers))
+        _communicators[self._name] = communicator
 
     def enter(self, x: Tensor) -> Tensor:
-        """`x`, equal on all ranks, for layers that are divided: its gradient is the sum of all ranks' (f in section 3
-        of the Megatron-LM paper).
+        """(B, T, D) for layers that are divided: `x`, (B, T, D) and equal on all ranks, or the (B, T / n, D) of all
+        ranks. Its gradient is the sum of all ranks' (f in section 3 of the Megatron-LM paper).
         """
-        entered: Tensor = _Enter.apply(x, self._number)  # type: ignore[no-untyped-call]
-        return entered
+        if self.divides_sequence:
+            gathered: Tensor = _Gather.apply(x, self._name)  # type: ignore[no-untyped-call]
+            return gathered
+        return self._enter(x)
 
     def leave(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, whose gradient is the sum's (g in that section)."""
-        summed: Tensor = _Leave.apply(x, self._number)  # type: ignore[no-untyped-call]
+        """The sum of all ranks' `x`, (B, T, D), or this rank's (B, T / n, D) of it (g in that section)."""
+        if self.divides_sequence:
+            part: Tensor = _ReduceScatter.apply(x, self._name)  # type: ignore[no-untyped-call]
+            return part
+        summed: Tensor = _Leave.apply(x, self._name)  # type: ignore[no-untyped-call]
         return summed
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A parameter that all ranks have, to be applied to hidden states: where each has those of some tokens only,
+        its gradient is the sum of all ranks'.
+        """
+        return self._enter(parameter) if self.divides_sequence else parameter
+
+    def _enter(self, x: Tensor) -> Tensor:
+        entered: Tensor = _Enter.apply(x, self._name)  # type: ignore[no-untyped-call]
+        return entered
 
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, (size, *shape), without gradients; in the one message of a sum."""
@@ -51,32 +71,82 @@ class TensorRanks:
 
 
 @torch.library.custom_op("hvdlm::all_reduce", mutates_args=())
-def _all_reduce(x: Tensor, number: int) -> Tensor:
+def _all_reduce(x: Tensor, name: str) -> Tensor:
     """The sum of `x` over the ranks of a communicator."""
-    return _communicators[number].all_reduce_(x.clone(memory_format=torch.contiguous_format))
+    return _communicators[name].all_reduce_(x.clone(memory_format=torch.contiguous_format))
 
 
 @_all_reduce.register_fake
-def _(x: Tensor, number: int) -> Tensor:
+def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("hvdlm::all_gather_sequence", mutates_args=())
+def _all_gather_sequence(x: Tensor, name: str) -> Tensor:
+    """(B, T / n, D) of all n ranks to (B, T, D)."""
+    parts = _communicators[name].all_gather(x.contiguous())  # (n, B, T / n, D)
+    return parts.transpose(0, 1).reshape(x.shape[0], _communicators[name].size * x.shape[1], x.shape[2])
+
+
+@_all_gather_sequence.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return x.new_empty(x.shape[0], _communicators[name].size * x.shape[1], x.shape[2])
+
+
+@torch.library.custom_op("hvdlm::reduce_scatter_sequence", mutates_args=())
+def _reduce_scatter_sequence(x: Tensor, name: str) -> Tensor:
+    """(B, T, D) to this rank's (B, T / n, D) of the sum over all n ranks."""
+    parts = (
+        x.reshape(x.shape[0], _communicators[name].size, -1, x.shape[2]).transpose(0, 1).contiguous()
+    )  # (n, B, T / n, D)
+    return _communicators[name].reduce_scatter(parts).view(parts.shape[1:])
+
+
+@_reduce_scatter_sequence.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // _communicators[name].size, x.shape[2])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        gathered: Tensor = _all_gather_sequence(x, name)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter_sequence(grad, ctx.name), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        part: Tensor = _reduce_scatter_sequence(x, name)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_sequence(grad, ctx.name), None
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
-        ctx.number = number
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        summed: Tensor = _all_reduce(grad, ctx.number)
+        summed: Tensor = _all_reduce(grad, ctx.name)
         return summed, None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
-        summed: Tensor = _all_reduce(x, number)
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        summed: Tensor = _all_reduce(x, name)
         return summed
 
     @staticmethod

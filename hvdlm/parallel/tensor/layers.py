@@ -29,7 +29,7 @@ class ColumnParallelLinear(Linear):
         self._ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), equal on all ranks, to (..., outputs)."""
+        """x: (B, T, inputs), or (B, T / n, inputs) of ranks that divide the sequence, to (B, T, outputs)."""
         return super().forward(self._ranks.enter(x.to(self.compute_dtype)))  # cast before: gradients are sent so, too
 
 
@@ -44,9 +44,9 @@ class RowParallelLinear(Linear):
         self._ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs) to (..., outputs), equal on all ranks."""
+        """x: (B, T, inputs) to (B, T, outputs), or (B, T / n, outputs) of ranks that divide the sequence."""
         product = self._ranks.leave(self.without_bias(x))
-        return product if self.bias is None else product + self.bias
+        return product if self.bias is None else product + self._ranks.shared(self.bias)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -59,7 +59,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
         self._ranks = ranks
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) int64 of the whole vocabulary, equal on all ranks, to (B, T, D)."""
+        """tokens: (B, T) int64 of the whole vocabulary, equal on all ranks, to (B, T, D) or (B, T / n, D)."""
         rows, is_here = own_rows(tokens, self.part)
         return self._ranks.leave(super().forward(rows).masked_fill(~is_here[..., None], 0))
 

@@ -10,13 +10,15 @@ from torch.nn import functional
 
 from hvdlm.comm.communicator import Communicator, part_lengths
 from hvdlm.config import ModelSection
-from hvdlm.errors import HvdlmError
+from hvdlm.errors import JobError
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import TokenStatistics, loss_chunk_tokens, token_loss, token_statistics
+from hvdlm.model.size import mlp_width
 from hvdlm.model.transformer import Block, Transformer
 from hvdlm.parallel.tensor.collectives import TensorRanks
 from hvdlm.parallel.tensor.layers import TensorParallelAttention, TensorParallelMLP, VocabularyParallelEmbedding
 from hvdlm.parallel.tensor.layout import cut, is_divided, parameter_regions
+from hvdlm.parallel.tensor.sequence import SequenceParallelPositions, sequence_parallel_norm
 from hvdlm.parallel.tensor.softmax import VocabularyParallelSoftmax
 
 
@@ -24,30 +26,45 @@ class TensorParallelTransformer(Transformer):
     """What one tensor rank has of a Transformer; all of them call the same methods with the same arguments.
 
     Its parameters have the names of the whole model's, and are regions of them: `parameter_regions`. Each block has two
-    all-reduces in the forward pass and two in the backward pass. Hidden states are equal on all ranks. Random numbers
-    are to be seeded alike on all of them. Without a cache of keys and values.
+    all-reduces in the forward pass and two in the backward pass. Hidden states are equal on all ranks, or
+    divided along the sequence. Random numbers are to be seeded alike on all ranks; where they divide the sequence, each
+    with its own seed. Without a cache of keys and values.
     """
 
-    def __init__(self, config: ModelSection, vocab_size: int, communicator: Communicator) -> None:
-        """`communicator`: of the tensor ranks.
+    def __init__(
+        self, config: ModelSection, vocab_size: int, communicator: Communicator, divides_sequence: bool = False
+    ) -> None:
+        """`communicator`: of the tensor ranks. `divides_sequence`: see `TensorRanks`; what `forward` returns is then
+        (B, T / n, D), and T has to be a multiple of n.
 
-        Raises HvdlmError if they do not divide the heads, or are more than tokens or hidden numbers of the MLP.
+        Raises HvdlmError if they do not divide the heads, JobError if they are more than tokens or hidden numbers of
+        the MLP, or with `divides_sequence` do not divide these.
         """
-        regions = parameter_regions(config, vocab_size, communicator.rank, communicator.size)
-        if any(each.start == each.stop for own in regions.values() for region in own for each in region):
-            raise HvdlmError(
-                f"parallel.tensor = {communicator.size} is more than the {vocab_size} tokens of the vocabulary or the "
+        size, hidden = communicator.size, mlp_width(config)
+        if size > min(vocab_size, hidden):
+            raise JobError(
+                f"parallel.tensor = {size} is more than the {vocab_size} tokens of the vocabulary or the {hidden} "
                 "hidden numbers of the MLP: lower it"
             )
+        if divides_sequence and hidden % size:  # a compiled backward pass may send in an order that depends on sizes
+            raise JobError(
+                f"parallel.sequence needs an MLP whose {hidden} hidden numbers parallel.tensor = {size} divides: set "
+                "model.mlp_width to a multiple"
+            )
+        regions = parameter_regions(config, vocab_size, communicator.rank, size)
         with torch.device("meta"):  # no rank has the memory for the whole
             super().__init__(config, vocab_size)
-            ranks = TensorRanks(communicator)
+            ranks = TensorRanks(communicator, divides_sequence)
             self.token_embedding = embedding = VocabularyParallelEmbedding(vocab_size, config.width, ranks)
             if self.output is not None:
                 self.output = nn.Linear(config.width, embedding.num_embeddings, bias=False)
             for block in self.blocks:
                 assert isinstance(block, Block)
                 divide(block, config, ranks)
+            if divides_sequence:
+                self.final_norm = sequence_parallel_norm(self.final_norm, ranks)
+                if self.position_embedding is not None:
+                    self.position_embedding = SequenceParallelPositions(self.position_embedding, ranks)
         self._linear = [layer for layer in self.blocks.modules() if isinstance(layer, Linear)]
         self.to_empty(device=torch.get_default_device())
         self.regions = regions
@@ -71,10 +88,13 @@ class TensorParallelTransformer(Transformer):
         return token_loss(entered, self.output_weight, targets, *arguments, grad_scale, self._softmax)
 
     def token_statistics(self, hidden: Tensor, targets: Tensor) -> TokenStatistics:
-        return token_statistics(hidden, self.output_weight, targets, *self._loss_arguments(), self._softmax)
+        return token_statistics(
+            self._ranks.enter(hidden), self.output_weight, targets, *self._loss_arguments(), self._softmax
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the whole vocabulary, without gradients: (..., D) to (..., V)."""
+        """Of the whole vocabulary, without gradients: (B, T or T / n, D) to (B, T, V)."""
+        hidden = self._ranks.enter(hidden)
         own = functional.linear(hidden.to(self.dtype), self.output_weight.to(self.dtype)).detach()
         padded = functional.pad(own, (0, self._longest_part - own.shape[-1]))
         lengths = part_lengths(self.vocab_size, self._ranks.size)
@@ -93,6 +113,11 @@ class TensorParallelTransformer(Transformer):
 
 
 def divide(block: Block, config: ModelSection, ranks: TensorRanks) -> None:
-    """Replaces attention and MLP of a block by this rank's parts, with new parameters."""
+    """Replaces attention and MLP of a block by this rank's parts, with new parameters; norms, if ranks divide the
+    sequence.
+    """
     block.attention = TensorParallelAttention(config, ranks)
     block.mlp = TensorParallelMLP(config, ranks)
+    if ranks.divides_sequence:
+        block.attention_norm = sequence_parallel_norm(block.attention_norm, ranks)
+        block.mlp_norm = sequence_parallel_norm(block.mlp_norm, ranks)
