@@ -146,8 +146,8 @@ class Config(Section):
             "train.evaluate_tasks needs the whole model on every rank: it does not go with parallel.pipeline": (
                 parallel.pipeline > 1 and bool(self.train.evaluate_tasks)
             ),
-            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what a stage has delivered of a step "
-            "that overflows on another: set compression.codec to 'none', or train.precision to 'bf16'": (
+            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what a stage has delivered of a "
+            "step that overflows on another: set compression.codec to 'none', or train.precision to 'bf16'": (
                 parallel.pipeline > 1 and self.train.precision == "fp16" and self.compression.codec != "none"
             ),
             "data.on_corrupt = 'skip' may leave out a sequence on one stage and not on the others: set it to 'fail' or "
