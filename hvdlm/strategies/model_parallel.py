@@ -22,7 +22,7 @@ class ModelParallel(EveryStep):
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh, config: Config) -> None:
         self._part = ModelPart(model, mesh)
         super().__init__(model, optimizer, mesh.group("data", "shard"), config)
-        self.everyone = mesh.everyone
+        self.everyone, self._tensor_ranks = mesh.everyone, mesh["tensor"]
         self._counted = [each for name, each in self._parameters.items() if self._part.counts[name]]
         self._replicated = [each for name, each in self._parameters.items() if self._part.is_replicated(name)]
 
@@ -37,5 +37,5 @@ class ModelParallel(EveryStep):
         return Layout(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
 
     def start(self) -> None:
-        broadcast_tensors(self._part.ranks, self._replicated)
+        broadcast_tensors(self._tensor_ranks, self._replicated)
         super().start()

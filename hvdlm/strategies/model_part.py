@@ -18,8 +18,6 @@ class ModelPart:
     """The parameters of this rank's model by name, as runs of those of the whole."""
 
     def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        """Collective."""
-        self.ranks = mesh.group("pipeline", "tensor")  # that have the whole model together
         with torch.device("meta"):
             whole = Transformer(model.config, model.vocab_size)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
@@ -31,14 +29,14 @@ class ModelPart:
         if isinstance(model, StageModel):
             self.counts.update(dict.fromkeys(model.not_counted(), False))
         if isinstance(model, TensorParallelTransformer):
-            for name, regions in model.regions.items():
-                self.runs[name] = flat_runs(regions, self.shapes[name])
-                self.counts[name] = is_divided(name) or mesh.is_first("tensor")
+            for name in self.runs:
+                self.runs[name] = flat_runs(model.regions[name], self.shapes[name])
+                self.counts[name] &= is_divided(name) or mesh.is_first("tensor")
                 if not is_divided(name):
                     self._replicated.add(name)
 
     def is_replicated(self, name: str) -> bool:
-        """Whether all ranks of the model have all of a parameter."""
+        """Whether all ranks of the axis `tensor` have all of a parameter."""
         return name in self._replicated
 
     def saved(self, is_first_copy: bool) -> frozenset[str]:

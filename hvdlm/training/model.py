@@ -15,7 +15,7 @@ from hvdlm.config import Config, ParallelSection
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
-from hvdlm.parallel.pipeline.stage_model import StageModel
+from hvdlm.parallel.pipeline.stage_model import StageModel, TensorParallelStageModel
 from hvdlm.parallel.pipeline.stages import blocks_by_cost, divide, flops
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.training.compile_cache import (
@@ -103,17 +103,13 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     """
     use_deterministic_kernels(config.train.deterministic)
     parallel = config.parallel
-    if mesh is not None and parallel.pipeline > 1 and (parallel.shard or parallel.tensor > 1):
-        raise JobError(
-            "parallel.pipeline trains with neither parallel.shard nor parallel.tensor yet: leave out one of them"
-        )
+    if mesh is not None and parallel.pipeline > 1:
+        _check_pipeline(config)
     with torch.device("meta") if config.parallel.shard else nullcontext():
-        if mesh is not None and mesh.shape["tensor"] > 1:
-            model: Transformer = TensorParallelTransformer(
-                config.model, vocab_size, mesh["tensor"], config.parallel.sequence
-            )
-        elif mesh is not None and mesh.shape["pipeline"] > 1:
-            model = _stages(config, vocab_size, mesh, device)
+        if mesh is not None and mesh.shape["pipeline"] > 1:
+            model: Transformer = _stages(config, vocab_size, mesh, device)
+        elif mesh is not None and mesh.shape["tensor"] > 1:
+            model = TensorParallelTransformer(config.model, vocab_size, mesh["tensor"], config.parallel.sequence)
         else:
             model = Transformer(config.model, vocab_size)
     if not config.parallel.shard:
@@ -131,7 +127,22 @@ def _stages(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -
     parallel, rank, ranks = config.parallel, mesh.coordinates["pipeline"], mesh.shape["pipeline"]
     costs = flops(config.model, vocab_size)
     counts = parallel.blocks_of_stages or blocks_by_cost(config.model.layers, parallel.stages, costs)
-    return StageModel(config.model, vocab_size, divide(counts)[rank::ranks], device)
+    stages, memory = divide(counts)[rank::ranks], torch.device("meta") if parallel.shard else device
+    if parallel.tensor > 1:
+        return TensorParallelStageModel(config.model, vocab_size, stages, memory, communicator=mesh["tensor"])
+    return StageModel(config.model, vocab_size, stages, memory)
+
+
+def _check_pipeline(config: Config) -> None:
+    """Raises JobError for what does not train with `parallel.pipeline` yet."""
+    parallel = config.parallel
+    misfits = {
+        "parallel.shard = 2 and 3": parallel.shard > 1,
+        "parallel.shard with model.tie_embeddings": parallel.shard == 1 and config.model.tie_embeddings,
+        "parallel.sequence": parallel.sequence,
+    }
+    if found := [what for what, is_set in misfits.items() if is_set]:
+        raise JobError(f"{found[0]} does not train with parallel.pipeline yet: leave out one of them")
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hvdlm.config import ModelSection
+from hvdlm.model.parameter_access import OUTPUT
 from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.pipeline.stages import Stage
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
 
 class StageModel(Transformer):
@@ -18,10 +21,14 @@ class StageModel(Transformer):
     If output and embedding are tied, the first and the last stage both have the matrix.
     """
 
-    def __init__(self, config: ModelSection, vocab_size: int, stages: Sequence[Stage], device: torch.device) -> None:
-        """Takes memory on `device` for the parameters of `stages` alone; `initialise` gives them values."""
+    def __init__(
+        self, config: ModelSection, vocab_size: int, stages: Sequence[Stage], device: torch.device, **whole: Any
+    ) -> None:
+        """Takes memory on `device` for the parameters of `stages` alone; `initialise` gives them values. `whole`: what
+        else the class of the whole model is made with, where this is one of stages of another kind.
+        """
         with torch.device("meta"):
-            super().__init__(config, vocab_size)
+            super().__init__(config, vocab_size, **whole)
         self.chunks = list(stages)
         names = [name for name, _ in self.named_parameters()]  # of the whole model
         for layer in range(config.layers):
@@ -70,15 +77,26 @@ class StageModel(Transformer):
         if x is None:
             x = self.embed(tokens, positions)
         x = self.apply_blocks(stage.layers, x, positions, documents)
-        hidden: Tensor = self.final_norm(x) if stage.is_last else x
-        return hidden
+        if not stage.is_last:
+            return x
+        hidden: Tensor = self.final_norm(x)
+        return self.parameter_access.before(OUTPUT, hidden) if self.parameter_access else hidden
 
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """As that of the whole model: each parameter begins with the same numbers whoever holds it."""
-        parameters = dict(self.named_parameters())
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """As those of the whole model: each parameter begins with the same numbers whoever holds it."""
+        own = dict(self.named_parameters())
+        for name, value in self._values_of_all_stages(seed):
+            if name in own:
+                yield name, value
+
+    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         with torch.device("meta"):
             whole = Transformer(self.config, self.vocab_size)
-        for name, value in whole.initial_values(seed):
-            if name in parameters:
-                parameters[name].copy_(value)
+        yield from whole.initial_values(seed)
+
+
+class TensorParallelStageModel(StageModel, TensorParallelTransformer):
+    """Stages of a model whose matrices tensor ranks divide; they all have the same stages."""
+
+    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        yield from TensorParallelTransformer.initial_values(self, seed)

@@ -148,8 +148,11 @@ class ShardedGradients:
             self._make_room(partition)
             for parameter in partition.parameters:
                 if parameter not in self._made:
+                    slot = self._slots[parameter][1]
                     if parameter.grad is None:
-                        self._slots[parameter][1].zero_()
+                        slot.zero_()
+                    elif parameter.grad is not slot:  # made apart from the backward pass
+                        slot.copy_(parameter.grad)
                     partition.pending -= 1
         self._send_ready()
 
