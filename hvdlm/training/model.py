@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config, ParallelSection
 from hvdlm.errors import HvdlmError, JobError
@@ -105,11 +106,12 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     parallel = config.parallel
     if mesh is not None and parallel.pipeline > 1:
         _check_pipeline(config)
+    tensor_ranks = mesh["tensor"] if mesh is not None else None  # before all that is made has no memory
     with torch.device("meta") if config.parallel.shard else nullcontext():
         if mesh is not None and mesh.shape["pipeline"] > 1:
             model: Transformer = _stages(config, vocab_size, mesh, device)
-        elif mesh is not None and mesh.shape["tensor"] > 1:
-            model = TensorParallelTransformer(config.model, vocab_size, mesh["tensor"], config.parallel.sequence)
+        elif tensor_ranks is not None and tensor_ranks.size > 1:
+            model = TensorParallelTransformer(config.model, vocab_size, tensor_ranks, config.parallel.sequence)
         else:
             model = Transformer(config.model, vocab_size)
     if not config.parallel.shard:
@@ -123,13 +125,15 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     return model
 
 
-def _stages(config: Config, vocab_size: int, mesh: Mesh, device: torch.device) -> StageModel:
+def _stages(
+    config: Config, vocab_size: int, mesh: Mesh, tensor_ranks: Communicator | None, device: torch.device
+) -> StageModel:
     parallel, rank, ranks = config.parallel, mesh.coordinates["pipeline"], mesh.shape["pipeline"]
     costs = flops(config.model, vocab_size)
     counts = parallel.blocks_of_stages or blocks_by_cost(config.model.layers, parallel.stages, costs)
     stages, memory = divide(counts)[rank::ranks], torch.device("meta") if parallel.shard else device
     if parallel.tensor > 1:
-        return TensorParallelStageModel(config.model, vocab_size, stages, memory, communicator=mesh["tensor"])
+        return TensorParallelStageModel(config.model, vocab_size, stages, memory, communicator=tensor_ranks)
     return StageModel(config.model, vocab_size, stages, memory)
 
 

@@ -144,3 +144,21 @@ def check_tensor_ranks_that_shard(comm: Communicator, stage: int, model: str, pr
             assert abs(record["loss"] / loss - 1) <= 1e-6 * within, (step, record["loss"], loss)
             assert abs(record["grad_norm"] / norm - 1) <= 1e-5 * within, (step, record["grad_norm"], norm)
     trainer.strategy.close()
+
+
+@check(sizes=[4], schedule=["1f1b", "zero_bubble"], other=["tensor", "shard"])
+def check_pipelines_of_other_ranks(comm: Communicator, schedule: str, other: str) -> None:
+    """2 x 2: ten steps are those of plain PyTorch."""
+    config = make_config("llama", 0)
+    both = {"pipeline": 2, "schedule": schedule, **({"tensor": 2} if other == "tensor" else {"shard": 1})}
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=both)})
+    trainer, plain = make_trainer(comm, config), Plain(config)
+    batches = Batches(trainer.readers, 0, ignored=True)
+    for step in range(10):
+        trainer.train_step(batches, False)
+        loss, norm = plain.step(step)
+        if comm.rank == 0:
+            record = trainer.metrics.train[step]
+            assert abs(record["loss"] / loss - 1) <= 1e-6, (step, record["loss"], loss)
+            assert abs(record["grad_norm"] / norm - 1) <= 1e-5, (step, record["grad_norm"], norm)
+    trainer.strategy.close()
