@@ -109,7 +109,7 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     tensor_ranks = mesh["tensor"] if mesh is not None else None  # before all that is made has no memory
     with torch.device("meta") if config.parallel.shard else nullcontext():
         if mesh is not None and mesh.shape["pipeline"] > 1:
-            model: Transformer = _stages(config, vocab_size, mesh, device)
+            model: Transformer = _stages(config, vocab_size, mesh, tensor_ranks, device)
         elif tensor_ranks is not None and tensor_ranks.size > 1:
             model = TensorParallelTransformer(config.model, vocab_size, tensor_ranks, config.parallel.sequence)
         else:
