@@ -61,7 +61,7 @@ def _last_step(config: Config, communicator: Communicator, warmup_steps: int) ->
         trainer.train_step(loader, stop_here=False)
     begin = trainer.timer.begin
     threads = [[(name, begin + start, begin + end) for name, start, end in trainer.timer.spans()]]
-    for channel in trainer.sync.channels:
+    for channel in trainer.strategy.sync.channels:
         spans = [*channel.spans, *channel.exchange.spans]
         threads.append([(span.name, span.begin, span.end) for span in spans])
     return threads

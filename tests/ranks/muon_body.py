@@ -104,7 +104,7 @@ def check_any_codec(comm: Communicator, codec: str) -> None:
         trainer.train_step(batches, False)
         losses.append(trainer.metrics.train[-1]["loss"])
     assert all(torch.equal(flat(trainer.model), each) for each in comm.all_gather(flat(trainer.model)))
-    wire = trainer.strategy.traffic.wire_bytes - trainer.sync.traffic.wire_bytes
+    wire = trainer.strategy.traffic.wire_bytes - trainer.strategy.sync.traffic.wire_bytes
     matrices = sum(each.numel() for each in hidden_matrices(trainer.model).values())
     assert int(comm.all_reduce_(torch.tensor([wire]))) == 2 * (comm.size - 1) * matrices
 

@@ -194,10 +194,10 @@ class Saved:
 
 def resumed(comm: Communicator, trainer: Trainer) -> Trainer:
     """A new trainer that goes on where `trainer` is."""
-    residuals = comm.all_gather_object({name: tensor.clone() for name, tensor in trainer.sync.codec_state().items()})
+    residuals = comm.all_gather_object({name: tensor.clone() for name, tensor in trainer.strategy.sync.codec_state().items()})
     source = Saved({name: tensor.detach().clone() for name, tensor in trainer.parameters.items()}, residuals)
     state = {
-        "gradients": trainer.sync.state_dict(),
+        "gradients": trainer.strategy.sync.state_dict(),
         "loss_scale": trainer.loss_scale.state_dict(),
         "world_size": comm.size,
         "config": trainer.config.model_dump(),
@@ -238,7 +238,7 @@ def check_fp16_overflow_with_lossy_codecs(comm: Communicator, codec: str) -> Non
             gradients += torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
     assert factors == [LOSS_SCALE] * 2 + [LOSS_SCALE / 2] * 4 + [LOSS_SCALE / 4] * 3
     assert comm.all_gather_object(trainer.step) == [9] * comm.size
-    state = trainer.sync.codec_state()
+    state = trainer.strategy.sync.codec_state()
     own = torch.cat([state[f"residual.{name}"].flatten() for name in trainer.parameters])
     residual = comm.all_gather(own).sum(0) / trainer.loss_scale.factor
     applied = (begin - flat(trainer.model)) / RATE
