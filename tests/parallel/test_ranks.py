@@ -17,6 +17,7 @@ import pytest
 import ring_body
 import scoring_body
 import sharded_body
+import sharded_steps_body
 import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
 from pool import Pools
@@ -50,6 +51,7 @@ CASES = [
         ],
     ),
     *cases_of(sharded_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2, 4])]),
+    *cases_of(sharded_steps_body, groups("mpi", "mpirun", [2, 3, 4])),
     *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4])]),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
@@ -126,7 +128,7 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(mesh_body, muon_body, scoring_body, sharded_body),
+        *(mesh_body, muon_body, scoring_body, sharded_body, sharded_steps_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:
