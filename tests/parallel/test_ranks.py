@@ -9,6 +9,7 @@ import codecs_body
 import communicator_body
 import dion_body
 import gradients_body
+import layouts_body
 import local_steps_body
 import mesh_body
 import mpi_body
@@ -17,6 +18,7 @@ import pytest
 import ring_body
 import scoring_body
 import sharded_body
+import sharded_memory_body
 import sharded_steps_body
 import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
@@ -52,6 +54,8 @@ CASES = [
     ),
     *cases_of(sharded_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2, 4])]),
     *cases_of(sharded_steps_body, groups("mpi", "mpirun", [2, 3, 4])),
+    *cases_of(sharded_memory_body, groups("mpi", "mpirun", [2, 4])),
+    *cases_of(layouts_body, groups("mpi", "mpirun", [4])),
     *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4])]),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
@@ -129,6 +133,7 @@ def test_check(case: Case, pools: Pools) -> None:
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
         *(mesh_body, muon_body, scoring_body, sharded_body, sharded_steps_body),
+        *(sharded_memory_body, layouts_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:
