@@ -135,24 +135,26 @@ def _progress(directory: Path, file: Path) -> list[tuple[int, int]]:
 def gather(
     communicator: Communicator, directory: Path, own: Mapping[str, Tensor], parts: Mapping[str, Parts] | None = None
 ) -> None:
-    """Rank 0 writes each rank's tensors, whose names and shapes are equal on all ranks, and parts. Collective; raises
-    JobError.
-    """
+    """Rank 0 writes each rank's tensors and parts. Collective; raises JobError."""
     for rank in range(communicator.size):
-        tensors = {name: _move_to_rank_0(communicator, tensor, rank) for name, tensor in own.items()}
-        theirs = {file: _parts_on_rank_0(communicator, each, rank) for file, each in (parts or {}).items()}
+        tensors = {name: numbers for name, (_, numbers) in _on_rank_0(communicator, _all_of(own), rank).items()}
+        theirs = {file: _on_rank_0(communicator, each, rank) for file, each in (parts or {}).items()}
         on_rank_0(communicator, partial(_write_and_check, directory, rank, tensors, theirs))
 
 
-def _parts_on_rank_0(communicator: Communicator, own: Parts, source: int) -> Parts:
+def _on_rank_0(communicator: Communicator, own: Parts, source: int) -> Parts:
     """The parts of rank `source`, on rank 0 in memory of its own. Collective."""
-    places = {name: (runs, numbers.shape) for name, (runs, numbers) in own.items()}
+    places = {name: (runs, numbers.shape, numbers.dtype) for name, (runs, numbers) in own.items()}
     listed = communicator.broadcast_object(places, source)
     moved = {}
-    for name, (runs, shape) in listed.items():
-        numbers = own[name][1] if communicator.rank == source else torch.empty(shape)
+    for name, (runs, shape, dtype) in listed.items():
+        numbers = own[name][1] if communicator.rank == source else torch.empty(shape, dtype=dtype)
         moved[name] = runs, _move_to_rank_0(communicator, numbers, source)
     return moved
+
+
+def _all_of(tensors: Mapping[str, Tensor]) -> Parts:
+    return {name: ((), tensor) for name, tensor in tensors.items()}
 
 
 def _write_and_check(directory: Path, rank: int, tensors: Mapping[str, Tensor], parts: Mapping[str, Parts]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
 import torch
@@ -85,12 +85,7 @@ def scatter_from_checkpoint(
     read_equal = cache(lambda: source.optimizer() if source is not None else {})  # only if a rank's file lacks a name
     if old_size == communicator.size:
         for rank in range(communicator.size):
-            saved = _read(communicator, source, rank)
-            for name, tensor in own.tensors().items():
-                found = saved[name] if name in saved else read_equal().get(name, tensor)
-                moved = move(communicator, found.to(tensor.device), 0, rank)
-                if communicator.rank == rank:
-                    tensor.copy_(moved)
+            _give(communicator, _read(communicator, source, rank), read_equal, own.tensors(), rank)
         return
     shared = {**own.summed, **own.averaged}
     sums: dict[str, Tensor] = {}
@@ -104,6 +99,31 @@ def scatter_from_checkpoint(
         elif name in own.averaged:
             tensor.copy_(read_equal().get(name, tensor))
         communicator.broadcast_(tensor)
+
+
+def _give(
+    communicator: Communicator,
+    saved: Mapping[str, Tensor],
+    read_equal: Callable[[], Mapping[str, Tensor]],
+    own: Mapping[str, Tensor],
+    rank: int,
+) -> None:
+    """Fills what rank `rank` has as its `own` from what rank 0 has of it in `saved`, or else in common. Ranks that hold
+    different parts of a model have different names. Collective.
+    """
+    wanted = communicator.broadcast_object(list(own), rank)
+    found: dict[str, Tensor] = {}
+    if communicator.rank == 0:
+        for name in wanted:
+            if name in saved or name in read_equal():
+                found[name] = saved[name] if name in saved else read_equal()[name]
+    device = next(iter(own.values())).device if own else torch.device("cpu")
+    told = [(name, tensor.shape, tensor.dtype) for name, tensor in found.items()]
+    for name, shape, dtype in communicator.broadcast_object(told):
+        tensor = found[name] if communicator.rank == 0 else torch.empty(shape, dtype=dtype)
+        moved = move(communicator, tensor.to(device), 0, rank)
+        if communicator.rank == rank:
+            own[name].copy_(moved)
 
 
 def _read(communicator: Communicator, source: Checkpoint | None, rank: int) -> dict[str, Tensor]:

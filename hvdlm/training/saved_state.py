@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
-from hvdlm.config import LocalStepsSection
+from hvdlm.config import LocalStepsSection, ParallelSection
 from hvdlm.strategies.layout import Layout
 from hvdlm.strategies.strategy import RankState
 from hvdlm.training import checkpoint
@@ -42,18 +42,29 @@ def restore(trainer: Trainer, source: Checkpoint | None, state: dict[str, Any]) 
     if "parts" in state:
         end = trainer.ending.last_step
         trainer.parts.load_state_dict(state["parts"], state["step"], end, size == communicator.size)
-    own = own_state(trainer)
-    scatter_from_checkpoint(communicator, source, own, size)
+    own, sentences = own_state(trainer), []
+    if _divides_model_alike(trainer, state) or not own.summed:
+        scatter_from_checkpoint(communicator, source, own, size)
+    else:
+        sentences.append("what codecs had not delivered is left out: ranks divided the model in another way")
     if "loss_scale" in own.dropped:
         loss_scale.load_tensor(own.dropped["loss_scale"])
     strategy.restored(loss_scale.factor / state["loss_scale"]["factor"])  # precision may differ
     trainer.step = trainer.saver.step = state["step"]
     if as_saved or state.get("ranks_are_equal", True):
-        return []
+        return sentences
     return [
+        *sentences,
         "training goes on from the parameters that were averaged last, with the mean of the moments: the number of "
-        "ranks or [local_steps] was another, so what each rank has learned since is not used"
+        "ranks or [local_steps] was another, so what each rank has learned since is not used",
     ]
+
+
+def _divides_model_alike(trainer: Trainer, state: dict[str, Any]) -> bool:
+    """Whether a rank's residuals are of numbers that it, or any rank, still has a residual of."""
+    saved, own = ParallelSection(**state["config"].get("parallel", {})), trainer.config.parallel
+    divides = max(saved.tensor, own.tensor, saved.pipeline, own.pipeline) > 1
+    return not divides or (saved == own and state["world_size"] == trainer.communicator.size)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:

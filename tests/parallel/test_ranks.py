@@ -9,6 +9,7 @@ import codecs_body
 import communicator_body
 import dion_body
 import gradients_body
+import layouts_body
 import local_steps_body
 import mesh_body
 import mpi_body
@@ -19,6 +20,8 @@ import pytest
 import ring_body
 import scoring_body
 import sharded_body
+import sharded_memory_body
+import sharded_steps_body
 import tensor_body
 import training_body
 from checks import Case, Group, assert_every_check_runs, cases_of
@@ -53,6 +56,9 @@ CASES = [
         ],
     ),
     *cases_of(sharded_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2, 4])]),
+    *cases_of(sharded_steps_body, groups("mpi", "mpirun", [2, 3, 4])),
+    *cases_of(sharded_memory_body, groups("mpi", "mpirun", [2, 4])),
+    *cases_of(layouts_body, groups("mpi", "mpirun", [4])),
     *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4])]),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
@@ -140,7 +146,8 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(mesh_body, muon_body, pipeline_body, pipeline_training_body, scoring_body, sharded_body, tensor_body),
+        *(layouts_body, mesh_body, muon_body, pipeline_body, pipeline_training_body, scoring_body, sharded_body),
+        *(sharded_memory_body, sharded_steps_body, tensor_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -193,10 +194,11 @@ def check_validation(comm: Communicator, schedule: str) -> None:
     config = pipeline_config(schedule)
     trainer, plain = make_trainer(comm, config), make_plain_model(config)
     with patch("hvdlm.training.evaluation.validation_batches", validation_of):
-        result = evaluate(trainer.model, trainer.data, comm, 2, pipeline=trainer.pipeline)
-        stopped = evaluate(
-            trainer.model, trainer.data, comm, 2, stop_requested=lambda: comm.rank == 1, pipeline=trainer.pipeline
-        )
+        shards = [SimpleNamespace(n_tokens=1, n_bytes=1)]
+        data = SimpleNamespace(eos_id=0, validates_sources=False, validation=SimpleNamespace(shards=shards))
+        ways = {"readers": trainer.readers, "pipeline": trainer.pipeline}
+        result = evaluate(trainer.model, data, comm, 2, **ways)  # type: ignore[arg-type]
+        stopped = evaluate(trainer.model, data, comm, 2, stop_requested=lambda: comm.rank == 1, **ways)  # type: ignore[arg-type]
     assert stopped is None
     inputs, targets = (torch.cat(each) for each in zip(global_batch(7, True), global_batch(8, True), strict=True))
     assert inputs.shape == (2 * SEQUENCES, LENGTH)

@@ -194,7 +194,9 @@ class Saved:
 
 def resumed(comm: Communicator, trainer: Trainer) -> Trainer:
     """A new trainer that goes on where `trainer` is."""
-    residuals = comm.all_gather_object({name: tensor.clone() for name, tensor in trainer.strategy.sync.codec_state().items()})
+    residuals = comm.all_gather_object(
+        {name: tensor.clone() for name, tensor in trainer.strategy.sync.codec_state().items()}
+    )
     source = Saved({name: tensor.detach().clone() for name, tensor in trainer.parameters.items()}, residuals)
     state = {
         "gradients": trainer.strategy.sync.state_dict(),

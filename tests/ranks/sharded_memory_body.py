@@ -1,0 +1,126 @@
+"""What ZeRO's ranks hold, counted in bytes of memory that tensors have."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from checks import check
+from sharded_body import CPU, VOCABULARY, make_config, make_trainer
+from torch import Tensor
+from training_body import Batches
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.config import Config
+from hvdlm.model.transformer import Part, Transformer
+from hvdlm.strategies.sharded.parameters import ShardedParameters
+from hvdlm.strategies.sharded.strategy import Sharded
+from hvdlm.training.trainer import Trainer
+
+LAYERS = 6
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Of their memory, which several may share."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({id_of(each): each.size() for each in storages if each.size()}.values())
+
+
+def id_of(storage: torch.UntypedStorage) -> int:
+    return storage.data_ptr()
+
+
+@check(sizes=[2, 4], stage=[1, 2, 3], precision=["fp32", "bf16"])
+def check_what_a_rank_holds(comm: Communicator, stage: int, precision: str) -> None:
+    """Of moments, gradients and parameters, as large as what a stage divides is, and never more in a pass."""
+    values = make_config("llama", stage, precision=precision).model_dump(by_alias=True)
+    values["model"]["layers"] = LAYERS
+    config = Config.model_validate(values)
+    trainer, batches = make_trainer(comm, config), Batches(comm, 0, ignored=False)
+    strategy = trainer.strategy
+    assert isinstance(strategy, Sharded)
+    partitions = strategy._partitions
+    numbers = sum(torch.Size(shape).numel() for shape in strategy._shapes.values())
+    largest = sorted((each.weights.numel() * each.weights.element_size() for each in partitions), reverse=True)
+    gradients = sorted((each.buffer.nbytes for each in partitions), reverse=True)
+    most: dict[str, int] = {"weights": 0, "gradients": 0}
+
+    def count() -> None:
+        most["weights"] = max(most["weights"], nbytes(each.weights for each in partitions))
+        most["gradients"] = max(most["gradients"], nbytes(each.buffer for each in partitions))
+
+    def counted(name: str) -> Any:
+        call = getattr(ShardedParameters, name)
+
+        def calling(own: ShardedParameters, part: Part, x: Tensor) -> Tensor:
+            count()
+            found: Tensor = call(own, part, x)
+            if found.requires_grad:
+                found.register_hook(lambda _: count())
+            count()
+            return found
+
+        return patch.object(ShardedParameters, name, calling)
+
+    with counted("before"), counted("after"):
+        for _ in range(3):
+            trainer.train_step(batches, False)
+    moments = nbytes(each for name, each in strategy.optimizer_state().items() if not name.startswith("step."))
+    share = (1 / comm.size + 0.05) * 4 * numbers
+    assert moments == nbytes(strategy.optimizer_state().values()) - 4 * len(strategy.parameters())
+    assert moments <= 2 * share
+    held = nbytes(each.buffer for each in partitions)
+    if stage > 1:
+        assert held == 0 and nbytes(strategy._gradients.own) <= share
+        assert 0 < most["gradients"] <= sum(gradients[:3])  # two are under way while one is filled
+    else:
+        assert held <= 1.05 * 4 * numbers
+    if stage == 3:
+        norms = sum(each.weights.nbytes for each in partitions if each.is_kept)
+        assert nbytes(each.weights for each in partitions) == norms  # between steps
+        assert 0 < most["weights"] - norms <= sum(largest[:2])
+        assert sum(largest[:2]) < 0.5 * sum(largest), "this test would show nothing"
+    assert nbytes(each.master for each in partitions) <= (share if stage == 3 or precision == "bf16" else 4.2 * numbers)
+    assert nbytes(trainer.model.parameters()) <= sum(largest)
+    strategy.close()
+
+
+def address_space() -> int:
+    """Of this process, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+@check(sizes=[4])
+def check_a_model_that_one_rank_cannot_hold(comm: Communicator) -> None:
+    """With room for 600 MiB more, which parameters, moments and gradients would exceed: four ranks train it."""
+    values = make_config("llama", 3).model_dump(by_alias=True)
+    values["model"].update(layers=10, width=640, heads=10, kv_heads=10, mlp_width=1728)
+    sharded = Config.model_validate(values)
+    values["parallel"]["shard"] = 0
+    alone = Config.model_validate(values)
+    with torch.device("meta"):
+        numbers = sum(each.numel() for each in Transformer(sharded.model, VOCABULARY).parameters())
+    room = 600 * 2**20
+    assert 16 * numbers > 1.2 * room
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + room, hard))
+    try:
+        if comm.rank == 0:
+            with pytest.raises((RuntimeError, MemoryError), match=r"memory|"):
+                lonely = Trainer(alone, SoloCommunicator(), SimpleNamespace(eos_id=0), VOCABULARY, CPU)  # type: ignore[arg-type]
+                lonely.train_step(Batches(comm, 0, ignored=False), False)
+        comm.barrier()
+        trainer, batches = make_trainer(comm, sharded), Batches(comm, 0, ignored=False)
+        for _ in range(2):
+            trainer.train_step(batches, False)
+        assert trainer.norm.isfinite()
+        trainer.strategy.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
