@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gpu_jobs import STEPS, train
 from launcher import run
 
 ROOT = Path(__file__).parents[2]
 
 # Their tests start jobs of their own, and need not wait for each other
-_SEPARATE = ("test_train.py", "test_strategies.py", "test_benchmarks_run.py")
+_SEPARATE = ("test_train.py", "test_layouts.py", "test_strategies.py", "test_benchmarks_run.py")
 
 _HEAD = (("check", "result", "seconds", "measured, or why not"), ("---",) * 4)
 _LONGEST = 160  # characters of the last column
@@ -31,6 +32,14 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run(["hvdlm", "prepare", "--input", "python-stdlib", "--output", str(directory)], deadline=120)
     assert result.status == 0, result.output
     return directory
+
+
+@pytest.fixture(scope="session")
+def cpu_curve(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Of one process on the CPU, in fp32."""
+    curve = train("none", 1, data, tmp_path_factory.mktemp("cpu") / "run", "--train.device", "cpu")
+    assert sorted(curve) == list(range(1, STEPS + 1))
+    return curve
 
 
 @pytest.fixture

@@ -18,14 +18,6 @@ pytestmark = [pytest.mark.needs_gpu, pytest.mark.timeout(180)]
 STOPPED_EARLY = 75  # exit status
 
 
-@pytest.fixture(scope="module")
-def cpu_curve(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Of one process on the CPU, in fp32."""
-    curve = train("none", 1, data, tmp_path_factory.mktemp("cpu") / "run", "--train.device", "cpu")
-    assert sorted(curve) == list(range(1, STEPS + 1))
-    return curve
-
-
 @pytest.mark.parametrize(
     ("launcher", "ranks", "engine"),
     [
