@@ -66,10 +66,11 @@ def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor],
         differing, _ = _different_from_most([hashes[rank] for rank in ranks])
         odd += [ranks[index] for index in differing]
     if odd:
+        healing = ", or set train.heal_replicas" if len(by_share) == 1 else ""
         raise JobError(
             f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other "
             "ranks: gradients were not combined alike, or memory was damaged; check those hosts and resume from a "
-            "checkpoint, or set train.heal_replicas"
+            f"checkpoint{healing}"
         )
 
 

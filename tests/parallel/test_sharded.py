@@ -176,3 +176,16 @@ def test_a_codec_of_ones_own(ranks: Ranks, small_data: Path, tmp_path: Path) -> 
     result = ranks.train(2, small_data, tmp_path / "run", parallel__shard=1, compression__codec=sign)
     assert result.status == 1
     assert result.output.count("cannot send gradients to their owners, as parallel.shard wants it") == 1
+
+
+def test_a_model_that_one_rank_cannot_hold() -> None:
+    """Of 60 million parameters, whose weights, gradients and moments take 910 MiB: four ranks with 600 MiB each train
+    it, one rank cannot.
+    """
+    script = str(Path(__file__).with_name("memory_limit.py"))
+    plain_malloc = ["env", "MALLOC_ARENA_MAX=1", "MALLOC_MMAP_THRESHOLD_=1000000"]  # nothing is kept, or spread out
+    alone = run([*launcher_command("mpirun", 1), *plain_malloc, sys.executable, script, "0", "600"])
+    assert alone.status != 0
+    assert "can't allocate memory" in alone.output
+    together = run([*launcher_command("mpirun", 4), *plain_malloc, sys.executable, script, "3", "600"])
+    assert together.status == 0, together.output
