@@ -182,7 +182,7 @@ def check_steps_that_are_left_out(comm: Communicator, stage: int, codec: str) ->
     trainer.strategy.close()
 
 
-@check(sizes=[2], stage=[1, 2, 3])
+@check(sizes=[3], stage=[1, 2, 3])
 def check_numbers_that_are_not_finite_do_not_stay(comm: Communicator, stage: int) -> None:
     """A GPU scales gradients by NaN before it is known that the step is left out: of that nothing may be left, not even
     where tensors are filled up to equal parts.
