@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from hvdlm.config import Algorithm, ModelSection, Precision
 from hvdlm.model.attention import (
@@ -112,3 +112,31 @@ def training_memory_bytes(
         "loss": 3 * 4 * tokens * width + (4 + copies) * vocab_size * width + chunk * vocab_size * (item + exponents),
     }
     return TrainingMemory(**in_use, gaps=sum(in_use.values()) // 4 if device == "cpu" else 0)
+
+
+def sharded_memory(
+    memory: TrainingMemory, config: ModelSection, vocab_size: int, stage: int, ranks: int, bucket_bytes: int
+) -> TrainingMemory:
+    """What is left of it on each of `ranks` ranks that divide moments (stage 1), gradients (2) and parameters (3).
+
+    Besides, two parts of the model, blocks or the embedding, are whole in stage 3, and three buckets of gradients in
+    stages 2 and 3, in the latter one a part. Of matrices in 16 bits each rank has the copies, and a part of the float32
+    parameters.
+    """
+    item = 2 if memory.cast_parameters else 4
+    embedding = vocab_size * config.width
+    matrices = matmul_parameters(config, vocab_size) - embedding  # of blocks
+    block = matrices // config.layers
+    parameters, gradients, copies = memory.parameters, memory.gradients, memory.cast_parameters
+    if stage == 3:
+        parameters, copies = parameters // ranks, 2 * max(item * block, 4 * embedding)
+    elif copies:
+        parameters -= 4 * matrices - 4 * matrices // ranks
+    if stage > 1:
+        bucket = 4 * max(block, embedding) if stage == 3 else bucket_bytes
+        gradients = min(gradients, gradients // ranks + 3 * bucket)
+    moments = memory.moments // ranks
+    held = {"parameters": parameters, "gradients": gradients, "moments": moments, "cast_parameters": copies}
+    in_use = memory.total - memory.gaps
+    change = sum(held.values()) - sum(getattr(memory, name) for name in held)
+    return replace(memory, **held, gaps=memory.gaps * (in_use + change) // in_use)

@@ -6,8 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdlm.comm.launch import Launch
+from hvdlm.comm.mesh import mesh_shape
 from hvdlm.config import Config
-from hvdlm.model.memory import training_memory_bytes
+from hvdlm.gradients.codecs.registry import bucket_bytes
+from hvdlm.model.memory import sharded_memory, training_memory_bytes
 from hvdlm.model.size import flops_per_token, parameter_count
 from hvdlm.strategies.local_steps.fragment import numbers_kept
 from hvdlm.training.hardware import device_type, libraries_bytes
@@ -31,12 +33,15 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         train.activation_checkpointing,
         config.optimizer.algorithm,
     )
-    residuals = memory.parameters if _keeps_residuals(config) and launch.size > 1 else 0
+    numbers = memory.parameters  # bytes of all of them in float32
+    shards = mesh_shape(config.parallel, launch.size)["shard"]
+    if config.parallel.shard:
+        bucket = bucket_bytes(config.comm, config.compression, 1, device)
+        memory = sharded_memory(memory, model, vocab_size, config.parallel.shard, shards, bucket)
+    residuals = numbers if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before
-    averages = (
-        memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
-    )
-    moving_average = memory.parameters if train.ema else 0
+    averages = numbers * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
+    moving_average = numbers // shards if train.ema else 0
     libraries = libraries_bytes() if device == "cpu" else 0
     parts = {
         "weights and optimizer": memory.parameters + memory.cast_parameters + memory.gradients + memory.moments,
@@ -64,7 +69,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     if config.checkpoint.every:
-        copied = memory.parameters + memory.moments + moving_average
+        copied = numbers // shards + memory.moments + moving_average
         rows["host memory of rank 0 besides"] = f"{copied / 2**20:,.0f} MiB, to copy a checkpoint"
     for name, value in rows.items():
         table.add_row(name, value)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hvdlm.config import ModelSection
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import loss_chunk_tokens
-from hvdlm.model.memory import training_memory_bytes
+from hvdlm.model.memory import sharded_memory, training_memory_bytes
 from hvdlm.model.transformer import Transformer, document_ids
 
 
@@ -124,3 +124,25 @@ def test_chunk_of_logits():
     assert loss_chunk_tokens(280_000, 4) == 256
     assert loss_chunk_tokens(256, 4) == 4096
     assert loss_chunk_tokens(50_257, 4, "cuda") == 2670  # of 512 MiB
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_of_shards_by_hand(precision: str) -> None:
+    """GPT-2 on 4 ranks, in numbers of 4 bytes: 12 blocks of 12 x 768^2 in matrices, the embedding larger than one."""
+    whole = training_memory_bytes(preset("gpt2"), 50257, 1, precision)
+    numbers, block, embedding = 124_439_808, 12 * 768**2, 50257 * 768
+    copies = 12 * block // 2 if precision == "bf16" else 0
+    masters = numbers - 12 * block * 3 // 4 if precision == "bf16" else numbers
+    expected = {
+        1: (masters, numbers, copies),
+        2: (masters, numbers // 4 + 3 * 1000, copies),
+        3: (numbers // 4, numbers // 4 + 3 * embedding, 2 * embedding),
+    }
+    for stage, (parameters, gradients, cast) in expected.items():
+        found = sharded_memory(whole, preset("gpt2"), 50257, stage, 4, 4000)
+        assert found.parameters == 4 * parameters, stage
+        assert found.gradients == 4 * min(gradients, numbers), stage
+        assert found.cast_parameters == 4 * cast, stage
+        assert found.moments == 8 * numbers // 4
+        assert found.gaps == pytest.approx((found.total - found.gaps) / 4, abs=2)
+        assert (found.activations, found.loss) == (whole.activations, whole.loss)
