@@ -64,10 +64,11 @@ def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor],
         ranks = [rank for rank, held in enumerate(parts) if held == each]
         odd += [ranks[index] for index in _different_from_most([hashes[rank] for rank in ranks])[0]]
     if odd:
+        healing = ", or set train.heal_replicas" if len(set(parts)) == 1 else ""
         raise JobError(
             f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other "
             "ranks: gradients were not combined alike, or memory was damaged; check those hosts and resume from a "
-            "checkpoint, or set train.heal_replicas"
+            f"checkpoint{healing}"
         )
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from checks import check
-from sharded_body import CPU, VOCABULARY, make_config, make_trainer
+from sharded_body import make_config, make_trainer
 from torch import Tensor
 from training_body import Batches
 
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
-from hvdlm.model.transformer import Part, Transformer
+from hvdlm.model.transformer import Part
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.strategy import Sharded
-from hvdlm.training.trainer import Trainer
 
 LAYERS = 6
 
@@ -90,37 +84,3 @@ def check_what_a_rank_holds(comm: Communicator, stage: int, precision: str) -> N
     assert nbytes(each.master for each in partitions) <= (share if stage == 3 or precision == "bf16" else 4.2 * numbers)
     assert nbytes(trainer.model.parameters()) <= sum(largest)
     strategy.close()
-
-
-def address_space() -> int:
-    """Of this process, bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-@check(sizes=[4])
-def check_a_model_that_one_rank_cannot_hold(comm: Communicator) -> None:
-    """With room for 600 MiB more, which parameters, moments and gradients would exceed: four ranks train it."""
-    values = make_config("llama", 3).model_dump(by_alias=True)
-    values["model"].update(layers=10, width=640, heads=10, kv_heads=10, mlp_width=1728)
-    sharded = Config.model_validate(values)
-    values["parallel"]["shard"] = 0
-    alone = Config.model_validate(values)
-    with torch.device("meta"):
-        numbers = sum(each.numel() for each in Transformer(sharded.model, VOCABULARY).parameters())
-    room = 600 * 2**20
-    assert 16 * numbers > 1.2 * room
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (address_space() + room, hard))
-    try:
-        if comm.rank == 0:
-            with pytest.raises((RuntimeError, MemoryError), match=r"memory|"):
-                lonely = Trainer(alone, SoloCommunicator(), SimpleNamespace(eos_id=0), VOCABULARY, CPU)  # type: ignore[arg-type]
-                lonely.train_step(Batches(comm, 0, ignored=False), False)
-        comm.barrier()
-        trainer, batches = make_trainer(comm, sharded), Batches(comm, 0, ignored=False)
-        for _ in range(2):
-            trainer.train_step(batches, False)
-        assert trainer.norm.isfinite()
-        trainer.strategy.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

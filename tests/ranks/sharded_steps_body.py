@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from checks import check
 from commands import infinite_gradient
@@ -15,6 +17,7 @@ from training_body import Batches, global_batch
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
+from hvdlm.errors import JobError
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.layout import Layout
 from hvdlm.strategies.sharded.strategy import Sharded
@@ -179,7 +182,7 @@ def check_steps_that_are_left_out(comm: Communicator, stage: int, codec: str) ->
     trainer.strategy.close()
 
 
-@check(sizes=[2], stage=[1, 2, 3])
+@check(sizes=[3], stage=[1, 2, 3])
 def check_numbers_that_are_not_finite_do_not_stay(comm: Communicator, stage: int) -> None:
     """A GPU scales gradients by NaN before it is known that the step is left out: of that nothing may be left, not even
     where tensors are filled up to equal parts.
@@ -209,6 +212,19 @@ def check_a_step_that_breaks_off(comm: Communicator, stage: int) -> None:
     trainer.strategy.close()
 
 
+@check(sizes=[4], stage=[1, 3])
+def check_copies_are_compared(comm: Communicator, stage: int) -> None:
+    """Those of two groups, part by part: a rank whose part differs is named on all ranks, other parts are no fault."""
+    trainer = make_trainer(comm, make_config("gpt2", stage, data=2))
+    trainer.train_step(Batches(comm, 0, ignored=False), False)
+    trainer._replica_check.compare()
+    if comm.rank == 3:
+        next(iter(trainer.parameters.values())).data[0] += 1e-6
+    with pytest.raises(JobError, match=r"after step 1 the parameters of rank 3 on .* differ from those of the other"):
+        trainer._replica_check.compare()
+    trainer.strategy.close()
+
+
 @check(sizes=[3], stage=[1, 2, 3])
 def check_a_rank_that_owns_nothing(comm: Communicator, stage: int) -> None:
     """Of a model that is smaller than the alignment of parts: it trains, keeps an average, and is validated by it."""
@@ -217,8 +233,6 @@ def check_a_rank_that_owns_nothing(comm: Communicator, stage: int) -> None:
     values["model"] = {**small, "bias": False}
     values["train"]["ema"] = 0.9
     config = Config.model_validate(values)
-    from types import SimpleNamespace
-
     trainer = Trainer(config, comm, SimpleNamespace(eos_id=0), 7, CPU)  # type: ignore[arg-type]
     trainer.start()
     assert bool(trainer.parameters) == (comm.rank < 2) or stage == 3

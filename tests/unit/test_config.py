@@ -100,6 +100,29 @@ def test_local_steps_that_do_not_outlive_a_rank_are_refused(other: tuple[str, st
     assert configure("--comm.elastic", "true", "--local_steps.every", "4").comm.elastic
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("optimizer.algorithm", "muon", "optimizer.algorithm = 'muon' steps by whole matrices"),
+        ("optimizer.algorithm", "dion", "optimizer.algorithm = 'dion' steps by whole matrices"),
+        *(
+            ("compression.codec", codec, f"compression.codec = '{codec}' cannot send gradients to their owners")
+            for codec in ("auto", "topk", "topk2", "powersgd")
+        ),
+        ("compression.hierarchical", "true", "leave it out with parallel.shard"),
+        ("train.heal_replicas", "true", "train.heal_replicas needs another rank with the same parameters"),
+        ("train.evaluate_tasks", "hellaswag", "train.evaluate_tasks needs the whole model on every rank"),
+        ("local_steps.every", "4", "[parallel] divides a model among ranks"),
+        ("comm.elastic", "true", "comm.elastic = true needs the whole model on every rank"),
+    ],
+)
+def test_what_shards_do_not_go_with(name: str, value: str, sentence: str) -> None:
+    assert sentence in refusal("--parallel.shard", "1", f"--{name}", value)
+    configure(f"--{name}", value)
+    for codec in ("none", "fp16", "bf16", "int8", "int4", "int2"):
+        configure("--parallel.shard", "3", "--compression.codec", codec)
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     message = refusal("--train.steps", "0", "--model.layers", "x", "--log.evry", "3")
     for part in ("train.steps = 0", "model.layers = 'x'", "log.evry (did you mean log.every?)"):
