@@ -137,13 +137,13 @@ def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
 
 def _whole_parameters(trainer: Trainer) -> Mapping[str, Tensor]:
     """Those that ranks have among them, on every rank. Collective."""
-    layout = trainer.strategy.layout()
-    if layout is None:
+    held = trainer.strategy.held_parts()
+    if held is None:
         return trainer.parameters
-    whole = {name: torch.zeros(shape) for name, shape in layout.shapes.items()}
+    whole = {name: torch.zeros(shape) for name, shape in held.shapes.items()}
     for name, own in trainer.parameters.items():
-        if layout.saves(name):
-            put(whole[name], layout.runs_of(name), own)
+        if held.saves(name):
+            put(whole[name], held.runs_of(name), own)
     for each in whole.values():
         trainer.communicator.all_reduce_(each)
     return whole

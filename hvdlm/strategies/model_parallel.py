@@ -11,7 +11,7 @@ from hvdlm.config import Config
 from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.every_step import EveryStep
-from hvdlm.strategies.layout import STEP, Layout
+from hvdlm.strategies.held_parts import STEP, HeldParts
 from hvdlm.strategies.model_part import ModelPart
 from hvdlm.strategies.optimizer import counts_steps, moment_names
 
@@ -32,9 +32,9 @@ class ModelParallel(EveryStep):
         gradients = [each.grad.reshape(-1) for each in self._counted if each.grad is not None]
         return norm_of_parts([each.tensor_split(copies.size)[copies.rank] for each in gradients], self.everyone)
 
-    def layout(self) -> Layout:
+    def held_parts(self) -> HeldParts:
         kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
-        return Layout(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
+        return HeldParts(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
 
     def start(self) -> None:
         broadcast_tensors(self._tensor_ranks, self._replicated)

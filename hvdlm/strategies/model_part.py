@@ -11,7 +11,7 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.pipeline.stage_model import StageModel
 from hvdlm.parallel.tensor.layout import flat_runs, is_divided
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
-from hvdlm.strategies.layout import Runs
+from hvdlm.strategies.held_parts import Runs
 
 
 class ModelPart:

@@ -27,7 +27,7 @@ from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic
-from hvdlm.strategies.layout import Layout
+from hvdlm.strategies.held_parts import HeldParts
 
 
 class Report(NamedTuple):
@@ -232,7 +232,7 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
-    def layout(self) -> Layout | None:
+    def held_parts(self) -> HeldParts | None:
         """What this rank holds of parameters and optimizer state; None: all of it."""
         return None
 
@@ -252,8 +252,8 @@ class Strategy(ABC):
         """Begins a run, with the model of rank 0 on all ranks. Collective."""
 
     def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Where there is a `layout`: takes over what this rank holds of whole parameters, one after the other by name.
-        Collective.
+        """Where there are `held_parts`: takes over what this rank holds of whole parameters, one after the other by
+        name. Collective.
         """
         raise NotImplementedError
 

@@ -53,7 +53,7 @@ def begin_with_weights(communicator: Communicator, trainer: Trainer) -> list[str
     sentences = on_rank_0(communicator, open_weights)
     source = opened[0] if opened else None
     weights = _weights(communicator, source, trainer.model.initial_values(trainer.config.train.seed))
-    if trainer.strategy.layout() is not None:
+    if trainer.strategy.held_parts() is not None:
         trainer.strategy.load(weights)
         return sentences
     own = dict(trainer.model.named_parameters())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.arrays import as_array
-from hvdlm.strategies.layout import Runs
+from hvdlm.strategies.held_parts import Runs
 
 _NUMBER = 4  # bytes: all are float32
 _ALIGNMENT = 8  # of the first number in the file

@@ -27,7 +27,7 @@ from hvdlm.comm.failure import RunningTime
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.data.staging import make_durable
 from hvdlm.errors import HvdlmError
-from hvdlm.strategies.layout import Runs
+from hvdlm.strategies.held_parts import Runs
 from hvdlm.training import parts_file
 from hvdlm.training.checkpoint import file_entry, save_failure
 from hvdlm.training.checkpoint_contents import TENSOR_FILES, rank_file_name

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
-from hvdlm.strategies.layout import Layout
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.strategies.strategy import RankState
 from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.parts_file import take
@@ -38,12 +38,12 @@ def read_equal_state(source: Checkpoint | None, tensors: Mapping[str, Tensor], o
 
 
 def read_parts(
-    communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], layout: Layout, old_size: int
+    communicator: Communicator, source: Checkpoint | None, own: Mapping[str, Tensor], held: HeldParts, old_size: int
 ) -> None:
-    """The same where each rank has a part, by `layout`, in `own`: rank 0 sends one whole tensor after the other, which
-    no rank keeps. Collective.
+    """The same where each rank has a part, by `held`, in `own`: rank 0 sends one whole tensor after the other, which no
+    rank keeps. Collective.
     """
-    shapes = {**layout.shapes, **layout.state_shapes()}
+    shapes = {**held.shapes, **held.state_shapes()}
 
     def names_and_own() -> tuple[set[str], set[str]]:
         assert source is not None
@@ -58,7 +58,7 @@ def read_parts(
         on_rank_0(communicator, partial(_read_whole, source, name, name in equal, old_size, whole))
         broadcast_tensors(communicator, [whole])
         if name in own:
-            take(whole, layout.runs_of(name), own[name])
+            take(whole, held.runs_of(name), own[name])
 
 
 def _read_whole(source: Checkpoint | None, name: str, is_equal: bool, old_size: int, whole: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hvdlm.comm.rank_errors import on_rank_0
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import LocalStepsSection, ParallelSection
-from hvdlm.strategies.layout import Layout
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.strategies.strategy import RankState
 from hvdlm.training import checkpoint
 from hvdlm.training.checkpoint_contents import Checkpoint
@@ -28,9 +28,9 @@ def restore(trainer: Trainer, source: Checkpoint | None, state: dict[str, Any]) 
     as_saved = combines_alike and size == communicator.size
     strategy.load_state_dict(state, state["step"], as_saved)
     equal = {**strategy.parameters(), **trainer.optimizer_state()}
-    layout = layout_of(trainer)
-    if layout is not None:
-        read_parts(communicator, source, equal, layout, size)
+    held = held_parts_of(trainer)
+    if held is not None:
+        read_parts(communicator, source, equal, held, size)
     else:
         on_rank_0(communicator, lambda: read_equal_state(source, equal, size))
         broadcast_tensors(communicator, equal.values())
@@ -86,10 +86,10 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def layout_of(trainer: Trainer) -> Layout | None:
+def held_parts_of(trainer: Trainer) -> HeldParts | None:
     """What this rank holds of a trainer's parameters and optimizer state; None: all."""
-    layout = trainer.strategy.layout()
-    return layout.with_kind("ema") if layout and trainer.config.train.ema else layout
+    held = trainer.strategy.held_parts()
+    return held.with_kind("ema") if held and trainer.config.train.ema else held
 
 
 def own_state(trainer: Trainer) -> RankState:

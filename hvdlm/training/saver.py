@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hvdlm.comm.rank_errors import on_rank_0, wait_for_tasks
 from hvdlm.errors import HvdlmError, JobError, write_failure
-from hvdlm.strategies.layout import Layout
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.training import checkpoint, rank_files
 from hvdlm.training.checkpoint_contents import TENSOR_FILES, not_finite
 from hvdlm.training.retention import Retention
-from hvdlm.training.saved_state import layout_of, own_state, state_of
+from hvdlm.training.saved_state import held_parts_of, own_state, state_of
 from hvdlm.training.state_copies import StateCopies
 
 if TYPE_CHECKING:
@@ -163,13 +163,13 @@ class Saver:
         """Begins to copy what is to be written, if asked for, and to write it. Collective."""
         trainer = self._trainer
         rank, parent = trainer.communicator.rank, checkpoint.directory(trainer.config.train.run_dir)
-        own, layout = own_state(trainer).tensors(), layout_of(trainer)
-        needs_directory = bool(own) or layout is not None
+        own, held = own_state(trainer).tensors(), held_parts_of(trainer)
+        needs_directory = bool(own) or held is not None
         directory, is_shared = (
             rank_files.make_directory(trainer.communicator, parent) if needs_directory else (None, False)
         )
-        if layout is not None and directory is not None:
-            self._begin_together(layout, directory, is_shared, own, copies)
+        if held is not None and directory is not None:
+            self._begin_together(held, directory, is_shared, own, copies)
             return
         if directory is not None and not is_shared:
             rank_files.gather(trainer.communicator, directory, own)
@@ -183,7 +183,7 @@ class Saver:
             self._start(lambda: rank_files.write_own(directory, rank, shared))
 
     def _begin_together(
-        self, layout: Layout, directory: Path, is_shared: bool, own: Mapping[str, Tensor], copies: bool
+        self, held: HeldParts, directory: Path, is_shared: bool, own: Mapping[str, Tensor], copies: bool
     ) -> None:
         """The same where each rank has a part of parameters and optimizer state: all write the files of both."""
         trainer = self._trainer
@@ -191,14 +191,14 @@ class Saver:
         model, optimizer = trainer.parameters, trainer.optimizer_state()
         if name := next((each for each in communicator.all_gather_object(not_finite(model)) if each), None):
             raise UselessWeightsError(_useless(name, self.step))
-        shapes = (layout.shapes, layout.state_shapes())
+        shapes = (held.shapes, held.state_shapes())
         on_rank_0(
             communicator, lambda: rank_files.create_together(directory, dict(zip(TENSOR_FILES, shapes, strict=True)))
         )
 
         def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, rank_files.Parts]:
             return {
-                file: {name: (layout.runs_of(name), tensors[name]) for name in names if layout.saves(name)}
+                file: {name: (held.runs_of(name), tensors[name]) for name in names if held.saves(name)}
                 for file, names in zip(TENSOR_FILES, (model, optimizer), strict=True)
             }
 

@@ -94,7 +94,7 @@ class SkippedSteps:
     def _find_not_finite(self, of: Callable[[Tensor], Tensor | None]) -> str | None:
         """The name of a parameter of which `of` gives numbers that are not finite; of all ranks, if each has a part."""
         trainer = self._trainer
-        is_divided = trainer.strategy.layout() is not None
+        is_divided = trainer.strategy.held_parts() is not None
         own = trainer.parameters if is_divided else dict(trainer.model.named_parameters())
         name = not_finite({name: tensor for name, each in own.items() if (tensor := of(each)) is not None})
         found = trainer.communicator.all_gather_object(name) if is_divided else [name]

@@ -83,13 +83,13 @@ def difference(comm: Communicator, trainer: Trainer, plain: Plain) -> float:
 
     The biases of keys are left out: their gradient is zero but for rounding, which AdamW makes steps of.
     """
-    layout = trainer.strategy.layout()
-    assert layout is not None
+    held = trainer.strategy.held_parts()
+    assert held is not None
     begin, whole = dict(Plain(trainer.config).model.named_parameters()), dict(plain.model.named_parameters())
     sums = torch.zeros(2)
     for name, piece in trainer.parameters.items():
         if not name.endswith("qkv.bias"):
-            (run,) = layout.runs[name]
+            (run,) = held.runs[name]
             span = slice(*run)
             expected = whole[name].detach().reshape(-1)[span]
             moved = expected - begin[name].detach().reshape(-1)[span]
@@ -100,10 +100,10 @@ def difference(comm: Communicator, trainer: Trainer, plain: Plain) -> float:
 
 def owned(comm: Communicator, trainer: Trainer) -> Tensor:
     """How often each number of the model is owned by some rank, flat."""
-    layout = trainer.strategy.layout()
-    assert layout is not None
-    counts = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in layout.shapes.items()}
-    for name, ((start, stop),) in layout.runs.items():
+    held = trainer.strategy.held_parts()
+    assert held is not None
+    counts = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in held.shapes.items()}
+    for name, ((start, stop),) in held.runs.items():
         counts[name][start:stop] += 1
     return comm.all_reduce_(torch.cat(list(counts.values())))
 

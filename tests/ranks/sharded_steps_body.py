@@ -19,28 +19,29 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.errors import JobError
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.layout import Layout
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.strategies.sharded.strategy import Sharded
 from hvdlm.training.trainer import Trainer
 
 SGD = {"algorithm": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.5, "clip_norm": 0.0}
 
 
-def layout_of(trainer: Trainer) -> Layout:
-    layout = trainer.strategy.layout()
-    assert layout is not None
-    return layout
+def held_parts_of(trainer: Trainer) -> HeldParts:
+    held = trainer.strategy.held_parts()
+    assert held is not None
+    return held
 
 
 def whole(comm: Communicator, trainer: Trainer, pieces: dict[str, Tensor] | None = None) -> Tensor:
     """All parameters, or what has their shapes, joined from those that ranks own; of a copy of the model."""
-    if trainer.strategy.layout() is None:
+    if trainer.strategy.held_parts() is None:
         return torch.cat([each.detach().flatten() for each in trainer.parameters.values()])
-    layout = layout_of(trainer)
+    held = held_parts_of(trainer)
     own = trainer.parameters if pieces is None else pieces
-    found = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in layout.shapes.items()}
-    for name, ((start, stop),) in layout.runs.items() if layout.is_first_copy else ():
-        found[name][start:stop] = own[name].detach()
+    found = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in held.shapes.items()}
+    for name, ((start, stop),) in held.runs.items():
+        if held.saves(name):
+            found[name][start:stop] = own[name].detach()
     return comm.all_reduce_(torch.cat(list(found.values())))
 
 
@@ -172,7 +173,7 @@ def check_steps_that_are_left_out(comm: Communicator, stage: int, codec: str) ->
         functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         gradients += torch.cat([parameter.grad.flatten() for parameter in plain.parameters()])
     assert scales == [2.0**10] * 2 + [2.0**9] * 4 + [2.0**8] * 3
-    kept = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in layout_of(trainer).shapes.items()}
+    kept = {name: torch.zeros(torch.Size(shape).numel()) for name, shape in held_parts_of(trainer).shapes.items()}
     for name, residual in trainer.strategy.step_state().items():
         kept[name.removeprefix("residual.")] += residual.flatten() / trainer.loss_scale.factor
     residual = comm.all_reduce_(torch.cat(list(kept.values())))

@@ -11,7 +11,7 @@ from torch import nn
 
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.blockwise import split_evenly
-from hvdlm.strategies.layout import STEP, Layout
+from hvdlm.strategies.held_parts import STEP, HeldParts
 from hvdlm.strategies.sharded.partition import Partition, free, hold
 from hvdlm.training import parts_file
 
@@ -105,9 +105,9 @@ def test_who_saves_what() -> None:
     """A piece is saved by the rank that has it, a step count by the one that has the first number, of one copy."""
     shapes = {"a": (4, 4), "b": (3,), "c": (2,)}
     kinds = ("exp_avg", STEP)
-    first = Layout(shapes, {"a": [(0, 10)], "c": [(0, 2)]}, kinds)
-    second = Layout(shapes, {"a": [(10, 16)], "b": [(0, 3)]}, kinds).with_kind("ema")
-    copy = Layout(shapes, {"a": [(0, 10)], "c": [(0, 2)]}, kinds, is_first_copy=False)
+    first = HeldParts(shapes, {"a": [(0, 10)], "c": [(0, 2)]}, kinds, frozenset("ac"))
+    second = HeldParts(shapes, {"a": [(10, 16)], "b": [(0, 3)]}, kinds, frozenset("ab")).with_kind("ema")
+    copy = HeldParts(shapes, {"a": [(0, 10)], "c": [(0, 2)]}, kinds, frozenset())
     state = {**{f"exp_avg.{name}": shape for name, shape in shapes.items()}, **{f"step.{name}": () for name in shapes}}
     assert first.state_shapes() == state
     names = [*shapes, *state]

@@ -26,7 +26,7 @@ from hvdlm.gradients.codecs.registry import bucket_bytes, codec_factory
 from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.layout import STEP, Layout, Runs
+from hvdlm.strategies.held_parts import STEP, HeldParts, Runs
 from hvdlm.strategies.model_part import ModelPart, runs_within
 from hvdlm.strategies.optimizer import (
     counts_steps,
@@ -205,10 +205,10 @@ class Sharded(Strategy):
     def ranks_are_equal(self) -> bool:
         return True
 
-    def layout(self) -> Layout:
+    def held_parts(self) -> HeldParts:
         kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
         saved = self._part.saved(self._is_first_copy) & self._runs.keys()
-        return Layout(self._part.shapes, self._runs, kinds, saved)
+        return HeldParts(self._part.shapes, self._runs, kinds, saved)
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._pieces)

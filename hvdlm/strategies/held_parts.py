@@ -1,4 +1,4 @@
-"""Which part of a model a rank holds, where no rank holds all of it."""
+"""Which parts of a model a rank holds, where no rank holds all of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Runs = Sequence[tuple[int, int]]  # from where to where, in a flattened tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class HeldParts:
     """What this rank holds of parameters, and of what is kept in their shape: moments, averages.
 
     Each lies in a tensor of its own, whose numbers are those of some runs of the flattened whole, one behind the other.
@@ -23,7 +23,7 @@ class Layout:
     kinds: tuple[str, ...]  # of state, STEP among them where steps are counted
     saved: frozenset[str]  # of those, which it is this rank, of all that hold the same, that saves
 
-    def with_kind(self, kind: str) -> Layout:
+    def with_kind(self, kind: str) -> HeldParts:
         """The same with one more kind of state."""
         return replace(self, kinds=(*self.kinds, kind))
 
