@@ -20,6 +20,7 @@ from hvdlm.config.model import ModelSection
 from hvdlm.config.optimizer import Algorithm, OptimizerSection
 from hvdlm.config.output import CheckpointSection, LogSection
 from hvdlm.config.parallel import ParallelSection
+from hvdlm.config.parallel_misfits import parallel_misfits
 from hvdlm.config.section import Section
 from hvdlm.config.train import Precision, TrainSection
 
@@ -95,7 +96,7 @@ class Config(Section):
             "comm.mirror_residuals = true sends the residuals of gradients, not of local steps: leave it out": (
                 self.comm.mirror_residuals and bool(local_steps.every)
             ),
-            **self._parallel_misfits(),
+            **parallel_misfits(self),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width
             ),
@@ -103,85 +104,6 @@ class Config(Section):
         if found := [sentence for sentence, is_wrong in misfits.items() if is_wrong]:
             raise ValueError(found[0])
         return self
-
-    def _parallel_misfits(self) -> dict[str, bool]:
-        """What [parallel] does not go with, and whether it is set."""
-        parallel, model, codec = self.parallel, self.model, self.compression.codec
-        algorithm, shards = self.optimizer.algorithm, self.parallel.shard > 0
-        heads = model.kv_heads or model.heads
-        algorithm, is_tensor = self.optimizer.algorithm, parallel.tensor > 1
-        return {
-            f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with "
-            "parallel.shard: set it to another one": shards and algorithm in ("muon", "dion"),
-            f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it "
-            "to none, fp16, bf16, int8, int4 or int2": (shards and codec in ("auto", "topk", "topk2", "powersgd")),
-            "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
-                shards and self.compression.hierarchical
-            ),
-            "train.heal_replicas needs another rank with the same parameters: it does not go with parallel.shard": (
-                shards and self.train.heal_replicas
-            ),
-            "train.evaluate_tasks needs the whole model on every rank: with parallel.shard leave it out, and score "
-            "checkpoints by hvdlm lm-eval": shards and bool(self.train.evaluate_tasks),
-            "[parallel] divides a model among ranks, local_steps.every has them train copies of their own: set one of "
-            "them": parallel.is_used and bool(self.local_steps.every),
-            "comm.elastic = true needs the whole model on every rank: it does not go with parallel.shard, "
-            "parallel.tensor or parallel.pipeline": parallel.is_used and self.comm.elastic,
-            f"parallel.tensor = {parallel.tensor} does not divide the {heads} key and value heads of the model: take a "
-            f"divisor of {heads}": heads % parallel.tensor > 0,
-            f"optimizer.algorithm = '{algorithm}' needs whole matrices, which parallel.tensor divides: take another": (
-                is_tensor and algorithm in ("dion", "muon")
-            ),
-            "compression.codec = 'auto' chooses for whole gradients, which parallel.tensor divides: name a codec": (
-                is_tensor and self.compression.codec == "auto"
-            ),
-            "train.heal_replicas, train.evaluate_tasks and model.from need the whole model on every rank: they do not "
-            "go with parallel.tensor": (
-                is_tensor and (self.train.heal_replicas or bool(self.train.evaluate_tasks) or bool(model.from_))
-            ),
-            f"parallel.sequence = true divides sequences among parallel.tensor = {parallel.tensor} ranks: it needs 2 "
-            f"or more, and a divisor of model.context_length = {model.context_length}": (
-                parallel.sequence and (not is_tensor or model.context_length % parallel.tensor > 0)
-            ),
-            f"parallel.pipeline = {parallel.pipeline} is more than model.layers = {model.layers}": (
-                parallel.pipeline > model.layers
-            ),
-            **self._pipeline_misfits(),
-        }
-
-    def _pipeline_misfits(self) -> dict[str, bool]:
-        parallel, layers = self.parallel, self.model.layers
-        split = parallel.blocks_of_stages
-        stages = f"parallel.pipeline = {parallel.pipeline}"
-        if parallel.schedule == "interleaved":
-            stages += f" x parallel.chunks = {parallel.chunks}"
-        return {
-            f"{stages} makes {parallel.stages} stages, more than model.layers = {layers}: take fewer": (
-                parallel.pipeline > 1 and parallel.stages > layers
-            ),
-            f"parallel.split = '{parallel.split}' names {len(split)} stages, but {stages} makes {parallel.stages}": (
-                parallel.pipeline > 1 and bool(split) and len(split) != parallel.stages
-            ),
-            f"parallel.split = '{parallel.split}' has {sum(split)} blocks, but model.layers = {layers}": (
-                parallel.pipeline > 1 and bool(split) and sum(split) != layers
-            ),
-            "parallel.schedule = 'zero_bubble' makes the gradients of weights apart, which compiled blocks cannot: set "
-            "train.compile = false or another schedule": (
-                parallel.pipeline > 1 and parallel.schedule == "zero_bubble" and self.train.compile
-            ),
-            "optimizer.algorithm = 'dion' needs the whole model on every rank: it does not go with parallel.pipeline": (
-                parallel.pipeline > 1 and self.optimizer.algorithm == "dion"
-            ),
-            "train.evaluate_tasks needs the whole model on every rank: it does not go with parallel.pipeline": (
-                parallel.pipeline > 1 and bool(self.train.evaluate_tasks)
-            ),
-            "train.precision = 'fp16' with parallel.pipeline and a codec would lose what a stage has delivered of a "
-            "step that overflows on another: set compression.codec to 'none', or train.precision to 'bf16'": (
-                parallel.pipeline > 1 and self.train.precision == "fp16" and self.compression.codec != "none"
-            ),
-            "data.on_corrupt = 'skip' may leave out a sequence on one stage and not on the others: set it to 'fail' or "
-            "leave out parallel.pipeline": parallel.pipeline > 1 and self.data.on_corrupt == "skip",
-        }
 
     @property
     def planned_steps(self) -> int:
