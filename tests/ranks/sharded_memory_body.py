@@ -14,7 +14,7 @@ from training_body import Batches
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
-from hvdlm.model.transformer import Part
+from hvdlm.model.parameter_access import Part
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.strategy import Sharded
 
