@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hvdlm.config import ModelSection
+from hvdlm.config import ModelSection, ParallelSection
 from hvdlm.model.size import mlp_width, qkv_width
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
@@ -27,9 +27,13 @@ class Layout:
     blocks: tuple[int, ...] = ()  # of each stage; empty: as many as others have, or one more
 
     @classmethod
-    def of_mesh(cls, zero: int, shape: Mapping[str, int]) -> Layout:
-        """`zero`: `parallel.shard`. `shape`: how many ranks each axis has."""
-        return cls(zero, shape["data"], shape["shard"], shape["tensor"], shape["pipeline"])
+    def of_mesh(cls, parallel: ParallelSection, shape: Mapping[str, int], stages: Sequence[int] = ()) -> Layout:
+        """`shape`: how many ranks each axis has. `stages`: blocks of each stage; empty: by `parallel.split`."""
+        axes = (shape["data"], shape["shard"], shape["tensor"], shape["pipeline"])
+        counts = stages or parallel.blocks_of_stages
+        blocks = tuple(sum(counts[rank :: shape["pipeline"]]) for rank in range(shape["pipeline"])) if counts else ()
+        chunks = parallel.chunks if parallel.schedule == "interleaved" else 1
+        return cls(parallel.shard, *axes, parallel.schedule, chunks, blocks)
 
     @property
     def ranks(self) -> int:

@@ -59,7 +59,7 @@ def predict_layouts(
     else:
         found = []
         for count in options.counts:
-            layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, count))
+            layout = Layout.of_mesh(config.parallel, mesh_shape(config.parallel, count))
             found.append(choice(config, vocab_size, layout, _global_batch(config, options, layout), cluster))
     console.print(_table(found, model, speed))
     console.print(*_notes(found, model, speed, config, options), sep="\n")

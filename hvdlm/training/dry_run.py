@@ -15,6 +15,7 @@ from hvdlm.model.size import flops_per_token, parameter_count
 from hvdlm.scoring.harness import split_names
 from hvdlm.strategies.local_steps.fragment import numbers_kept
 from hvdlm.training.hardware import device_type, libraries_bytes
+from hvdlm.training.model import blocks_of_stages
 
 
 def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
@@ -22,7 +23,8 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
 
     Raises HvdlmError for ranks that cannot be arranged by [parallel].
     """
-    layout = Layout.of_mesh(config.parallel.shard, mesh_shape(config.parallel, launch.size))
+    stages = blocks_of_stages(config, vocab_size) if config.parallel.pipeline > 1 else ()
+    layout = Layout.of_mesh(config.parallel, mesh_shape(config.parallel, launch.size), stages)
     console = Console(highlight=False)
     print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model

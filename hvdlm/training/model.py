@@ -129,12 +129,17 @@ def _stages(
     config: Config, vocab_size: int, mesh: Mesh, tensor_ranks: Communicator | None, device: torch.device
 ) -> StageModel:
     parallel, rank, ranks = config.parallel, mesh.coordinates["pipeline"], mesh.shape["pipeline"]
-    costs = flops(config.model, vocab_size)
-    counts = parallel.blocks_of_stages or blocks_by_cost(config.model.layers, parallel.stages, costs)
+    counts = blocks_of_stages(config, vocab_size)
     stages, memory = divide(counts)[rank::ranks], torch.device("meta") if parallel.shard else device
     if parallel.tensor > 1:
         return TensorParallelStageModel(config.model, vocab_size, stages, memory, communicator=tensor_ranks)
     return StageModel(config.model, vocab_size, stages, memory)
+
+
+def blocks_of_stages(config: Config, vocab_size: int) -> list[int]:
+    """How many blocks each stage of a pipeline has: `parallel.split`, or so that all cost about the same."""
+    costs = flops(config.model, vocab_size)
+    return config.parallel.blocks_of_stages or blocks_by_cost(config.model.layers, config.parallel.stages, costs)
 
 
 def _check_pipeline(config: Config) -> None:

@@ -128,7 +128,13 @@ def test_memory_is_the_sum_of_its_parts(copies: int, capsys: pytest.CaptureFixtu
 def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     """16 ranks: 2 stages of 4 blocks, 2 tensor ranks, 2 groups of 2 that divide what the optimizer has."""
     shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--train.global_batch_size=32"]
-    layout = ["--parallel.shard=1", "--parallel.data=2", "--parallel.tensor=2", "--parallel.pipeline=2"]
+    layout = [
+        "--parallel.shard=1",
+        "--parallel.data=2",
+        "--parallel.tensor=2",
+        "--parallel.pipeline=2",
+        "--parallel.split=4,4",
+    ]
     codec = ["--compression.codec=int4"]
     config = load(None, [*shape, *layout, *codec, "--train.micro_batch_size=4"], PRESETS)
     print_dry_run(config, 30_000, Launch("mpirun", 0, 16))
