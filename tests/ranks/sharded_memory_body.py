@@ -41,7 +41,7 @@ def check_what_a_rank_holds(comm: Communicator, stage: int, precision: str) -> N
     strategy = trainer.strategy
     assert isinstance(strategy, Sharded)
     partitions = strategy._partitions
-    numbers = sum(torch.Size(shape).numel() for shape in strategy._shapes.values())
+    numbers = sum(torch.Size(shape).numel() for shape in strategy.held_parts().shapes.values())
     largest = sorted((each.weights.numel() * each.weights.element_size() for each in partitions), reverse=True)
     gradients = sorted((each.buffer.nbytes for each in partitions), reverse=True)
     most: dict[str, int] = {"weights": 0, "gradients": 0}
