@@ -35,6 +35,7 @@ from hvdlm.training import checkpoint, task_evaluation, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.saver import Saver
 from hvdlm.training.task_evaluation import TaskScores
+from hvdlm.training.step_log import StepLog
 from hvdlm.training.trainer import Trainer
 from hvdlm.training.validation import Validation
 
@@ -219,7 +220,7 @@ def last_round(step: int) -> None:
 
 
 def log(step: int) -> None:
-    before(Trainer, "_log", step)
+    before(StepLog, "write", step)
 
 
 def tasks(step: int) -> None:
