@@ -34,8 +34,8 @@ from hvdlm.strategies.muon.optimizer import MuonAdamW
 from hvdlm.training import checkpoint, task_evaluation, trainer
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.saver import Saver
-from hvdlm.training.task_evaluation import TaskScores
 from hvdlm.training.step_log import StepLog
+from hvdlm.training.task_evaluation import TaskScores
 from hvdlm.training.trainer import Trainer
 from hvdlm.training.validation import Validation
 
