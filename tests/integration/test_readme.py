@@ -210,7 +210,7 @@ def test_a_study_from_its_plan_to_its_forecast(checkout: Path) -> None:
     for line in lines("study"):
         result = run(["bash", "-c", line], cwd=checkout, deadline=400)
         assert result.status == 0, f"{line}\n{result.output}"
-    assert result is not None and "extrapolated" in result.output
+    assert result is not None and "Links are taken to carry" in result.output  # of the last one, on GPUs
 
 
 def test_links_lead_somewhere() -> None:
