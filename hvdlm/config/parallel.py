@@ -8,6 +8,8 @@ from pydantic import AfterValidator, Field
 
 from hvdlm.config.section import Section
 
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+
 
 def check_split(text: str) -> str:
     """`text`, which is empty or numbers with commas between them; otherwise ValueError."""
@@ -38,7 +40,7 @@ class ParallelSection(Section):
     )
     pipeline: int = Field(1, gt=0, description="ranks that divide the blocks among them, and pass on micro-batches")
 
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field(
+    schedule: Schedule = Field(
         "1f1b",
         description="order of passes in a pipeline: all forward passes first; one forward, one backward; the same with "
         "several chunks a rank; with gradients of weights made later, in the time in which ranks would wait",

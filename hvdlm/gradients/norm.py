@@ -19,11 +19,7 @@ from hvdlm.comm.communicator import Communicator
 def global_norm(sums: Sequence[Tensor], communicator: Communicator) -> Tensor:
     """Euclidean norm of tensors that are equal on all ranks, a float32 scalar on their device. Collective."""
     own = _norm_of_part(sums, communicator)
-    if communicator.size == 1:
-        return own
-    norms = communicator.all_gather(own.reshape(1)).flatten()
-    # On GPUs, which are all of one model, without waiting for them
-    return _norm([norms]) if norms.is_cuda else _norm_in_order(norms)
+    return own if communicator.size == 1 else _norm_of_ranks(own, communicator)
 
 
 def global_norm_and_numbers(
@@ -43,7 +39,13 @@ def global_norm_and_numbers(
 
 def norm_of_parts(own: Sequence[Tensor], communicator: Communicator) -> Tensor:
     """Euclidean norm of what all ranks own together, a float32 scalar on their device. Collective."""
-    norms = communicator.all_gather(_norm(own).reshape(1)).flatten()
+    return _norm_of_ranks(_norm(own), communicator)
+
+
+def _norm_of_ranks(own: Tensor, communicator: Communicator) -> Tensor:
+    """Of what all ranks have together, of which `own` is this one's norm. Collective."""
+    norms = communicator.all_gather(own.reshape(1)).flatten()
+    # On GPUs, which are all of one model, without waiting for them
     return _norm([norms]) if norms.is_cuda else _norm_in_order(norms)
 
 

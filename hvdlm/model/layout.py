@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from hvdlm.config import ModelSection, ParallelSection
+from hvdlm.config.parallel import Schedule
 from hvdlm.model.size import mlp_width, qkv_width
-
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
 
 @dataclass(frozen=True)

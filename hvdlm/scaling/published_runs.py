@@ -14,8 +14,9 @@ from functools import cache
 from typing import NamedTuple
 
 from hvdlm.config import ModelSection
+from hvdlm.config.parallel import Schedule
 from hvdlm.devices import device_named
-from hvdlm.model.layout import Layout, Schedule
+from hvdlm.model.layout import Layout
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import flops_per_token
 from hvdlm.scaling.cluster import BETWEEN_LATENCY, INSIDE_LATENCY, LINK_SHARE, Cluster, Link

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 STEP = "step"  # how often a parameter was stepped: one number, which goes with its first element
 
 Runs = Sequence[tuple[int, int]]  # from where to where, in a flattened tensor
+
+
+def with_positions(runs: Runs) -> Iterator[tuple[int, int, int]]:
+    """Of each run its start and stop, and where it begins among the numbers of all of them, one behind the other."""
+    position = 0
+    for start, stop in runs:
+        yield start, stop, position
+        position += stop - start
 
 
 @dataclass(frozen=True)

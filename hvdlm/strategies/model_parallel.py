@@ -10,10 +10,11 @@ from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.config import Config
 from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.model.transformer import Transformer
+from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.strategies.every_step import EveryStep
-from hvdlm.strategies.held_parts import STEP, HeldParts
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.strategies.model_part import ModelPart
-from hvdlm.strategies.optimizer import counts_steps, moment_names
+from hvdlm.strategies.optimizer import state_kinds
 
 
 class ModelParallel(EveryStep):
@@ -24,7 +25,6 @@ class ModelParallel(EveryStep):
         super().__init__(model, optimizer, mesh.group("data", "shard"), config)
         self.everyone, self._tensor_ranks = mesh.everyone, mesh["tensor"]
         self._counted = [each for name, each in self._parameters.items() if self._part.counts[name]]
-        self._replicated = [each for name, each in self._parameters.items() if self._part.is_replicated(name)]
 
     def norm(self) -> Tensor:
         """Each number counts once, also those that several ranks of a model have."""
@@ -33,9 +33,10 @@ class ModelParallel(EveryStep):
         return norm_of_parts([each.tensor_split(copies.size)[copies.rank] for each in gradients], self.everyone)
 
     def held_parts(self) -> HeldParts:
-        kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
+        kinds = state_kinds(self._settings)
         return HeldParts(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
 
     def start(self) -> None:
-        broadcast_tensors(self._tensor_ranks, self._replicated)
+        if isinstance(self._model, TensorParallelTransformer):
+            broadcast_tensors(self._tensor_ranks, self._model.replicated_parameters().values())
         super().start()

@@ -11,7 +11,7 @@ from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.pipeline.stage_model import StageModel
 from hvdlm.parallel.tensor.layout import flat_runs, is_divided
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
-from hvdlm.strategies.held_parts import Runs
+from hvdlm.strategies.held_parts import Runs, with_positions
 
 
 class ModelPart:
@@ -25,19 +25,12 @@ class ModelPart:
         # Whether norms count a parameter here, and checkpoints have it from here: of those that several ranks have as a
         # whole, only one
         self.counts = dict.fromkeys(self.runs, True)
-        self._replicated: set[str] = set()
         if isinstance(model, StageModel):
             self.counts.update(dict.fromkeys(model.not_counted(), False))
         if isinstance(model, TensorParallelTransformer):
             for name in self.runs:
                 self.runs[name] = flat_runs(model.regions[name], self.shapes[name])
                 self.counts[name] &= is_divided(name) or mesh.is_first("tensor")
-                if not is_divided(name):
-                    self._replicated.add(name)
-
-    def is_replicated(self, name: str) -> bool:
-        """Whether all ranks of the axis `tensor` have all of a parameter."""
-        return name in self._replicated
 
     def saved(self, is_first_copy: bool) -> frozenset[str]:
         """Parameters that this rank saves; `is_first_copy`: whether it is the first of those with the same part."""
@@ -46,10 +39,9 @@ class ModelPart:
 
 def runs_within(runs: Runs, start: int, stop: int) -> Runs:
     """Of numbers that are runs of a whole, one behind the other: those from `start` to `stop`, as runs of the whole."""
-    found, position = [], 0
-    for begin, end in runs:
+    found = []
+    for begin, end, position in with_positions(runs):
         first, last = max(start - position, 0), min(stop - position, end - begin)
         if first < last:
             found.append((begin + first, begin + last))
-        position += end - begin
     return found

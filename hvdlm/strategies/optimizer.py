@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
+from hvdlm.strategies.held_parts import STEP
 from hvdlm.strategies.hidden_matrices import hidden_matrices
 from hvdlm.strategies.lion import Lion
 from hvdlm.strategies.muon.optimizer import MuonAdamW
@@ -55,21 +56,21 @@ def make_optimizer_of(
     optimizer = _make([group for group in groups if group["params"]], list(matrices), settings)
     for parameter in (*decaying, *others):
         # What the optimizer would make at its first step: made now, so that every rank can be sent the state to resume.
-        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in moment_names(settings)}
-        if counts_steps(settings):
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in _moment_names(settings)}
+        if settings.algorithm in _COUNT_STEPS:
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = state
     return optimizer
 
 
-def moment_names(settings: OptimizerSection) -> tuple[str, ...]:
+def _moment_names(settings: OptimizerSection) -> tuple[str, ...]:
     """What is kept of each parameter, in its shape."""
     return () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
 
 
-def counts_steps(settings: OptimizerSection) -> bool:
-    """Whether a number of steps, "step", is kept of each parameter."""
-    return settings.algorithm in _COUNT_STEPS
+def state_kinds(settings: OptimizerSection) -> tuple[str, ...]:
+    """What is kept of each parameter: its moments, and `STEP` where steps are counted."""
+    return (*_moment_names(settings), *([STEP] if settings.algorithm in _COUNT_STEPS else []))
 
 
 def _make(

@@ -18,5 +18,7 @@ def divide(batch: Batch, size: int, device: torch.device, least: int = 0) -> lis
     """
     inputs, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.inputs, batch.targets))
     own = list(zip(inputs.split(size), targets.split(size), strict=True)) if len(inputs) else []
-    empty = torch.zeros((1, inputs.shape[1]), dtype=torch.int64, device=device)
-    return own + [(empty, torch.full_like(empty, IGNORE))] * (least - len(own))
+    if len(own) < least:
+        empty = torch.zeros((1, inputs.shape[1]), dtype=torch.int64, device=device)
+        own += [(empty, torch.full_like(empty, IGNORE))] * (least - len(own))
+    return own

@@ -10,14 +10,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hvdlm.arrays import as_array
-from hvdlm.strategies.held_parts import Runs
+from hvdlm.strategies.held_parts import Runs, with_positions
 
 _NUMBER = 4  # bytes: all are float32
 _ALIGNMENT = 8  # of the first number in the file
@@ -48,11 +47,9 @@ def write(path: Path, parts: Mapping[str, tuple[Runs, Tensor]]) -> None:
         for name, (runs, numbers) in parts.items():
             begin = _ALIGNMENT + length + header[name]["data_offsets"][0]
             content = as_array(numbers.detach().reshape(-1).contiguous()).data.cast("B")
-            position = 0
-            for start, stop in runs:
-                nbytes = _NUMBER * (stop - start)
-                _write_all(stream.fileno(), content[position : position + nbytes], begin + _NUMBER * start)
-                position += nbytes
+            for start, stop, position in with_positions(runs):
+                own = content[_NUMBER * position : _NUMBER * (position + stop - start)]
+                _write_all(stream.fileno(), own, begin + _NUMBER * start)
         os.fsync(stream.fileno())
 
 
@@ -63,19 +60,19 @@ def _write_all(file: int, content: memoryview, offset: int) -> None:
 
 
 def put(whole: Tensor, runs: Runs, numbers: Tensor) -> None:
-    """Fills some of a whole tensor from a rank's part."""
-    flat, own = whole.view(-1), numbers.detach().reshape(-1)
-    position = 0
-    for start, stop in runs:
-        flat[start:stop] = own[position : position + stop - start]
-        position += stop - start
+    """Fills some of a whole tensor, contiguous, from a rank's part."""
+    for there, here in _pairs(whole, runs, numbers):
+        there.copy_(here)
 
 
 def take(whole: Tensor, runs: Runs, numbers: Tensor) -> None:
-    """Fills a rank's part of a tensor from the whole one."""
-    flat, target = whole.reshape(-1), numbers.detach().view(-1)
-    position = 0
-    with torch.no_grad():
-        for start, stop in runs:
-            target[position : position + stop - start].copy_(flat[start:stop])
-            position += stop - start
+    """Fills a rank's part, contiguous, from the whole tensor."""
+    for there, here in _pairs(whole, runs, numbers):
+        here.copy_(there)
+
+
+def _pairs(whole: Tensor, runs: Runs, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each run: views of it in the whole tensor, and in a rank's part."""
+    flat, own = whole.detach().view(-1), numbers.detach().view(-1)
+    for start, stop, position in with_positions(runs):
+        yield flat[start:stop], own[position : position + stop - start]

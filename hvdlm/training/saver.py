@@ -209,19 +209,14 @@ class Saver:
             own = self._own_copies.copy(own)
             complete = self._copies.begin({name: each.detach() for name, each in {**model, **optimizer}.items()})
         else:
-            if trainer.device.type == "cuda":
-                torch.cuda.current_stream(trainer.device).synchronize()
+            self._settle()
             complete = lambda: {**model, **optimizer}  # noqa: E731
-        write = partial(rank_files.write_own, directory, rank, own)
-        save, size, timeout = self._save_function(), communicator.size, trainer.config.comm.timeout
+        save, size = self._save_function(), communicator.size
 
         def write_and_wait() -> Path | None:
             if complete is not None:
-                write(parts_of(complete()))
-            if rank:
-                return None
-            entries = rank_files.wait_for_all(directory, size, timeout, self._is_given_up)
-            return save(None, None, ranks=directory, rank_entries=entries)
+                rank_files.write_own(directory, rank, own, parts_of(complete()))
+            return None if rank else self._write_with_ranks(save, None, None, directory, size)
 
         self._start(write_and_wait)
 
@@ -250,15 +245,32 @@ class Saver:
             return save(model, optimizer)
         if own:
             rank_files.write_own(directory, 0, own)
+        return self._write_with_ranks(save, model, optimizer, directory, size)
+
+    def _write_with_ranks(
+        self,
+        save: Callable[..., Path],
+        model: Mapping[str, Tensor] | None,
+        optimizer: Mapping[str, Tensor] | None,
+        directory: Path,
+        size: int,
+    ) -> Path:
+        """Completes a checkpoint once the files of all ranks are there. On rank 0; `model` and `optimizer` as of
+        `checkpoint.save`.
+        """
         timeout = self._trainer.config.comm.timeout
         entries = rank_files.wait_for_all(directory, size, timeout, self._is_given_up)
         return save(model, optimizer, ranks=directory, rank_entries=entries)
 
+    def _settle(self) -> None:
+        """Returns when what was queued on a GPU has been done."""
+        if self._trainer.device.type == "cuda":
+            torch.cuda.current_stream(self._trainer.device).synchronize()
+
     def _as_it_is(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Parameters and optimizer state, which stay as they are until the save has ended."""
         state = self._trainer.parameters, self._trainer.optimizer_state()
-        if self._trainer.device.type == "cuda":
-            torch.cuda.current_stream(self._trainer.device).synchronize()
+        self._settle()
         return lambda: state
 
     def _begin_to_copy(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:

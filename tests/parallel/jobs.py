@@ -43,6 +43,21 @@ def command(data: Path, run_dir: Path, *options: str, **overrides: object) -> li
     return [str(BIN / "hvdlm"), "train", str(config), *options, *words]
 
 
+def train_on_shared_and_own_disks(data: Path, directory: Path, **options: object) -> tuple[Path, Path]:
+    """The same run of three ranks twice: the run directory that all see, and the directory in which each rank has a
+    folder of its own, as on hosts that share nothing, with rank 0's run in "0/run".
+    """
+    shared, apart = directory / "shared" / "run", directory / "apart"
+    assert run([*launcher_command("mpirun", 3), *command(data, shared, **options)]).status == 0
+    words = command(data, apart / "run", **options)
+    words[words.index(str(apart / "run"))] = "run"
+    script = f'mkdir -p {apart}/$OMPI_COMM_WORLD_RANK; cd {apart}/$OMPI_COMM_WORLD_RANK; exec "$0" "$@"'
+    result = run([*launcher_command("mpirun", 3), "bash", "-c", script, *words])
+    assert result.status == 0, result.output
+    assert not (apart / "1" / "run").exists()
+    return shared, apart
+
+
 def train(launcher: str, ranks: int, data: Path, run_dir: Path, *options: str, **overrides: object) -> Result:
     return run([*launcher_command(launcher, ranks), *command(data, run_dir, *options, **overrides)])
 

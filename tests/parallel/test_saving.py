@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 from disks import flip_bit, small_disk
-from jobs import Ranks, assert_bit_identical, command, losses, records, start_training, wait_for
+from jobs import (
+    Ranks,
+    assert_bit_identical,
+    command,
+    losses,
+    records,
+    start_training,
+    train_on_shared_and_own_disks,
+    wait_for,
+)
 from launcher import BIN, launcher_command, run
 from safetensors.torch import load_file
 
@@ -120,14 +129,7 @@ def test_by_time(small_data: Path, tmp_path: Path) -> None:
 def test_hosts_that_do_not_share_the_directory(small_data: Path, tmp_path: Path) -> None:
     """Rank 0 receives and writes what the others have of their own: the files are those of ranks that share it."""
     options = {**SAVING, "compression__codec": "int4", "train__threads": 1}
-    shared, apart = tmp_path / "shared" / "run", tmp_path / "apart"
-    assert run([*launcher_command("mpirun", 3), *command(small_data, shared, **options)]).status == 0
-    words = command(small_data, apart / "run", **options)
-    words[words.index(str(apart / "run"))] = "run"
-    script = f'mkdir -p {apart}/$OMPI_COMM_WORLD_RANK; cd {apart}/$OMPI_COMM_WORLD_RANK; exec "$0" "$@"'
-    result = run([*launcher_command("mpirun", 3), "bash", "-c", script, *words])
-    assert result.status == 0, result.output
-    assert not (apart / "1" / "run").exists()
+    shared, apart = train_on_shared_and_own_disks(small_data, tmp_path, **options)
     for step in (30, 50):
         for rank in range(3):
             file = Path("run") / "checkpoints" / f"step_{step:08d}" / "ranks" / f"rank_{rank:05d}.safetensors"

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from disks import small_disk
-from jobs import Ranks, assert_bit_identical, assert_same_curve, command, losses, records, start_training, train
+from jobs import (
+    Ranks,
+    assert_bit_identical,
+    assert_same_curve,
+    command,
+    losses,
+    records,
+    start_training,
+    train,
+    train_on_shared_and_own_disks,
+)
 from launcher import launcher_command, run
 from safetensors.torch import load_file
 from test_resume import as_if_killed, wait_for_step
@@ -70,14 +80,7 @@ def test_a_signal(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) ->
 def test_hosts_that_do_not_share_the_directory(small_data: Path, tmp_path: Path) -> None:
     """Rank 0 receives and writes what the others have: the files are those of ranks that share it."""
     options = {"checkpoint__every": 10, "compression__codec": "int4", "train__threads": 1, "parallel__shard": 3}
-    shared, apart = tmp_path / "shared" / "run", tmp_path / "apart"
-    assert run([*launcher_command("mpirun", 3), *command(small_data, shared, **options)]).status == 0
-    words = command(small_data, apart / "run", **options)
-    words[words.index(str(apart / "run"))] = "run"
-    script = f'mkdir -p {apart}/$OMPI_COMM_WORLD_RANK; cd {apart}/$OMPI_COMM_WORLD_RANK; exec "$0" "$@"'
-    result = run([*launcher_command("mpirun", 3), "bash", "-c", script, *words])
-    assert result.status == 0, result.output
-    assert not (apart / "1" / "run").exists()
+    shared, apart = train_on_shared_and_own_disks(small_data, tmp_path, **options)
     saved = Path("run") / "checkpoints" / "step_00000050"
     for name in ("model", "optimizer", "ranks/rank_00000", "ranks/rank_00002"):
         one, other = (load_file(each / saved / f"{name}.safetensors") for each in (shared.parent, apart / "0"))

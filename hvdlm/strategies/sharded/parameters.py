@@ -44,33 +44,26 @@ class ShardedParameters(ParameterAccess):
 
     def wait(self) -> None:
         """Returns when what is kept has arrived."""
-        for partition in self._partitions:
-            if partition.is_kept:
-                self._acquire([partition])
+        self._acquire(partition for partition in self._partitions if partition.is_kept)
 
     # ---- ParameterAccess
 
     def before(self, part: Part, x: Tensor) -> Tensor:
         if part == EMBEDDING:  # what a pass that had no backward pass has left
-            self._release_all_but(self._readers[EMBEDDING])
+            self._release(self._present.difference(self._readers[EMBEDDING]))
         self._acquire(self._readers[part])
         following = self._order.index(part) + 1
         if following < len(self._order):
             self._prefetch(self._order[following])
         if part == EMBEDDING:  # its backward pass does not read it
             return x
-        return _on_backward(x, partial(self._release, part))
+        return _on_backward(x, partial(self._release, self._readers[part]))
 
     def after(self, part: Part, x: Tensor) -> Tensor:
-        if part == EMBEDDING:
-            self._release(part)
-            return x
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            self._release(part)
-            return x
-        if part != self._order[-2]:  # the last block, whose backward pass comes first
-            self._release(part)
-        return _on_backward(x, partial(self._enter_backward, part))
+        has_backward = part != EMBEDDING and torch.is_grad_enabled() and x.requires_grad
+        if not has_backward or part != self._order[-2]:  # the last block, whose backward pass comes first
+            self._release(self._readers[part])
+        return _on_backward(x, partial(self._enter_backward, part)) if has_backward else x
 
     def _enter_backward(self, part: Part) -> None:
         self._acquire(self._readers[part])
@@ -107,16 +100,10 @@ class ShardedParameters(ParameterAccess):
 
         self._arriving[partition] = channel.run(gather)
 
-    def _release_all_but(self, kept: Iterable[Partition]) -> None:
-        for partition in self._present.difference(kept):
-            if not partition.is_kept:
-                self._forget(partition)
-
-    def _release(self, part: Part) -> None:
-        for partition in self._readers[part]:
+    def _release(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
             if not partition.is_kept and partition in self._present:
-                self._present.remove(partition)
-                free(partition.weights)
+                self._forget(partition)
 
     def _forget(self, partition: Partition) -> None:
         if partition in self._arriving:

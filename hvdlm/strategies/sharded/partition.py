@@ -53,8 +53,8 @@ class Partition(Bucket):
         """
         self.is_kept = is_kept
         self.names, self.parameters = list(parameters), list(parameters.values())
-        total = sum(parameter.numel() for parameter in self.parameters)
-        length = -(-total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
+        self._total = sum(parameter.numel() for parameter in self.parameters)
+        length = -(-self._total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
         self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
         self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
         self.part = slice(rank * length, (rank + 1) * length)
@@ -66,12 +66,11 @@ class Partition(Bucket):
         self.pending = len(self.parameters)  # gradients that the pass under way has not made
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        total = sum(parameter.numel() for parameter in self.parameters)
-        return super().split(flat[:total])  # what remains fills up the last part
+        return super().split(flat[: self._total])  # what remains fills up the last part
 
     def fill_up_(self, flat: Tensor) -> None:
         """Zeros what is of no parameter, at the end of a tensor as long as all parts."""
-        flat[sum(parameter.numel() for parameter in self.parameters) :].zero_()
+        flat[self._total :].zero_()
 
     def load(self, name: str, values: Tensor) -> None:
         """Takes over what this rank owns of a parameter. `values`: all of it."""

@@ -26,15 +26,14 @@ from hvdlm.gradients.codecs.registry import bucket_bytes, codec_factory
 from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.held_parts import STEP, HeldParts, Runs
+from hvdlm.strategies.held_parts import HeldParts, Runs
 from hvdlm.strategies.model_part import ModelPart, runs_within
 from hvdlm.strategies.optimizer import (
-    counts_steps,
     leave_out_if,
     make_optimizer_of,
-    moment_names,
     named_state,
     set_learning_rate,
+    state_kinds,
 )
 from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.sharded.gradients import ShardedGradients
@@ -206,7 +205,7 @@ class Sharded(Strategy):
         return True
 
     def held_parts(self) -> HeldParts:
-        kinds = (*moment_names(self._settings), *([STEP] if counts_steps(self._settings) else []))
+        kinds = state_kinds(self._settings)
         saved = self._part.saved(self._is_first_copy) & self._runs.keys()
         return HeldParts(self._part.shapes, self._runs, kinds, saved)
 
