@@ -131,8 +131,33 @@ class Communicator(ABC):
         if tensor.numel() == 0:
             return Work.done(tensor.detach().reshape(-1).clone())
         lengths = part_lengths(tensor.numel(), self.size)
-        work = self._reduce_scatter(self._reducible(tensor, op), op, lengths)
-        return work.then(lambda part: part.to(device=tensor.device, dtype=tensor.dtype))
+        values = self._reducible(tensor, op)
+        if min(lengths) < max(lengths):  # the engine knows equal parts
+            padded = values.new_zeros(self.size, max(lengths))
+            for row, piece in zip(padded, values.split(lengths), strict=True):
+                row[: len(piece)] = piece
+            values = padded.view(-1)
+        part = values.new_empty(max(lengths))
+        work = self._reduce_scatter(part, values, op)
+        return work.then(lambda _: part[: lengths[self.rank]].to(device=tensor.device, dtype=tensor.dtype))
+
+    def reduce_scatter_into(self, part: Tensor, values: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
+        """Fills `part`, n numbers, by this rank's part of the reduction of `values`, size x n numbers of one dtype.
+
+        Both are contiguous and 1-D. `part` may be that part of `values`, and what stands elsewhere in `values` then
+        means nothing; otherwise they stay as they are.
+        """
+        return self.reduce_scatter_into_async(part, values, op).wait()
+
+    def reduce_scatter_into_async(self, part: Tensor, values: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work[Tensor]:
+        self._check_parts(part, values)
+        if part.numel() == 0:
+            return Work.done(part)
+        reducible = self._reducible(values, op)
+        own = part.detach()
+        if reducible.data_ptr() != values.data_ptr():
+            own = reducible[self.rank * len(part) :][: len(part)]
+        return self._reduce_scatter(own, reducible, op).then(lambda _: copy_back(own, part))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, (size, *shape), in the order of ranks. Shapes are equal on all ranks."""
@@ -142,6 +167,22 @@ class Communicator(ABC):
         return self.all_gather_v_async(tensor, [tensor.shape[0] if tensor.dim() else 1] * self.size).then(
             lambda parts: torch.stack([part.reshape(tensor.shape) for part in parts])
         )
+
+    def all_gather_into(self, values: Tensor, part: Tensor) -> Tensor:
+        """Fills `values`, size x n elements, by the parts of all ranks, n elements each, in the order of ranks.
+
+        Both are contiguous, 1-D and of one dtype. `part` may be this rank's part of `values`.
+        """
+        return self.all_gather_into_async(values, part).wait()
+
+    def all_gather_into_async(self, values: Tensor, part: Tensor) -> Work[Tensor]:
+        self._check_parts(part, values)
+        if part.numel() == 0:
+            return Work.done(values)
+        reachable = self._reachable(values.detach())
+        own = self._reachable(part.detach())
+        work = self._all_gather_into(reachable.view(torch.uint8), own.view(torch.uint8))
+        return work.then(lambda _: copy_back(reachable, values))
 
     def all_gather_v(self, tensor: Tensor, lengths: Sequence[int] | None = None) -> list[Tensor]:
         """The tensors of all ranks, whose first dimensions may differ: `lengths[r]` on rank r.
@@ -326,10 +367,16 @@ class Communicator(ABC):
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]: ...
 
     @abstractmethod
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]: ...
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        """Equal parts. `values` stay as they are, unless `part` is this rank's part of them."""
 
     @abstractmethod
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
+
+    def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
+        """Equal parts, as bytes."""
+        gathered = self._all_gather(part, [len(part)] * self.size)
+        return gathered.then(lambda data: _copy(data, values))
 
     @abstractmethod
     def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
@@ -382,11 +429,24 @@ class Communicator(ABC):
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not one of the {self.size} ranks of this communicator")
 
+    def _check_parts(self, part: Tensor, values: Tensor) -> None:
+        _check_dtype(values)
+        are_flat = part.dim() == values.dim() == 1 and part.is_contiguous() and values.is_contiguous()
+        if not are_flat or part.dtype != values.dtype or len(values) != self.size * len(part):
+            raise ValueError(
+                f"a part {tuple(part.shape)} {part.dtype} of values {tuple(values.shape)} {values.dtype}: both must be "
+                f"1-D, contiguous and of one dtype, the values {self.size} times as long as the part of one rank"
+            )
+
     def _check_point_to_point(self, tensor: Tensor, peer: int) -> None:
         _check_dtype(tensor)
         self._check_rank(peer)
         if peer == self.rank:
             raise ValueError(f"rank {peer} cannot exchange messages with itself")
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
 
 
 def _check_dtype(tensor: Tensor) -> None:

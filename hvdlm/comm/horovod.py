@@ -144,12 +144,15 @@ class HorovodCommunicator(Communicator):
             return messages.all_reduce_async_(flat, op).then(lambda _: None)
         return self._start(_kind("all_reduce", flat), hvd.allreduce_async_, flat, op=_OPS[op]).then(lambda _: None)
 
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        if op is ReduceOp.SUM and min(lengths) > 0 and self._group_ranks == sorted(self._group_ranks):
-            return self._start(_kind("reduce_scatter", flat), hvd.reducescatter_async, flat, op=hvd.Sum).then(_owned)
-        # Horovod scatters only sums, in its own order of ranks and with no part empty.
-        reduced = flat.clone()
-        return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank])
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        def keep(reduced: Tensor) -> None:
+            part.copy_(_owned(reduced))
+
+        # Horovod scatters only sums, in its own order of ranks
+        if op is ReduceOp.SUM and self._group_ranks == sorted(self._group_ranks):
+            return self._start(_kind("reduce_scatter", values), hvd.reducescatter_async, values, op=hvd.Sum).then(keep)
+        reduced = values.clone()
+        return self._all_reduce(reduced, op).then(lambda _: keep(reduced.split(len(part))[self.rank]))
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         if messages := self._beside(data):

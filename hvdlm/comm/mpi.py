@@ -21,18 +21,21 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
 import mpi4py
+import numpy as np
 import torch
 from torch import Tensor
 
 from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import Communicator, ReduceOp, Work
 from hvdlm.comm.failure import DeadRankError, LostRankError, lost_rank_errors, result_within, say, wait_until
+from hvdlm.comm.payload import copy_back
 from hvdlm.errors import HvdlmError
 
 # What mpirun --with-ft ulfm tells its ranks
@@ -44,6 +47,7 @@ from mpi4py import MPI  # noqa: E402  which calls MPI_Init
 T = TypeVar("T")
 
 _OPS = {ReduceOp.SUM: MPI.SUM, ReduceOp.MAX: MPI.MAX}
+_REDUCE = {ReduceOp.SUM: np.add, ReduceOp.MAX: np.maximum}
 
 # MPI has neither IEEE half nor bfloat16 among its standard datatypes.
 _REDUCIBLE = frozenset({torch.float32, torch.int32, torch.int64, torch.uint8})
@@ -60,10 +64,11 @@ _WRONG_ARGUMENTS = frozenset(
     }
 )
 
-# Bytes of a message of all-to-all, below Open MPI's eager limit as connect.py sets it; and the tag of these messages,
-# which keeps them apart from those of `send`.
+# Bytes of a message of all-to-all, below Open MPI's eager limit as connect.py sets it
 _MESSAGE = 256 * 1024
-_TAG = 1
+
+# Tags of messages of all-to-all and of reduce-scatter, which keep them apart from those of `send` and of each other
+_TAG, _PARTS_TAG = 1, 2
 
 
 class MPICommunicator(Communicator):
@@ -146,21 +151,33 @@ class MPICommunicator(Communicator):
 
         return self._submit(run)
 
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        part = flat.new_empty(lengths[self.rank])
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        """By messages between all pairs: `Reduce_scatter` of Open MPI 5.0.11 takes several times as long
+        (benchmarks/LOG.md).
+        """
+        parts = values.split(len(part))
+        scratch = [torch.empty_like(part) for _ in range(min(2, self.size - 1))]
 
-        def run() -> Tensor:
-            if flat.nbytes <= LARGEST_MESSAGE:
-                self._group.Reduce_scatter(as_array(flat), as_array(part), list(lengths), _OPS[op])
-                return part
-            for owner, theirs in enumerate(flat.split(list(lengths))):
-                # all ranks have as many pieces of the owner's part as the owner itself
-                for piece, target in zip(_pieces(theirs), _pieces(part if owner == self.rank else theirs), strict=True):
-                    received = as_array(target) if owner == self.rank else None
-                    self._group.Reduce(as_array(piece), received, _OPS[op], owner)
-            return part
+        def run() -> None:
+            copy_back(parts[self.rank], part)
+            own, rounds = as_array(part), deque[list[MPI.Request]]()
+            for distance in range(1, self.size + 1):
+                if distance < self.size:
+                    rounds.append(self._exchange(parts, distance, scratch[distance % len(scratch)]))
+                if distance > 1:
+                    MPI.Request.Waitall(rounds.popleft())
+                    _REDUCE[op](own, as_array(scratch[(distance - 1) % len(scratch)]), out=own)
 
         return self._submit(run)
+
+    def _exchange(self, parts: Sequence[Tensor], distance: int, received: Tensor) -> list[MPI.Request]:
+        """Starts to send the rank `distance` after this one its part, and to receive from the one before."""
+        source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+        receives = [self._group.Irecv(as_array(piece), source, _PARTS_TAG) for piece in _pieces(received)]
+        return [
+            *receives,
+            *(self._group.Isend(as_array(piece), target, _PARTS_TAG) for piece in _pieces(parts[target])),
+        ]
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         gathered = data.new_empty(sum(lengths))
@@ -175,6 +192,20 @@ class MPICommunicator(Communicator):
                 for piece in _pieces(part):
                     self._group.Bcast(as_array(piece), owner)
             return gathered
+
+        return self._submit(run)
+
+    def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
+        parts = values.split(len(part))
+
+        def run() -> None:
+            copy_back(part, parts[self.rank])
+            if values.nbytes <= LARGEST_MESSAGE:
+                self._group.Allgather(MPI.IN_PLACE, as_array(values))
+                return
+            for owner, theirs in enumerate(parts):
+                for piece in _pieces(theirs):
+                    self._group.Bcast(as_array(piece), owner)
 
         return self._submit(run)
 

@@ -38,8 +38,9 @@ class SoloCommunicator(Communicator):
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
         return Work.done(None)
 
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        return Work.done(flat.clone())
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        part.copy_(values)
+        return Work.done(None)
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         return Work.done(data.clone())

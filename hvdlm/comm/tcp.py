@@ -93,12 +93,15 @@ class TcpCommunicator(Communicator):
 
         return self._submit(run)
 
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        parts: Sequence[Tensor] = flat.clone().split(list(lengths))
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        own = values[self.rank * len(part) :][: len(part)]
+        is_within = own.data_ptr() == part.data_ptr()
+        parts = (values if is_within else values.clone()).split(len(part))
 
-        def run() -> Tensor:
+        def run() -> None:
             self._reduce_to_owners(parts, op)
-            return parts[self.rank].clone()
+            if not is_within:
+                part.copy_(parts[self.rank])
 
         return self._submit(run)
 

@@ -31,6 +31,7 @@ _WATCHDOG_MARGIN = timedelta(seconds=60)
 
 # torch 2.13 renamed it, and warns at each call by the old name.
 _all_gather_equal = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_equal = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _gloo_waits = GlooWaits()
 
@@ -50,6 +51,7 @@ class TorchCommunicator(Communicator):
             group.set_timeout(timedelta(seconds=ENGINE_TIMEOUT))
         self._members = list(members)
         self._group_ranks = group_ranks(members)
+        self._is_in_group_order = self._group_ranks == list(range(len(members)))
         gpu = {"cuda"} if "nccl" in dist.get_backend_config(group) else set()
         if gpu:
             # NCCL's own watchdog ends the process without a sentence: it is to come second, after `arrival`
@@ -95,10 +97,17 @@ class TorchCommunicator(Communicator):
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
         return self._start(dist.all_reduce, flat, _OPS[op], async_op=True)
 
-    def _reduce_scatter(self, flat: Tensor, op: ReduceOp, lengths: Sequence[int]) -> Work[Tensor]:
-        # Gloo cannot scatter, NCCL only equal parts: the whole is reduced, and one part of it kept.
-        reduced = flat.clone()
-        return self._all_reduce(reduced, op).then(lambda _: torch.split(reduced, list(lengths))[self.rank].clone())
+    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
+        if values.is_cuda and self._is_in_group_order:
+            return self._start(_reduce_scatter_equal, part, values, _OPS[op], async_op=True)
+        # Gloo's own takes as many bytes and as long as its all-reduce (PyTorch 2.13); this takes half of both
+        rows = self._all_to_all(values.split(len(part)), [len(part)] * self.size)
+
+        def reduce(rows: list[Tensor]) -> None:
+            joined = torch.stack(rows)
+            torch.sum(joined, 0, out=part) if op is ReduceOp.SUM else torch.amax(joined, 0, out=part)
+
+        return rows.then(reduce)
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         # Both backends gather equal parts only: shorter ones are padded to the longest.
@@ -113,6 +122,11 @@ class TorchCommunicator(Communicator):
 
         work = self._start(_all_gather_equal, rows, padded, async_op=True)
         return work.then(lambda _: in_rank_order())
+
+    def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
+        if not self._is_in_group_order:
+            return super()._all_gather_into(values, part)
+        return self._start(_all_gather_equal, values, part, async_op=True)
 
     def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
         by_group_rank = [self._group_ranks.index(each) for each in range(self.size)]

@@ -105,20 +105,16 @@ class Exchange:
                 self._count(self._ring.reduce_scatter_(values))
                 return
             self._count((self.size - 1) * values.nbytes // self.size)
-            self.part_of(values).copy_(self._communicator.reduce_scatter(values))
+            self._communicator.reduce_scatter_into(self.part_of(values), values)
 
     def all_gather_(self, values: Tensor) -> None:
         """Fills each rank's part of `values` (1-D, contiguous, as many for each rank) by what that rank has there."""
         with self._counted("all-gather"):
-            if self._ring is not None:  # it sleeps while it waits, where engines spin
+            if self._ring is not None and self.prefers_ring(values.numel()):
                 self._count(self._ring.all_gather_(values))
                 return
             self._count((self.size - 1) * values.nbytes // self.size)
-            own = self.part_of(values)
-            gathered = self._communicator.all_gather_v(own, [len(own)] * self.size)
-            for rank, part in enumerate(gathered):
-                if rank != self.rank:
-                    values[rank * len(own) :][: len(own)].copy_(part)
+            self._communicator.all_gather_into(values, self.part_of(values))
 
     def part_of(self, values: Tensor) -> Tensor:
         """This rank's part of a tensor that has as many elements for each: a view."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import pytest
 import torch
 from checks import CAPABILITIES, check
 
@@ -88,6 +89,34 @@ def check_reduce_scatter(comm: Communicator) -> None:
                 part = comm.reduce_scatter_async(source, op).wait()
                 same(part, whole[start:stop])
                 same(source, values(comm.rank, (count,), dtype))
+
+
+def check_equal_parts(comm: Communicator) -> None:
+    """Into tensors of their own, which leaves `values` as they are, and into this rank's part of them."""
+    for dtype in DTYPES:
+        for count in (0, 1, 3, 70_000):
+            own = slice(comm.rank * count, (comm.rank + 1) * count)
+            for op in ReduceOp:
+                expected = reduced(comm.size, (comm.size * count,), dtype, op)[own]
+                source = values(comm.rank, (comm.size * count,), dtype)
+                apart = torch.zeros(count, dtype=dtype)
+                same(comm.reduce_scatter_into(apart, source, op), expected)
+                same(source, values(comm.rank, (comm.size * count,), dtype))
+                comm.reduce_scatter_into_async(source[own], source, op).wait()
+                same(source[own], expected)
+            everyone = torch.cat([values(rank, (count,), dtype) for rank in range(comm.size)])
+            gathered = torch.zeros_like(everyone)
+            same(comm.all_gather_into(gathered, values(comm.rank, (count,), dtype)), everyone)
+            gathered = torch.zeros_like(everyone)
+            gathered[own] = values(comm.rank, (count,), dtype)
+            comm.all_gather_into_async(gathered, gathered[own]).wait()
+            same(gathered, everyone)
+    for part, whole in (
+        (torch.zeros(2), torch.zeros(2 * comm.size + 1)),
+        (torch.zeros(2, 1), torch.zeros(2, comm.size)),
+    ):
+        with pytest.raises(ValueError, match="1-D, contiguous"):
+            comm.reduce_scatter_into(part, whole)
 
 
 def check_all_gather(comm: Communicator) -> None:

@@ -19,7 +19,7 @@ from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.mpi import MPICommunicator
 from hvdlm.errors import HvdlmError
 
-CALLS = {"Allreduce", "Reduce", "Reduce_scatter", "Allgatherv", "Bcast", "Isend", "Irecv"}
+CALLS = {"Allreduce", "Allgather", "Allgatherv", "Bcast", "Isend", "Irecv"}
 
 
 class Recorder:
@@ -52,6 +52,7 @@ def check_long_messages_go_in_pieces(comm: Communicator) -> None:
         for body in (
             communicator_body.check_all_reduce,
             communicator_body.check_reduce_scatter,
+            communicator_body.check_equal_parts,
             communicator_body.check_all_gather,
             communicator_body.check_broadcast,
             communicator_body.check_messages,
@@ -92,6 +93,7 @@ def check_inline_collectives(comm: Communicator) -> None:
     for body in (
         communicator_body.check_all_reduce,
         communicator_body.check_reduce_scatter,
+        communicator_body.check_equal_parts,
         communicator_body.check_all_gather,
         communicator_body.check_broadcast,
         communicator_body.check_objects,
