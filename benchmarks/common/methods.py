@@ -1,5 +1,6 @@
 """Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`, `dion`, `zero2`,
-`zero3:int8`, `tensor`, `pipeline`.
+`zero3:int8`,
+`zero1:int4:int4` (codecs of gradients and of weights), `tensor`, `pipeline`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Method:
     codec: str  # or "dion"
     local_steps: Mapping[str, int]  # settings of that section; none: every step
     zero: int = 0  # ZeRO stage
+    weights: str = "none"  # with ZeRO, compression.weights
     dividing: str = ""  # one of `_DIVIDING`
 
     @property
@@ -47,10 +49,10 @@ class Method:
 
     def apply(self, config: Config, ranks: int = 1) -> Config:
         """`config` with this method's settings, where they are not set already; `ranks`: that divide a model."""
-        chosen: dict[str, Any] = {"codec": self.codec}
+        chosen: dict[str, Any] = {"codec": self.codec, "weights": self.weights}
         optimizer = config.optimizer
         if self.codec == _DION:
-            chosen = {"codec": _CODEC_BESIDE_DION}
+            chosen["codec"] = _CODEC_BESIDE_DION
             optimizer = optimizer.model_copy(update={"algorithm": _DION})
         if self.codec in _LATE_CODECS and not self.local_steps:
             first = config.train.steps // 5
@@ -72,11 +74,12 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, dion, zeroSTAGE[:CODEC], tensor or pipeline. Raises
-    HvdlmError for anything else.
+    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, dion, zeroSTAGE[:CODEC[:WEIGHTS]], tensor or pipeline.
+    Raises HvdlmError for anything else.
     """
-    if sharded := re.fullmatch(r"zero([123])(?::(\w+))?", text):
-        return Method(text, sharded[2] or "none", {}, zero=int(sharded[1]))
+    if sharded := re.fullmatch(r"zero([123])(?::(\w+))?(?::(\w+))?", text):
+        stage, codec, weights = sharded.groups(default="none")
+        return Method(text, codec, {}, zero=int(stage), weights=weights)
     if text in _DIVIDING:
         return Method(text, "none", {}, dividing=text)
     found = re.fullmatch(r"(.+?)(?:/(\d+)(?:/(\d+)(?:/(\d+))?)?)?", text)

@@ -196,16 +196,18 @@ class MPICommunicator(Communicator):
         return self._submit(run)
 
     def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
+        """By messages between all pairs, which leave `part` as it is throughout: `Allgather` in place moves it to and
+        fro, and others may read it meanwhile.
+        """
         parts = values.split(len(part))
 
         def run() -> None:
             copy_back(part, parts[self.rank])
-            if values.nbytes <= LARGEST_MESSAGE:
-                self._group.Allgather(MPI.IN_PLACE, as_array(values))
-                return
-            for owner, theirs in enumerate(parts):
-                for piece in _pieces(theirs):
-                    self._group.Bcast(as_array(piece), owner)
+            requests = []
+            for distance in range(1, self.size):
+                source = (self.rank - distance) % self.size
+                requests += self._exchange([part] * self.size, distance, parts[source])
+            MPI.Request.Waitall(requests)
 
         return self._submit(run)
 

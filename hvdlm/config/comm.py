@@ -47,6 +47,11 @@ class CompressionSection(Section):
         "none",
         description="none, fp16, bf16, int8, int4, int2, topk, topk2, powersgd, auto, or FILE.py:CLASS of your own",
     )
+    weights: Literal["none", "int8", "int4", "int2"] = Field(
+        "none",
+        description="with parallel.shard, how matrices come from their owners: what has changed of them, rounded, "
+        "where ranks keep weights; in stage 3 the numbers themselves, by int8; none: in the precision of products",
+    )
     candidates: str = Field(
         "none,fp16,int4",
         description="codecs among which auto chooses by measurement; those that cost loss only if listed",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def parallel_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
-    parallel = config.parallel
+    parallel, weights = config.parallel, config.compression.weights
     return {
         "[parallel] divides a model among ranks, local_steps.every has them train copies of their own: set one of "
         "them": parallel.is_used and bool(config.local_steps.every),
@@ -18,6 +18,9 @@ def parallel_misfits(config: Config) -> dict[str, bool]:
         "or parallel.pipeline": parallel.is_used and config.comm.elastic,
         **(_of_shards(config) if parallel.shard else {}),
         **(_of_divided_models(config) if parallel.tensor > 1 or parallel.pipeline > 1 else {}),
+        f"compression.weights = {weights!r} is how owners send weights: set parallel.shard with it": (
+            weights != "none" and not parallel.shard
+        ),
         **_of_tensor_ranks(config),
         **(_of_pipelines(config) if parallel.pipeline > 1 else {}),
     }
@@ -30,6 +33,10 @@ def _of_shards(config: Config) -> dict[str, bool]:
         "set it to another one": algorithm in ("muon", "dion"),
         f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
         "none, fp16, bf16, int8, int4 or int2": codec in ("auto", "topk", "topk2", "powersgd"),
+        f"compression.weights = {config.compression.weights!r} is for what has changed of weights, which ranks do not "
+        "keep with parallel.shard = 3: set it to int8 or none": (
+            config.parallel.shard == 3 and config.compression.weights in ("int4", "int2")
+        ),
         "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
             config.compression.hierarchical
         ),

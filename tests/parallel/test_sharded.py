@@ -34,6 +34,8 @@ def test_killed_and_resumed(stage: int, codec: str, ranks: Ranks, small_data: Pa
     """Bit for bit, with dropout and an average, and the same curve as ranks that each have all."""
     settings = {**SAVING, "checkpoint__keep": 9, "model__width": 64, "optimizer__lr": 0.002, "train__ema": 0.9}
     settings |= {"compression__codec": codec, "train__precision": CODECS[codec], "train__evaluate_every": 25}
+    if codec != "none":
+        settings["compression__weights"] = "int8" if stage == 3 else "int4"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = ranks.train(2, small_data, whole, parallel__shard=stage, **settings)
     assert result.status == 0, result.output
@@ -46,6 +48,7 @@ def test_killed_and_resumed(stage: int, codec: str, ranks: Ranks, small_data: Pa
     assert validated[0] == validated[1] and len(validated[0]) == 2
     if stage == 3:
         plain = tmp_path / "plain"
+        settings.pop("compression__weights", None)
         assert ranks.train(2, small_data, plain, **settings).status == 0
         assert_same_curve(losses(whole), losses(plain), relative=1e-4 if codec == "none" else 0.02)
 

@@ -14,10 +14,12 @@ from hvdlm.gradients.codecs.integer import (
     NumbersEncoding,
     add_blocks,
     add_blocks_with_torch,
+    add_to_weights,
     count_bytes,
     count_scales,
     round_blocks,
     round_blocks_with_torch,
+    round_differences,
     scale_dtype,
 )
 
@@ -172,3 +174,36 @@ def test_loops_and_torch_operations_agree(bits: int, block: int, length: int) ->
         assert residual[inside].norm() <= 0.45 * (new + old_residual)[inside].norm()
     else:
         assert residual[inside].abs().max() <= 0.5001 * scales.max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 1000])
+def test_differences_are_rounded_as_by_two_steps(bits: int, length: int) -> None:
+    """In one loop: bfloat16 weights from float32 numbers, by the message of their difference, rounded once more."""
+    part = make_part(256, (3, 3 + length))
+    numbers = torch.randn(length + 5, generator=torch.Generator().manual_seed(length))
+    weights = (numbers + 0.01 * numbers.flip(0)).bfloat16()
+    weights[3] = 0
+    scales, integers = room(part, bits)
+    error = torch.zeros_like(numbers)
+    round_blocks_with_torch(part, bits, numbers - weights.float(), error, scales, integers)
+    message = torch.zeros(4 * len(scales) + len(integers) + 3, dtype=torch.uint8)
+    round_differences(part, bits, numbers, weights, message)
+    assert message[: 4 * len(scales)].view(torch.float32).equal(scales)
+    assert message[4 * len(scales) : -3].equal(integers)
+
+    expected = weights.float()
+    add_blocks_with_torch(part, bits, [(scales, integers)], expected, from_zero=False)
+    add_to_weights(part, bits, message, weights)
+    assert weights.equal(expected.bfloat16())
+
+
+def test_differences_that_are_not_finite() -> None:
+    """All ranks then have NaN for the block, and no other."""
+    part = make_part(256, (0, 512))
+    numbers, weights = torch.ones(512), torch.ones(512).bfloat16()
+    numbers[300] = math.inf
+    message = torch.zeros(8 + 256, dtype=torch.uint8)
+    round_differences(part, 4, numbers, weights, message)
+    add_to_weights(part, 4, message, weights)
+    assert weights[:256].eq(1).all() and weights[256:].isnan().all()

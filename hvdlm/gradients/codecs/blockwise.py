@@ -153,6 +153,7 @@ class BlockwiseCodec(Codec):
         self._residual = torch.zeros_like(bucket.buffer)
         self._parts: list[Part] = []
         self._owned: list[Part] = []  # of as many elements for each rank
+        self._own_before: Tensor | None = None  # the residual of what this rank owns, before the last sum
 
     def state(self) -> dict[str, Tensor]:
         return {"residual": self._residual} if self.settings.error_feedback else {}
@@ -180,9 +181,24 @@ class BlockwiseCodec(Codec):
         if len(self._owned) != exchange.size:
             self._owned = split_evenly(self.bucket, self._block, exchange.size)
         own, residual = exchange.part_of(gradients), exchange.part_of(self._residual)
-        own.add_(residual)
-        residual.zero_()
+        self._own_before = residual.clone() if residual.any() else None  # of an earlier layout: an owner leaves none
+        if self._own_before is not None:
+            own.add_(residual)
+            residual.zero_()
         self._sum_at_owner_(encoding, self._owned, gradients, exchange)
+
+    def can_take_back(self, gradients: Tensor) -> bool:
+        return uses_loops(gradients)
+
+    def take_back_(self, gradients: Tensor, rank: int) -> None:
+        for owner, part in enumerate(self._owned):
+            if owner != rank:
+                self._residual[part.dense] = gradients[part.dense]
+                for start, stop in part.spans.tolist():
+                    self._residual[start:stop] = gradients[start:stop]
+        if self._own_before is not None:
+            length = len(gradients) // len(self._owned)
+            self._residual[rank * length :][:length] = self._own_before
 
     def _reduce_by_owners(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         parts = self._split(exchange.size)

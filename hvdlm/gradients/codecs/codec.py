@@ -52,6 +52,16 @@ class Codec(ABC):
             "set compression.codec to none, fp16, bf16, int8, int4 or int2"
         )
 
+    def can_take_back(self, gradients: Tensor) -> bool:
+        """Whether `take_back_` undoes `reduce_to_owners_`."""
+        return False
+
+    def take_back_(self, gradients: Tensor, rank: int) -> None:
+        """What is kept is what it was before `reduce_to_owners_`. `gradients`: as that has left them, but for the part
+        of this rank, `rank` of those that own parts.
+        """
+        raise NotImplementedError
+
     def state(self) -> dict[str, Tensor]:
         """What is kept for the next step, by name: tensors that are flat and as long as the bucket's buffer.
 

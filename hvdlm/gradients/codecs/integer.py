@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Integer(BlockwiseCodec):
     def __init__(self, bits: int, bucket: Bucket, settings: CompressionSection) -> None:
         """`bits`: 2, 4 or 8."""
         super().__init__(bucket, settings, LONGEST_BLOCK)
-        self._encoding = _IntegerEncoding(bits)
+        self._encoding = IntegerEncoding(bits)
         if bucket.buffer.is_cpu:
             compile_for_cpu(bits)
 
@@ -60,7 +61,7 @@ class Integer(BlockwiseCodec):
         self.reduce_to_owners_by_(self._encoding, gradients, exchange)
 
 
-class _IntegerEncoding(BlockEncoding):
+class IntegerEncoding(BlockEncoding):
     """The scales of all blocks, then their integers."""
 
     def __init__(self, bits: int) -> None:
@@ -70,26 +71,22 @@ class _IntegerEncoding(BlockEncoding):
         return _SCALE_BYTES * count_scales(part) + count_bytes(part, self._bits)
 
     def encode(self, part: Part, gradients: Tensor, residual: Tensor, message: Tensor) -> None:
-        round_blocks(part, self._bits, gradients, residual, *self._sections(part, message))
+        round_blocks(part, self._bits, gradients, residual, *_sections(part, self._bits, message))
 
     def is_finite(self, part: Part, message: Tensor) -> Tensor:
-        scales, _ = self._sections(part, message)
+        scales, _ = _sections(part, self._bits, message)
         return scales.isfinite().all()
 
     def add(self, part: Part, messages: Sequence[Tensor], gradients: Tensor, from_zero: bool) -> None:
-        sections = [self._sections(part, message) for message in messages]
+        sections = [_sections(part, self._bits, message) for message in messages]
         add_blocks(part, self._bits, sections, gradients, from_zero)
-
-    def _sections(self, part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
-        length = _SCALE_BYTES * count_scales(part)
-        return message[:length].view(scale_dtype(self._bits)), message[length:]
 
 
 class NumbersEncoding:
-    """Any numbers, without error feedback, as `_IntegerEncoding` encodes the blocks of a bucket."""
+    """Any numbers, without error feedback, as `IntegerEncoding` encodes the blocks of a bucket."""
 
     def __init__(self, bits: int) -> None:
-        self._encoding = _IntegerEncoding(bits)
+        self._encoding = IntegerEncoding(bits)
 
     def nbytes(self, elements: int) -> int:
         return self._encoding.nbytes(_all_of(elements))
@@ -108,6 +105,12 @@ def _all_of(elements: int) -> Part:
 def scale_dtype(bits: int) -> torch.dtype:
     """Of the scale of a block of 8 or 4 bits, or of the two levels of one of 2 bits, the smaller one first."""
     return torch.bfloat16 if bits == 2 else torch.float32
+
+
+def _sections(part: Part, bits: int, message: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of all blocks, and their integers."""
+    length = _SCALE_BYTES * count_scales(part)
+    return message[:length].view(scale_dtype(bits)), message[length : length + count_bytes(part, bits)]
 
 
 def count_scales(part: Part) -> int:
@@ -153,6 +156,25 @@ def add_blocks(
         loops.add_integers(
             *blocks, bits, from_zero, tuple(as_array(each) for each, _ in messages), integers, as_array(target)
         )
+
+
+def round_differences(part: Part, bits: int, numbers: Tensor, weights: Tensor, message: Tensor) -> None:
+    """Encodes the blocks of `numbers` (float32) - `weights` (bfloat16), on a CPU, by 4 or 8 bits, into `message`."""
+    scales, integers = _sections(part, bits, message)
+    arrays = as_array(numbers), _bits_of(weights), as_array(scales), as_array(integers)
+    loops.round_differences(part.block, as_array(part.spans), bits, *arrays)
+
+
+def add_to_weights(part: Part, bits: int, message: Tensor, weights: Tensor) -> None:
+    """Adds the decoded blocks of a message of `round_differences` to `weights`."""
+    scales, integers = _sections(part, bits, message)
+    arrays = as_array(scales), as_array(integers), _bits_of(weights)
+    loops.add_to_weights(part.block, as_array(part.spans), bits, *arrays)
+
+
+def _bits_of(numbers: Tensor) -> np.ndarray:
+    """16-bit numbers as unsigned integers, over the same memory."""
+    return as_array(numbers.view(torch.int16)).view(np.uint16)
 
 
 def compile_for_cpu(bits: int) -> None:

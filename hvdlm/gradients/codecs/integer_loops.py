@@ -105,6 +105,90 @@ def add_integers(
 
 
 @compiled()
+def round_differences(
+    block: int,
+    spans: np.ndarray,
+    bits: int,
+    numbers: np.ndarray,
+    weights: np.ndarray,
+    scales: np.ndarray,
+    integers: np.ndarray,
+) -> None:
+    """As `round_to_integers`, of `numbers` - `weights`, which both stay as they are. `weights`: bits of bfloat16."""
+    values = np.empty(LONGEST_BLOCK, np.float32)
+    top = np.float32(2 ** (bits - 1) - 1)
+    number = first = 0
+    for span in range(len(spans)):
+        end = spans[span, 1]
+        for start in range(spans[span, 0], end, block):
+            length = min(block, end - start)
+            largest = _subtract(numbers[start : start + length], weights[start : start + length], values)
+            values[length:] = 0
+            magnitude = np.int32(largest).view(np.float32)
+            out = integers[first : first + (length * bits + 7) // 8]
+            if magnitude >= TINY and largest < _TOO_LARGE:
+                scale, inverse = np.float32(magnitude / top), np.float32(top / magnitude)
+                if bits == 8:
+                    _round_to_bytes(values, scale, inverse, out)
+                else:
+                    _round_to_nibbles(values[: len(out)], values[len(out) :], scale, inverse, out)
+            else:
+                scale = np.float32(0) if largest < _TOO_LARGE else np.float32(np.nan)
+                out[:] = 0 if bits == 8 else 136
+            scales[number] = scale
+            number += 1
+            first += len(out)
+
+
+@compiled()
+def add_to_weights(
+    block: int, spans: np.ndarray, bits: int, scales: np.ndarray, integers: np.ndarray, weights: np.ndarray
+) -> None:
+    """As `add_integers` of one message, in float32, of which `weights` keep the nearest bfloat16: their bits."""
+    values = np.empty(LONGEST_BLOCK, np.float32)
+    number = first = 0
+    for span in range(len(spans)):
+        end = spans[span, 1]
+        for start in range(spans[span, 0], end, block):
+            own = weights[start : min(start + block, end)]
+            codes = integers[first : first + (len(own) * bits + 7) // 8]
+            for index in range(len(own)):
+                values[index] = _float_of_bf16(own[index])
+            if bits == 8:
+                _add_bytes(codes, scales[number], values)
+            else:
+                _add_nibbles(codes, scales[number], values[: len(codes)], values[len(codes) :])
+            for index in range(len(own)):
+                own[index] = _bf16_bits(np.float32(values[index]).view(np.int32))
+            number += 1
+            first += len(codes)
+
+
+@compiled()
+def _subtract(numbers: np.ndarray, weights: np.ndarray, values: np.ndarray) -> np.int32:
+    """Fills `values` by the differences; returns the bits of the largest magnitude."""
+    largest = np.int32(0)
+    for index in range(len(numbers)):
+        difference = np.float32(numbers[index] - _float_of_bf16(weights[index]))
+        values[index] = difference
+        largest = max(largest, np.int32(difference.view(np.int32) & MAGNITUDE))
+    return largest
+
+
+@compiled()
+def _float_of_bf16(bits: np.uint16) -> np.float32:
+    return np.int32(np.int32(bits) << np.int32(16)).view(np.float32)
+
+
+@compiled()
+def _bf16_bits(bits: np.int32) -> np.uint16:
+    """The nearest bfloat16 of a float32's bits, ties to even."""
+    rounded = np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+    is_nan = (bits & np.int32(MAGNITUDE)) > np.int32(0x7F800000)
+    return np.uint16(np.int32(0x7FC0) if is_nan else rounded)
+
+
+@compiled()
 def round_to_levels(
     block: int,
     spans: np.ndarray,

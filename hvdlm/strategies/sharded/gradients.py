@@ -55,9 +55,12 @@ class ShardedGradients:
         self._is_final = False  # whether gradients are sent when they are made
         self._has_sum = [False] * len(partitions)  # of an earlier pass of this step
         self._is_last_pass = False
+        self._rank = channels[0].exchange.rank
         self._dense = [Dense(partition, codec.settings) for partition, codec in zip(partitions, codecs, strict=True)]
         self._between_copies: list[Work[None]] = []
+        # By which what codecs have kept in the step under way can be taken back: copies, or what is left in buffers
         self._residuals_before: list[tuple[Tensor, Tensor]] = []
+        self._sent: list[tuple[Partition, Codec]] = []
 
     # ---- one step
 
@@ -66,11 +69,12 @@ class ShardedGradients:
         for parameter in self._slots:
             parameter.grad = None
         self._has_sum = [False] * len(self.partitions)
-        self._is_last_pass, self._is_final = False, not self._keeps_whole
+        self._is_last_pass, self._is_final, self._sent = False, not self._keeps_whole, []
         self._begin_pass()
         self._residuals_before = [
             (kept, kept.clone())
-            for codec in self.codecs
+            for partition, codec in zip(self.partitions, self.codecs, strict=True)
+            if not self._can_take_back(partition, codec)
             for kept in [*codec.state().values(), *codec.extra_state().values()]
         ]
 
@@ -100,9 +104,14 @@ class ShardedGradients:
         """Once the norm of all gradients is known, in a step whose gradients are left out unless it `is_finite`, a bool
         scalar: then what codecs have kept is what it was before.
         """
-        for kept, before in self._residuals_before:
-            kept.copy_(torch.where(is_finite, kept, before))
-        self._residuals_before = []
+        if not is_finite.is_cpu:
+            for kept, before in self._residuals_before:
+                kept.copy_(torch.where(is_finite, kept, before))
+            self._residuals_before = []
+        elif is_finite:
+            self._residuals_before, self._sent = [], []
+        else:
+            self.take_back()
 
     def take_back(self) -> None:
         """Of a step that ends before its gradients are complete, what codecs have kept is what it was before."""
@@ -111,6 +120,13 @@ class ShardedGradients:
         for kept, before in self._residuals_before:
             kept.copy_(before)
         self._residuals_before = []
+        for partition, codec in self._sent:
+            codec.take_back_(partition.buffer, self._rank)
+        self._sent = []
+
+    def _can_take_back(self, partition: Partition, codec: Codec) -> bool:
+        """Whether what is left of gradients in the buffer tells what the codec has kept before."""
+        return self._keeps_whole and codec.can_take_back(partition.buffer)
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiplies all gradients by a number."""
@@ -173,6 +189,8 @@ class ShardedGradients:
         partition, codec = self.partitions[index], self.codecs[index]
         partition.fill_up_(partition.buffer)
         channel = self.channels[index % len(self.channels)]
+        if self._can_take_back(partition, codec):
+            self._sent.append((partition, codec))
 
         def reduce() -> None:
             with channel.timed(f"bucket {index + 1}"):

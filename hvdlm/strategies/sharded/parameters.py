@@ -18,14 +18,22 @@ from hvdlm.comm.communicator import Work
 from hvdlm.gradients.channel import Channel
 from hvdlm.model.parameter_access import EMBEDDING, ParameterAccess, Part
 from hvdlm.strategies.sharded.partition import Partition, free, hold
+from hvdlm.strategies.sharded.rounded_weights import RoundedWeights
 
 
 class ShardedParameters(ParameterAccess):
     """The partitions of a model, and which of them its parts read."""
 
-    def __init__(self, readers: Mapping[Part, Sequence[Partition]], channels: Sequence[Channel]) -> None:
-        """`readers`: the partitions that each part of the model reads, in the order of the forward pass."""
-        self._readers = readers
+    def __init__(
+        self,
+        readers: Mapping[Part, Sequence[Partition]],
+        channels: Sequence[Channel],
+        rounded: RoundedWeights | None = None,
+    ) -> None:
+        """`readers`: the partitions that each part of the model reads, in the order of the forward pass. `rounded`: how
+        weights are sent; None: as they are.
+        """
+        self._readers, self._rounded = readers, rounded
         self._order = list(readers)
         every = dict.fromkeys(partition for partitions in readers.values() for partition in partitions)
         self._partitions = [*every]
@@ -36,11 +44,22 @@ class ShardedParameters(ParameterAccess):
 
     def publish(self) -> None:
         """Masters have changed: gathers what is kept, and forgets the rest. Collective."""
+        self._publish(self._rounded)
+
+    def publish_unrounded(self, masters: bool = True) -> None:
+        """The same, without rounding; unless `masters`, kept weights as their owners have them now. Collective."""
+        for partition in self._partitions:
+            self._forget(partition)
+            if masters and partition.is_kept:
+                partition.weights[partition.part].copy_(partition.master)
+        self._publish(None)
+
+    def _publish(self, rounded: RoundedWeights | None) -> None:
         for partition in self._partitions:
             self._forget(partition)
         for partition in self._partitions:
             if partition.is_kept:
-                self._begin(partition)
+                self._begin(partition, rounded)
 
     def wait(self) -> None:
         """Returns when what is kept has arrived."""
@@ -77,26 +96,28 @@ class ShardedParameters(ParameterAccess):
         for partition in partitions:
             if partition not in self._present:
                 if partition not in self._arriving:
-                    self._begin(partition)
+                    self._begin(partition, self._rounded)
                 self._arriving.pop(partition).wait()
                 self._present.add(partition)
 
     def _prefetch(self, part: Part) -> None:
         for partition in self._readers[part]:
             if partition not in self._present and partition not in self._arriving:
-                self._begin(partition)
+                self._begin(partition, self._rounded)
 
-    def _begin(self, partition: Partition) -> None:
+    def _begin(self, partition: Partition, rounded: RoundedWeights | None) -> None:
         hold(partition.weights)
-        own = partition.weights[partition.part]
-        if own.data_ptr() != partition.master.data_ptr():
-            own.copy_(partition.master)
+        if self._rounded is None and not partition.master_is_part:
+            partition.weights[partition.part].copy_(partition.master)
         channel = self._channels[self._next_channel % len(self._channels)]
         self._next_channel += 1
 
         def gather() -> None:
             with channel.timed("weights"):
-                channel.exchange.all_gather_(partition.weights)
+                if rounded is None:
+                    channel.exchange.all_gather_(partition.weights)
+                else:
+                    rounded.gather(partition, channel.exchange)
 
         self._arriving[partition] = channel.run(gather)
 

@@ -35,8 +35,8 @@ class Partition(Bucket):
     """The parameters of a module that are gathered, and whose gradients are summed, together.
 
     `buffer`: their gradients, float32. `weights`: what this rank computes with, in the dtype in which it is gathered.
-    Both are as long as all parts, and have memory only between `hold` and `free`. `master`: this rank's part of the
-    float32 parameters.
+    Both are as long as all parts, `total` numbers and what fills up the last part, and have memory only between `hold`
+    and `free`. `master`: this rank's part of the float32 parameters.
     """
 
     def __init__(
@@ -47,14 +47,15 @@ class Partition(Bucket):
         rank: int,
         ranks: int,
         is_kept: bool,
+        is_rounded: bool = False,
     ) -> None:
         """`parameters`: by name; shapes are all that is asked of them. `rank`: this one of the `ranks` that own parts.
-        `is_kept`: whether `weights` stay from step to step.
+        `is_kept`: whether `weights` stay from step to step. `is_rounded`: whether they may differ from the masters.
         """
         self.is_kept = is_kept
         self.names, self.parameters = list(parameters), list(parameters.values())
-        self._total = sum(parameter.numel() for parameter in self.parameters)
-        length = -(-self._total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
+        self.total = sum(parameter.numel() for parameter in self.parameters)
+        length = -(-self.total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
         self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
         self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
         self.part = slice(rank * length, (rank + 1) * length)
@@ -62,15 +63,16 @@ class Partition(Bucket):
         self.slots, self.own_slot = self.split(self.buffer), self.buffer[self.part]
         self.pieces = dict(self._pieces())
         own = self.weights[self.part]
-        self.master = own if is_kept and dtype == torch.float32 else torch.zeros_like(own, dtype=torch.float32)
+        self.master_is_part = is_kept and dtype == torch.float32 and not is_rounded
+        self.master = own if self.master_is_part else torch.zeros_like(own, dtype=torch.float32)
         self.pending = len(self.parameters)  # gradients that the pass under way has not made
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        return super().split(flat[: self._total])  # what remains fills up the last part
+        return super().split(flat[: self.total])  # what remains fills up the last part
 
     def fill_up_(self, flat: Tensor) -> None:
         """Zeros what is of no parameter, at the end of a tensor as long as all parts."""
-        flat[self._total :].zero_()
+        flat[self.total :].zero_()
 
     def load(self, name: str, values: Tensor) -> None:
         """Takes over what this rank owns of a parameter. `values`: all of it."""

@@ -16,14 +16,14 @@ from hvdlm.strategies.sharded.partition import Partition, free
 
 
 def make_partitions(
-    model: Transformer, device: torch.device, stage: int, bucket_bytes: int, owners: Communicator
+    model: Transformer, device: torch.device, stage: int, bucket_bytes: int, owners: Communicator, are_rounded: bool
 ) -> list[Partition]:
     """Partitions of all parameters of `model`, in the order in which a backward pass completes their gradients.
 
     The model then computes with their `weights`. In 16 bits those of linear layers, and their biases, are gathered in
     16 bits, and the float32 parameters have no memory at all: they are there for their shapes and gradients. In stages
     1 and 2 a partition has about `bucket_bytes` of gradients; in stage 3 it is what one part of the model reads, and
-    parameters of norms, which are small, are kept.
+    parameters of norms, which are small, are kept. `are_rounded`: whether weights may differ from the masters.
     """
     parameters = dict(model.named_parameters())
     linear = {
@@ -51,7 +51,7 @@ def make_partitions(
     made = []
     for group, is_kept in groups:
         dtype = model.dtype if linear.issuperset(group) else torch.float32
-        partition = Partition(group, device, dtype, owners.rank, owners.size, is_kept)
+        partition = Partition(group, device, dtype, owners.rank, owners.size, is_kept, are_rounded)
         if stage > 1:
             free(partition.buffer)  # before the next one: there may be no memory for all
         _attach(model, partition, device)

@@ -39,8 +39,15 @@ from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.sharded.gradients import ShardedGradients
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.partitions import make_partitions, readers_of
+from hvdlm.strategies.sharded.rounded_weights import RoundedWeights
 from hvdlm.strategies.step_agreement import StepAgreement
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
+
+# Bits of a number by `compression.weights`
+WEIGHT_BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+# The kind of state that weights are which all ranks have
+_GATHERED = "gathered"
 
 
 class Sharded(Strategy):
@@ -59,7 +66,8 @@ class Sharded(Strategy):
         owners, copies = mesh["shard"], mesh["data"]
         self._norm_ranks, self._is_first_copy = mesh.group("pipeline", "shard", "tensor"), copies.rank == 0
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
-        self._partitions = make_partitions(model, device, self._stage, nbytes, owners)
+        bits = WEIGHT_BITS.get(config.compression.weights, 0)
+        self._partitions = make_partitions(model, device, self._stage, nbytes, owners, are_rounded=bits > 0)
         longest = max(len(each.buffer) for each in self._partitions)
         self._channels = open_channels(owners, device, config.comm, config.compression, longest)
         dense = config.compression.model_copy(update={"codec": "none", "hierarchical": False})
@@ -76,7 +84,12 @@ class Sharded(Strategy):
         self._gradients = ShardedGradients(
             self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
         )
-        self._weights = ShardedParameters(readers_of(model, self._partitions), self._channels)
+        rounded = RoundedWeights(bits, self._partitions, owners.size) if bits else None
+        self._weights = ShardedParameters(readers_of(model, self._partitions), self._channels, rounded)
+        # Of weights that are sent as differences, what all ranks have: as it is saved, or was read
+        self._keeps_differences = bool(bits) and self._stage < 3
+        self._gathered: dict[str, Tensor] = {}
+        self._has_gathered = False  # whether a checkpoint that is being restored has them
         model.parameter_access = self._weights
         self._pieces: dict[str, nn.Parameter] = {}
         self._runs: dict[str, Runs] = {}
@@ -205,7 +218,7 @@ class Sharded(Strategy):
         return True
 
     def held_parts(self) -> HeldParts:
-        kinds = state_kinds(self._settings)
+        kinds = (*state_kinds(self._settings), *([_GATHERED] if self._keeps_differences else []))
         saved = self._part.saved(self._is_first_copy) & self._runs.keys()
         return HeldParts(self._part.shapes, self._runs, kinds, saved)
 
@@ -215,37 +228,61 @@ class Sharded(Strategy):
     @contextmanager
     def replaced(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         kept = [each.master.clone() for each in self._partitions]
+        gathered = self._gathered_state()
         for name, piece in self._pieces.items():
             piece.data.copy_(parameters[name])
-        self._weights.publish()
+        self._weights.publish_unrounded()
         try:
             yield
         finally:
             for each, master in zip(self._partitions, kept, strict=True):
                 each.master.copy_(master)
-            self._weights.publish()
+            self._publish_as(gathered)
 
     def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over what this rank owns of whole parameters, one after the other by name. Collective."""
         for name, values in parameters:
             for partition in self._partitions:
                 partition.load(name, values)
-        self._weights.publish()
+        self._weights.publish_unrounded()
 
     def start(self) -> None:
-        self._weights.publish()
+        self._weights.publish_unrounded()
 
     def log_numbers(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gradients": {"step": self._gradients.step, "trials": [], "ranks": self.communicator.size}}
+        gradients = {"step": self._gradients.step, "trials": [], "ranks": self.communicator.size}
+        return {"gradients": gradients, "has_gathered": self._keeps_differences}
 
     def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
         self._gradients.step = state["gradients"]["step"]
+        self._has_gathered = state.get("has_gathered", False)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        return {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
+        moments = {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
+        self._gathered = self._gathered_state()
+        return {**moments, **self._gathered}
+
+    def _gathered_state(self) -> dict[str, Tensor]:
+        """Copies of this rank's part of the weights that all ranks have, where these differ from the masters."""
+        if not self._keeps_differences:
+            return {}
+        self._weights.wait()
+        return {
+            f"{_GATHERED}.{name}": partition.weights[partition.part][piece.span].to(torch.float32, copy=True)
+            for partition in self._partitions
+            for name, piece in partition.pieces.items()
+        }
+
+    def _publish_as(self, gathered: Mapping[str, Tensor]) -> None:
+        """Gathers the weights of `_gathered_state`, or, if there are none, the masters. Collective."""
+        for partition in self._partitions if gathered else ():
+            own = partition.weights[partition.part]
+            for name, piece in partition.pieces.items():
+                own[piece.span].copy_(gathered[f"{_GATHERED}.{name}"])
+        self._weights.publish_unrounded(masters=not gathered)
 
     def rank_state(self) -> RankState:
         self._gradients.take_back()  # in case of a step that a rank could not read its part of
@@ -253,4 +290,4 @@ class Sharded(Strategy):
 
     def restored(self, residual_factor: float) -> None:
         self.scale_residuals_(residual_factor)
-        self._weights.publish()
+        self._publish_as(self._gathered if self._has_gathered else {})
