@@ -50,17 +50,33 @@ def test_killed_and_resumed(stage: int, codec: str, ranks: Ranks, small_data: Pa
         assert_same_curve(losses(whole), losses(plain), relative=1e-4 if codec == "none" else 0.02)
 
 
-def test_kill_of_a_rank(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """By SIGKILL in stage 3: the launcher ends the rest, and the run goes on as if nothing had been."""
-    settings = {**SAVING, "parallel__shard": 3}
+# Of ranks that divide a model: how many there are, [parallel], and which of them is killed
+LAYOUTS: dict[str, tuple[int, dict[str, object], int]] = {
+    "stage 3": (2, {"parallel__shard": 3}, 1),
+    "tensor": (2, {"parallel__tensor": 2}, 1),
+    "1f1b": (2, {"parallel__pipeline": 2}, 1),
+    "zero_bubble": (2, {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}, 0),
+    "tensor and pipeline": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, 2),
+    "pipeline and replicas": (4, {"parallel__pipeline": 2}, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kill_of_a_rank(layout: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """By SIGKILL: the launcher ends the rest, and the run goes on as if nothing had been, with dropout."""
+    size, parallel, victim = LAYOUTS[layout]
+    settings = {**SAVING, **parallel}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert ranks.train(2, small_data, whole, **settings).status == 0
-    with start_training("mpirun", 2, small_data, broken, **settings) as job:
-        wait_for_step(job, broken, 17)
-        job.ranks()[-1].kill()
-        assert job.finish(deadline=120).status != 0
-    result = ranks.train(2, small_data, broken, "--resume", "latest", **settings)
+    result = ranks.train(size, small_data, whole, **settings)
     assert result.status == 0, result.output
+    with start_training("mpirun", size, small_data, broken, **settings) as job:
+        wait_for_step(job, broken, 17)
+        job.ranks()[victim].kill()
+        assert job.finish(deadline=120).status != 0
+    assert max(losses(broken)) < 50
+    result = ranks.train(size, small_data, broken, "--resume", "latest", **settings)
+    assert result.status == 0, result.output
+    assert "resuming from" in result.output
     assert_bit_identical(whole, broken)
 
 
