@@ -25,7 +25,10 @@ class ModelPart:
         # Whether norms count a parameter here, and checkpoints have it from here: of those that several ranks have as a
         # whole, only one
         self.counts = dict.fromkeys(self.runs, True)
+        # Parameters whose gradients two stages of a pipeline add up
+        self.in_two_stages: list[str] = []
         if isinstance(model, StageModel):
+            self.in_two_stages = model.in_two_stages()
             self.counts.update(dict.fromkeys(model.not_counted(), False))
         if isinstance(model, TensorParallelTransformer):
             for name in self.runs:

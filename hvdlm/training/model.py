@@ -147,7 +147,6 @@ def _check_pipeline(config: Config) -> None:
     parallel = config.parallel
     misfits = {
         "parallel.shard = 2 and 3": parallel.shard > 1,
-        "parallel.shard with model.tie_embeddings": parallel.shard == 1 and config.model.tie_embeddings,
         "parallel.sequence": parallel.sequence,
     }
     if found := [what for what, is_set in misfits.items() if is_set]:

@@ -57,7 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object], int]] = {
     "1f1b": (2, {"parallel__pipeline": 2}, 1),
     "zero_bubble": (2, {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}, 0),
     "tensor and pipeline": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, 2),
-    "pipeline and replicas": (4, {"parallel__pipeline": 2}, 1),
+    "pipeline and stage 1": (4, {"parallel__pipeline": 2, "parallel__shard": 1}, 1),
 }
 
 

@@ -32,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "2 stages": (2, {"pipeline": 2}),
     "2 stages on 2 times 2": (4, {"pipeline": 2}),
     "2 tensor ranks in stage 1": (4, {"tensor": 2, "shard": 1}),
+    "2 stages in stage 1": (4, {"pipeline": 2, "shard": 1}),
     "2 tensor ranks in 2 stages": (4, {"tensor": 2, "pipeline": 2}),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,23 +115,24 @@ class Pipeline:
         self._finish(messages, timer)
 
     @torch.no_grad()
-    def add_tied_gradients(self) -> None:
+    def add_tied_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Adds the gradient of a tied matrix on the first stage to that on the last one, on both. Once a step, after
         its passes and what sums gradients over other ranks.
+
+        parameters: that this rank steps, by name, each with its `.grad`. Of the matrix it may be a part, the same one
+        on both stages, or none. Two numbers have one sum in either order, so both stages have the same bits, whatever
+        the order in which ranks of each have added theirs.
         """
-        model, communicator = self._model, self._communicator
-        if not model.config.tie_embeddings or communicator.size == 1:
-            return
-        if not (model.has_first_stage or model.has_last_stage):
-            return
-        peer = communicator.size - 1 if model.has_first_stage else 0
-        gradient = model.token_embedding.weight.grad
-        assert gradient is not None
-        self._activity.begin_wait("the gradient of the tied embedding")
-        arrives = self._connections.receive_(torch.empty_like(gradient), peer)
-        has_sent = self._connections.send(gradient.clone(), peer)
-        gradient += arrives.wait()
-        has_sent()
+        for name in self._model.in_two_stages():
+            if name in parameters:
+                gradient = parameters[name].grad
+                assert gradient is not None
+                peer = self._communicator.size - 1 if self._model.has_first_stage else 0
+                self._activity.begin_wait("the gradient of the tied embedding")
+                arrives = self._connections.receive_(torch.empty_like(gradient), peer)
+                has_sent = self._connections.send(gradient.clone(), peer)
+                gradient += arrives.wait()
+                has_sent()
 
     def close(self) -> None:
         """Closes what was opened for messages. Collective."""

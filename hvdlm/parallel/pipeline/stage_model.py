@@ -57,10 +57,14 @@ class StageModel(Transformer):
         """Whether it makes the loss."""
         return self.chunks[-1].is_last
 
+    def in_two_stages(self) -> list[str]:
+        """Parameters that the stage at the other end has, too: a matrix that is token embedding and output."""
+        is_shared = self.config.tie_embeddings and self.has_first_stage != self.has_last_stage
+        return ["token_embedding.weight"] if is_shared else []
+
     def not_counted(self) -> list[str]:
-        """Parameters that are no part of a norm here, because the first stage has them, too: a tied output matrix."""
-        is_copy = self.config.tie_embeddings and self.has_last_stage and not self.has_first_stage
-        return ["token_embedding.weight"] if is_copy else []
+        """Those of them that are no part of a norm here, because the first stage counts them."""
+        return self.in_two_stages() if self.has_last_stage else []
 
     def divide_backward_passes(self) -> None:
         """From now on `WeightGradients` makes the gradients of weights. Blocks must not be compiled."""

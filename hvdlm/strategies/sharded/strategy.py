@@ -59,7 +59,9 @@ class Sharded(Strategy):
         owners, copies = mesh["shard"], mesh["data"]
         self._norm_ranks, self._is_first_copy = mesh.group("pipeline", "shard", "tensor"), copies.rank == 0
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
-        self._partitions = make_partitions(model, device, self._stage, nbytes, owners)
+        # A partition of its own, so that the same ranks of both stages own the same part
+        alone = self._part.in_two_stages
+        self._partitions = make_partitions(model, device, self._stage, nbytes, owners, alone)
         longest = max(len(each.buffer) for each in self._partitions)
         self._channels = open_channels(owners, device, config.comm, config.compression, longest)
         dense = config.compression.model_copy(update={"codec": "none", "hierarchical": False})
