@@ -53,6 +53,7 @@ class PipelinePasses:
             trainer.timer,
             trainer.strategy.set_last_micro_batch,
             seed_pass,
+            trainer.strategy.end_pass,
         )
 
     def complete_gradients(self) -> None:

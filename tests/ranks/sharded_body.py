@@ -166,6 +166,17 @@ def check_codecs_of_a_tied_matrix(comm: Communicator, codec: str, precision: str
     trainer.strategy.close()
 
 
+@check(sizes=[4], schedule=["gpipe", "1f1b"], model=["gpt2", "llama"])
+def check_pipelines_that_sum_gradients_of_every_pass(comm: Communicator, schedule: str, model: str) -> None:
+    """In stage 2, where one replica has a micro-batch fewer than the other: ten steps are those of plain PyTorch."""
+    config = make_config(model, 2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
+    trainer = make_pipelines(comm, config, schedule, shard=2)
+    assert_steps_of(trainer, Plain(trainer.config), 10)
+    assert_tied_parts_are_equal(trainer)
+    trainer.strategy.close()
+
+
 def make_pipelines(comm: Communicator, config: Config, schedule: str, **other: int) -> Trainer:
     """On two ranks each, with a block for each of four stages."""
     values = config.model_dump(by_alias=True)

@@ -65,13 +65,15 @@ class Pipeline:
         timer: StepTimer,
         before_last: Callable[[], None] = lambda: None,
         seed: Callable[[int, int], None] = lambda micro_batch, stage: None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> list[Tensor]:
         """The passes of one step, whose gradients are added to `.grad`; what it returns is not empty on the last stage
         alone: the loss of each micro-batch.
 
         loss: of hidden states (b, T, D) and targets (b, T), a scalar, of which `factor` times is differentiated.
         before_last: called before the last gradients are made. seed: called with the numbers of a micro-batch and a
-        stage before its forward pass, for dropout. The phases of `timer` are "forward", "backward" and "wait".
+        stage before its forward pass, for dropout. after_backward: called after every whole backward pass of a chunk.
+        The phases of `timer` are "forward", "backward" and "wait".
         """
         chunks, ranks = len(self._model.chunks), self._communicator.size
         schedule = make_schedule(self._settings.schedule, ranks, len(micro_batches), chunks)
@@ -89,6 +91,8 @@ class Pipeline:
                 self._send(operation, messages, step.forward(operation, received))
             else:
                 self._send(operation, messages, step.backward(operation, received))
+            if operation.kind is Kind.BACKWARD:
+                after_backward()
             timer.end_phase("forward" if operation.kind is Kind.FORWARD else "backward")
         if not own:
             before_last()

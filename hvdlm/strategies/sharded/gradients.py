@@ -27,7 +27,7 @@ _UNDER_WAY = 2
 class _UnderWay(NamedTuple):
     """A partition on its way to its owners."""
 
-    index: int
+    number: int
     work: Work[None]
     is_last: bool  # of this step; a pass that ends before the last one may still be under way when that has begun
 
@@ -167,7 +167,7 @@ class ShardedGradients:
 
     def _make_room(self, partition: Partition) -> None:
         """Memory for the gradients of a partition, once the sum of an earlier pass has been taken from there."""
-        while any(self.partitions[each.index] is partition for each in self._under_way):
+        while any(self.partitions[each.number] is partition for each in self._under_way):
             self._take_sum()
         hold(partition.buffer)
 
