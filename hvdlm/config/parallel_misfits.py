@@ -44,10 +44,8 @@ def _of_shards(config: Config) -> dict[str, bool]:
 def _of_divided_models(config: Config) -> dict[str, bool]:
     train = config.train
     return {
-        "train.heal_replicas, train.evaluate_tasks and model.from need the whole model on every rank: they go with "
-        "neither parallel.tensor nor parallel.pipeline": (
-            train.heal_replicas or bool(train.evaluate_tasks) or bool(config.model.from_)
-        ),
+        "train.heal_replicas and train.evaluate_tasks need the whole model on every rank: they go with neither "
+        "parallel.tensor nor parallel.pipeline": train.heal_replicas or bool(train.evaluate_tasks),
         "optimizer.algorithm = 'dion' needs the whole model on every rank: it goes with neither parallel.tensor nor "
         "parallel.pipeline": config.optimizer.algorithm == "dion",
         "train.precision = 'fp16' with a codec would lose what a part of the model has delivered of a step that "

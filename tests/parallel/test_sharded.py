@@ -146,20 +146,30 @@ def test_a_disk_that_stays_full(ranks: Ranks, small_data: Path, tmp_path: Path) 
     assert max(losses(tmp_path / "run")) == 50
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_weights_to_begin_with(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """`model.from`: the first loss is that of ranks that each have all."""
+# Ranks, and [parallel], that begin with weights
+BEGINNINGS: list[tuple[int, dict[str, object]]] = [
+    (2, {}),
+    *((2, {"parallel__shard": stage}) for stage in STAGES),
+    *((size, parallel) for name, (size, parallel, _) in LAYOUTS.items() if name not in ("stage 3", "zero_bubble")),
+]
+
+
+def test_weights_to_begin_with(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """`model.from`: the first losses are those of one rank, in any layout, of a vocabulary with more tokens."""
     start = tmp_path / "start"
     settings = {"train__steps": 3, "optimizer__warmup_steps": 0}
     assert ranks.train(2, small_data, start, **settings).status == 0
     found = []
-    for shard in (0, stage):
-        run_dir = tmp_path / f"run {shard}"
-        result = ranks.train(2, small_data, run_dir, model__from=start, parallel__shard=shard, **settings)
+    for number, (size, parallel) in enumerate([(1, {}), *BEGINNINGS]):
+        run_dir = tmp_path / f"run {number}"
+        larger = {"model__from": start, "model__vocab_size": 300}
+        result = ranks.train(size, small_data, run_dir, **larger, **parallel, **settings)
         assert result.status == 0, result.output
         assert f"training begins with the weights of {start}/checkpoints/step_00000003, step 3" in result.output
         found.append(losses(run_dir))
-    assert_same_curve(*found, relative=1e-5)
+    for each in found:
+        assert_same_curve(each, found[0], relative=1e-5)
+    assert found[0][1] < losses(start)[1] - 0.1
 
 
 def test_useless_weights(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:

@@ -462,7 +462,7 @@ def test_stages_of_a_pipeline() -> None:
             ["--optimizer.algorithm", "dion"],
             "needs the whole model on every rank: it goes with neither",
         ),
-        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks and model.from need the whole model"),
+        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks need the whole model"),
         (["--train.heal_replicas", "true"], "need the whole model on every rank"),
         (["--train.precision", "fp16", "--compression.codec", "topk"], "set compression.codec to 'none'"),
         (["--data.on_corrupt", "skip"], "may leave out a sequence on one stage"),

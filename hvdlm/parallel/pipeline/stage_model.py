@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdlm.config import ModelSection
 from hvdlm.model.parameter_access import OUTPUT
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.parallel.pipeline.stages import Stage
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
@@ -88,19 +88,12 @@ class StageModel(Transformer):
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """As those of the whole model: each parameter begins with the same numbers whoever holds it."""
-        own = dict(self.named_parameters())
-        for name, value in self._values_of_all_stages(seed):
-            if name in own:
-                yield name, value
+        yield from self.own_values(without_memory(self.config, self.vocab_size).initial_values(seed))
 
-    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        with torch.device("meta"):
-            whole = Transformer(self.config, self.vocab_size)
-        yield from whole.initial_values(seed)
+    def own_values(self, whole: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        own = dict(self.named_parameters())
+        yield from super().own_values((name, values) for name, values in whole if name in own)
 
 
 class TensorParallelStageModel(StageModel, TensorParallelTransformer):
     """Stages of a model whose matrices tensor ranks divide; they all have the same stages."""
-
-    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        yield from TensorParallelTransformer.initial_values(self, seed)

@@ -96,7 +96,7 @@ class Sharded(Strategy):
         self._agreement = StepAgreement()
         self._arrival: Work[None] = Work.done(None)
         self._count_traffic()
-        self.load(model.initial_values(config.train.seed))
+        self.start(model.initial_values(config.train.seed))
 
     # ---- one step
 
@@ -227,14 +227,10 @@ class Sharded(Strategy):
                 each.master.copy_(master)
             self._weights.publish()
 
-    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over what this rank owns of whole parameters, one after the other by name. Collective."""
-        for name, values in parameters:
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        for name, values in parameters or ():
             for partition in self._partitions:
                 partition.load(name, values)
-        self._weights.publish()
-
-    def start(self) -> None:
         self._weights.publish()
 
     def log_numbers(self) -> dict[str, float]:
