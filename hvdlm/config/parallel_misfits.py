@@ -23,13 +23,20 @@ def parallel_misfits(config: Config) -> dict[str, bool]:
     }
 
 
+def no_half_for_owners(codec: str) -> str:
+    """What is to be said of a codec by whose messages gradients cannot be summed at their owners alone."""
+    return (
+        f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
+        "none, fp16, bf16, int8, int4 or int2"
+    )
+
+
 def _of_shards(config: Config) -> dict[str, bool]:
     algorithm, codec = config.optimizer.algorithm, config.compression.codec
     return {
         f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with parallel.shard: "
         "set it to another one": algorithm in ("muon", "dion"),
-        f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
-        "none, fp16, bf16, int8, int4 or int2": codec in ("auto", "topk", "topk2", "powersgd"),
+        no_half_for_owners(codec): codec in ("auto", "topk", "topk2", "powersgd"),
         "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
             config.compression.hierarchical
         ),

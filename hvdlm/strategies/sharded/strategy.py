@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Work
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
+from hvdlm.config.parallel_misfits import no_half_for_owners
 from hvdlm.errors import JobError
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.channel import Channel, open_channels
@@ -71,10 +72,7 @@ class Sharded(Strategy):
         make_codec = codec_factory(config.compression.codec)
         self._codecs: list[Codec] = [make_codec(each, config.compression) for each in self._partitions]
         if type(self._codecs[0]).reduce_to_owners_ is Codec.reduce_to_owners_:
-            raise JobError(
-                f"compression.codec = {config.compression.codec!r} cannot send gradients to their owners, as "
-                "parallel.shard wants it: set it to none, fp16, bf16, int8, int4 or int2"
-            )
+            raise JobError(no_half_for_owners(config.compression.codec))
         self._gradients = ShardedGradients(
             self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
         )
