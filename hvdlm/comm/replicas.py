@@ -53,18 +53,20 @@ def parameter_hash(parameters: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_replicas(communicator: Communicator, parameters: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+def check_replicas(
+    communicator: Communicator, parameters: Mapping[str, Tensor], step: int, part: int | None = None
+) -> None:
     """Raises JobError on every rank, naming those that differ from most, unless all hold equal parameters.
 
-    `part`: where ranks divide a model, the one that this rank holds; it is compared with those of the same part.
+    `part`: where ranks divide a model, a number of what this rank holds; it is compared with ranks that hold the same.
     """
     hashes, parts = _hashes(communicator, parameters), communicator.all_gather_object(part)
     odd = []
-    for each in sorted(set(parts)):
+    for each in set(parts):
         ranks = [rank for rank, held in enumerate(parts) if held == each]
         odd += [ranks[index] for index in _different_from_most([hashes[rank] for rank in ranks])[0]]
     if odd:
-        healing = ", or set train.heal_replicas" if len(set(parts)) == 1 else ""
+        healing = ", or set train.heal_replicas" if part is None else ""
         raise JobError(
             f"after step {step} the parameters of {_names(sorted(odd), communicator)} differ from those of the other "
             "ranks: gradients were not combined alike, or memory was damaged; check those hosts and resume from a "

@@ -26,13 +26,20 @@ def parallel_misfits(config: Config) -> dict[str, bool]:
     }
 
 
+def no_half_for_owners(codec: str) -> str:
+    """What is to be said of a codec by whose messages gradients cannot be summed at their owners alone."""
+    return (
+        f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
+        "none, fp16, bf16, int8, int4 or int2"
+    )
+
+
 def _of_shards(config: Config) -> dict[str, bool]:
     algorithm, codec = config.optimizer.algorithm, config.compression.codec
     return {
         f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with parallel.shard: "
         "set it to another one": algorithm in ("muon", "dion"),
-        f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
-        "none, fp16, bf16, int8, int4 or int2": codec in ("auto", "topk", "topk2", "powersgd"),
+        no_half_for_owners(codec): codec in ("auto", "topk", "topk2", "powersgd"),
         f"compression.weights = {config.compression.weights!r} is for what has changed of weights, which ranks do not "
         "keep with parallel.shard = 3: set it to int8 or none": (
             config.parallel.shard == 3 and config.compression.weights in ("int4", "int2")
@@ -51,10 +58,8 @@ def _of_shards(config: Config) -> dict[str, bool]:
 def _of_divided_models(config: Config) -> dict[str, bool]:
     train = config.train
     return {
-        "train.heal_replicas, train.evaluate_tasks and model.from need the whole model on every rank: they go with "
-        "neither parallel.tensor nor parallel.pipeline": (
-            train.heal_replicas or bool(train.evaluate_tasks) or bool(config.model.from_)
-        ),
+        "train.heal_replicas and train.evaluate_tasks need the whole model on every rank: they go with neither "
+        "parallel.tensor nor parallel.pipeline": train.heal_replicas or bool(train.evaluate_tasks),
         "optimizer.algorithm = 'dion' needs the whole model on every rank: it goes with neither parallel.tensor nor "
         "parallel.pipeline": config.optimizer.algorithm == "dion",
         "train.precision = 'fp16' with a codec would lose what a part of the model has delivered of a step that "
@@ -100,6 +105,14 @@ def _of_pipelines(config: Config) -> dict[str, bool]:
         ),
         "parallel.schedule = 'zero_bubble' makes the gradients of weights apart, which compiled blocks cannot: set "
         "train.compile = false or another schedule": parallel.schedule == "zero_bubble" and config.train.compile,
+        "parallel.shard = 3 gathers parameters for each pass of each micro-batch, of which a pipeline needs many: with "
+        "parallel.pipeline, which divides parameters, set it to 1 or 2": parallel.shard == 3,
+        f"parallel.shard = 2 sums the gradients of a rank after each backward pass, of which parallel.schedule = "
+        f"{parallel.schedule!r} makes a part at a time: set it to '1f1b', or parallel.shard to 1": (
+            parallel.shard == 2 and parallel.schedule in ("interleaved", "zero_bubble")
+        ),
+        "parallel.sequence = true divides hidden states, which the stages of parallel.pipeline send as a whole: leave "
+        "out one of them": parallel.sequence,
         "data.on_corrupt = 'skip' may leave out a sequence on one stage and not on the others: set it to 'fail' or "
         "leave out parallel.pipeline": config.data.on_corrupt == "skip",
     }

@@ -15,7 +15,7 @@ from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.hugging_face.architectures import architecture_of
 from hvdlm.model.size import key_value_heads, mlp_width
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import without_memory
 
 # Of old files: what is computed anew
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -70,8 +70,7 @@ def from_hugging_face(
 
     Raises HvdlmError if one is missing, has another shape than the model's, or is not known.
     """
-    with torch.device("meta"):
-        shapes = {name: each.shape for name, each in Transformer(model, vocab_size).named_parameters()}
+    shapes = {name: each.shape for name, each in without_memory(model, vocab_size).named_parameters()}
     used: set[str] = set()
     weights = {}
     for match in _matches(model):

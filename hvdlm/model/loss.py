@@ -38,21 +38,25 @@ class Softmax:
         """
         losses = torch.empty(len(logits), dtype=precise, device=logits.device)
         for part in cached_rows(logits):
-            log_probabilities = torch.log_softmax(logits[part], dim=-1, dtype=precise)
-            losses[part] = -log_probabilities.gather(1, targets[part, None]).squeeze(1)
+            _, losses[part] = _log_probabilities_and_losses(logits[part], targets[part], precise)
         return losses, logits.argmax(dim=-1) == targets
 
     def differentiate_(self, logits: Tensor, targets: Tensor, precise: torch.dtype, scale: float) -> Tensor:
         """The same losses; replaces the logits by `scale` times their gradient, softmax - one-hot."""
         losses = torch.empty(len(logits), dtype=precise, device=logits.device)
         for part in cached_rows(logits):
-            log_probabilities = torch.log_softmax(logits[part], dim=-1, dtype=precise)
-            losses[part] = -log_probabilities.gather(1, targets[part, None]).squeeze(1)
+            log_probabilities, losses[part] = _log_probabilities_and_losses(logits[part], targets[part], precise)
             probabilities = log_probabilities.exp_()
             ones = probabilities.new_full((len(probabilities), 1), -1.0)
             gradient = probabilities.scatter_add_(1, targets[part, None], ones)
             logits[part] = gradient if scale == 1 else gradient.mul_(scale)
         return losses
+
+
+def _log_probabilities_and_losses(logits: Tensor, targets: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n, V) and (n,) in `precise`, of logits (n, V) and targets (n,)."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=precise)
+    return log_probabilities, -log_probabilities.gather(1, targets[:, None]).squeeze(1)
 
 
 def token_loss(

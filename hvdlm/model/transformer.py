@@ -196,6 +196,16 @@ class Transformer(nn.Module):
             deviation = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
             yield name, torch.empty(parameter.shape, device="cpu").normal_(0, deviation, generator=generator)
 
+    def own_values(self, whole: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Of values of all parameters of the whole model, by name, those that are of this one, which may be a part."""
+        yield from whole
+
+
+def without_memory(config: ModelSection, vocab_size: int) -> Transformer:
+    """A whole model that has names and shapes, and nothing else."""
+    with torch.device("meta"):
+        return Transformer(config, vocab_size)
+
 
 class Block(nn.Module):
     """Attention and MLP, each normalised before it and added to the residual stream after it."""

@@ -142,7 +142,7 @@ def layouts(config: Config, ranks: int, ranks_per_host: int) -> Iterator[Layout]
             yield plain
             for data in (2**power for power in range(rest.bit_length())):
                 if rest % data == 0 and rest > data:
-                    for zero in (1, 2, 3):
+                    for zero in (1, 2, 3) if pipeline == 1 else (1, 2):  # what trains
                         yield replace(plain, zero=zero, data=data, shard=rest // data)
 
 

@@ -14,7 +14,7 @@ from hvdlm.config import CompressionSection, Config, LocalStepsSection, ModelSec
 from hvdlm.gradients.bucket import group_parameters
 from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes
 from hvdlm.model.size import flops_per_token
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.scaling.point import Point
 from hvdlm.strategies.local_steps.rounds import split_into_fragments
 
@@ -143,8 +143,7 @@ def of_config(config: Config, vocab_size: int, ranks: int, ranks_per_host: int, 
 @cache
 def _model(section: ModelSection, vocab_size: int) -> Transformer:
     """A model with names and shapes but without memory, shared by all scenarios of it."""
-    with torch.device("meta"):
-        return Transformer(section, vocab_size)
+    return without_memory(section, vocab_size)
 
 
 def _ready_shares(model: Transformer, counts: Sequence[int]) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -135,8 +135,12 @@ class EveryStep(Strategy):
     def replaced(self, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         return parameters_replaced(self._model, parameters)
 
-    def start(self) -> None:
-        broadcast_tensors(self.communicator, self._parameters.values())
+    @torch.no_grad()
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        if parameters is None:
+            broadcast_tensors(self.communicator, self._parameters.values())
+        for name, values in parameters or ():
+            self._parameters[name].copy_(values)
         self._model.update_low_precision_weights()
 
     def log_numbers(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class ModelParallel(EveryStep):
         kinds = state_kinds(self._settings)
         return HeldParts(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
 
-    def start(self) -> None:
-        if isinstance(self._model, TensorParallelTransformer):
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        if parameters is None and isinstance(self._model, TensorParallelTransformer):
             broadcast_tensors(self._tensor_ranks, self._model.replicated_parameters().values())
-        super().start()
+        super().start(parameters)

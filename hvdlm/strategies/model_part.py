@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from hvdlm.comm.mesh import Mesh
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.parallel.pipeline.stage_model import StageModel
 from hvdlm.parallel.tensor.layout import flat_runs, is_divided
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
@@ -18,14 +16,16 @@ class ModelPart:
     """The parameters of this rank's model by name, as runs of those of the whole."""
 
     def __init__(self, model: Transformer, mesh: Mesh) -> None:
-        with torch.device("meta"):
-            whole = Transformer(model.config, model.vocab_size)
+        whole = without_memory(model.config, model.vocab_size)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
         self.runs: dict[str, Runs] = {name: [(0, math.prod(self.shapes[name]))] for name, _ in model.named_parameters()}
         # Whether norms count a parameter here, and checkpoints have it from here: of those that several ranks have as a
         # whole, only one
         self.counts = dict.fromkeys(self.runs, True)
+        # Parameters whose gradients two stages of a pipeline add up
+        self.in_two_stages: list[str] = []
         if isinstance(model, StageModel):
+            self.in_two_stages = model.in_two_stages()
             self.counts.update(dict.fromkeys(model.not_counted(), False))
         if isinstance(model, TensorParallelTransformer):
             for name in self.runs:

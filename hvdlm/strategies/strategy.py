@@ -248,14 +248,10 @@ class Strategy(ABC):
     # ---- state
 
     @abstractmethod
-    def start(self) -> None:
-        """Begins a run, with the model of rank 0 on all ranks. Collective."""
-
-    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Where there are `held_parts`: takes over what this rank holds of whole parameters, one after the other by
-        name. Collective.
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        """Begins a run, with the model of rank 0 on all ranks; or with other parameters of this rank's model, which
+        come one after the other by name, and are equal on ranks that have the same ones. Collective.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def log_numbers(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from hvdlm.config import ModelSection
 from hvdlm.data.shard import DataSet
 from hvdlm.data.tokenizer import Tokenizer
 from hvdlm.errors import HvdlmError
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.training import checkpoint
 from hvdlm.training.checkpoint_contents import Checkpoint
 
@@ -38,8 +38,8 @@ def shape_of(path: str) -> dict[str, Any]:
 
 
 def begin_with_weights(communicator: Communicator, trainer: Trainer) -> list[str]:
-    """Gives a trainer that has not begun the weights of `model.from`, one parameter after the other, so that it may be
-    one whose ranks have parts; returns what the user is to be told. Collective.
+    """Starts a trainer with the weights of `model.from`, one parameter after the other, so that it may be one whose
+    ranks have parts; returns what the user is to be told. Collective.
 
     Rows of tokens that the checkpoint's vocabulary does not have are as the model is initialised, positions beyond the
     context are left out. Raises JobError if the checkpoint is damaged, or its model has another shape.
@@ -52,13 +52,8 @@ def begin_with_weights(communicator: Communicator, trainer: Trainer) -> list[str
 
     sentences = on_rank_0(communicator, open_weights)
     source = opened[0] if opened else None
-    weights = _weights(communicator, source, trainer.model.initial_values(trainer.config.train.seed))
-    if trainer.strategy.held_parts() is not None:
-        trainer.strategy.load(weights)
-        return sentences
-    own = dict(trainer.model.named_parameters())
-    for name, values in weights:
-        own[name].detach().copy_(values)
+    initial = without_memory(section, trainer.model.vocab_size).initial_values(trainer.config.train.seed)
+    trainer.start(_weights(communicator, source, initial))
     return sentences
 
 

@@ -13,7 +13,7 @@ import torch
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config, ParallelSection
-from hvdlm.errors import HvdlmError, JobError
+from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.parallel.pipeline.stage_model import StageModel, TensorParallelStageModel
@@ -103,9 +103,6 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
     With `parallel.shard` it has shapes alone: strategies/sharded/ gives it parameters.
     """
     use_deterministic_kernels(config.train.deterministic)
-    parallel = config.parallel
-    if mesh is not None and parallel.pipeline > 1:
-        _check_pipeline(config)
     tensor_ranks = mesh["tensor"] if mesh is not None else None  # before all that is made has no memory
     with torch.device("meta") if config.parallel.shard else nullcontext():
         if mesh is not None and mesh.shape["pipeline"] > 1:
@@ -140,18 +137,6 @@ def blocks_of_stages(config: Config, vocab_size: int) -> list[int]:
     """How many blocks each stage of a pipeline has: `parallel.split`, or so that all cost about the same."""
     costs = flops(config.model, vocab_size)
     return config.parallel.blocks_of_stages or blocks_by_cost(config.model.layers, config.parallel.stages, costs)
-
-
-def _check_pipeline(config: Config) -> None:
-    """Raises JobError for what does not train with `parallel.pipeline` yet."""
-    parallel = config.parallel
-    misfits = {
-        "parallel.shard = 2 and 3": parallel.shard > 1,
-        "parallel.shard with model.tie_embeddings": parallel.shard == 1 and config.model.tie_embeddings,
-        "parallel.sequence": parallel.sequence,
-    }
-    if found := [what for what, is_set in misfits.items() if is_set]:
-        raise JobError(f"{found[0]} does not train with parallel.pipeline yet: leave out one of them")
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -53,11 +53,12 @@ class PipelinePasses:
             trainer.timer,
             trainer.strategy.set_last_micro_batch,
             seed_pass,
+            trainer.strategy.end_pass,
         )
 
     def complete_gradients(self) -> None:
         """Adds up what two stages have of the gradient of one matrix, when they are sums over replicas."""
-        self._pipeline.add_tied_gradients()
+        self._pipeline.add_tied_gradients(self._trainer.parameters)
 
     def evaluate(self, batches: Sequence[Batch], visit: Callable[[Batch, Tensor], None]) -> None:
         """Calls `visit` on the last stage with each batch and its hidden states, (b, T, D)."""

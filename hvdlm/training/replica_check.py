@@ -21,9 +21,13 @@ class ReplicaCheck:
         """Raises JobError on all ranks if some differ that are not healed. Collective."""
         trainer = self._trainer
         if not trainer.config.train.heal_replicas:
-            check_replicas(trainer.communicator, trainer.parameters, trainer.step, trainer.mesh.place("data"))
-            if isinstance(trainer.model, TensorParallelTransformer) and not trainer.config.parallel.shard:
-                check_replicas(trainer.communicator, trainer.model.replicated_parameters(), trainer.step)
+            parallel, mesh = trainer.config.parallel, trainer.mesh
+            part = mesh.place("data") if parallel.is_used else None
+            check_replicas(trainer.communicator, trainer.parameters, trainer.step, part)
+            if isinstance(trainer.model, TensorParallelTransformer) and not parallel.shard:
+                # Each stage of a pipeline has others
+                same = trainer.model.replicated_parameters()
+                check_replicas(trainer.communicator, same, trainer.step, mesh.place("data", "tensor"))
             return
         state = trainer.optimizer_state().values()
         if said := self._healer.heal(trainer.communicator, trainer.parameters, state, trainer.step):

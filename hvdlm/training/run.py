@@ -109,7 +109,8 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
         elif not communicator.is_new:
             if config.model.from_:
                 sentences = begin_with_weights(communicator, trainer)
-            trainer.start()
+            else:
+                trainer.start()
         loader = on_all_ranks(communicator, trainer.open_loader)
 
         def open_metrics(step: int, takes_over: bool = False) -> MetricsLog:

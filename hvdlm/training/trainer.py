@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,9 +107,11 @@ class Trainer:
         """Tokens of the global batches of all steps done."""
         return self.config.tokens_before(self.step)
 
-    def start(self) -> None:
-        """Begins a run, with the model of rank 0 on all ranks. Collective."""
-        self.strategy.start()
+    def start(self, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        """Begins a run, with the model of rank 0 on all ranks, or with `weights` of the whole model, by name, that are
+        equal on all. Collective.
+        """
+        self.strategy.start(None if weights is None else self.model.own_values(weights))
         self.ema.reset()
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -53,17 +53,33 @@ def test_killed_and_resumed(stage: int, codec: str, ranks: Ranks, small_data: Pa
         assert_same_curve(losses(whole), losses(plain), relative=1e-4 if codec == "none" else 0.02)
 
 
-def test_kill_of_a_rank(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """By SIGKILL in stage 3: the launcher ends the rest, and the run goes on as if nothing had been."""
-    settings = {**SAVING, "parallel__shard": 3}
+# Of ranks that divide a model: how many there are, [parallel], and which of them is killed
+LAYOUTS: dict[str, tuple[int, dict[str, object], int]] = {
+    "stage 3": (2, {"parallel__shard": 3}, 1),
+    "tensor": (2, {"parallel__tensor": 2}, 1),
+    "1f1b": (2, {"parallel__pipeline": 2}, 1),
+    "zero_bubble": (2, {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}, 0),
+    "tensor and pipeline": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, 2),
+    "pipeline and stage 1": (4, {"parallel__pipeline": 2, "parallel__shard": 1}, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kill_of_a_rank(layout: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """By SIGKILL: the launcher ends the rest, and the run goes on as if nothing had been, with dropout."""
+    size, parallel, victim = LAYOUTS[layout]
+    settings = {**SAVING, **parallel}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert ranks.train(2, small_data, whole, **settings).status == 0
-    with start_training("mpirun", 2, small_data, broken, **settings) as job:
-        wait_for_step(job, broken, 17)
-        job.ranks()[-1].kill()
-        assert job.finish(deadline=120).status != 0
-    result = ranks.train(2, small_data, broken, "--resume", "latest", **settings)
+    result = ranks.train(size, small_data, whole, **settings)
     assert result.status == 0, result.output
+    with start_training("mpirun", size, small_data, broken, **settings) as job:
+        wait_for_step(job, broken, 17)
+        job.ranks()[victim].kill()
+        assert job.finish(deadline=120).status != 0
+    assert max(losses(broken)) < 50
+    result = ranks.train(size, small_data, broken, "--resume", "latest", **settings)
+    assert result.status == 0, result.output
+    assert "resuming from" in result.output
     assert_bit_identical(whole, broken)
 
 
@@ -133,20 +149,30 @@ def test_a_disk_that_stays_full(ranks: Ranks, small_data: Path, tmp_path: Path) 
     assert max(losses(tmp_path / "run")) == 50
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_weights_to_begin_with(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """`model.from`: the first loss is that of ranks that each have all."""
+# Ranks, and [parallel], that begin with weights
+BEGINNINGS: list[tuple[int, dict[str, object]]] = [
+    (2, {}),
+    *((2, {"parallel__shard": stage}) for stage in STAGES),
+    *((size, parallel) for name, (size, parallel, _) in LAYOUTS.items() if name not in ("stage 3", "zero_bubble")),
+]
+
+
+def test_weights_to_begin_with(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """`model.from`: the first losses are those of one rank, in any layout, of a vocabulary with more tokens."""
     start = tmp_path / "start"
     settings = {"train__steps": 3, "optimizer__warmup_steps": 0}
     assert ranks.train(2, small_data, start, **settings).status == 0
     found = []
-    for shard in (0, stage):
-        run_dir = tmp_path / f"run {shard}"
-        result = ranks.train(2, small_data, run_dir, model__from=start, parallel__shard=shard, **settings)
+    for number, (size, parallel) in enumerate([(1, {}), *BEGINNINGS]):
+        run_dir = tmp_path / f"run {number}"
+        larger = {"model__from": start, "model__vocab_size": 300}
+        result = ranks.train(size, small_data, run_dir, **larger, **parallel, **settings)
         assert result.status == 0, result.output
         assert f"training begins with the weights of {start}/checkpoints/step_00000003, step 3" in result.output
         found.append(losses(run_dir))
-    assert_same_curve(*found, relative=1e-5)
+    for each in found:
+        assert_same_curve(each, found[0], relative=1e-5)
+    assert found[0][1] < losses(start)[1] - 0.1
 
 
 def test_useless_weights(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:

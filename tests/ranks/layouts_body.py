@@ -30,8 +30,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "stage 2 on 2 times 2": (4, {"shard": 2, "data": 2}),
     "2 tensor ranks": (2, {"tensor": 2}),
     "2 stages": (2, {"pipeline": 2}),
-    "2 stages on 2 times 2": (4, {"pipeline": 2}),
     "2 tensor ranks in stage 1": (4, {"tensor": 2, "shard": 1}),
+    "2 stages in stage 1": (4, {"pipeline": 2, "shard": 1}),
     "2 tensor ranks in 2 stages": (4, {"tensor": 2, "pipeline": 2}),
 }
 

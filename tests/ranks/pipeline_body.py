@@ -86,7 +86,7 @@ def passes(pipeline: Pipeline, model: StageModel, parts: list[MicroBatch], **opt
         return token_loss(hidden, model.output_weight, targets, model.dtype)
 
     losses = pipeline.train(parts, loss, 1 / max(1, tokens), StepTimer(CPU), **options)
-    pipeline.add_tied_gradients()
+    pipeline.add_tied_gradients(dict(model.named_parameters()))
     return losses
 
 

@@ -143,12 +143,54 @@ def check_tensor_ranks_that_shard(comm: Communicator, stage: int, model: str, pr
     trainer.strategy.close()
 
 
-@check(sizes=[4], schedule=["1f1b", "zero_bubble"], other=["tensor", "shard"])
-def check_pipelines_of_other_ranks(comm: Communicator, schedule: str, other: str) -> None:
-    """2 x 2: ten steps are those of plain PyTorch."""
-    config = make_config("llama", 0)
-    both = {"pipeline": 2, "schedule": schedule, **({"tensor": 2} if other == "tensor" else {"shard": 1})}
-    config = config.model_copy(update={"parallel": config.parallel.model_copy(update=both)})
-    trainer, plain = make_trainer(comm, config), Plain(config)
+@check(sizes=[4], schedule=["interleaved", "zero_bubble"], other=["tensor", "shard"], model=["gpt2", "llama"])
+def check_pipelines_of_other_ranks(comm: Communicator, schedule: str, other: str, model: str) -> None:
+    """2 x 2: ten steps are those of plain PyTorch; a tied matrix has the same bits on both stages."""
+    trainer = make_pipelines(comm, make_config(model, 0), schedule, **({other: 2} if other == "tensor" else {other: 1}))
+    plain = Plain(trainer.config)
     assert_steps_of(trainer, plain, 10)
+    assert_tied_parts_are_equal(trainer)
     trainer.strategy.close()
+
+
+@check(sizes=[4], engines=["mpi"], codec=["int8", "fp16"], precision=["fp32", "bf16"])
+def check_codecs_of_a_tied_matrix(comm: Communicator, codec: str, precision: str) -> None:
+    """What each stage delivers of its gradient is another thing; the matrix has the same bits, and the loss falls."""
+    trainer = make_pipelines(comm, make_config("gpt2", 1, precision=precision, codec=codec), "1f1b", shard=1)
+    batches = Batches(trainer.readers, 0, ignored=False)
+    for _ in range(10):
+        trainer.train_step(batches, False)
+    assert_tied_parts_are_equal(trainer)
+    losses = [record["loss"] for record in trainer.metrics.train]
+    assert losses[-1] < losses[0] - 0.005
+    trainer.strategy.close()
+
+
+@check(sizes=[4], schedule=["gpipe", "1f1b"], model=["gpt2", "llama"])
+def check_pipelines_that_sum_gradients_of_every_pass(comm: Communicator, schedule: str, model: str) -> None:
+    """In stage 2, where one replica has a micro-batch fewer than the other: ten steps are those of plain PyTorch."""
+    config = make_config(model, 2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
+    trainer = make_pipelines(comm, config, schedule, shard=2)
+    assert_steps_of(trainer, Plain(trainer.config), 10)
+    assert_tied_parts_are_equal(trainer)
+    trainer.strategy.close()
+
+
+def make_pipelines(comm: Communicator, config: Config, schedule: str, **other: int) -> Trainer:
+    """On two ranks each, with a block for each of four stages."""
+    values = config.model_dump(by_alias=True)
+    values["model"]["layers"] = 4
+    values["parallel"].update(pipeline=2, schedule=schedule, **other)
+    return make_trainer(comm, Config.model_validate(values))
+
+
+def assert_tied_parts_are_equal(trainer: Trainer) -> None:
+    """Of both stages: parameters and moments, once there are any."""
+    name, stages = "token_embedding.weight", trainer.mesh["pipeline"]
+    if trainer.config.model.tie_embeddings:
+        kept = trainer.optimizer_state()
+        moments = [kept[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")]
+        for state in (trainer.parameters[name].detach(), *moments):
+            first, last = stages.all_gather(state)
+            assert first.any() and torch.equal(first, last)

@@ -64,8 +64,8 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 
 @check(sizes=[4], stage=[1, 2, 3])
 def check_two_groups_with_a_copy_each(comm: Communicator, stage: int) -> None:
-    """As the curve of one group, but that owners of two groups add their sums."""
-    config = make_config("llama", stage, data=2)
+    """As the curve of one group, but that owners of two groups add their sums, once a step of two micro-batches."""
+    config = changed(make_config("llama", stage, data=2), train={"micro_batch_size": 1})
     trainer, plain = make_trainer(comm, config), Plain(config)
     assert_steps_of(trainer, plain, 10)
     assert difference(comm, trainer, plain) <= 1e-4

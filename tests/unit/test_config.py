@@ -462,10 +462,16 @@ def test_stages_of_a_pipeline() -> None:
             ["--optimizer.algorithm", "dion"],
             "needs the whole model on every rank: it goes with neither",
         ),
-        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks and model.from need the whole model"),
+        (["--train.evaluate_tasks", "hellaswag"], "train.evaluate_tasks need the whole model"),
         (["--train.heal_replicas", "true"], "need the whole model on every rank"),
         (["--train.precision", "fp16", "--compression.codec", "topk"], "set compression.codec to 'none'"),
         (["--data.on_corrupt", "skip"], "may leave out a sequence on one stage"),
+        (["--parallel.shard", "3"], "parallel.shard = 3 gathers parameters for each pass of each micro-batch"),
+        *(
+            (["--parallel.shard", "2", "--parallel.schedule", name], f"parallel.schedule = '{name}' makes a part")
+            for name in ("interleaved", "zero_bubble")
+        ),
+        (["--parallel.tensor", "2", "--parallel.sequence", "true"], "send as a whole: leave out one of them"),
     ],
 )
 def test_what_does_not_fit_a_pipeline(settings: list[str], sentence: str) -> None:

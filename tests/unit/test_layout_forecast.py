@@ -216,8 +216,9 @@ def test_layouts_of_eight_ranks() -> None:
     found = list(layouts(small, 8, 4))
     assert len(found) == len(set(found))
     assert all(each.ranks == 8 and each.tensor <= 2 and each.pipeline <= 2 for each in found)
-    # of 8, 4, 4 and 2 ranks that tensor and pipeline leave: 3, 2, 2 and 1 ways to shard, at 3 stages each, and none
-    assert len(found) == 3 * (3 + 2 + 2 + 1) + 4
+    # of 8, 4, 4 and 2 ranks that tensor and pipeline leave: 3, 2, 2 and 1 ways to shard, and none; at 3 stages of ZeRO,
+    # or in a pipeline 2
+    assert len(found) == 3 * (3 + 2) + 2 * (2 + 1) + 4
 
 
 def test_the_fastest_layout_that_fits() -> None:

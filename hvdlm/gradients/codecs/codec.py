@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvdlm.errors import HvdlmError
-
 if TYPE_CHECKING:
     from hvdlm.config import CompressionSection
     from hvdlm.gradients.bucket import Bucket
@@ -45,12 +43,9 @@ class Codec(ABC):
         """The first half of `reduce_`: replaces this rank's part of `gradients`, of which each rank has as many, by
         what is delivered of the sum there. What is elsewhere then means nothing.
 
-        Raises HvdlmError if this codec has no such half.
+        A codec that has no such half is refused with parallel.shard.
         """
-        raise HvdlmError(
-            f"codec {type(self).__name__.lower()} cannot send gradients to their owners, as parallel.shard wants it: "
-            "set compression.codec to none, fp16, bf16, int8, int4 or int2"
-        )
+        raise NotImplementedError
 
     def can_take_back(self, gradients: Tensor) -> bool:
         """Whether `take_back_` undoes `reduce_to_owners_`."""

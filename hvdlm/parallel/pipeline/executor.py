@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,13 +65,15 @@ class Pipeline:
         timer: StepTimer,
         before_last: Callable[[], None] = lambda: None,
         seed: Callable[[int, int], None] = lambda micro_batch, stage: None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> list[Tensor]:
         """The passes of one step, whose gradients are added to `.grad`; what it returns is not empty on the last stage
         alone: the loss of each micro-batch.
 
         loss: of hidden states (b, T, D) and targets (b, T), a scalar, of which `factor` times is differentiated.
         before_last: called before the last gradients are made. seed: called with the numbers of a micro-batch and a
-        stage before its forward pass, for dropout. The phases of `timer` are "forward", "backward" and "wait".
+        stage before its forward pass, for dropout. after_backward: called after every whole backward pass of a chunk.
+        The phases of `timer` are "forward", "backward" and "wait".
         """
         chunks, ranks = len(self._model.chunks), self._communicator.size
         schedule = make_schedule(self._settings.schedule, ranks, len(micro_batches), chunks)
@@ -89,6 +91,8 @@ class Pipeline:
                 self._send(operation, messages, step.forward(operation, received))
             else:
                 self._send(operation, messages, step.backward(operation, received))
+            if operation.kind is Kind.BACKWARD:
+                after_backward()
             timer.end_phase("forward" if operation.kind is Kind.FORWARD else "backward")
         if not own:
             before_last()
@@ -115,23 +119,24 @@ class Pipeline:
         self._finish(messages, timer)
 
     @torch.no_grad()
-    def add_tied_gradients(self) -> None:
+    def add_tied_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Adds the gradient of a tied matrix on the first stage to that on the last one, on both. Once a step, after
         its passes and what sums gradients over other ranks.
+
+        parameters: that this rank steps, by name, each with its `.grad`. Of the matrix it may be a part, the same one
+        on both stages, or none. Two numbers have one sum in either order, so both stages have the same bits, whatever
+        the order in which ranks of each have added theirs.
         """
-        model, communicator = self._model, self._communicator
-        if not model.config.tie_embeddings or communicator.size == 1:
-            return
-        if not (model.has_first_stage or model.has_last_stage):
-            return
-        peer = communicator.size - 1 if model.has_first_stage else 0
-        gradient = model.token_embedding.weight.grad
-        assert gradient is not None
-        self._activity.begin_wait("the gradient of the tied embedding")
-        arrives = self._connections.receive_(torch.empty_like(gradient), peer)
-        has_sent = self._connections.send(gradient.clone(), peer)
-        gradient += arrives.wait()
-        has_sent()
+        for name in self._model.in_two_stages():
+            if name in parameters:
+                gradient = parameters[name].grad
+                assert gradient is not None
+                peer = self._communicator.size - 1 if self._model.has_first_stage else 0
+                self._activity.begin_wait("the gradient of the tied embedding")
+                arrives = self._connections.receive_(torch.empty_like(gradient), peer)
+                has_sent = self._connections.send(gradient.clone(), peer)
+                gradient += arrives.wait()
+                has_sent()
 
     def close(self) -> None:
         """Closes what was opened for messages. Collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdlm.config import ModelSection
 from hvdlm.model.parameter_access import OUTPUT
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.parallel.pipeline.stages import Stage
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 
@@ -57,10 +57,14 @@ class StageModel(Transformer):
         """Whether it makes the loss."""
         return self.chunks[-1].is_last
 
+    def in_two_stages(self) -> list[str]:
+        """Parameters that the stage at the other end has, too: a matrix that is token embedding and output."""
+        is_shared = self.config.tie_embeddings and self.has_first_stage != self.has_last_stage
+        return ["token_embedding.weight"] if is_shared else []
+
     def not_counted(self) -> list[str]:
-        """Parameters that are no part of a norm here, because the first stage has them, too: a tied output matrix."""
-        is_copy = self.config.tie_embeddings and self.has_last_stage and not self.has_first_stage
-        return ["token_embedding.weight"] if is_copy else []
+        """Those of them that are no part of a norm here, because the first stage counts them."""
+        return self.in_two_stages() if self.has_last_stage else []
 
     def divide_backward_passes(self) -> None:
         """From now on `WeightGradients` makes the gradients of weights. Blocks must not be compiled."""
@@ -84,19 +88,12 @@ class StageModel(Transformer):
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """As those of the whole model: each parameter begins with the same numbers whoever holds it."""
-        own = dict(self.named_parameters())
-        for name, value in self._values_of_all_stages(seed):
-            if name in own:
-                yield name, value
+        yield from self.own_values(without_memory(self.config, self.vocab_size).initial_values(seed))
 
-    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        with torch.device("meta"):
-            whole = Transformer(self.config, self.vocab_size)
-        yield from whole.initial_values(seed)
+    def own_values(self, whole: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        own = dict(self.named_parameters())
+        yield from super().own_values((name, values) for name, values in whole if name in own)
 
 
 class TensorParallelStageModel(StageModel, TensorParallelTransformer):
     """Stages of a model whose matrices tensor ranks divide; they all have the same stages."""
-
-    def _values_of_all_stages(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        yield from TensorParallelTransformer.initial_values(self, seed)

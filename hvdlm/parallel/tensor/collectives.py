@@ -41,14 +41,14 @@ class TensorRanks:
         ranks. Its gradient is the sum of all ranks' (f in section 3 of the Megatron-LM paper).
         """
         if self.divides_sequence:
-            gathered: Tensor = _Gather.apply(x, self._name)  # type: ignore[no-untyped-call]
+            gathered: Tensor = _all_gather_sequence(x, self._name)
             return gathered
         return self._enter(x)
 
     def leave(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, (B, T, D), or this rank's (B, T / n, D) of it (g in that section)."""
         if self.divides_sequence:
-            part: Tensor = _ReduceScatter.apply(x, self._name)  # type: ignore[no-untyped-call]
+            part: Tensor = _reduce_scatter_sequence(x, self._name)
             return part
         summed: Tensor = _Leave.apply(x, self._name)  # type: ignore[no-untyped-call]
         return summed
@@ -107,28 +107,17 @@ def _(x: Tensor, name: str) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] // _communicators[name].size, x.shape[2])
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        gathered: Tensor = _all_gather_sequence(x, name)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter_sequence(grad, ctx.name), None
+def _keep_name(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.name = inputs[1]
 
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        ctx.name = name
-        part: Tensor = _reduce_scatter_sequence(x, name)
-        return part
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_sequence(grad, ctx.name), None
+# Each is the other's gradient
+_all_gather_sequence.register_autograd(
+    lambda ctx, grad: (_reduce_scatter_sequence(grad, ctx.name), None), setup_context=_keep_name
+)
+_reduce_scatter_sequence.register_autograd(
+    lambda ctx, grad: (_all_gather_sequence(grad, ctx.name), None), setup_context=_keep_name
+)
 
 
 class _Enter(torch.autograd.Function):

@@ -17,7 +17,7 @@ from hvdlm.comm.communicator import part_lengths
 from hvdlm.config import ModelSection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.size import key_value_heads, mlp_width
-from hvdlm.model.transformer import Transformer
+from hvdlm.model.transformer import without_memory
 
 Region = tuple[slice, ...]
 """Part of a whole parameter: a range of each dimension, with its beginning and its end."""
@@ -38,11 +38,9 @@ def parameter_regions(config: ModelSection, vocab_size: int, rank: int, size: in
             f"{size} tensor ranks do not divide the {key_value_heads(config)} key and value heads of the model: set "
             "parallel.tensor to a divisor"
         )
-    with torch.device("meta"):
-        whole = Transformer(config, vocab_size)
     return {
         name: _regions(name, tuple(parameter.shape), config, vocab_size, rank, size)
-        for name, parameter in whole.named_parameters()
+        for name, parameter in without_memory(config, vocab_size).named_parameters()
     }
 
 

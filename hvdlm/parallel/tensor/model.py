@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from hvdlm.errors import JobError
 from hvdlm.model.linear import Linear
 from hvdlm.model.loss import TokenStatistics, loss_chunk_tokens, token_loss, token_statistics
 from hvdlm.model.size import mlp_width
-from hvdlm.model.transformer import Block, Transformer
+from hvdlm.model.transformer import Block, Transformer, without_memory
 from hvdlm.parallel.tensor.collectives import TensorRanks
 from hvdlm.parallel.tensor.layers import TensorParallelAttention, TensorParallelMLP, VocabularyParallelEmbedding
 from hvdlm.parallel.tensor.layout import cut, is_divided, parameter_regions
@@ -73,9 +73,10 @@ class TensorParallelTransformer(Transformer):
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of what the whole model begins with, of which one parameter at a time is made."""
-        with torch.device("meta"):
-            whole = Transformer(self.config, self.vocab_size)
-        for name, values in whole.initial_values(seed):
+        yield from self.own_values(without_memory(self.config, self.vocab_size).initial_values(seed))
+
+    def own_values(self, whole: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, values in whole:
             yield name, cut(values, self.regions[name])
 
     def replicated_parameters(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ another: each steps as every_step.py does. Before the first local step all ranks
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -318,8 +318,8 @@ class LocalSteps(Strategy):
 
     # ---- state
 
-    def start(self) -> None:
-        self._every_step.start()
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        self._every_step.start(parameters)
 
     def log_numbers(self) -> dict[str, float]:
         squares = [(each.own_square, each.average_square) for each in self.fragments]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from hvdlm.strategies.sharded.partition import Partition, free, hold
 
 # Partitions whose sums are under way while the backward pass fills another one
 _UNDER_WAY = 2
+
+
+class _UnderWay(NamedTuple):
+    """A partition on its way to its owners."""
+
+    number: int
+    work: Work[None]
+    is_last: bool  # of this step; a pass that ends before the last one may still be under way when that has begun
 
 
 class ShardedGradients:
@@ -49,7 +58,7 @@ class ShardedGradients:
         # Of each partition: what this rank owns of the sums, as long as a part
         self.own = [each.own_slot if keeps_whole else torch.zeros_like(each.own_slot) for each in partitions]
         self._hooks = [each.register_post_accumulate_grad_hook(self._on_gradient) for each in self._slots]
-        self._under_way: deque[tuple[int, Work[None]]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
         self._next = 0  # the partition to be sent next in this pass
         self._made: set[Tensor] = set()  # parameters whose gradients of this pass are final
         self._is_final = False  # whether gradients are sent when they are made
@@ -174,7 +183,7 @@ class ShardedGradients:
 
     def _make_room(self, partition: Partition) -> None:
         """Memory for the gradients of a partition, once the sum of an earlier pass has been taken from there."""
-        while any(self.partitions[index] is partition for index, _ in self._under_way):
+        while any(self.partitions[each.number] is partition for each in self._under_way):
             self._take_sum()
         hold(partition.buffer)
 
@@ -182,7 +191,7 @@ class ShardedGradients:
         while self._next < len(self.partitions) and self.partitions[self._next].pending == 0:
             while len(self._under_way) >= _UNDER_WAY and not self._keeps_whole:
                 self._take_sum()
-            self._under_way.append((self._next, self._send(self._next)))
+            self._under_way.append(_UnderWay(self._next, self._send(self._next), self._is_last_pass))
             self._next += 1
 
     def _send(self, index: int) -> Work[None]:
@@ -200,7 +209,7 @@ class ShardedGradients:
 
     def _take_sum(self) -> None:
         """Of the partition that was sent first."""
-        index, work = self._under_way.popleft()
+        index, work, is_last = self._under_way.popleft()
         work.wait()
         partition, own = self.partitions[index], self.own[index]
         if not self._keeps_whole:
@@ -210,7 +219,7 @@ class ShardedGradients:
                 own.copy_(partition.own_slot)
                 self._has_sum[index] = True
             free(partition.buffer)
-        if self._copies and self._is_last_pass:
+        if self._copies and is_last:
             channel = self._copies[index % len(self._copies)]
             work = channel.submit(self._dense[index], own, self.step, f"copies of bucket {index + 1}")
             self._between_copies.append(work)

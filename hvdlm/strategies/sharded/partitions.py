@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -16,14 +16,21 @@ from hvdlm.strategies.sharded.partition import Partition, free
 
 
 def make_partitions(
-    model: Transformer, device: torch.device, stage: int, bucket_bytes: int, owners: Communicator, are_rounded: bool
+    model: Transformer,
+    device: torch.device,
+    stage: int,
+    bucket_bytes: int,
+    owners: Communicator,
+    are_rounded: bool = False,
+    alone: Collection[str] = (),
 ) -> list[Partition]:
     """Partitions of all parameters of `model`, in the order in which a backward pass completes their gradients.
 
     The model then computes with their `weights`. In 16 bits those of linear layers, and their biases, are gathered in
     16 bits, and the float32 parameters have no memory at all: they are there for their shapes and gradients. In stages
-    1 and 2 a partition has about `bucket_bytes` of gradients; in stage 3 it is what one part of the model reads, and
-    parameters of norms, which are small, are kept. `are_rounded`: whether weights may differ from the masters.
+    1 and 2 a partition has about `bucket_bytes` of gradients, or one of the parameters that are to be `alone`; in stage
+    3 it is what one part of the model reads, and parameters of norms, which are small, are kept. `are_rounded`: whether
+    weights may differ from the masters.
     """
     parameters = dict(model.named_parameters())
     linear = {
@@ -41,10 +48,12 @@ def make_partitions(
             by_part.setdefault("norms" if is_norm else part_of(name, model), {})[name] = parameter
         groups = [(group, part == "norms") for part, group in by_part.items()]
     else:
-        is_low = model.dtype != torch.float32
-        kinds = [{n for n in parameters if n in linear}, {n for n in parameters if n not in linear}] if is_low else []
-        for kind in kinds or [set(parameters)]:
-            some = {name: parameter for name, parameter in parameters.items() if name in kind}
+        others = [name for name in parameters if name not in alone]
+        kinds = [others]
+        if model.dtype != torch.float32:
+            kinds = [[name for name in others if (name in linear) == is_linear] for is_linear in (True, False)]
+        for kind in [*kinds, *([name] for name in alone)]:
+            some = {name: parameters[name] for name in kind}
             groups += [(group, True) for group in group_parameters(some, bucket_bytes)]
     position = {name: index for index, name in enumerate(reversed(list(parameters)))}
     groups.sort(key=lambda group: max(position[name] for name in group[0]))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import Work
 from hvdlm.comm.mesh import Mesh
 from hvdlm.config import Config
+from hvdlm.config.parallel_misfits import no_half_for_owners
 from hvdlm.errors import JobError
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
 from hvdlm.gradients.channel import Channel, open_channels
@@ -67,7 +68,9 @@ class Sharded(Strategy):
         self._norm_ranks, self._is_first_copy = mesh.group("pipeline", "shard", "tensor"), copies.rank == 0
         nbytes = bucket_bytes(config.comm, config.compression, communicator.node_count, device.type)
         bits = WEIGHT_BITS.get(config.compression.weights, 0)
-        self._partitions = make_partitions(model, device, self._stage, nbytes, owners, are_rounded=bits > 0)
+        # A partition of its own, so that the same ranks of both stages own the same part
+        alone = self._part.in_two_stages
+        self._partitions = make_partitions(model, device, self._stage, nbytes, owners, bits > 0, alone)
         longest = max(len(each.buffer) for each in self._partitions)
         self._channels = open_channels(owners, device, config.comm, config.compression, longest)
         dense = config.compression.model_copy(update={"codec": "none", "hierarchical": False})
@@ -77,10 +80,7 @@ class Sharded(Strategy):
         make_codec = codec_factory(config.compression.codec)
         self._codecs: list[Codec] = [make_codec(each, config.compression) for each in self._partitions]
         if type(self._codecs[0]).reduce_to_owners_ is Codec.reduce_to_owners_:
-            raise JobError(
-                f"compression.codec = {config.compression.codec!r} cannot send gradients to their owners, as "
-                "parallel.shard wants it: set it to none, fp16, bf16, int8, int4 or int2"
-            )
+            raise JobError(no_half_for_owners(config.compression.codec))
         self._gradients = ShardedGradients(
             self._partitions, self._codecs, self._channels, self._copies, keeps_whole=self._stage == 1
         )
@@ -107,7 +107,7 @@ class Sharded(Strategy):
         self._agreement = StepAgreement()
         self._arrival: Work[None] = Work.done(None)
         self._count_traffic()
-        self.load(model.initial_values(config.train.seed))
+        self.start(model.initial_values(config.train.seed))
 
     # ---- one step
 
@@ -239,14 +239,10 @@ class Sharded(Strategy):
                 each.master.copy_(master)
             self._publish_as(gathered)
 
-    def load(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over what this rank owns of whole parameters, one after the other by name. Collective."""
-        for name, values in parameters:
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        for name, values in parameters or ():
             for partition in self._partitions:
                 partition.load(name, values)
-        self._weights.publish_unrounded()
-
-    def start(self) -> None:
         self._weights.publish_unrounded()
 
     def log_numbers(self) -> dict[str, float]:
