@@ -11,10 +11,9 @@ import functools
 import logging
 import math
 import socket
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import Generic, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +21,12 @@ from torch import Tensor
 from hvdlm.comm.activity import Activity
 from hvdlm.comm.failure import wait_until
 from hvdlm.comm.payload import as_rows, copy_back, pickled, unpickled
-from hvdlm.errors import HvdlmError
+from hvdlm.comm.primitives import Primitives, ReduceOp
+from hvdlm.comm.work import Work
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8})
 
@@ -35,47 +34,12 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.int32, t
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.uint8: torch.int32}
 
 
-class ReduceOp(Enum):
-    """The reduction over ranks."""
-
-    SUM = "sum"
-    MAX = "max"
-
-
-class Work(Generic[T]):
-    """A handle of an operation in progress: its tensors must not be read, written or freed before `wait` returns."""
-
-    def __init__(self, finish: Callable[[], T]) -> None:
-        """`finish` blocks until the operation has ended and returns its result; once it has, it is not called again."""
-        self._finish: Callable[[], T] | None = finish
-        self._result: T
-
-    @staticmethod
-    def done(result: U) -> Work[U]:
-        """Work that has already ended with `result`."""
-        return Work(lambda: result)
-
-    def wait(self) -> T:
-        """Blocks until the operation has ended and returns its result; a second call returns it again.
-
-        For tensors on a GPU it may return earlier, once the current stream is ordered after the operation.
-        """
-        if self._finish is not None:
-            self._result = self._finish()
-            self._finish = None
-        return self._result
-
-    def then(self, function: Callable[[T], U]) -> Work[U]:
-        """Work whose result is `function` of this one's result, applied by the thread that calls `wait`."""
-        return Work(lambda: function(self.wait()))
-
-
 def part_lengths(length: int, parts: int) -> list[int]:
     """Lengths of `parts` contiguous pieces of `length` elements; the first `length % parts` have one more."""
     return [length // parts + (index < length % parts) for index in range(parts)]
 
 
-class Communicator(ABC):
+class Communicator(Primitives):
     """A group of ranks 0 .. size-1, each in a process of its own.
 
     Every rank calls the same collective operations in the same order; `root`, `destination` and `source` are ranks of
@@ -88,9 +52,6 @@ class Communicator(ABC):
     staging through host memory), "shrink" (ranks that have died can be left out), "join" (others can come instead).
     """
 
-    engine: str
-    rank: int
-    size: int
     local_rank: int
     local_size: int
     node_rank: int
@@ -303,6 +264,9 @@ class Communicator(ABC):
         event.record()
         return Work(lambda: wait_until(event.query, self._timeout, self.rank, "the other ranks"))
 
+    @abstractmethod
+    def _split(self, color: int, key: int) -> Communicator: ...
+
     def split(self, color: int, key: int) -> Communicator:
         """A communicator of the ranks that passed the same `color`, ordered by `key`, then by rank. Collective.
 
@@ -352,53 +316,6 @@ class Communicator(ABC):
             self._groups.pop().close()
         self._close()
 
-    # ---- primitives of an engine: tensors are contiguous, 1-D, with at least one element on some rank
-
-    @abstractmethod
-    def _split(self, color: int, key: int) -> Communicator: ...
-
-    @abstractmethod
-    def _close(self) -> None: ...
-
-    @abstractmethod
-    def _can_reduce(self, dtype: torch.dtype, op: ReduceOp) -> bool: ...
-
-    @abstractmethod
-    def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]: ...
-
-    @abstractmethod
-    def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
-        """Equal parts. `values` stay as they are, unless `part` is this rank's part of them."""
-
-    @abstractmethod
-    def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]: ...
-
-    def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
-        """Equal parts, as bytes."""
-        gathered = self._all_gather(part, [len(part)] * self.size)
-        return gathered.then(lambda data: _copy(data, values))
-
-    @abstractmethod
-    def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
-        """`parts[r]` is sent to rank r; `lengths[r]` bytes come from it. All may be empty on all ranks."""
-
-    @abstractmethod
-    def _broadcast(self, data: Tensor, root: int) -> Work[None]: ...
-
-    def _send(self, data: Tensor, destination: int) -> Work[None]:
-        raise HvdlmError(f"engine {self.engine} has no send; use engine mpi or torch")
-
-    def _receive(self, data: Tensor, source: int) -> Work[None]:
-        raise HvdlmError(f"engine {self.engine} has no receive; use engine mpi or torch")
-
-    def _revoke(self) -> None:
-        raise HvdlmError(f"engine {self.engine} cannot leave out ranks that have died")
-
-    def _regroup(self) -> None: ...  # noqa: B027
-
-    def _abandon(self) -> None:  # noqa: B027
-        """Closes this group without its ranks, once its operations have ended. Not collective."""
-
     # ---- shared by all engines
 
     def _locate(self) -> None:
@@ -443,10 +360,6 @@ class Communicator(ABC):
         self._check_rank(peer)
         if peer == self.rank:
             raise ValueError(f"rank {peer} cannot exchange messages with itself")
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
 
 
 def _check_dtype(tensor: Tensor) -> None:

@@ -19,11 +19,13 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import ENGINE_TIMEOUT, end_process, lost_rank_errors, wait_until
 from hvdlm.comm.groups import group_by_color, group_ranks
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.startup import STARTUP_TIMEOUT, start_mpi, startup_deadline
 from hvdlm.comm.tcp import TcpCommunicator
+from hvdlm.comm.work import Work
 from hvdlm.errors import HvdlmError
 
 _OPS = {ReduceOp.SUM: hvd.Sum, ReduceOp.MAX: hvd.Max}

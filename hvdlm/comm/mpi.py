@@ -33,9 +33,11 @@ import torch
 from torch import Tensor
 
 from hvdlm.arrays import as_array
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError, LostRankError, lost_rank_errors, result_within, say, wait_until
 from hvdlm.comm.payload import copy_back
+from hvdlm.comm.primitives import ReduceOp
+from hvdlm.comm.work import Work
 from hvdlm.errors import HvdlmError
 
 # What mpirun --with-ft ulfm tells its ranks

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.errors import HvdlmError, JobError
 
 T = TypeVar("T")

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.work import Work
 from hvdlm.errors import JobError
 
 # Bytes that are broadcast at once, and how many such pieces are under way. An engine that cannot reach a GPU stages

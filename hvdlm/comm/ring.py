@@ -19,7 +19,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work, part_lengths
+from hvdlm.comm.communicator import Communicator, part_lengths
+from hvdlm.comm.work import Work
 
 # 256 KiB of float32: a few of them fit a core's cache, and on a 1 Gbit/s link one takes 2 ms.
 SEGMENT = 64 * 1024

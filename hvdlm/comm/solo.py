@@ -8,8 +8,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import end_process
+from hvdlm.comm.primitives import ReduceOp
+from hvdlm.comm.work import Work
 
 
 class SoloCommunicator(Communicator):

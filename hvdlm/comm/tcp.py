@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from hvdlm.arrays import as_array
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work, part_lengths
+from hvdlm.comm.communicator import Communicator, part_lengths
 from hvdlm.comm.death_watch import DeathWatch
 from hvdlm.comm.failure import end_process, result_within
 from hvdlm.comm.groups import group_by_color
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.tcp_connections import Endpoint, TcpConnections
+from hvdlm.comm.work import Work
 
 T = TypeVar("T")
 

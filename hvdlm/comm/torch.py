@@ -19,11 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]  # it fills itself in at run time
 
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import ENGINE_TIMEOUT, end_process, lost_rank_errors, wait_until
 from hvdlm.comm.gloo_waits import GlooWaits
 from hvdlm.comm.gpus import shared_gpus, visible_gpus
 from hvdlm.comm.groups import group_by_color, group_ranks
+from hvdlm.comm.primitives import ReduceOp
+from hvdlm.comm.work import Work
 
 _OPS = {ReduceOp.SUM: dist.ReduceOp.SUM, ReduceOp.MAX: dist.ReduceOp.MAX}
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost, probe_algorithms
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.ring import Ring
+from hvdlm.comm.work import Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.codec import Codec

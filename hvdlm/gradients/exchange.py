@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost, prefers_ring
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.ring import Ring, SegmentEncoding
+from hvdlm.comm.work import Work
 from hvdlm.timing import Span, total_seconds
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
+from hvdlm.comm.work import Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.auto.forecast import Cost

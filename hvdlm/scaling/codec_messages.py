@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import ReduceOp
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.ring import SEGMENT, SegmentEncoding
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket

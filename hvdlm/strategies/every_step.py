@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.replicas import broadcast_tensors
+from hvdlm.comm.work import Work
 from hvdlm.config import Config
 from hvdlm.gradients.bucket_codecs import OwnCodec
 from hvdlm.gradients.channel import Channel

@@ -6,7 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.work import Work
 from hvdlm.strategies.strategy import Report, StepEnd, raise_if_unreadable
 
 

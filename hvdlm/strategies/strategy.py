@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.rank_errors import raise_on_all_ranks
+from hvdlm.comm.work import Work
 from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import GradientSync, Traffic

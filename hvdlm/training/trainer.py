@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.comm.mesh import Mesh, mesh_shape
 from hvdlm.comm.rank_errors import on_all_ranks
+from hvdlm.comm.work import Work
 from hvdlm.config import Config
 from hvdlm.data.loader import Batch, Loader
 from hvdlm.data.rank_parts import RankParts

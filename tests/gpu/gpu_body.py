@@ -6,7 +6,8 @@ import torch
 from codecs_body import make_model
 from communicator_body import DTYPES, same, values
 
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.replicas import broadcast_tensors, check_replicas
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.gradients.sync import GradientSync

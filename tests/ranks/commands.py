@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hvdlm.cli import main
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mpi import MPICommunicator
+from hvdlm.comm.primitives import ReduceOp
+from hvdlm.comm.work import Work
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
 from hvdlm.model.transformer import Transformer

@@ -12,7 +12,8 @@ import pytest
 import torch
 from checks import CAPABILITIES, check
 
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8]
 SHAPES = [(), (1,), (2,), (3,), (7,), (5, 3), (1000,), (0,), (4, 0)]

@@ -14,7 +14,8 @@ import torch
 from thread_rank import on_threads
 from torch.nn import functional
 
-from hvdlm.comm.communicator import Communicator, ReduceOp
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import ModelSection
 from hvdlm.data.mixture import WeightedPath

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.connect import connect
 from hvdlm.comm.engine_agreement import check_engines_match
 from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.comm.torch import _one_gpu_a_rank
+from hvdlm.comm.work import Work
 from hvdlm.config import CommSection, CompressionSection
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.gradients.channel import Channel

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.work import Work
 from hvdlm.config import ModelSection, OptimizerSection
 from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError

@@ -14,11 +14,12 @@ import pytest
 import torch
 from thread_rank import on_threads
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0, raise_on_all_ranks
 from hvdlm.comm.replicas import ReplicaHealer, broadcast_tensors, check_replicas, parameter_hash
 from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.comm.work import Work
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 

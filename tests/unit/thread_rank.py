@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from hvdlm.comm.activity import Activity
-from hvdlm.comm.communicator import Communicator, ReduceOp, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.solo import SoloCommunicator
+from hvdlm.comm.work import Work
 
 T = TypeVar("T")
 

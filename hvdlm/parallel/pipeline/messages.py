@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.work import Work
 from hvdlm.parallel.pipeline.boundary import Boundary, decode, empty_message, encode
 from hvdlm.parallel.pipeline.schedules import Message
 

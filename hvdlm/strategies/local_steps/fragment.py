@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Work
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.work import Work
 from hvdlm.config import CompressionSection, LocalStepsSection
 from hvdlm.gradients.bucket import Bucket, group_parameters
 from hvdlm.gradients.bucket_codecs import codec_state, flat_states
@@ -164,6 +164,12 @@ class Fragment:
         return self.groups.count == 1 and self.outer_optimizer.sets_average
 
     # ---- a round
+
+    def begin_local_steps(self, step: int) -> None:
+        """After `step` steps of all ranks together, which then hold the same parameters."""
+        self.began_at = self.delivered = step
+        for bucket in self.buckets:
+            bucket.set_outer_()
 
     def count(self, tokens: int) -> None:
         """Counts a local step on `tokens` targets."""

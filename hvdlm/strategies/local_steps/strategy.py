@@ -1,8 +1,8 @@
 """Ranks train on their own for some steps; then what they have learned is averaged: local SGD, DiLoCo.
 
-Rounds (rounds.py) of fragments of the model (fragment.py) are averaged over groups of ranks (groups.py), each a rank
-alone or a node, and an outer optimizer (outer_optimizer.py) steps by the average. Between rounds no group waits for
-another: each steps as every_step.py does. Before the first local step all ranks may step together.
+Rounds (rounds.py) of fragments of the model (fragment.py) are averaged over groups of ranks (groups.py), one or a node
+each, and an outer optimizer (outer_optimizer.py) steps by the average. Between rounds each group steps on its own, as
+every_step.py does. Before the first local step all ranks may step together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.work import Work
 from hvdlm.config import Config
 from hvdlm.gradients.channel import Channel, open_channels
 from hvdlm.gradients.codecs.registry import bucket_bytes
@@ -227,9 +228,7 @@ class LocalSteps(Strategy):
 
     def _leave_warm_up(self) -> None:
         for fragment in self.fragments:
-            fragment.began_at = fragment.delivered = self._step
-            for bucket in fragment.buckets:
-                bucket.set_outer_()
+            fragment.begin_local_steps(self._step)
         self._interval_is_known()
         self._every_step.narrow_to(self._groups.own)
         self._has_begun = True

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Communicator, Work
+from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError
+from hvdlm.comm.work import Work
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.muon.newton_schulz import flops, orthogonalise

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Work
+from hvdlm.comm.work import Work
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdlm.comm.communicator import Work
+from hvdlm.comm.work import Work
 from hvdlm.gradients.channel import Channel
 from hvdlm.model.parameter_access import EMBEDDING, ParameterAccess, Part
 from hvdlm.strategies.sharded.partition import Partition, free, hold

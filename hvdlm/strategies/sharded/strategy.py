@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdlm.comm.communicator import Work
 from hvdlm.comm.mesh import Mesh
+from hvdlm.comm.work import Work
 from hvdlm.config import Config
 from hvdlm.config.parallel_misfits import no_half_for_owners
 from hvdlm.errors import JobError
