@@ -12,9 +12,9 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.held_parts import STEP
-from hvdlm.strategies.hidden_matrices import hidden_matrices
+from hvdlm.strategies.hidden_matrices import hidden_matrices, is_hidden_matrix
 from hvdlm.strategies.lion import Lion
-from hvdlm.strategies.muon.optimizer import MuonAdamW
+from hvdlm.strategies.muon.optimizer import MOMENTUM, MuonAdamW
 
 # Of the state of a parameter: what has the parameter's shape, and who counts steps
 _MOMENTS = {
@@ -68,9 +68,15 @@ def _moment_names(settings: OptimizerSection) -> tuple[str, ...]:
     return () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
 
 
-def state_kinds(settings: OptimizerSection) -> tuple[str, ...]:
-    """What is kept of each parameter: its moments, and `STEP` where steps are counted."""
-    return (*_moment_names(settings), *([STEP] if settings.algorithm in _COUNT_STEPS else []))
+def state_kinds(settings: OptimizerSection, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
+    """What is kept of each parameter of a model, by its name and shape: its moments, and `STEP` where steps are
+    counted; of a matrix that Muon steps, its momentum.
+    """
+    usual = (*_moment_names(settings), *([STEP] if settings.algorithm in _COUNT_STEPS else []))
+    has_muon = settings.algorithm == "muon"
+    return {
+        name: (MOMENTUM,) if has_muon and is_hidden_matrix(name, shape) else usual for name, shape in shapes.items()
+    }
 
 
 def _make(

@@ -205,7 +205,7 @@ class Sharded(Strategy):
         return True
 
     def held_parts(self) -> HeldParts:
-        kinds = state_kinds(self._settings)
+        kinds = state_kinds(self._settings, self._part.shapes)
         saved = self._part.saved(self._is_first_copy) & self._runs.keys()
         return HeldParts(self._part.shapes, self._runs, kinds, saved)
 
