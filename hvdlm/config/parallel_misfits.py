@@ -24,10 +24,10 @@ def parallel_misfits(config: Config) -> dict[str, bool]:
 
 
 def _of_shards(config: Config) -> dict[str, bool]:
-    algorithm, codec = config.optimizer.algorithm, config.compression.codec
+    codec = config.compression.codec
     return {
-        f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with parallel.shard: "
-        "set it to another one": algorithm in ("muon", "dion"),
+        "optimizer.algorithm = 'dion' exchanges factors of momentum in place of the sums of gradients that "
+        "parallel.shard sends to their owners: set it to another one": config.optimizer.algorithm == "dion",
         f"compression.codec = {codec!r} cannot send gradients to their owners, as parallel.shard wants it: set it to "
         "none, fp16, bf16, int8, int4 or int2": codec in ("auto", "topk", "topk2", "powersgd"),
         "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
