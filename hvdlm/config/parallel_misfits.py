@@ -35,10 +35,10 @@ def no_half_for_owners(codec: str) -> str:
 
 
 def _of_shards(config: Config) -> dict[str, bool]:
-    algorithm, codec = config.optimizer.algorithm, config.compression.codec
+    codec = config.compression.codec
     return {
-        f"optimizer.algorithm = {algorithm!r} steps by whole matrices, of which ranks have parts with parallel.shard: "
-        "set it to another one": algorithm in ("muon", "dion"),
+        "optimizer.algorithm = 'dion' exchanges factors of momentum in place of the sums of gradients that "
+        "parallel.shard sends to their owners: set it to another one": config.optimizer.algorithm == "dion",
         no_half_for_owners(codec): codec in ("auto", "topk", "topk2", "powersgd"),
         f"compression.weights = {config.compression.weights!r} is for what has changed of weights, which ranks do not "
         "keep with parallel.shard = 3: set it to int8 or none": (

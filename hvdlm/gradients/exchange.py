@@ -136,9 +136,13 @@ class Exchange:
 
         All messages of all ranks have one length and dtype.
         """
+        return self.all_to_all_v(messages, [len(messages[self.rank])] * self.size)
+
+    def all_to_all_v(self, messages: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """The same of messages whose lengths differ: rank r sends `lengths[r]` elements to this one."""
         with self._counted("all-to-all"):
             self._count(sum(messages[rank].nbytes for rank in range(self.size) if rank != self.rank))
-            return self._communicator.all_to_all(messages, [len(messages[self.rank])] * self.size)
+            return self._communicator.all_to_all(messages, lengths)
 
     def _count_all_reduce(self, values: Tensor) -> None:
         """A ring sends each byte to the next rank twice, except this rank's part (Patarasuk & Yuan, JPDC 2009,

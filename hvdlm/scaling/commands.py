@@ -85,16 +85,16 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
     if options.ranks_per_host is not None and options.ranks_per_host <= 0:
         raise HvdlmError(f"--per-node {options.ranks_per_host}: give a number above 0")
     config, console = _config(model, options), _console()
+    if config.optimizer.algorithm in ("dion", "muon"):
+        raise HvdlmError(
+            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
+            "than gradients"
+        )
     vocab_size = config.model.vocab_size or 257
     speed = rank_speed(config, vocab_size, options.device, options.mfu, options.tokens_per_second)
     if model is None or config.parallel.is_used or options.search:
         predict_layouts(model, speed, config, vocab_size, options, console)
         return
-    if config.optimizer.algorithm in ("dion", "muon"):
-        raise HvdlmError(
-            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
-            "than the gradients that were measured"
-        )
     codecs = options.codecs or model.measured.codecs
     if speed is not None:
         codecs = _codecs_of_device(model, speed, codecs, options)

@@ -41,11 +41,6 @@ def predict_layouts(
     """
     if config.local_steps.every:
         raise HvdlmError("local_steps.every is forecast from measurements of it: give a file of hvdlm fit")
-    if config.optimizer.algorithm in ("dion", "muon"):
-        raise HvdlmError(
-            f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast in layouts: its ranks "
-            "exchange other messages than gradients"
-        )
     cluster = _cluster(model, speed, config, options)
     if len(options.codecs) > 1:
         raise HvdlmError("layouts are forecast with one codec: give --codec once")

@@ -30,7 +30,7 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if not self._freeze_variance_after:
+        if not self._freeze_variance_after or not self.param_groups[0]["params"]:  # a rank may have nothing to step
             super().step(closure)
             return
         if self._steps is None:  # at the start, or after a checkpoint was loaded

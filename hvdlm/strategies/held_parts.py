@@ -28,19 +28,19 @@ class HeldParts:
 
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters, by name
     runs: Mapping[str, Runs]  # of those of which this rank holds something
-    kinds: tuple[str, ...]  # of state, STEP among them where steps are counted
+    kinds: Mapping[str, Sequence[str]]  # of each parameter: of its state, STEP among them where steps are counted
     saved: frozenset[str]  # of those, which it is this rank, of all that hold the same, that saves
 
     def with_kind(self, kind: str) -> HeldParts:
-        """The same with one more kind of state."""
-        return replace(self, kinds=(*self.kinds, kind))
+        """The same with one more kind of state of each parameter."""
+        return replace(self, kinds={name: (*kinds, kind) for name, kinds in self.kinds.items()})
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all state, by name."""
         return {
             f"{kind}.{name}": () if kind == STEP else shape
-            for kind in self.kinds
             for name, shape in self.shapes.items()
+            for kind in self.kinds[name]
         }
 
     def runs_of(self, name: str) -> Runs:

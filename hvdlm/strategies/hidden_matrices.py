@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 
@@ -14,5 +16,10 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith("blocks.") and parameter.dim() == 2 and parameter.requires_grad
+        if is_hidden_matrix(name, parameter.shape) and parameter.requires_grad
     }
+
+
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter of a Transformer, if it is trained, is one of them."""
+    return name.startswith("blocks.") and len(shape) == 2

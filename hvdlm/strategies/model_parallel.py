@@ -35,7 +35,7 @@ class ModelParallel(EveryStep):
         return norm_of_parts([each.tensor_split(copies.size)[copies.rank] for each in gradients], self.everyone)
 
     def held_parts(self) -> HeldParts:
-        kinds = state_kinds(self._settings)
+        kinds = state_kinds(self._settings, self._part.shapes)
         return HeldParts(self._part.shapes, self._part.runs, kinds, self._part.saved(self.communicator.rank == 0))
 
     def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:

@@ -12,9 +12,10 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.held_parts import STEP
-from hvdlm.strategies.hidden_matrices import hidden_matrices
+from hvdlm.strategies.hidden_matrices import hidden_matrices, is_hidden_matrix
 from hvdlm.strategies.lion import Lion
-from hvdlm.strategies.muon.optimizer import MuonAdamW
+from hvdlm.strategies.muon.optimizer import MOMENTUM, MuonAdamW
+from hvdlm.strategies.muon.slices import SlicedMatrices, SlicedMuonAdamW
 
 # Of the state of a parameter: what has the parameter's shape, and who counts steps
 _MOMENTS = {
@@ -46,14 +47,17 @@ def make_optimizer_of(
     decaying: Sequence[nn.Parameter],
     others: Sequence[nn.Parameter],
     settings: OptimizerSection,
-    matrices: Sequence[nn.Parameter] = (),
+    matrices: Sequence[nn.Parameter] | SlicedMatrices = (),
 ) -> torch.optim.Optimizer:
-    """The same over parameters, or parts of them, that decay and that do not; `matrices`: which Muon steps."""
+    """The same over parameters, or parts of them, that decay and that do not, of which there may be none.
+
+    `matrices`: which Muon steps; where ranks own slices of them, `step` is collective.
+    """
     groups = [
         {"params": list(decaying), "weight_decay": settings.weight_decay},
         {"params": list(others), "weight_decay": 0.0},
     ]
-    optimizer = _make([group for group in groups if group["params"]], list(matrices), settings)
+    optimizer = _make([group for group in groups if group["params"]] or groups[:1], matrices, settings)
     for parameter in (*decaying, *others):
         # What the optimizer would make at its first step: made now, so that every rank can be sent the state to resume.
         state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in _moment_names(settings)}
@@ -68,13 +72,19 @@ def _moment_names(settings: OptimizerSection) -> tuple[str, ...]:
     return () if settings.algorithm == "sgd" and not settings.momentum else _MOMENTS[settings.algorithm]
 
 
-def state_kinds(settings: OptimizerSection) -> tuple[str, ...]:
-    """What is kept of each parameter: its moments, and `STEP` where steps are counted."""
-    return (*_moment_names(settings), *([STEP] if settings.algorithm in _COUNT_STEPS else []))
+def state_kinds(settings: OptimizerSection, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, ...]]:
+    """What is kept of each parameter of a model, by its name and shape: its moments, and `STEP` where steps are
+    counted; of a matrix that Muon steps, its momentum.
+    """
+    usual = (*_moment_names(settings), *([STEP] if settings.algorithm in _COUNT_STEPS else []))
+    has_muon = settings.algorithm == "muon"
+    return {
+        name: (MOMENTUM,) if has_muon and is_hidden_matrix(name, shape) else usual for name, shape in shapes.items()
+    }
 
 
 def _make(
-    groups: list[dict[str, Any]], matrices: list[nn.Parameter], settings: OptimizerSection
+    groups: list[dict[str, Any]], matrices: Sequence[nn.Parameter] | SlicedMatrices, settings: OptimizerSection
 ) -> torch.optim.Optimizer:
     betas = (settings.beta1, settings.beta2)
     if settings.algorithm == "sgd":
@@ -87,6 +97,8 @@ def _make(
         return torch.optim.Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
     adamw: dict[str, Any] = {"lr": settings.lr, "betas": betas, "eps": settings.eps, "fused": True}
     adamw["freeze_variance_after"] = settings.freeze_variance_after
+    if isinstance(matrices, SlicedMatrices):
+        return SlicedMuonAdamW(groups, matrices, settings, **adamw)
     if settings.algorithm == "muon":
         return MuonAdamW(groups, matrices, settings, **adamw)
     return FrozenVarianceAdamW(groups, **adamw)

@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"layers": 3, "heads": 4, "kv_heads": 2, "width": 64, "norm": "rmsnorm", "activation": "swiglu"},
         **{"position": "rope", "bias": False, "tie_embeddings": False},
     },
+    "odd": {"layers": 2, "heads": 3, "width": 39, "mlp_width": 53},
 }
 
 
@@ -50,31 +51,42 @@ def make_trainer(comm: Communicator, config: Config) -> Trainer:
 
 
 class Plain:
-    """The same model, loss and AdamW on one rank, by PyTorch alone."""
+    """The same model, loss and AdamW, for matrices of blocks Muon if so set, on one rank, by PyTorch alone."""
 
     def __init__(self, config: Config) -> None:
         self.model = Transformer(config.model, VOCABULARY)
         self.model.initialise(config.train.seed)
-        decaying = [p for p in self.model.parameters() if p.dim() >= 2]
+        settings, named = config.optimizer, dict(self.model.named_parameters())
+        of_muon = {name for name in named if name.startswith("blocks.") and named[name].dim() == 2}
+        of_muon = of_muon if settings.algorithm == "muon" else set()
+        decaying = [p for name, p in named.items() if p.dim() >= 2 and name not in of_muon]
         others = [p for p in self.model.parameters() if p.dim() < 2]
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-        )
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [{"params": decaying, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                lr=settings.lr,
+                betas=(settings.beta1, settings.beta2),
+                eps=settings.eps,
+            )
+        ]
+        if of_muon:
+            matrices = [named[name] for name in sorted(of_muon)]
+            muon = torch.optim.Muon(
+                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn=settings.muon_adjustment
+            )
+            self.optimizers.append(muon)
         self.clip_norm = settings.clip_norm
 
     def step(self, number: int) -> tuple[float, float]:
         """Loss and norm."""
         inputs, targets = global_batch(number, ignored=True)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         logits = functional.linear(self.model(inputs), self.model.output_weight)
         loss = functional.cross_entropy(logits.reshape(-1, VOCABULARY), targets.reshape(-1), ignore_index=-100)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss.item(), float(norm)
 
 

@@ -8,12 +8,14 @@ from unittest.mock import patch
 
 import torch
 from checks import check
-from sharded_body import make_config, make_trainer
+from sharded_body import VOCABULARY, make_config, make_trainer
 from torch import Tensor
 from training_body import Batches
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
+from hvdlm.model.layout import Layout
+from hvdlm.model.memory import training_memory_bytes
 from hvdlm.model.parameter_access import Part
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.strategy import Sharded
@@ -83,4 +85,22 @@ def check_what_a_rank_holds(comm: Communicator, stage: int, precision: str) -> N
         assert sum(largest[:2]) < 0.5 * sum(largest), "this test would show nothing"
     assert nbytes(each.master for each in partitions) <= (share if stage == 3 or precision == "bf16" else 4.2 * numbers)
     assert nbytes(trainer.model.parameters()) <= sum(largest)
+    strategy.close()
+
+
+@check(sizes=[4], stage=[1, 2, 3])
+def check_what_a_rank_keeps_for_muon(comm: Communicator, stage: int) -> None:
+    """One number for each of its matrices', two for each other one; about as much on each rank as --dry-run says."""
+    values = make_config("llama", stage, optimizer={"algorithm": "muon"}).model_dump(by_alias=True)
+    values["model"]["layers"] = LAYERS
+    config = Config.model_validate(values)
+    strategy = make_trainer(comm, config).strategy
+    kept = nbytes(each for name, each in strategy.optimizer_state().items() if not name.startswith("step."))
+    shapes = {name: torch.Size(shape) for name, shape in strategy.held_parts().shapes.items()}
+    matrices = sum(shape.numel() for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2)
+    others = sum(shape.numel() for shape in shapes.values()) - matrices
+    assert int(comm.all_reduce_(torch.tensor([kept]))) == 4 * matrices + 8 * others
+    layout = Layout(stage, shard=4)
+    formula = training_memory_bytes(config.model, VOCABULARY, 1, "fp32", algorithm="muon", layout=layout)
+    assert abs(kept / formula.moments - 1) <= 0.1, (kept, formula.moments)
     strategy.close()

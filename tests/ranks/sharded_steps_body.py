@@ -258,17 +258,24 @@ def check_copies_are_compared(comm: Communicator, stage: int) -> None:
     trainer.strategy.close()
 
 
-@check(sizes=[3], stage=[1, 2, 3])
-def check_a_rank_that_owns_nothing(comm: Communicator, stage: int) -> None:
+@check(sizes=[3], stage=[1, 2, 3], algorithm=["adamw", "muon"])
+def check_a_rank_that_owns_nothing(comm: Communicator, stage: int, algorithm: str) -> None:
     """Of a model that is smaller than the alignment of parts: it trains, keeps an average, and is validated by it."""
     small = {"layers": 1, "heads": 1, "width": 2, "mlp_width": 2, "context_length": 4, "position": "rope"}
     values = make_config("gpt2", stage).model_dump(by_alias=True)
     values["model"] = {**small, "bias": False}
     values["train"]["ema"] = 0.9
+    values["optimizer"].update(algorithm=algorithm, freeze_variance_after=1)
     config = Config.model_validate(values)
     trainer = Trainer(config, comm, SimpleNamespace(eos_id=0), 7, CPU)  # type: ignore[arg-type]
     trainer.start()
     assert bool(trainer.parameters) == (comm.rank < 2) or stage == 3
+    before = {name: each.detach().clone() for name, each in trainer.parameters.items()}
+    for each in trainer.parameters.values():
+        each.grad += 1.0
+    for _ in range(2):
+        trainer.strategy.apply(1e-3)
+    assert not any(torch.equal(before[name], each) for name, each in trainer.parameters.items())
     with trainer.strategy.replaced({name: each.clone() for name, each in trainer.parameters.items()}):
         trainer.model(torch.zeros((1, 4), dtype=torch.int64))
     assert trainer.ema.evaluate(lambda: None) is None  # all ranks are asked

@@ -165,7 +165,7 @@ class Bereaved:
 
 @pytest.mark.parametrize("messages", [0, 1, 3])
 def test_who_has_lost_a_rank_completes_the_step_alone(messages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvdlm.strategies.muon.optimizer._ROUND_BYTES", 1)
+    monkeypatch.setattr("hvdlm.strategies.muon.shares._ROUND_BYTES", 1)
     models = [make_model() for _ in range(3)]
     alone, other, bereaved = (make_optimizer(model, SETTINGS) for model in models)
     for model in models:

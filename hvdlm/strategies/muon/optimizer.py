@@ -17,11 +17,8 @@ from hvdlm.comm.failure import DeadRankError
 from hvdlm.comm.work import Work
 from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
-from hvdlm.strategies.muon.newton_schulz import flops, orthogonalise
-from hvdlm.strategies.muon.shares import deal_out, in_rounds
-
-# Bytes of updates of all ranks that are gathered at once, while the next ones are made
-_ROUND_BYTES = 32 * 2**20
+from hvdlm.strategies.muon.newton_schulz import orthogonalise
+from hvdlm.strategies.muon.shares import deal_out_in_rounds
 
 MOMENTUM = "muon_momentum"
 
@@ -56,26 +53,24 @@ class MuonAdamW(FrozenVarianceAdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Of all parameters, matrices with a gradient; `closure` is not called."""
         rate = self.param_groups[0]["lr"] * self._settings.muon_lr_ratio
-        for matrix, update in self._updates():
-            matrix.mul_(1 - rate * self._settings.weight_decay)
-            matrix.add_(update, alpha=-rate * self._adjustment(matrix))
+        for part, update in self._updates():
+            part.mul_(1 - rate * self._settings.weight_decay)
+            part.add_(update, alpha=-rate * self._adjustment(*self._shape_of(part)))
         super().step()
 
     def _updates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each matrix with its O, which may be a view of what is gathered."""
         matrices = [each for each in self._matrices if each.grad is not None]
         for matrix in matrices:
-            assert matrix.grad is not None
-            self.state[matrix][MOMENTUM].lerp_(matrix.grad, 1 - self._settings.muon_momentum)
+            self._add_to_momentum(matrix)
         self.sent_bytes = 0
         communicator = self._communicator
         if communicator is None or communicator.size == 1:
             yield from ((matrix, self._orthogonalise(matrix)) for matrix in matrices)
             return
-        shares = deal_out([flops(*each.shape) for each in matrices], communicator.size)
         rounds = [
-            [[matrices[index] for index in share] for share in each]
-            for each in in_rounds(shares, [2 * each.numel() for each in matrices], _ROUND_BYTES)
+            [[matrices[index] for index in share] for share in shared]
+            for shared in deal_out_in_rounds([tuple(each.shape) for each in matrices], communicator.size)
         ]
         gathered = 0
         with suppress(DeadRankError):
@@ -104,12 +99,23 @@ class MuonAdamW(FrozenVarianceAdamW):
             yield under_way.popleft().wait()
 
     def _orthogonalise(self, matrix: nn.Parameter) -> Tensor:
-        assert matrix.grad is not None
-        return orthogonalise(matrix.grad.lerp(self.state[matrix][MOMENTUM], self._settings.muon_momentum))
+        return orthogonalise(self._nesterov(matrix))
 
-    def _adjustment(self, matrix: Tensor) -> float:
+    def _add_to_momentum(self, part: nn.Parameter) -> None:
+        assert part.grad is not None
+        self.state[part][MOMENTUM].lerp_(part.grad, 1 - self._settings.muon_momentum)
+
+    def _nesterov(self, part: nn.Parameter) -> Tensor:
+        """What is orthogonalised, float32, once the gradient has been added to the momentum; as `part` is shaped."""
+        assert part.grad is not None
+        return part.grad.lerp(self.state[part][MOMENTUM], self._settings.muon_momentum)
+
+    def _shape_of(self, part: nn.Parameter) -> tuple[int, ...]:
+        """Of the matrix that `part` is, or is a part of."""
+        return tuple(part.shape)
+
+    def _adjustment(self, rows: int, columns: int) -> float:
         """By what the rate of a matrix is multiplied, as its shape makes updates larger or smaller."""
-        rows, columns = matrix.shape
         if self._settings.muon_adjustment == "original":
             return math.sqrt(max(1.0, rows / columns))
         return 0.2 * math.sqrt(max(rows, columns))  # Liu et al., arXiv:2502.16982, section 2.2

@@ -1,9 +1,22 @@
-"""Which rank orthogonalises which matrix."""
+"""Which rank orthogonalises which matrix, and in which round."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+
+from hvdlm.strategies.muon.newton_schulz import flops
+
+# Bytes of updates of all ranks that travel at once, while the next ones are made
+_ROUND_BYTES = 32 * 2**20
+
+_UPDATE_BYTES = 2  # of a number: bfloat16
+
+
+def deal_out_in_rounds(shapes: Sequence[tuple[int, ...]], ranks: int) -> list[list[list[int]]]:
+    """Which matrices of these shapes each rank orthogonalises in each round: `[round][rank]`, of indices."""
+    shares = deal_out([flops(*shape) for shape in shapes], ranks)
+    return in_rounds(shares, [_UPDATE_BYTES * rows * columns for rows, columns in shapes], _ROUND_BYTES)
 
 
 def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -26,9 +26,13 @@ class Piece(NamedTuple):
     offset: int  # in the rank's part of the partition
 
     @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
     def span(self) -> slice:
         """In the rank's part."""
-        return slice(self.offset, self.offset + self.stop - self.start)
+        return slice(self.offset, self.offset + self.length)
 
 
 class Partition(Bucket):
@@ -58,10 +62,11 @@ class Partition(Bucket):
         length = -(-self.total // (ranks * _ALIGNMENT)) * _ALIGNMENT  # of a part
         self.buffer = torch.zeros(length * ranks, dtype=torch.float32, device=device)
         self.weights = torch.zeros(length * ranks, dtype=dtype, device=device)
-        self.part = slice(rank * length, (rank + 1) * length)
+        self._ranks, self._length = ranks, length
+        self.part = self._part_of(rank)
         # Views of `buffer`, of which none can be made while it has no memory: of parameters, and of this rank's part
         self.slots, self.own_slot = self.split(self.buffer), self.buffer[self.part]
-        self.pieces = dict(self._pieces())
+        self.pieces = self._pieces_of(rank)
         own = self.weights[self.part]
         self.master_is_part = is_kept and dtype == torch.float32 and not is_rounded
         self.master = own if self.master_is_part else torch.zeros_like(own, dtype=torch.float32)
@@ -79,12 +84,20 @@ class Partition(Bucket):
         if piece := self.pieces.get(name):
             self.master[piece.span].copy_(values.reshape(-1)[piece.start : piece.stop])
 
-    def _pieces(self) -> list[tuple[str, Piece]]:
-        found, begin = [], 0
+    def lengths(self) -> dict[str, list[int]]:
+        """Of each parameter, how many of its numbers each rank owns: one behind the other, in the order of ranks."""
+        by_rank = [self._pieces_of(rank) for rank in range(self._ranks)]
+        return {name: [pieces[name].length if name in pieces else 0 for pieces in by_rank] for name in self.names}
+
+    def _part_of(self, rank: int) -> slice:
+        return slice(rank * self._length, (rank + 1) * self._length)
+
+    def _pieces_of(self, rank: int) -> dict[str, Piece]:
+        part, found, begin = self._part_of(rank), {}, 0
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            start, stop = max(begin, self.part.start), min(begin + parameter.numel(), self.part.stop)
+            start, stop = max(begin, part.start), min(begin + parameter.numel(), part.stop)
             if start < stop:
-                found.append((name, Piece(start - begin, stop - begin, start - self.part.start)))
+                found[name] = Piece(start - begin, stop - begin, start - part.start)
             begin += parameter.numel()
         return found
 

@@ -3,6 +3,7 @@
 ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, section 5).
 The curve is that of `EveryStep`: gradients are summed over all ranks, each number at its owner, which steps it; weights
 are gathered from their owners, in the dtype in which products are computed, of which `EveryStep` makes the same copies.
+Muon's matrices are stepped by their owners, too, who have momentum orthogonalised by a rank that is sent all of it.
 Where several groups of ranks hold a copy of the model each, sums go on from owner to owner of the copies.
 """
 
@@ -28,7 +29,9 @@ from hvdlm.gradients.norm import norm_of_parts
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.held_parts import HeldParts, Runs
+from hvdlm.strategies.hidden_matrices import is_hidden_matrix
 from hvdlm.strategies.model_part import ModelPart, runs_within
+from hvdlm.strategies.muon.slices import SlicedMatrices, SlicedMatrix
 from hvdlm.strategies.optimizer import (
     leave_out_if,
     make_optimizer_of,
@@ -98,16 +101,29 @@ class Sharded(Strategy):
                 self._pieces[name] = nn.Parameter(partition.master[piece.span])
                 self._pieces[name].grad = own[piece.span]
                 self._runs[name] = runs_within(self._part.runs[name], piece.start, piece.stop)
-        shapes = self._part.shapes
-        self._decaying = [piece for name, piece in self._pieces.items() if len(shapes[name]) >= 2]
-        others = [piece for name, piece in self._pieces.items() if len(shapes[name]) < 2]
+        self._decaying = [piece for name, piece in self._pieces.items() if len(self._part.shapes[name]) >= 2]
         self._counted = [piece for name, piece in self._pieces.items() if self._part.counts[name]]
-        # A rank of more than there are parameters for has none
-        self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer) if self._pieces else None
+        self._optimizer = self._make_optimizer()
         self._agreement = StepAgreement()
         self._arrival: Work[None] = Work.done(None)
         self._count_traffic()
         self.start(model.initial_values(config.train.seed))
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Over what this rank owns, which may be nothing."""
+        shapes, sliced = self._part.shapes, {}
+        if self._settings.algorithm == "muon":
+            for partition in self._partitions:
+                for name, lengths in partition.lengths().items():
+                    if is_hidden_matrix(name, shapes[name]):
+                        sliced[name] = SlicedMatrix(shapes[name], lengths, self._pieces.get(name))
+        rest = [(name, piece) for name, piece in self._pieces.items() if name not in sliced]
+        return make_optimizer_of(
+            [piece for name, piece in rest if len(shapes[name]) >= 2],
+            [piece for name, piece in rest if len(shapes[name]) < 2],
+            self._settings,
+            SlicedMatrices([*sliced.values()], self._channels, self._device) if sliced else (),
+        )
 
     # ---- one step
 
@@ -173,13 +189,12 @@ class Sharded(Strategy):
             kept.mul_(factor)
 
     def leave_out_if(self, found: Tensor) -> bool:
-        return self._optimizer is None or leave_out_if(self._optimizer, found)
+        return leave_out_if(self._optimizer, found)
 
     def apply(self, rate: float) -> None:
-        if self._optimizer is not None:
-            add_penalties_(self._decaying, self._settings)
-            set_learning_rate(self._optimizer, rate)
-            self._optimizer.step()
+        add_penalties_(self._decaying, self._settings)
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step()
         self._weights.publish()
 
     def end_step(self) -> StepEnd:
@@ -218,9 +233,10 @@ class Sharded(Strategy):
         return True
 
     def held_parts(self) -> HeldParts:
-        kinds = (*state_kinds(self._settings), *([_GATHERED] if self._keeps_differences else []))
+        kinds = state_kinds(self._settings, self._part.shapes)
         saved = self._part.saved(self._is_first_copy) & self._runs.keys()
-        return HeldParts(self._part.shapes, self._runs, kinds, saved)
+        held = HeldParts(self._part.shapes, self._runs, kinds, saved)
+        return held.with_kind(_GATHERED) if self._keeps_differences else held
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._pieces)
@@ -257,9 +273,8 @@ class Sharded(Strategy):
         self._has_gathered = state.get("has_gathered", False)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        moments = {} if self._optimizer is None else named_state(self._optimizer, self._pieces)
         self._gathered = self._gathered_state()
-        return {**moments, **self._gathered}
+        return {**named_state(self._optimizer, self._pieces), **self._gathered}
 
     def _gathered_state(self) -> dict[str, Tensor]:
         """Copies of this rank's part of the weights that all ranks have, where these differ from the masters."""
