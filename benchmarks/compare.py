@@ -1,4 +1,4 @@
-"""Compares hvdlm's codecs with PyTorch DDP, Horovod's optimizer, and training without communication.
+"""Compares hvdlm's ways to combine work with PyTorch, Horovod, DeepSpeed, and training without communication.
 
     python benchmarks/compare.py --data data/python-stdlib
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ MODEL = {
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Measures each set-up, and writes its results before the next one starts."""
     setups = available_setups([parse_setup(name, options.ranks) for name in options.setup])
+    setups = [_of_micro_batches(setup, options.micro_batches) for setup in setups]
     groups = group_systems(options.codecs, options.engines, options.peers, options.horovodrun)
-    configs = {setup.name: configure(options.data, setup.ranks, overrides) for setup in setups}
+    configs = {setup.name: configure(options.data, setup.ranks * options.micro_batches, overrides) for setup in setups}
     options.output.mkdir(parents=True, exist_ok=True)
     results = read_results(options.output / "compare.json")
     problems: list[str] = []
@@ -69,19 +70,26 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise HvdlmError("do not use these figures: " + "; ".join(problems))
 
 
-def configure(data: Path, ranks: int, overrides: Sequence[str]) -> Config:
-    """The settings of every system. Raises HvdlmError for unknown overrides, or without a data set."""
+def _of_micro_batches(setup: Setup, micro_batches: int) -> Setup:
+    """The set-up, under a name of its own where a step has more than one micro-batch for each rank."""
+    return setup if micro_batches == 1 else replace(setup, name=f"{setup.name}, {micro_batches} micro-batches")
+
+
+def configure(data: Path, micro_batches: int, overrides: Sequence[str]) -> Config:
+    """The settings of every system, whose steps have so many micro-batches in all. Raises HvdlmError for unknown
+    overrides, or without a data set.
+    """
     DataSet(data)
     fixed = ["--data.path", str(data), "--train.threads", "1", "--train.steps", str(10**6), "--log.every", str(10**6)]
     config = load(None, [*as_overrides(MODEL), *overrides, *fixed], PRESETS)
-    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size * ranks})
+    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size * micro_batches})
     return config.model_copy(update={"train": train})
 
 
 def describe(setup: Setup, config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """The conditions of a set-up's results."""
     settings = {"rounds": options.rounds, "steps": options.steps, **describe_settings(config)}
-    return {**describe_run(), "setup": asdict(setup), "settings": settings}
+    return {**describe_run("deepspeed", "torchft"), "setup": asdict(setup), "settings": settings}
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
@@ -96,7 +104,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         "--codecs",
         nargs="+",
         default=list(CODECS),
-        help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps; dion",
+        help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps; dion; "
+        "zeroSTAGE[:CODEC]; tensor; pipeline[:SCHEDULE][:bf16 or :int8]",
     )
     parser.add_argument(
         "--engines",
@@ -119,12 +128,19 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each system in a round")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="for each rank and step; the stages of a pipeline are given those of all ranks (default: %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="5 rounds of 2 steps: for a first look only")
     options, overrides = parser.parse_known_args()
     if options.quick:
         options.rounds, options.steps = 5, 2
-    if options.rounds < 1 or options.steps < 1 or options.ranks < 2:
-        raise HvdlmError("give 1 or more --rounds and --steps, and 2 or more --ranks")
+    if min(options.rounds, options.steps, options.micro_batches) < 1 or options.ranks < 2:
+        raise HvdlmError("give 1 or more --rounds, --steps and --micro-batches, and 2 or more --ranks")
     return options, overrides
 
 

@@ -1,6 +1,6 @@
 """Ways to combine the work of ranks, as benchmarks name them: `int4`, `int4/4`, `int4/16/4/5`, `dion`, `zero2`,
-`zero3:int8`,
-`zero1:int4:int4` (codecs of gradients and of weights), `tensor`, `pipeline`.
+`zero3:int8`, `zero1:int4:int4` (codecs of gradients and of weights), `tensor`, `pipeline`,
+`pipeline:zero_bubble:bf16`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from hvdlm.config import Config
+from hvdlm.config.parallel import Schedule
 from hvdlm.errors import HvdlmError
 
 # With these codecs a gradient may arrive many steps late. As hvdlm's documentation recommends, they start after a fifth
@@ -20,8 +21,8 @@ _LATE_CODECS = ("topk", "topk2", "powersgd")
 # The optimizer that exchanges momentum of matrices, and the codec of all other gradients beside it
 _DION, _CODEC_BESIDE_DION = "dion", "int4"
 
-# Ways in which ranks divide one model: all of them the matrices, or all of them the blocks
-_DIVIDING = ("tensor", "pipeline")
+# Of the messages between the stages of a pipeline, beside fp32
+_BOUNDARIES = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Method:
     local_steps: Mapping[str, int]  # settings of that section; none: every step
     zero: int = 0  # ZeRO stage
     weights: str = "none"  # with ZeRO, compression.weights
-    dividing: str = ""  # one of `_DIVIDING`
+    dividing: str = ""  # "tensor" or "pipeline": what all ranks divide, matrices or blocks
+    schedule: str = ""  # of a pipeline; empty: as configured
+    boundary: str = ""  # of a pipeline's messages; empty: as configured
 
     @property
     def name(self) -> str:
@@ -67,21 +70,27 @@ class Method:
             }
         )
 
-    def _parallel(self, config: Config, ranks: int) -> dict[str, int]:
+    def _parallel(self, config: Config, ranks: int) -> dict[str, Any]:
         if self.dividing:
-            return {self.dividing: ranks}
+            chosen = {"schedule": self.schedule, "boundary": self.boundary}
+            return {self.dividing: ranks, **{name: value for name, value in chosen.items() if value}}
         return {"shard": self.zero or config.parallel.shard}
 
 
 def parse_method(text: str) -> Method:
-    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, dion, zeroSTAGE[:CODEC[:WEIGHTS]], tensor or pipeline.
-    Raises HvdlmError for anything else.
+    """CODEC, CODEC/EVERY[/FRAGMENTS[/OVERLAP]] for local steps, dion, zeroSTAGE[:CODEC[:WEIGHTS]], tensor or
+    pipeline[:SCHEDULE][:bf16 or :int8]. Raises HvdlmError for anything else.
     """
     if sharded := re.fullmatch(r"zero([123])(?::(\w+))?(?::(\w+))?", text):
         stage, codec, weights = sharded.groups(default="none")
         return Method(text, codec, {}, zero=int(stage), weights=weights)
-    if text in _DIVIDING:
+    if text == "tensor":
         return Method(text, "none", {}, dividing=text)
+    schedules, boundaries = "|".join(get_args(Schedule)), "|".join(_BOUNDARIES)
+    if stages := re.fullmatch(rf"pipeline(?::({schedules}))?(?::({boundaries}))?", text):
+        return Method(text, "none", {}, dividing="pipeline", schedule=stages[1] or "", boundary=stages[2] or "")
+    if text.startswith("pipeline:"):
+        raise HvdlmError(f"{text!r} is no pipeline: give pipeline[:{schedules}][:{boundaries}], as pipeline:1f1b")
     found = re.fullmatch(r"(.+?)(?:/(\d+)(?:/(\d+)(?:/(\d+))?)?)?", text)
     if found is None or found[2] == "0":
         raise HvdlmError(f"{text!r} is no way to exchange: give CODEC or CODEC/EVERY/FRAGMENTS/OVERLAP, as int4/4/4/1")

@@ -19,7 +19,11 @@ LIMIT = "no communication"
 REFERENCE = "DDP"
 
 # Codecs whose gradients are exact, or rounded to 16-bit numbers.
-_DENSE_CODECS = ("none", "fp16", "bf16", "zero1", "zero2", "zero3", "tensor", "pipeline")
+_DENSE_CODECS = ("none", "fp16", "bf16")
+
+
+# Without isolation: building it imports the PyTorch that is there
+_DEEPSPEED = '--no-build-isolation -c constraints.txt -e ".[deepspeed]"'
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Peer:
     is_dense: bool = True
     has_own_job: bool = False  # it may crash, and would end the other systems of its job
     package: str = ""  # which it needs and hvdlm does not
+    install: str = ""  # arguments of pip that install it
     steps: int = 1  # that belong together, as in `steps_of_a_round`
 
 
@@ -39,6 +44,14 @@ PEERS = {
     "DDP fp16": Peer("torch", systems.ddp_fp16),
     "DDP PowerSGD": Peer("torch", systems.ddp_power_sgd, is_dense=False, has_own_job=True),
     "FSDP2": Peer("torch", systems.fsdp2, has_own_job=True),
+    "PyTorch 1F1B": Peer("torch", systems.torch_1f1b, has_own_job=True),
+    "PyTorch GPipe": Peer("torch", systems.torch_gpipe, has_own_job=True),
+    "DeepSpeed ZeRO-2": Peer(
+        "torch", systems.deepspeed_zero2, has_own_job=True, package="deepspeed", install=_DEEPSPEED
+    ),
+    "DeepSpeed ZeRO-3": Peer(
+        "torch", systems.deepspeed_zero3, has_own_job=True, package="deepspeed", install=_DEEPSPEED
+    ),
     "Horovod": Peer("horovod", systems.horovod),
     "Horovod fp16": Peer("horovod", systems.horovod_fp16),
     "torchft DiLoCo": Peer(
@@ -47,6 +60,7 @@ PEERS = {
         is_dense=False,
         has_own_job=True,
         package="torchft",
+        install='-c constraints.txt -e ".[peers]"',
         steps=systems.DILOCO_EVERY,
     ),
 }
@@ -85,7 +99,10 @@ def is_dense(name: str) -> bool:
     """Whether a system must train the same model as DDP, up to the rounding of gradients to 16-bit numbers."""
     if name in PEERS:
         return PEERS[name].is_dense
-    return name != LIMIT and _method(name).text in _DENSE_CODECS
+    if name == LIMIT:
+        return False
+    method = _method(name)
+    return method.codec in _DENSE_CODECS and not method.local_steps and method.boundary != "int8"
 
 
 def group_systems(
@@ -110,8 +127,7 @@ def group_systems(
     for name in peer_names:
         if not is_installed(name):
             raise HvdlmError(
-                f'{name} needs {PEERS[name].package}: pip install -c constraints.txt -e ".[peers]", or leave it out of '
-                "--peers"
+                f"{name} needs {PEERS[name].package}: pip install {PEERS[name].install}, or leave it out of --peers"
             )
     own_jobs += [
         SystemGroup("horovod", tuple(hvdlm_name(way, codec) for codec in codecs), HOROVODRUN[way]) for way in horovodrun
@@ -140,7 +156,7 @@ def build(name: str, config: Config, communicator: Communicator, data: DataSet) 
     if name in PEERS:
         return PEERS[name].build(config, communicator, data)
     if name == LIMIT:
-        return systems.hvdlm_without_communication(config, data)
+        return systems.hvdlm_without_communication(config, communicator.size, data)
     return systems.hvdlm_by_method(_method(name), config, communicator, data)
 
 

@@ -1,14 +1,15 @@
 """The systems that are compared: hvdlm, and its peers as their users write them.
 
 All train the same model on the same batches with the same loss, optimizer, learning rates and clipping. The peers are
-PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, Horovod's
-DistributedOptimizer, and torchft's DiLoCo. hvdlm computes with its own bf16 copies of the weights, the peers under
-autocast.
+PyTorch DistributedDataParallel on Gloo with the communication hooks that PyTorch ships, its FSDP2 and its pipelines
+(torch_pipeline.py), Horovod's DistributedOptimizer, DeepSpeed's ZeRO (deepspeed_zero.py), and torchft's DiLoCo. hvdlm
+computes with its own bf16 copies of the weights, the peers under autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from common.methods import Method
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, Precision
+from hvdlm.data.loader import Batch
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
@@ -61,9 +63,9 @@ def hvdlm_by_method(method: Method, config: Config, communicator: Communicator, 
     return _hvdlm(method.apply(config, communicator.size), communicator, data)
 
 
-def hvdlm_without_communication(config: Config, data: DataSet) -> System:
-    """hvdlm's trainer, alone on each rank, with as many sequences per step as the rank has in the other systems."""
-    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
+def hvdlm_without_communication(config: Config, ranks: int, data: DataSet) -> System:
+    """hvdlm's trainer, alone on each rank, with its share of a step's sequences."""
+    train = config.train.model_copy(update={"global_batch_size": config.train.global_batch_size // ranks})
     return _hvdlm(config.model_copy(update={"train": train}), SoloCommunicator(), data)
 
 
@@ -92,14 +94,14 @@ def fsdp2(config: Config, communicator: Communicator, data: DataSet) -> System:
     dtype = DTYPES[config.train.precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh("cpu", (communicator.size,))
-    model = _model(config, data)
-    mean_loss = _MeanLoss(model, config.train.precision)
+    model = initial_model(config, data)
+    mean_loss = MeanLoss(model, config.train.precision)
     for module in (*model.blocks, mean_loss):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     optimizer = make_optimizer(model, config.optimizer)
     return System(
         lambda: {name: each.full_tensor() for name, each in model.named_parameters()},
-        _plain_step(mean_loss, optimizer, config, communicator, data),
+        plain_step(mean_loss, optimizer, config, communicator, data),
     )
 
 
@@ -117,11 +119,39 @@ def torchft_diloco(config: Config, communicator: Communicator, data: DataSet) ->
     """Streaming DiLoCo of torchft (torchft_diloco.py)."""
     from compare.torchft_diloco import TorchftDiLoCo
 
-    model = _model(config, data)
-    mean_loss = _MeanLoss(model, config.train.precision)
+    model = initial_model(config, data)
+    mean_loss = MeanLoss(model, config.train.precision)
     optimizer = make_optimizer(model, config.optimizer)
     diloco = TorchftDiLoCo(model, optimizer, communicator, DILOCO_EVERY, DILOCO_OVERLAP)
-    return System(diloco.averaged, _plain_step(mean_loss, optimizer, config, communicator, data))
+    return System(diloco.averaged, plain_step(mean_loss, optimizer, config, communicator, data))
+
+
+def torch_1f1b(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """torch.distributed.pipelining with Schedule1F1B (torch_pipeline.py)."""
+    from compare.torch_pipeline import pipeline
+
+    return pipeline("Schedule1F1B", config, communicator, data)
+
+
+def torch_gpipe(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """torch.distributed.pipelining with ScheduleGPipe (torch_pipeline.py)."""
+    from compare.torch_pipeline import pipeline
+
+    return pipeline("ScheduleGPipe", config, communicator, data)
+
+
+def deepspeed_zero2(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """DeepSpeed's ZeRO, stage 2 (deepspeed_zero.py)."""
+    from compare.deepspeed_zero import zero
+
+    return zero(2, config, communicator, data)
+
+
+def deepspeed_zero3(config: Config, communicator: Communicator, data: DataSet) -> System:
+    """DeepSpeed's ZeRO, stage 3 (deepspeed_zero.py)."""
+    from compare.deepspeed_zero import zero
+
+    return zero(3, config, communicator, data)
 
 
 def _hvdlm(config: Config, communicator: Communicator, data: DataSet) -> System:
@@ -149,7 +179,7 @@ def _whole_parameters(trainer: Trainer) -> Mapping[str, Tensor]:
     return whole
 
 
-class _MeanLoss(nn.Module):
+class MeanLoss(nn.Module):
     """The model and its loss under autocast, as one module that DDP can wrap."""
 
     def __init__(self, model: Transformer, precision: Precision) -> None:
@@ -165,44 +195,60 @@ class _MeanLoss(nn.Module):
 def _ddp(
     config: Config, communicator: Communicator, data: DataSet, register: Callable[[DistributedDataParallel], None]
 ) -> System:
-    model = _model(config, data)
+    model = initial_model(config, data)
     optimizer = make_optimizer(model, config.optimizer)
-    replica = DistributedDataParallel(_MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
     register(replica)
-    return System(lambda: dict(model.named_parameters()), _plain_step(replica, optimizer, config, communicator, data))
+    step = plain_step(
+        replica, optimizer, config, communicator, data, lambda is_last: nullcontext() if is_last else replica.no_sync()
+    )
+    return System(lambda: dict(model.named_parameters()), step)
 
 
-def _plain_step(
+def plain_step(
     mean_loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
     communicator: Communicator,
     data: DataSet,
+    around: Callable[[bool], AbstractContextManager[None]] = lambda is_last: nullcontext(),
 ) -> Callable[[], None]:
-    """A step as plain PyTorch has it, in which the module or the optimizer communicates by itself."""
+    """A step as plain PyTorch has it, in which the module or the optimizer communicates by itself. `around`: of the
+    passes of a micro-batch, given whether it is the step's last one.
+    """
     loader = open_loader(config, data, communicator)
 
     def step() -> None:
         batch = loader.next()
         set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
         optimizer.zero_grad()
-        mean_loss(batch.inputs, batch.targets).backward()
+        micro_batches = divide(batch, config)
+        for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            with around(number == len(micro_batches)):
+                (mean_loss(inputs, targets) / len(micro_batches)).backward()
         nn.utils.clip_grad_norm_(mean_loss.parameters(), config.optimizer.clip_norm)
         optimizer.step()
 
     return step
 
 
+def divide(batch: Batch, config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets of its micro-batches, (b, T) int64 each. All have as many sequences."""
+    size = config.train.micro_batch_size
+    return list(zip(batch.inputs.split(size), batch.targets.split(size), strict=True))
+
+
 def _horovod(config: Config, communicator: Communicator, data: DataSet, compression: str) -> System:
     import horovod.torch as hvd
 
-    model = _model(config, data)
-    mean_loss = _MeanLoss(model, config.train.precision)
+    model = initial_model(config, data)
+    mean_loss = MeanLoss(model, config.train.precision)
     optimizer = hvd.DistributedOptimizer(
         make_optimizer(model, config.optimizer),
         # Horovod identifies tensors by name, and two of its optimizers may share a job
         named_parameters=[(f"{compression}.{name}", parameter) for name, parameter in model.named_parameters()],
         compression=getattr(hvd.Compression, compression),
+        backward_passes_per_step=config.train.global_batch_size // communicator.size // config.train.micro_batch_size,
     )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     loader = open_loader(config, data, communicator)
@@ -211,7 +257,9 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
         batch = loader.next()
         set_learning_rate(optimizer, learning_rate(batch.index, config.train.steps, config.optimizer))
         optimizer.zero_grad()
-        mean_loss(batch.inputs, batch.targets).backward()
+        micro_batches = divide(batch, config)
+        for inputs, targets in micro_batches:
+            (mean_loss(inputs, targets) / len(micro_batches)).backward()
         optimizer.synchronize()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         with optimizer.skip_synchronize():
@@ -220,7 +268,8 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
     return System(lambda: dict(model.named_parameters()), step)
 
 
-def _model(config: Config, data: DataSet) -> Transformer:
+def initial_model(config: Config, data: DataSet) -> Transformer:
+    """Its parameters begin with the same numbers in all systems."""
     model = Transformer(config.model, data.vocab_size)
     model.initialise(config.train.seed)
     return model

@@ -36,12 +36,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
-    options = ["--codecs", "none", "fp16", "--engines", "mpi", "horovod", "--peers", "DDP fp16", "Horovod"]
+    options = ["--codecs", "none", "fp16", "pipeline:zero_bubble", "--engines", "mpi", "horovod"]
+    options += ["--peers", "DDP fp16", "PyTorch 1F1B", "Horovod", "--micro-batches", "2", "--model.layers", "2"]
     result = compare(small_data, tmp_path, "--setup", "one-host", *options)
     assert result.status == 0, result.output
-    one_host = read(tmp_path / "compare.json")["one-host"]
-    names = ["no communication", "hvdlm mpi none", "hvdlm mpi fp16", "hvdlm horovod none"]
-    names += ["DDP", "DDP fp16", "Horovod"]
+    one_host = read(tmp_path / "compare.json")["one-host, 2 micro-batches"]
+    names = ["no communication", "hvdlm mpi none", "hvdlm mpi fp16", "hvdlm mpi pipeline:zero_bubble"]
+    names += ["hvdlm horovod none", "DDP", "DDP fp16", "PyTorch 1F1B", "Horovod"]
     assert [row["name"] for row in one_host["summary"]] == names
     assert {key for key in one_host if one_host[key]} >= {"date", "setup", "machine", "versions", "settings"}
     assert len(one_host["systems"]) == len(names)

@@ -23,10 +23,11 @@ from common.setups import Setup, parse_setup
 from compare import plot, summary
 from compare.measurement import Measurement, SystemResult, measure, over_ranks, relative_distance
 from compare.registry import SystemGroup, group_systems, is_dense, table_order
-from compare.systems import StepReport, System
+from compare.systems import StepReport, System, divide
 from convergence import curves, runs
 from hvdlm.config import Config
 from hvdlm.config_reader import load
+from hvdlm.data.loader import Batch
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
@@ -81,6 +82,12 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
         group_systems(["int4"], ["mpi"], ["torchft DiLoCo"])
 
 
+def test_a_peer_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else name)
+    with pytest.raises(HvdlmError, match=r"DeepSpeed ZeRO-3 needs deepspeed: pip install --no-build-isol.*deepspeed\]"):
+        group_systems(["none"], ["mpi"], ["PyTorch 1F1B", "DeepSpeed ZeRO-3"])
+
+
 def test_the_reference_is_always_included() -> None:
     assert group_systems(["fp16"], ["torch"], []) == [
         SystemGroup("torch", ("no communication", "hvdlm torch fp16", "DDP"))
@@ -94,6 +101,8 @@ def test_rows_are_hvdlms_first() -> None:
 
 def test_which_systems_must_train_the_model_of_ddp() -> None:
     expected = {"Horovod fp16": True, "hvdlm mpi bf16": True, "hvdlm mpi topk": False, "DDP PowerSGD": False}
+    expected |= {"hvdlm mpi zero3": True, "hvdlm mpi zero2:int8": False, "hvdlm mpi none/4": False}
+    expected |= {"hvdlm mpi pipeline:zero_bubble:bf16": True, "hvdlm mpi pipeline:int8": False, "PyTorch 1F1B": True}
     expected |= {"no communication": False, "hvdlm mpi my codec.py:Mine": False}
     assert {name: is_dense(name) for name in expected} == expected
 
@@ -120,6 +129,14 @@ def test_the_first_step_is_not_measured() -> None:
     assert len(done) == 4
     assert (seen.waited_seconds, seen.wire_bytes, seen.interface_bytes) == (3.0, 30.0, None)  # of 2, 3, 4
     assert seen.step_seconds >= 0
+
+
+def test_a_batch_in_micro_batches(tmp_path: Path) -> None:
+    config = load(None, ["--train.micro_batch_size", "2"], PRESETS)
+    tokens = torch.arange(12).view(6, 2)
+    parts = divide(Batch(0, tokens, tokens + 1, []), config)
+    assert [inputs.tolist() for inputs, _ in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert all(torch.equal(targets, inputs + 1) for inputs, targets in parts)
 
 
 def test_the_peak_is_of_the_step_that_had_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +301,22 @@ def test_methods(text: str, codec: str, local_steps: dict[str, int], name: str) 
     assert method.steps == local_steps.get("every", 1)
 
 
-@pytest.mark.parametrize("text", ["", "int4/0", "dion/2"])
+@pytest.mark.parametrize(
+    ("text", "schedule", "boundary"),
+    [
+        ("pipeline", "gpipe", "fp32"),  # as configured
+        ("pipeline:bf16", "gpipe", "bf16"),
+        ("pipeline:1f1b", "1f1b", "fp32"),
+        ("pipeline:zero_bubble:int8", "zero_bubble", "int8"),
+    ],
+)
+def test_pipelines_as_methods(text: str, schedule: str, boundary: str) -> None:
+    config = load(None, ["--parallel.schedule", "gpipe"], PRESETS)
+    parallel = parse_method(text).apply(config, 3).parallel
+    assert (parallel.pipeline, parallel.schedule, parallel.boundary) == (3, schedule, boundary)
+
+
+@pytest.mark.parametrize("text", ["", "int4/0", "dion/2", "pipeline:zero", "pipeline:fp16"])
 def test_no_methods(text: str) -> None:
     with pytest.raises(HvdlmError, match=f"'{text}'.*: .*give"):
         parse_method(text)
