@@ -205,6 +205,18 @@ def check_shards_train_as_pytorch_does(comm: Communicator, stage: int) -> None:
     trainer.strategy.close()
 
 
+@check(sizes=[4], stage=[0, 1])
+def check_stages_train_as_pytorch_does(comm: Communicator, stage: int) -> None:
+    """A pipeline of two stages with two replicas each, which share out the matrices of their stage."""
+    values = sharded_body.make_config("llama", stage).model_dump(by_alias=True)
+    values["optimizer"].update(algorithm="muon", lr=RATE, weight_decay=0.02)
+    values["parallel"]["pipeline"] = 2
+    config = Config.model_validate(values)
+    trainer, plain = sharded_body.make_trainer(comm, config), Plain(config)
+    assert_steps_of(trainer, plain, 5, factor=1e3)
+    trainer.strategy.close()
+
+
 @check(sizes=[2], precision=["fp32", "bf16"])
 def check_shards_train_as_whole_models_do(comm: Communicator, precision: str) -> None:
     """Two ranks with a micro-batch each: nothing is rounded otherwise, so nothing differs. Momentum is divided."""
