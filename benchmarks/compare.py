@@ -13,34 +13,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from common.conditions import describe_run, describe_settings
 from common.results import read_results, write_results, write_text
-from common.script import RESULTS, absolute_path, as_overrides, run_script
+from common.script import RESULTS, absolute_path, run_script
 from common.setups import ONE_HOST, Setup, available_setups, parse_setup
+from compare.compared_model import configure
 from compare.plot import draw
 from compare.registry import HOROVODRUN, PEERS, REFERENCE, group_systems, is_installed
 from compare.runner import measure_setup
 from compare.summary import find_problems, summarise, table
 from hvdlm.config import Config
-from hvdlm.config_reader import load
-from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import CODECS
-from hvdlm.model.presets import PRESETS
 
 SETUPS = (ONE_HOST, "2x100mbit", "2x1gbit", "2x10gbit", "4x100mbit", "4x1gbit", "4x10gbit")
-
-MODEL = {
-    "model.layers": 6,
-    "model.heads": 6,
-    "model.width": 384,
-    "model.context_length": 256,
-    "train.micro_batch_size": 4,
-    "train.precision": "bf16",
-}
 
 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -73,17 +61,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _of_micro_batches(setup: Setup, micro_batches: int) -> Setup:
     """The set-up, under a name of its own where a step has more than one micro-batch for each rank."""
     return setup if micro_batches == 1 else replace(setup, name=f"{setup.name}, {micro_batches} micro-batches")
-
-
-def configure(data: Path, micro_batches: int, overrides: Sequence[str]) -> Config:
-    """The settings of every system, whose steps have so many micro-batches in all. Raises HvdlmError for unknown
-    overrides, or without a data set.
-    """
-    DataSet(data)
-    fixed = ["--data.path", str(data), "--train.threads", "1", "--train.steps", str(10**6), "--log.every", str(10**6)]
-    config = load(None, [*as_overrides(MODEL), *overrides, *fixed], PRESETS)
-    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size * micro_batches})
-    return config.model_copy(update={"train": train})
 
 
 def describe(setup: Setup, config: Config, options: argparse.Namespace) -> dict[str, Any]:

@@ -52,9 +52,11 @@ class SystemResult:
 def measure(system: System, steps: int, interface: str | None) -> Measurement:
     """Trains one step that is not measured, then `steps` that are; `interface` is the one whose bytes are counted.
 
-    The unmeasured step takes up the different times at which suspended ranks resume, and fills the caches.
+    The unmeasured step takes up the different times at which suspended ranks resume, and fills the caches; what it has
+    begun to send has arrived when the clock starts.
     """
     system.step()
+    system.arrive()
     reports = []
     moments = [(time.perf_counter(), _bytes_sent(interface))]
     for number in range(steps):

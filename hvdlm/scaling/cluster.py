@@ -10,6 +10,14 @@ LINK_SHARE = 0.8
 INSIDE_LATENCY = 3e-6
 BETWEEN_LATENCY = 10e-6
 
+# The same of TCP over Ethernet, by which ranks on CPUs exchange: of 1,538 bytes on the wire, with headers, preamble and
+# gap, 1,448 are a message's
+TCP_SHARE = 1448 / 1538
+
+# Of a core, for a byte that is sent over TCP, received by another rank and added: as `hvdlm fit` has it of codec none
+# in benchmarks/results/scaling/fabric-weak
+TCP_CORE_SECONDS = 1.15e-9
+
 
 @dataclass(frozen=True)
 class Link:
@@ -30,6 +38,7 @@ class Cluster:
     inside: Link  # of each rank, to the others of its host
     between: Link  # of each host
     device: str = "cuda"  # or "cpu": what ranks compute on
+    core_seconds_per_byte: float = 0.0  # sent to another host, of the cores that compute; none of a GPU's
 
     def gather(self, nbytes: float, ranks: int, stride: int, messages: int = 1) -> float:
         """Seconds of an all-gather or a reduce-scatter of so many bytes among `ranks` ranks, `stride` apart, in so many
@@ -49,6 +58,14 @@ class Cluster:
         rings = self.ranks_per_host / per_host
         seconds = max(seconds, sent * rings / self.between.bytes_per_second)
         return seconds + hops * (self.between.latency + (per_host - 1) * self.inside.latency) / per_host
+
+    def gather_core_seconds(self, nbytes: float, ranks: int, stride: int) -> float:
+        """For which the messages of a `gather` keep a rank from computing: on a CPU it is the cores that move them."""
+        if ranks == 1 or self.device != "cpu":
+            return 0.0
+        sent = nbytes * (ranks - 1) / ranks
+        per_host = max(1, min(ranks, self.ranks_per_host // stride))
+        return sent / self.inside.bytes_per_second if per_host == ranks else sent * self.core_seconds_per_byte
 
     def message(self, nbytes: float, stride: int) -> float:
         """Seconds in which every rank sends so many bytes to the one `stride` ranks on."""

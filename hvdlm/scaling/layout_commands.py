@@ -13,7 +13,15 @@ from hvdlm.comm.rate import parse_rate
 from hvdlm.config import Config
 from hvdlm.errors import HvdlmError
 from hvdlm.model.layout import Layout
-from hvdlm.scaling.cluster import BETWEEN_LATENCY, INSIDE_LATENCY, LINK_SHARE, Cluster, Link
+from hvdlm.scaling.cluster import (
+    BETWEEN_LATENCY,
+    INSIDE_LATENCY,
+    LINK_SHARE,
+    TCP_CORE_SECONDS,
+    TCP_SHARE,
+    Cluster,
+    Link,
+)
 from hvdlm.scaling.forecast_options import ForecastOptions
 from hvdlm.scaling.layout_forecast import utilisation
 from hvdlm.scaling.layout_search import USABLE_MEMORY, Choice, choice, search
@@ -41,7 +49,7 @@ def predict_layouts(
     """
     if config.local_steps.every:
         raise HvdlmError("local_steps.every is forecast from measurements of it: give a file of hvdlm fit")
-    cluster = _cluster(model, speed, config, options)
+    cluster = forecast_cluster(model, speed, config, options)
     if len(options.codecs) > 1:
         raise HvdlmError("layouts are forecast with one codec: give --codec once")
     if options.codecs:
@@ -81,9 +89,10 @@ def _global_batch(config: Config, options: ForecastOptions, layout: Layout) -> i
     return config.train.global_batch_size
 
 
-def _cluster(
+def forecast_cluster(
     model: PerformanceModel | None, speed: RankSpeed | None, config: Config, options: ForecastOptions
 ) -> Cluster:
+    """Where the forecast runs. Raises HvdlmError for a speed or a link that is needed and not known."""
     per_host = options.ranks_per_host or (model.ranks_per_host if model else _RANKS_PER_HOST)
     if speed is None:
         if model is None:
@@ -97,9 +106,17 @@ def _cluster(
         computing = (speed.product_flops, speed.memory_bandwidth, speed.optimizer_seconds)
     is_alone = max(options.counts) == 1
     inside = _inside(model, speed, options, is_needed=per_host > 1 and not is_alone)
-    between = _between(model, options, is_needed=max(options.counts) > per_host)
-    is_cpu = config.train.device == "cpu" if speed or model is None else not model.uses_gpu
-    return Cluster(*computing, per_host, inside, between, "cpu" if is_cpu else "cuda")
+    is_cpu = _computes_on_cpu(model, speed, config)
+    between = _between(model, options, is_cpu, is_needed=max(options.counts) > per_host)
+    if not is_cpu:
+        return Cluster(*computing, per_host, inside, between)
+    measured = model.codecs.get("none") if model else None
+    core_seconds = measured.core_seconds_per_byte if measured else TCP_CORE_SECONDS
+    return Cluster(*computing, per_host, inside, between, "cpu", core_seconds)
+
+
+def _computes_on_cpu(model: PerformanceModel | None, speed: RankSpeed | None, config: Config) -> bool:
+    return config.train.device == "cpu" if speed or model is None else not model.uses_gpu
 
 
 _NO_LINK = Link(math.inf, 0.0)  # where no message goes
@@ -107,30 +124,31 @@ _NO_LINK = Link(math.inf, 0.0)  # where no message goes
 
 def _inside(model: PerformanceModel | None, speed: RankSpeed | None, options: ForecastOptions, is_needed: bool) -> Link:
     if options.inside_link:
-        return _link(parse_rate(options.inside_link), INSIDE_LATENCY)
+        return _inside_link(parse_rate(options.inside_link))
     if model and model.inside:
         return _measured(model.inside, None)
     if speed and speed.device:
-        return _link(8e9 * speed.device.link, INSIDE_LATENCY)
+        return _inside_link(8e9 * speed.device.link)
     if is_needed:
         raise HvdlmError("nothing says what joins the ranks of a host: give --intra-node, as in --intra-node 3600gbit")
     return _NO_LINK
 
 
-def _between(model: PerformanceModel | None, options: ForecastOptions, is_needed: bool) -> Link:
+def _between(model: PerformanceModel | None, options: ForecastOptions, is_cpu: bool, is_needed: bool) -> Link:
     if model and model.between:
         known = [each for each in model.measured.links if each]
         rate = float(parse_rate(options.link)) if options.link else max(known, default=None)
         return _measured(model.between, rate)
     if options.link:
-        return _link(parse_rate(options.link), BETWEEN_LATENCY)
+        share = TCP_SHARE if is_cpu else LINK_SHARE
+        return Link(share * parse_rate(options.link) / 8, BETWEEN_LATENCY)
     if is_needed:
         raise HvdlmError("nothing says what joins the hosts: give --link, of each host, as in --link 3200gbit")
     return _NO_LINK
 
 
-def _link(bits_per_second: float, latency: float) -> Link:
-    return Link(LINK_SHARE * bits_per_second / 8, latency)
+def _inside_link(bits_per_second: float) -> Link:
+    return Link(LINK_SHARE * bits_per_second / 8, INSIDE_LATENCY)
 
 
 def _measured(network: Network, rate: float | None) -> Link:
@@ -184,5 +202,9 @@ def _notes(
             "by what a smaller run attains (python benchmarks/published_runs.py)."
         )
     if model is None:
-        notes.append(f"Links are taken to carry {LINK_SHARE:.0%} of their rate.")
+        notes.append(f"Links are taken to carry {LINK_SHARE:.0%} of their rate{_of_tcp(model, speed, config)}.")
     return notes
+
+
+def _of_tcp(model: PerformanceModel | None, speed: RankSpeed | None, config: Config) -> str:
+    return f", those between hosts {TCP_SHARE:.0%}" if _computes_on_cpu(model, speed, config) else ""

@@ -5,14 +5,16 @@
 A micro-batch is its arithmetic at the rate that a rank attains, and its tensor all-reduces, which nothing hides.
 The bubble is what other stages take for one micro-batch (1F1B: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1),
 and the messages between stages while the pipeline fills and drains. ZeRO's gathers and reductions (Rajbhandari et al.
-2020, arXiv:1910.02054, section 7) go on beside passes; exposed is what is longer than the pass, and one block's part.
+2020, arXiv:1910.02054, section 7) go on beside passes; exposed is what is longer than the pass, and one block's part;
+on a CPU at least what the cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights
+beside the forward pass that follows.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hvdlm.config import ModelSection, Precision
 from hvdlm.model.layout import (
@@ -145,8 +147,10 @@ class _Stage:
             flops += tokens * 2 * self.blocks * model.width * model.context_length / layout.tensor
             saved += tokens * self.blocks * model.heads / layout.tensor * model.context_length * (2 * scenario.item + 1)
         products, moved = flops / cluster.flops, saved / cluster.memory_bandwidth
-        # As many bytes as what sequence parallelism gathers and reduces (Korthikanti et al. 2022, arXiv:2205.05198)
-        reduction = 2 * cluster.gather(scenario.item * tokens * model.width, layout.tensor, 1)
+        # As many bytes as what sequence parallelism gathers and reduces (Korthikanti et al. 2022, arXiv:2205.05198).
+        # MPI adds no 16-bit numbers: on CPUs they are sent as float32
+        item = 4 if cluster.device == "cpu" else scenario.item
+        reduction = 2 * cluster.gather(item * tokens * model.width, layout.tensor, 1)
         forward = products + _MOVED_FORWARD * moved
         repeated, repeated_reductions = _recomputed(scenario)
         self.compute = (1 + repeated) * forward + 2 * products + _MOVED_BACKWARD * moved
@@ -183,6 +187,16 @@ def _boundary_seconds(scenario: LayoutScenario, cluster: Cluster) -> float:
     return cluster.message(nbytes, layout.ranks // layout.pipeline)
 
 
+class _Message(NamedTuple):
+    """What ranks exchange beside a pass."""
+
+    seconds: float
+    core_seconds: float  # of `seconds`, for which it keeps the rank from computing
+
+    def __add__(self, other: _Message) -> _Message:  # type: ignore[override]
+        return _Message(self.seconds + other.seconds, self.core_seconds + other.core_seconds)
+
+
 def _exposed_and_optimizer(
     scenario: LayoutScenario, cluster: Cluster, stage: _Stage, count: int
 ) -> tuple[float, float]:
@@ -191,15 +205,19 @@ def _exposed_and_optimizer(
     """
     layout = scenario.layout
     shard_stride, data_stride = layout.tensor, layout.tensor * layout.shard
-    reduction = cluster.gather(scenario.gradient_bytes * stage.numbers, layout.shard, shard_stride, stage.blocks)
-    gather = cluster.gather(scenario.item * stage.numbers, layout.shard, shard_stride, stage.blocks)
-    across = 2 * cluster.gather(
-        scenario.gradient_bytes * stage.numbers / layout.shard, layout.data, data_stride, stage.blocks
-    )
 
-    def beside(seconds: float, hidden_by: float) -> float:
-        """Exposed: one block's part, and what is longer than the pass."""
-        return max(seconds - hidden_by, seconds / stage.blocks)
+    def message(nbytes: float, ranks: int, stride: int) -> _Message:
+        seconds = cluster.gather(nbytes, ranks, stride, stage.blocks)
+        return _Message(seconds, cluster.gather_core_seconds(nbytes, ranks, stride))
+
+    reduction = message(scenario.gradient_bytes * stage.numbers, layout.shard, shard_stride)
+    gather = message(scenario.item * stage.numbers, layout.shard, shard_stride)
+    half_across = message(scenario.gradient_bytes * stage.numbers / layout.shard, layout.data, data_stride)
+    across = half_across + half_across
+
+    def beside(messages: _Message, pass_seconds: float) -> float:
+        """Exposed: one block's part, and what is longer than the pass; at least what cores take."""
+        return max(messages.seconds - pass_seconds, messages.seconds / stage.blocks, messages.core_seconds)
 
     last = beside(reduction + across, stage.backward)  # of the last micro-batch, after which the sums are complete
     before = 0.0
@@ -208,6 +226,6 @@ def _exposed_and_optimizer(
         last = beside(gather, stage.forward) + beside(reduction + gather + across, stage.backward)
     elif layout.zero == 2:
         before = beside(reduction, stage.backward)
-    after = gather if layout.zero in (1, 2) else 0.0
+    after = beside(gather, stage.forward) if layout.zero in (1, 2) else 0.0
     numbers = most_parameters(scenario.model, scenario.vocab_size, layout) / (layout.shard if layout.zero else 1)
     return (count - 1) * before + last + after, numbers * cluster.optimizer_seconds

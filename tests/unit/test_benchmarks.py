@@ -13,6 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import any_to_any
 from torch.nn.utils import parameters_to_vector
 
 import fast_path
@@ -33,6 +34,7 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
+from layouts import layout_rows
 from one_rank import plain_gpt, rows
 from one_rank.configurations import FP32_EAGER, configure
 from one_rank.process import Start, StepTime
@@ -137,6 +139,41 @@ def test_a_batch_in_micro_batches(tmp_path: Path) -> None:
     parts = divide(Batch(0, tokens, tokens + 1, []), config)
     assert [inputs.tolist() for inputs, _ in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
     assert all(torch.equal(targets, inputs + 1) for inputs, targets in parts)
+
+
+def test_what_the_first_step_has_begun_to_send_is_not_measured() -> None:
+    done: list[str] = []
+    measure(System(dict, lambda: done.append("step"), lambda: done.append("arrive")), 2, None)  # type: ignore[arg-type]
+    assert done == ["step", "arrive", "step", "step", "arrive"]
+
+
+def test_residuals_of_layouts_are_within_a_round() -> None:
+    """On a link without a limit two ranks with copies take as long as one alone, and stages of 8 micro-batches a ninth
+    longer.
+    """
+    config = small_gpt(
+        "--train.micro_batch_size",
+        "1",
+        "--train.global_batch_size",
+        "8",
+        "--model.layers",
+        "4",
+        "--train.device",
+        "cpu",
+    )
+    limit = result_of("no communication", measured(1.0), None, measured(2.0), measured(1.0))
+    data = result_of("hvdlm mpi none", measured(1.25), measured(9.0), measured(2.0), measured(1.6))
+    stages = result_of("hvdlm mpi pipeline", measured(1.125), measured(9.0), measured(2.25), measured(1.125))
+    made = layout_rows.make_rows(
+        ["none", "pipeline"], [limit, data, stages], config, 8, parse_setup("one-host", 2), "999999gbit"
+    )
+    assert [row.layout for row in made] == ["data 2", "pipeline 2"]
+    assert made[0].measured == 1.6
+    assert made[0].forecast == pytest.approx(1.0, rel=1e-3)
+    assert made[0].residual == pytest.approx(-0.2, abs=1e-3)  # of -0.2, 0 and -0.375
+    assert made[1].residual == pytest.approx(0.0, abs=0.02)
+    record = layout_rows.as_record(made)
+    assert record["root_mean_square"] == pytest.approx(((made[0].residual ** 2 + made[1].residual ** 2) / 2) ** 0.5)
 
 
 def test_the_peak_is_of_the_step_that_had_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +458,28 @@ def test_time_to_a_loss(tmp_path: Path) -> None:
     ]
     time_table.draw(runs_of, results, 10, tmp_path / "time_to_loss.png")
     assert (tmp_path / "time_to_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- from any layout to any other
+
+
+def test_the_page_of_layouts_that_read_one_another() -> None:
+    layouts = any_to_any.LAYOUTS
+    changes = [
+        any_to_any.Change(saved, read, True, residuals=saved == read or "2 stages" not in (saved, read))
+        for saved in layouts
+        for read in layouts
+    ]
+    changes[1] = replace(changes[1], residuals=False)  # of layouts whose residuals have to be kept
+    changes[-1] = replace(changes[-1], is_equal=False)
+    lines = any_to_any.page(changes, "bf16", {"date": "today", "versions": {"torch": "2"}}).splitlines()
+    assert f"{len(layouts) ** 2 - 1} of {len(layouts) ** 2} are equal." in lines
+    cells = {line.split(" | ")[1]: line.removesuffix(" |").split(" | ")[3:] for line in lines if line.startswith("| ")}
+    assert cells["1 with all"][:3] == ["=", "no", "="]
+    stages = list(layouts).index("2 stages")
+    assert cells["1 with all"][stages] == cells["2 stages"][0] == "= p"
+    assert cells["2 stages"][stages] == "="
+    assert cells["2 tensor ranks in 2 stages"][-1] == "no"
 
 
 # ---- one rank

@@ -27,6 +27,7 @@ from hvdlm.scaling.cluster import Cluster, Link
 from hvdlm.scaling.commands import predict
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast_options import ForecastOptions
+from hvdlm.scaling.layout_commands import forecast_cluster
 from hvdlm.scaling.layout_forecast import LayoutScenario, forecast_layout, utilisation
 from hvdlm.scaling.layout_search import choice, layouts, search
 from hvdlm.scaling.point import write_record
@@ -118,6 +119,45 @@ def test_a_pipeline_s_bubble_is_what_other_stages_take_for_a_micro_batch() -> No
         assert forecast_layout(other, fast).bubble == pytest.approx(step.bubble * share)
     # in fp32, three times to the last stage and three times back
     assert forecast_layout(deep, CLUSTER).bubble - step.bubble == pytest.approx(6 * 4 * 32 * 64 / 1e9)
+
+
+def test_weights_of_stages_1_and_2_come_back_beside_the_next_forward_pass() -> None:
+    """In 16 bits 2 x 1/2 bytes a number; gradients in float32, on a link on which a pass hides neither."""
+    step = forecast_layout(scenario(Layout(1, shard=2), 2), replace(CLUSTER, flops=1e12, inside=Link(1e6, 0.0)))
+    forward = 32 * FLOPS / 1e12 / 3
+    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) / 1e6 - 3 * forward)
+    slow_passes = replace(CLUSTER, flops=1e6, inside=Link(1e6, 0.0))  # one block's part of each is left
+    step = forecast_layout(scenario(Layout(2, shard=2), 2), slow_passes)
+    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) / 1e6 / 4)
+
+
+def test_cores_that_send_do_not_compute() -> None:
+    """Two hosts of a rank each: 2 bytes a number for gradients, 1 for weights, at 1 ns of a core; within a host a core
+    moves them at the speed of the link.
+    """
+    hosts = replace(CLUSTER, flops=1e6, ranks_per_host=1, device="cpu", core_seconds_per_byte=1e-6)
+    step = forecast_layout(scenario(Layout(1, shard=2), 2), hosts)
+    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) * 1e-6)
+    assert forecast_layout(scenario(Layout(data=2), 2), hosts).exposed == pytest.approx(NUMBERS * 4 * 1e-6)
+    on_gpus = forecast_layout(scenario(Layout(data=2), 2), replace(hosts, device="cuda"))
+    assert on_gpus.exposed == pytest.approx(NUMBERS * 4 / 1e8 / 4)  # one block's part
+    within = forecast_layout(scenario(Layout(data=2), 2), replace(hosts, ranks_per_host=2, inside=Link(1e6, 0.0)))
+    assert within.exposed == pytest.approx(NUMBERS * 4 / 1e6)
+
+
+def test_tensor_ranks_on_cpus_sum_in_float32() -> None:
+    step = forecast_layout(scenario(Layout(tensor=2), 1), replace(CLUSTER, device="cpu"))
+    assert step.tensor == pytest.approx((4 * 4 + 2) * 4 * 32 * 64 / 1e9)
+
+
+def test_tcp_carries_more_of_a_link_than_nccl() -> None:
+    def between(device: str) -> float:
+        asked = load(None, [f"--train.device={device}"], PRESETS)
+        speed = rank_speed(asked, 257, None, None, 1000.0)
+        return forecast_cluster(None, speed, asked, ForecastOptions("2", 1, link="8gbit")).between.bytes_per_second
+
+    assert between("cpu") == pytest.approx(1e9 * 1448 / 1538)
+    assert between("cuda") == pytest.approx(0.8e9)
 
 
 def test_what_zero_exchanges() -> None:

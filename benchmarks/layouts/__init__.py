@@ -1,0 +1,1 @@
+"""The parts of layouts.py: forecasts beside measurements."""
