@@ -17,9 +17,10 @@ from typing import Any
 
 from common.conditions import describe_run, describe_settings
 from common.results import read_results, write_results, write_text
-from common.script import RESULTS, absolute_path, run_script
+from common.script import run_script
 from common.setups import ONE_HOST, Setup, available_setups, parse_setup
 from compare.compared_model import configure
+from compare.options import add_rounds, measuring_parser, parse
 from compare.plot import draw
 from compare.registry import HOROVODRUN, PEERS, REFERENCE, group_systems, is_installed
 from compare.runner import measure_setup
@@ -70,19 +71,13 @@ def describe(setup: Setup, config: Config, options: argparse.Namespace) -> dict[
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=absolute_path, required=True, help="a data set of hvdlm prepare")
-    parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
-    parser.add_argument(
-        "--setup", nargs="+", default=SETUPS, help=f"HOSTSxRATE, or {ONE_HOST} (default: {' '.join(SETUPS)})"
-    )
-    parser.add_argument("--ranks", type=int, default=2, help=f"of {ONE_HOST}; other set-ups have one per host")
+    parser = measuring_parser(__doc__, SETUPS)
     parser.add_argument(
         "--codecs",
         nargs="+",
         default=list(CODECS),
         help="of hvdlm, or FILE.py:CLASS (default: all); CODEC/EVERY/FRAGMENTS/OVERLAP: local steps; dion; "
-        "zeroSTAGE[:CODEC]; tensor; pipeline[:SCHEDULE][:bf16 or :int8]",
+        "zeroSTAGE[:CODEC[:WEIGHTS]]; tensor; pipeline[:SCHEDULE][:bf16 or :int8]",
     )
     parser.add_argument(
         "--engines",
@@ -103,22 +98,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         choices=list(HOROVODRUN),
         help="hvdlm with every codec also under horovodrun, over MPI or Gloo (default: not)",
     )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of each system in a round")
-    parser.add_argument(
-        "--micro-batches",
-        type=int,
-        default=1,
-        metavar="N",
-        help="for each rank and step; the stages of a pipeline are given those of all ranks (default: %(default)s)",
-    )
-    parser.add_argument("--quick", action="store_true", help="5 rounds of 2 steps: for a first look only")
-    options, overrides = parser.parse_known_args()
-    if options.quick:
-        options.rounds, options.steps = 5, 2
-    if min(options.rounds, options.steps, options.micro_batches) < 1 or options.ranks < 2:
-        raise HvdlmError("give 1 or more --rounds, --steps and --micro-batches, and 2 or more --ranks")
-    return options, overrides
+    add_rounds(parser, micro_batches=1, rounds=15, steps=6)
+    return parse(parser, quick=(5, 2))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from pathlib import Path
 from common.conditions import describe_run, describe_settings
 from common.processes import environment
 from common.results import read_results, write_results, write_text
-from common.script import RESULTS, absolute_path, run_script
+from common.script import run_script
 from common.setups import ONE_HOST, Setup, available_setups, open_cluster, parse_setup
 from compare.compared_model import configure
 from compare.measurement import SystemResult
+from compare.options import add_rounds, measuring_parser, parse
 from compare.registry import LIMIT, group_systems
 from compare.runner import measure_setup
 from compare.summary import find_problems
@@ -108,26 +109,12 @@ def _median_seconds(measured: Sequence[SystemResult]) -> float:
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=absolute_path, required=True, help="a data set of hvdlm prepare")
-    parser.add_argument("--output", type=absolute_path, default=RESULTS, help="a directory")
-    parser.add_argument(
-        "--setup", nargs="+", default=SETUPS, help=f"HOSTSxRATE, or {ONE_HOST} (default: {' '.join(SETUPS)})"
-    )
-    parser.add_argument("--ranks", type=int, default=2, help=f"of {ONE_HOST}; other set-ups have one per host")
+    parser = measuring_parser(__doc__, SETUPS)
     parser.add_argument(
         "--methods", nargs="+", default=METHODS, help=f"as --codecs of compare.py (default: {' '.join(METHODS)})"
     )
-    parser.add_argument("--micro-batches", type=int, default=4, help="for each rank and step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each layout in a round")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 1 step: for a first look only")
-    options, overrides = parser.parse_known_args()
-    if options.quick:
-        options.rounds, options.steps = 3, 1
-    if min(options.rounds, options.steps, options.micro_batches) < 1 or options.ranks < 2:
-        raise HvdlmError("give 1 or more --rounds, --steps and --micro-batches, and 2 or more --ranks")
-    return options, overrides
+    add_rounds(parser, micro_batches=4, rounds=10, steps=3)
+    return parse(parser, quick=(3, 1))
 
 
 if __name__ == "__main__":

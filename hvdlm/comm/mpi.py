@@ -69,7 +69,8 @@ _WRONG_ARGUMENTS = frozenset(
 # Bytes of a message of all-to-all, below Open MPI's eager limit as connect.py sets it
 _MESSAGE = 256 * 1024
 
-# Tags of messages of all-to-all and of reduce-scatter, which keep them apart from those of `send` and of each other
+# Tags of messages of all-to-all, and of reduce-scatter and all-gather of equal parts, which keep them apart from those
+# of `send` and from each other
 _TAG, _PARTS_TAG = 1, 2
 
 
@@ -165,21 +166,19 @@ class MPICommunicator(Communicator):
             own, rounds = as_array(part), deque[list[MPI.Request]]()
             for distance in range(1, self.size + 1):
                 if distance < self.size:
-                    rounds.append(self._exchange(parts, distance, scratch[distance % len(scratch)]))
+                    sent = parts[(self.rank + distance) % self.size]
+                    rounds.append(self._exchange(sent, distance, scratch[distance % len(scratch)]))
                 if distance > 1:
                     MPI.Request.Waitall(rounds.popleft())
                     _REDUCE[op](own, as_array(scratch[(distance - 1) % len(scratch)]), out=own)
 
         return self._submit(run)
 
-    def _exchange(self, parts: Sequence[Tensor], distance: int, received: Tensor) -> list[MPI.Request]:
-        """Starts to send the rank `distance` after this one its part, and to receive from the one before."""
+    def _exchange(self, sent: Tensor, distance: int, received: Tensor) -> list[MPI.Request]:
+        """Starts to send to the rank `distance` after this one, and to receive from the one as far before it."""
         source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
         receives = [self._group.Irecv(as_array(piece), source, _PARTS_TAG) for piece in _pieces(received)]
-        return [
-            *receives,
-            *(self._group.Isend(as_array(piece), target, _PARTS_TAG) for piece in _pieces(parts[target])),
-        ]
+        return receives + [self._group.Isend(as_array(piece), target, _PARTS_TAG) for piece in _pieces(sent)]
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         gathered = data.new_empty(sum(lengths))
@@ -207,8 +206,7 @@ class MPICommunicator(Communicator):
             copy_back(part, parts[self.rank])
             requests = []
             for distance in range(1, self.size):
-                source = (self.rank - distance) % self.size
-                requests += self._exchange([part] * self.size, distance, parts[source])
+                requests += self._exchange(part, distance, parts[(self.rank - distance) % self.size])
             MPI.Request.Waitall(requests)
 
         return self._submit(run)

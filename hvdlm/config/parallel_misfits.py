@@ -35,15 +35,13 @@ def no_half_for_owners(codec: str) -> str:
 
 
 def _of_shards(config: Config) -> dict[str, bool]:
-    codec = config.compression.codec
+    codec, weights = config.compression.codec, config.compression.weights
     return {
         "optimizer.algorithm = 'dion' exchanges factors of momentum in place of the sums of gradients that "
         "parallel.shard sends to their owners: set it to another one": config.optimizer.algorithm == "dion",
         no_half_for_owners(codec): codec in ("auto", "topk", "topk2", "powersgd"),
-        f"compression.weights = {config.compression.weights!r} is for what has changed of weights, which ranks do not "
-        "keep with parallel.shard = 3: set it to int8 or none": (
-            config.parallel.shard == 3 and config.compression.weights in ("int4", "int2")
-        ),
+        f"compression.weights = {weights!r} is for what has changed of weights, which ranks do not keep with "
+        "parallel.shard = 3: set it to int8 or none": config.parallel.shard == 3 and weights in ("int4", "int2"),
         "compression.hierarchical = true sums gradients that ranks have whole: leave it out with parallel.shard": (
             config.compression.hierarchical
         ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from hvdlm.config import ModelSection, Precision
 from hvdlm.model.layout import (
@@ -187,13 +187,14 @@ def _boundary_seconds(scenario: LayoutScenario, cluster: Cluster) -> float:
     return cluster.message(nbytes, layout.ranks // layout.pipeline)
 
 
-class _Message(NamedTuple):
+@dataclass(frozen=True)
+class _Message:
     """What ranks exchange beside a pass."""
 
     seconds: float
     core_seconds: float  # of `seconds`, for which it keeps the rank from computing
 
-    def __add__(self, other: _Message) -> _Message:  # type: ignore[override]
+    def __add__(self, other: _Message) -> _Message:
         return _Message(self.seconds + other.seconds, self.core_seconds + other.core_seconds)
 
 

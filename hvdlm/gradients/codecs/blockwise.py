@@ -169,7 +169,7 @@ class BlockwiseCodec(Codec):
 
     def _reduce_by_all_gather(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
         (bucket,) = self._split(1)
-        message = self._encode(encoding, bucket, _nbytes(encoding, bucket), gradients)
+        message = self._encode(encoding, bucket, message_bytes(encoding, bucket), gradients)
         self._decode(encoding, [(bucket, exchange.all_gather(message))], gradients)
 
     def reduce_to_owners_by_(self, encoding: BlockEncoding, gradients: Tensor, exchange: Exchange) -> None:
@@ -181,8 +181,10 @@ class BlockwiseCodec(Codec):
         if len(self._owned) != exchange.size:
             self._owned = split_evenly(self.bucket, self._block, exchange.size)
         own, residual = exchange.part_of(gradients), exchange.part_of(self._residual)
-        self._own_before = residual.clone() if residual.any() else None  # of an earlier layout: an owner leaves none
-        if self._own_before is not None:
+        # Of an earlier layout: an owner leaves none
+        has_loops = uses_loops(gradients)
+        self._own_before = residual.clone() if has_loops and residual.any() else None
+        if self._own_before is not None or not has_loops:
             own.add_(residual)
             residual.zero_()
         self._sum_at_owner_(encoding, self._owned, gradients, exchange)
@@ -212,12 +214,12 @@ class BlockwiseCodec(Codec):
     ) -> int:
         """Adds to this rank's part what the others send of it; returns the bytes of a message."""
         own = parts[exchange.rank]
-        nbytes = max(_nbytes(encoding, part) for part in parts)
+        nbytes = max(message_bytes(encoding, part) for part in parts)
         unused = gradients.new_zeros(nbytes, dtype=torch.uint8)  # this rank adds its own numbers unrounded
         messages = [unused if part is own else self._encode(encoding, part, nbytes, gradients) for part in parts]
         for rank, message in enumerate(exchange.all_to_all(messages)):
             if rank != exchange.rank:
-                dense, blocks = _sections(own, message)
+                dense, blocks = sections_of(own, message)
                 gradients.index_add_(0, own.dense, dense)
                 encoding.add(own, [blocks], gradients, from_zero=False)
         return nbytes
@@ -230,7 +232,7 @@ class BlockwiseCodec(Codec):
     def _encode(self, encoding: BlockEncoding, part: Part, nbytes: int, gradients: Tensor) -> Tensor:
         """This rank's message about a part, whose old residual lies in `gradients` from here to `_decode`."""
         message = gradients.new_zeros(nbytes, dtype=torch.uint8)
-        dense, blocks = _sections(part, message)
+        dense, blocks = sections_of(part, message)
         residual = self._residual[part.dense]
         torch.add(gradients[part.dense], residual, out=dense)
         gradients[part.dense] = residual
@@ -261,24 +263,24 @@ class BlockwiseCodec(Codec):
 
 def _set_to_sums(encoding: BlockEncoding, received: Sequence[tuple[Part, Sequence[Tensor]]], gradients: Tensor) -> None:
     for part, messages in received:
-        denses, blocks = zip(*(_sections(part, message) for message in messages), strict=True)
+        denses, blocks = zip(*(sections_of(part, message) for message in messages), strict=True)
         gradients.index_fill_(0, part.dense, 0)
         for dense in denses:
             gradients.index_add_(0, part.dense, dense)
         encoding.add(part, blocks, gradients, from_zero=True)
 
 
-def _nbytes(encoding: BlockEncoding, part: Part) -> int:
+def message_bytes(encoding: BlockEncoding, part: Part) -> int:
     """Bytes of a message about a part, a multiple of 4: several in one tensor all start aligned for float32."""
     return -(-(4 * len(part.dense) + encoding.nbytes(part)) // 4) * 4
 
 
-def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
+def sections_of(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
     """The dense elements as float32, and the encoded blocks."""
     length = 4 * len(part.dense)
     return message[:length].view(torch.float32), message[length:]
 
 
 def _is_finite(encoding: BlockEncoding, part: Part, message: Tensor) -> Tensor:
-    dense, blocks = _sections(part, message)
+    dense, blocks = sections_of(part, message)
     return dense.isfinite().all() & encoding.is_finite(part, blocks)

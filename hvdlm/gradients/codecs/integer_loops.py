@@ -3,7 +3,8 @@
 All that these loops call is in this file, as Numba's cache notices changes of one file only. The inner loops have no
 branches, and take the numbers that share a byte in one turn: so LLVM uses vector instructions for all of them, and a
 number takes half of the time that it takes where one loop completes the bytes of another (benchmarks/LOG.md). A block
-whose length is no multiple of the numbers in a byte is rounded in a copy, with zeros behind it.
+whose length is no multiple of the numbers in a byte is rounded in a copy, with zeros behind it. Loops over blocks
+repeat what they do with one: in functions that all of them call, it took 25 to 100% longer (benchmarks/LOG.md).
 """
 
 from __future__ import annotations

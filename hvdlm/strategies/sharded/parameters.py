@@ -44,22 +44,18 @@ class ShardedParameters(ParameterAccess):
 
     def publish(self) -> None:
         """Masters have changed: gathers what is kept, and forgets the rest. Collective."""
-        self._publish(self._rounded)
+        self._publish(self._rounded, of_masters=True)
 
-    def publish_unrounded(self, masters: bool = True) -> None:
-        """The same, without rounding; unless `masters`, kept weights as their owners have them now. Collective."""
-        for partition in self._partitions:
-            self._forget(partition)
-            if masters and partition.is_kept:
-                partition.weights[partition.part].copy_(partition.master)
-        self._publish(None)
+    def publish_unrounded(self, of_masters: bool = True) -> None:
+        """The same, without rounding; unless `of_masters`, kept weights as their owners have them now. Collective."""
+        self._publish(None, of_masters)
 
-    def _publish(self, rounded: RoundedWeights | None) -> None:
+    def _publish(self, rounded: RoundedWeights | None, of_masters: bool) -> None:
         for partition in self._partitions:
             self._forget(partition)
         for partition in self._partitions:
             if partition.is_kept:
-                self._begin(partition, rounded)
+                self._begin(partition, rounded, of_masters)
 
     def wait(self) -> None:
         """Returns when what is kept has arrived."""
@@ -105,9 +101,9 @@ class ShardedParameters(ParameterAccess):
             if partition not in self._present and partition not in self._arriving:
                 self._begin(partition, self._rounded)
 
-    def _begin(self, partition: Partition, rounded: RoundedWeights | None) -> None:
+    def _begin(self, partition: Partition, rounded: RoundedWeights | None, of_masters: bool = True) -> None:
         hold(partition.weights)
-        if self._rounded is None and not partition.master_is_part:
+        if rounded is None and of_masters and not partition.master_is_part:
             partition.weights[partition.part].copy_(partition.master)
         channel = self._channels[self._next_channel % len(self._channels)]
         self._next_channel += 1

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, Part, split_evenly
+from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, Part, message_bytes, sections_of, split_evenly
 from hvdlm.gradients.codecs.codec import uses_loops
 from hvdlm.gradients.codecs.integer import IntegerEncoding, add_to_weights, compile_for_cpu, round_differences
 from hvdlm.gradients.exchange import Exchange
@@ -62,7 +62,7 @@ class RoundedWeights:
         for part, weights, message in zip(
             layout.parts, partition.weights.split(len(partition.own_slot)), messages, strict=True
         ):
-            dense, blocks = _sections(part, message)
+            dense, blocks = sections_of(part, message)
             if self._has_loops(partition):
                 add_to_weights(part, self._bits, blocks, weights)
             else:
@@ -72,7 +72,7 @@ class RoundedWeights:
     def _encode(self, partition: Partition, layout: _Layout, exchange: Exchange) -> Tensor:
         own, weights = layout.parts[exchange.rank], partition.weights[partition.part]
         message = torch.zeros(layout.nbytes, dtype=torch.uint8, device=weights.device)
-        dense, blocks = _sections(own, message)
+        dense, blocks = sections_of(own, message)
         dense.copy_(partition.master[own.dense])
         if self._has_loops(partition):
             round_differences(own, self._bits, partition.master, weights, blocks)
@@ -106,24 +106,10 @@ class RoundedWeights:
             Part(each.block, each.spans - rank * length, each.dense - rank * length)
             for rank, each in enumerate(split_evenly(partition, LONGEST_BLOCK, ranks))
         ]
-        return _Layout(parts, max(_dense_bytes(each) + _padded(self._encoding.nbytes(each)) for each in parts))
+        return _Layout(parts, max(message_bytes(self._encoding, each) for each in parts))
 
     def _workspace(self, exchange: Exchange, partition: Partition) -> _Workspace:
         if exchange not in self._workspaces:
             zeros = torch.zeros(2, self._longest, device=partition.weights.device)
             self._workspaces[exchange] = _Workspace(*zeros)
         return self._workspaces[exchange]
-
-
-def _dense_bytes(part: Part) -> int:
-    return 4 * len(part.dense)
-
-
-def _padded(nbytes: int) -> int:
-    """A multiple of 4, so that float32 numbers of a message are aligned."""
-    return -(-nbytes // 4) * 4
-
-
-def _sections(part: Part, message: Tensor) -> tuple[Tensor, Tensor]:
-    """The float32 numbers outside blocks, and the encoded blocks."""
-    return message[: _dense_bytes(part)].view(torch.float32), message[_dense_bytes(part) :]

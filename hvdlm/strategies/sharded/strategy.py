@@ -293,7 +293,7 @@ class Sharded(Strategy):
             own = partition.weights[partition.part]
             for name, piece in partition.pieces.items():
                 own[piece.span].copy_(gathered[f"{_GATHERED}.{name}"])
-        self._weights.publish_unrounded(masters=not gathered)
+        self._weights.publish_unrounded(of_masters=not gathered)
 
     def rank_state(self) -> RankState:
         self._gradients.take_back()  # in case of a step that a rank could not read its part of
