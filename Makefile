@@ -49,7 +49,7 @@ test: quick gpu faults parallel integration ## set up, then lint, check types an
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"
-	@ruff check .
+	@ruff check --no-cache . # a cached answer knows nothing of modules that came or went
 	@ruff format --check .
 
 types: $(VENV)/test.stamp ## check types with mypy

@@ -13,9 +13,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import any_to_any
 from torch.nn.utils import parameters_to_vector
 
+import any_to_any
 import fast_path
 from common import results as results_file
 from common.methods import parse_method
