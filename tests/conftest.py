@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,10 @@ from hvdlm.cluster.fabric.programs import require
 from hvdlm.errors import HvdlmError
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("parallel", "ranks")]
+
+# Shells start what runs in the background with interrupts ignored, and nohup with hang-ups; children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Jobs have temporary directories of their own; what torch.compile makes for one is there for the next
 _COMPILED = Path(tempfile.gettempdir()) / f"hvdlm-tests-{os.getuid()}-inductor"

@@ -66,10 +66,14 @@ _WRONG_ARGUMENTS = frozenset(
     }
 )
 
-# Bytes of a message of all-to-all, below Open MPI's eager limit as connect.py sets it
+# Bytes of a message between hosts, below Open MPI's eager limit as connect.py sets it: longer ones, also those of
+# `Allreduce`, attain half of a link that both of two ranks send over (benchmarks/LOG.md)
 _MESSAGE = 256 * 1024
 
-# Tags of messages of all-to-all, and of reduce-scatter and all-gather of equal parts, which keep them apart from those
+# Bytes from which on `Allreduce` sends such messages
+_LONG = 2 * _MESSAGE
+
+# Tags of messages of all-to-all, and of those of parts that ranks own, which keep them apart from those
 # of `send` and from each other
 _TAG, _PARTS_TAG = 1, 2
 
@@ -94,6 +98,7 @@ class MPICommunicator(Communicator):
         self._is_revoked = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlm-mpi")
         self.rank, self.size = self._group.Get_rank(), self._group.Get_size()
+        self.node_count = 1  # until ranks have told where they are
         self._locate()
 
     def _split(self, color: int, key: int) -> Communicator:
@@ -148,68 +153,80 @@ class MPICommunicator(Communicator):
         return dtype in _REDUCIBLE
 
     def _all_reduce(self, flat: Tensor, op: ReduceOp) -> Work[None]:
+        parts = flat.tensor_split(self.size)
+
         def run() -> None:
+            if self.node_count > 1 and flat.nbytes >= _LONG:
+                self._reduce_own(parts[self.rank], parts, op)
+                self._gather(parts[self.rank], parts)
+                return
             for piece in _pieces(flat):
                 self._group.Allreduce(MPI.IN_PLACE, as_array(piece), _OPS[op])
 
         return self._submit(run)
 
     def _reduce_scatter(self, part: Tensor, values: Tensor, op: ReduceOp) -> Work[None]:
-        """By messages between all pairs: `Reduce_scatter` of Open MPI 5.0.11 takes several times as long
+        parts = values.split(len(part))
+        return self._submit(lambda: self._reduce_own(part, parts, op))
+
+    def _reduce_own(self, part: Tensor, parts: Sequence[Tensor], op: ReduceOp) -> None:
+        """Fills `part` by the reduction of what all ranks have in the place of this one among `parts`.
+
+        By messages between all pairs: `Reduce_scatter` of Open MPI 5.0.11 takes several times as long
         (benchmarks/LOG.md).
         """
-        parts = values.split(len(part))
+        copy_back(parts[self.rank], part)
         scratch = [torch.empty_like(part) for _ in range(min(2, self.size - 1))]
-
-        def run() -> None:
-            copy_back(parts[self.rank], part)
-            own, rounds = as_array(part), deque[list[MPI.Request]]()
-            for distance in range(1, self.size + 1):
-                if distance < self.size:
-                    sent = parts[(self.rank + distance) % self.size]
-                    rounds.append(self._exchange(sent, distance, scratch[distance % len(scratch)]))
-                if distance > 1:
-                    MPI.Request.Waitall(rounds.popleft())
-                    _REDUCE[op](own, as_array(scratch[(distance - 1) % len(scratch)]), out=own)
-
-        return self._submit(run)
+        own, rounds = as_array(part), deque[list[MPI.Request]]()
+        for distance in range(1, self.size + 1):
+            if distance < self.size:
+                sent = parts[(self.rank + distance) % self.size]
+                rounds.append(self._exchange(sent, distance, scratch[distance % len(scratch)]))
+            if distance > 1:
+                MPI.Request.Waitall(rounds.popleft())
+                _REDUCE[op](own, as_array(scratch[(distance - 1) % len(scratch)]), out=own)
 
     def _exchange(self, sent: Tensor, distance: int, received: Tensor) -> list[MPI.Request]:
         """Starts to send to the rank `distance` after this one, and to receive from the one as far before it."""
         source, target = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-        receives = [self._group.Irecv(as_array(piece), source, _PARTS_TAG) for piece in _pieces(received)]
-        return receives + [self._group.Isend(as_array(piece), target, _PARTS_TAG) for piece in _pieces(sent)]
+        cut = _messages if self.node_count > 1 else _pieces
+        receives = [self._group.Irecv(as_array(piece), source, _PARTS_TAG) for piece in cut(received)]
+        return receives + [self._group.Isend(as_array(piece), target, _PARTS_TAG) for piece in cut(sent)]
 
     def _all_gather(self, data: Tensor, lengths: Sequence[int]) -> Work[Tensor]:
         gathered = data.new_empty(sum(lengths))
+        parts = gathered.split(list(lengths))
+        is_long = gathered.nbytes >= (_LONG if self.node_count > 1 else LARGEST_MESSAGE)
 
         def run() -> Tensor:
-            if gathered.nbytes <= LARGEST_MESSAGE:
+            if is_long:
+                parts[self.rank].copy_(data)
+                self._gather(data, parts)
+            else:
                 self._group.Allgatherv(as_array(data), [as_array(gathered), list(lengths)])
-                return gathered
-            parts = gathered.split(list(lengths))
-            parts[self.rank].copy_(data)
-            for owner, part in enumerate(parts):
-                for piece in _pieces(part):
-                    self._group.Bcast(as_array(piece), owner)
             return gathered
 
         return self._submit(run)
 
     def _all_gather_into(self, values: Tensor, part: Tensor) -> Work[None]:
-        """By messages between all pairs, which leave `part` as it is throughout: `Allgather` in place moves it to and
-        fro, and others may read it meanwhile.
-        """
         parts = values.split(len(part))
 
         def run() -> None:
             copy_back(part, parts[self.rank])
-            requests = []
-            for distance in range(1, self.size):
-                requests += self._exchange(part, distance, parts[(self.rank - distance) % self.size])
-            MPI.Request.Waitall(requests)
+            self._gather(part, parts)
 
         return self._submit(run)
+
+    def _gather(self, part: Tensor, parts: Sequence[Tensor]) -> None:
+        """Fills `parts` of the other ranks by the `part` of each.
+
+        By messages between all pairs, which leave `part` as it is throughout: `Allgather` in place moves it to and
+        fro, and others may read it meanwhile.
+        """
+        requests = []
+        for distance in range(1, self.size):
+            requests += self._exchange(part, distance, parts[(self.rank - distance) % self.size])
+        MPI.Request.Waitall(requests)
 
     def _all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> Work[list[Tensor]]:
         """By messages of at most `_MESSAGE` bytes between all pairs: `Alltoallv` took up to twice as long, and spins.
@@ -335,5 +352,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _messages(data: Tensor) -> tuple[Tensor, ...]:
-    return data.split(_MESSAGE) if len(data) else ()
+def _messages(data: Tensor) -> Sequence[Tensor]:
+    """`data`, (n,), in messages of `_MESSAGE` bytes, the last one shorter; views of it."""
+    return data.split(_MESSAGE // data.element_size()) if len(data) else []

@@ -21,6 +21,15 @@ from hvdlm.errors import HvdlmError
 
 CALLS = {"Allreduce", "Allgatherv", "Bcast", "Isend", "Irecv"}
 
+COLLECTIVES = (
+    communicator_body.check_all_reduce,
+    communicator_body.check_reduce_scatter,
+    communicator_body.check_equal_parts,
+    communicator_body.check_all_gather,
+    communicator_body.check_broadcast,
+    communicator_body.check_objects,
+)
+
 
 class Recorder:
     """MPI's communicator, with the bytes of the longest buffer of each call."""
@@ -49,15 +58,7 @@ def check_long_messages_go_in_pieces(comm: Communicator) -> None:
     comm.barrier()
     recorder = Recorder(comm._group)
     with patch("hvdlm.comm.mpi.LARGEST_MESSAGE", 1000), patch.object(comm, "_group", recorder):
-        for body in (
-            communicator_body.check_all_reduce,
-            communicator_body.check_reduce_scatter,
-            communicator_body.check_equal_parts,
-            communicator_body.check_all_gather,
-            communicator_body.check_broadcast,
-            communicator_body.check_messages,
-            communicator_body.check_objects,
-        ):
+        for body in (*COLLECTIVES, communicator_body.check_messages):
             body(comm)
         # of one piece and of many on different ranks
         lengths = [7, 5000, 0][: comm.size]
@@ -72,6 +73,28 @@ def check_long_messages_go_in_pieces(comm: Communicator) -> None:
         assert len(part) in (small, small + 1)
     assert max(recorder.longest.values()) <= 1000, recorder.longest
     assert all(recorder.longest.values()), recorder.longest
+
+
+@check(sizes=[2, 3])
+def check_long_tensors_between_hosts_go_in_short_messages(comm: Communicator) -> None:
+    """As if ranks were on several hosts, with messages of at most 256 bytes from 512 bytes on."""
+    assert isinstance(comm, MPICommunicator)
+    comm.barrier()
+    recorder = Recorder(comm._group)
+    with (
+        patch("hvdlm.comm.mpi._MESSAGE", 256),
+        patch("hvdlm.comm.mpi._LONG", 512),
+        patch.object(comm, "node_count", 2),
+        patch.object(comm, "_group", recorder),
+    ):
+        for body in COLLECTIVES:
+            body(comm)
+        own = torch.arange(900)[: 400 * comm.rank]  # none on the first rank
+        for rank, part in enumerate(comm.all_gather_v(own)):
+            assert torch.equal(part, torch.arange(400 * rank))
+    longest = recorder.longest
+    assert longest["Isend"] == longest["Irecv"] == 256, longest
+    assert 0 < longest["Allreduce"] < 512 and 0 < longest["Allgatherv"] < 512, longest
 
 
 def raised_by(comm: MPICommunicator, action: Callable[[], object]) -> Exception | None:
@@ -90,14 +113,7 @@ def check_inline_collectives(comm: Communicator) -> None:
     assert group._submit(threading.get_ident).wait() != threading.get_ident()
     group.is_inline = True
     assert group._submit(threading.get_ident).wait() == threading.get_ident()
-    for body in (
-        communicator_body.check_all_reduce,
-        communicator_body.check_reduce_scatter,
-        communicator_body.check_equal_parts,
-        communicator_body.check_all_gather,
-        communicator_body.check_broadcast,
-        communicator_body.check_objects,
-    ):
+    for body in COLLECTIVES:
         body(group)
     group._timeout = 0.2
     if comm.rank == 0:

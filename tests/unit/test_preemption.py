@@ -35,7 +35,6 @@ sys.exit(7)
 @pytest.fixture(autouse=True)
 def handlers_as_before() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup; children inherit it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
