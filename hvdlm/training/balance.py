@@ -70,11 +70,9 @@ class Balance:
         if not self._is_news:
             return loader
         self._is_news = False
-        for count in range(1, len(self._paces) + 1):  # the last ones, so that a change of speed is soon seen
-            paces = [
-                mean_pace([told[rank] for told in list(self._paces)[:count]]) for rank in range(len(self._paces[0]))
-            ]
-            if self._share_by(paces):
+        by_rank = list(zip(*self._paces, strict=True))
+        for count in range(1, len(self._paces) + 1):  # of the last one first: a change of speed is soon seen
+            if self._share_by([mean_pace(told[:count]) for told in by_rank]):
                 loader.close()
                 return self._trainer.open_loader()
         return loader
@@ -89,10 +87,8 @@ class Balance:
             return False
         trainer.parts = parts
         self.begin()
-        said = (
-            f"{self._slowest(costs)}: of a batch ranks have {_listed(new)} sequences from now on, not {_listed(old)}, "
-        )
-        said += f"for {gain:.0%} less time"
+        said = f"{self._slowest(costs)}: of a batch ranks have {_listed(new)} sequences from now on, "
+        said += f"not {_listed(old)}, for {gain:.0%} less time"
         nanoseconds = [cost / 1000 for cost in costs]
         trainer.write("event", message=said, old_shares=old, shares=new, nanoseconds_a_token=nanoseconds)
         return True
