@@ -13,6 +13,7 @@ from bisect import bisect_left
 import tomli_w
 from pydantic import Field, model_validator
 
+from hvdlm.config.balance_misfits import balance_misfits
 from hvdlm.config.comm import CommSection, CompressionSection
 from hvdlm.config.data import DataSection
 from hvdlm.config.local_steps import LocalStepsSection
@@ -96,6 +97,7 @@ class Config(Section):
             "comm.mirror_residuals = true sends the residuals of gradients, not of local steps: leave it out": (
                 self.comm.mirror_residuals and bool(local_steps.every)
             ),
+            **balance_misfits(self),
             **parallel_misfits(self),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width

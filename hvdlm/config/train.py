@@ -43,6 +43,13 @@ class TrainSection(Section):
         8, gt=0, description="sequences a rank computes at once; gradients of several are accumulated"
     )
     precision: Precision = Field("fp32", description="arithmetic of forward and backward; master weights are fp32")
+    balance: bool = Field(
+        False,
+        description="sequences of a batch are dealt out by how fast each rank computes, as it is measured in training",
+    )
+    balance_every: int = Field(
+        8, ge=5, description="steps over which that is measured each time, after which shares may change"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, sample order and dropout")
     stop_signals: Annotated[str, AfterValidator(check_signals)] = Field(
         "SIGTERM,SIGINT,SIGHUP,SIGUSR1",

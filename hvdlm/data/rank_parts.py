@@ -5,17 +5,26 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.sampler import rank_part
+from hvdlm.data.shares import shares_by_cost
 
 Sequences = list[tuple[int, int]]  # the number of a global batch, and an index in it
 
 
+class _Members(NamedTuple):
+    """Which ranks share global batches."""
+
+    first: int  # the first of these batches
+    ranks: list[int]
+    costs: tuple[int, ...] = ()  # of a sequence on each of them, where they share by that
+
+
 class RankParts:
-    """Ranks share each global batch equally; one that has died leaves its part to the others, one that joins has its
-    own.
+    """Ranks share each global batch equally, or by what a sequence costs each; one that has died leaves its part to the
+    others, one that joins has its own.
 
     Ranks have numbers that stay when others die or join. Where each rank trains on its own between two averages, what a
     dead rank has trained on since the last one is lost with it: the others train on these sequences again, beside their
@@ -27,21 +36,40 @@ class RankParts:
         self.batch_sizes = batch_sizes
         self.known = ranks  # numbers that have been given
         self.changes = 0
-        self._members = [(0, list(range(ranks)))]  # from which batch on, which ranks share them; the last batch first
+        self._members = [_Members(0, list(range(ranks)))]  # the last batches first
         self._made_up: dict[int, dict[int, Sequences]] = {}  # by batch and rank: sequences of earlier batches
 
     @property
     def ranks(self) -> list[int]:
         """The numbers of those that there are now, in their order."""
-        return self._members[0][1]
+        return self._members[0].ranks
 
     def own(self, batch: int, rank: int) -> Sequences:
         """What a rank trains on in the step of a global batch: its part of it, then what it makes up for."""
-        ranks = next(each for first, each in self._members if first <= batch)
+        ranks = self._members_at(batch).ranks
         if rank not in ranks:
             return []
-        part = rank_part(self.batch_sizes.size(batch), ranks.index(rank), len(ranks))
-        return [(batch, index) for index in part] + self._made_up.get(batch, {}).get(rank, [])
+        shares = self.shares(batch)
+        start, share = sum(shares[: ranks.index(rank)]), shares[ranks.index(rank)]
+        part = [(batch, index) for index in range(start, start + share)]
+        return part + self._made_up.get(batch, {}).get(rank, [])
+
+    def shares(self, batch: int) -> tuple[int, ...]:
+        """How many sequences of a batch each of its ranks has, in their order."""
+        _, ranks, costs = self._members_at(batch)
+        size = self.batch_sizes.size(batch)
+        if costs and size >= len(ranks):
+            return shares_by_cost(size, costs)
+        return tuple(len(rank_part(size, place, len(ranks))) for place in range(len(ranks)))
+
+    def _members_at(self, batch: int) -> _Members:
+        return next(each for each in self._members if each.first <= batch)
+
+    def shared_by(self, costs: Sequence[int], batch: int) -> RankParts:
+        """Parts of the same ranks by what a sequence costs each of them, from `batch` on; of none before."""
+        parts = copy.deepcopy(self)
+        parts._members, parts.changes = [_Members(batch, list(self.ranks), tuple(costs))], self.changes + 1
+        return parts
 
     def most(self, batch: int) -> int:
         """Sequences of the rank that has most of a batch."""
@@ -58,7 +86,9 @@ class RankParts:
         parts = copy.deepcopy(self)
         for _, by_rank in sorted((step, each) for step, each in parts._made_up.items() if step >= batch):
             missing += [each for rank in dead for each in by_rank.pop(rank, [])]
-        parts._members = [(batch, list(ranks)), *(each for each in parts._members if each[0] < batch)]
+        known = dict(zip(self.ranks, self._members[0].costs, strict=False))
+        costs = tuple(known[rank] for rank in ranks) if known.keys() >= set(ranks) else ()
+        parts._members = [_Members(batch, list(ranks), costs), *(each for each in parts._members if each.first < batch)]
         parts.known, parts.changes = max(self.known, *(rank + 1 for rank in ranks)), self.changes + 1
         return parts, parts._deal(missing, batch, min(end - batch, max(1, batch - sent)))
 
@@ -76,7 +106,7 @@ class RankParts:
 
     def state_dict(self) -> dict[str, Any]:
         """With numbers as where a run begins: those of the ranks that there are now come first."""
-        gone = sorted({rank for _, ranks in self._members for rank in ranks} - set(self.ranks))
+        gone = sorted({rank for each in self._members for rank in each.ranks} - set(self.ranks))
         number = {rank: place for place, rank in enumerate([*self.ranks, *gone])}
         made_up = [
             (step, number[rank], sequences)
@@ -84,12 +114,14 @@ class RankParts:
             for rank, sequences in by_rank.items()
             if sequences
         ]
-        members = [(first, [number[rank] for rank in ranks]) for first, ranks in self._members]
+        members = [(each.first, [number[rank] for rank in each.ranks], each.costs) for each in self._members]
         return {"members": members, "made_up": made_up}
 
-    def load_state_dict(self, state: Mapping[str, Any], batch: int, end: int, as_saved: bool) -> None:
-        """Restores it where a run goes on, at `batch`. If there are not as many ranks as there were, only what is still
-        to be made up for, which is dealt out anew.
+    def load_state_dict(
+        self, state: Mapping[str, Any], batch: int, end: int, as_saved: bool, by_cost: bool = False
+    ) -> None:
+        """Restores it where a run goes on, at `batch`, with what sequences cost only if `by_cost`. If there are not as
+        many ranks as there were, only what is still to be made up for, which is dealt out anew.
         """
         made_up = [(step, rank, [(k, index) for k, index in each]) for step, rank, each in state["made_up"]]
         if not as_saved:
@@ -97,8 +129,10 @@ class RankParts:
             steps = min(len({step for step, _ in still}), end - batch)
             self._deal([sequence for _, each in still for sequence in each], batch, steps)
             return
-        self._members = [(first, list(ranks)) for first, ranks in state["members"]]
-        self.known = 1 + max(rank for _, ranks in self._members for rank in ranks)
+        self._members = [
+            _Members(first, list(ranks), tuple(*costs) if by_cost else ()) for first, ranks, *costs in state["members"]
+        ]
+        self.known = 1 + max(rank for each in self._members for rank in each.ranks)
         by_step: dict[int, dict[int, Sequences]] = defaultdict(dict)
         for step, rank, sequences in made_up:
             by_step[step][rank] = sequences

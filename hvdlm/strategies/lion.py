@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from hvdlm.gradients.codecs.codec import uses_loops
+from hvdlm.strategies.update_loops import lion_
+
 
 class Lion(torch.optim.Optimizer):
     """Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, algorithm 2.
@@ -23,6 +26,10 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [each for each in group["params"] if each.grad is not None]
             if not parameters:
+                continue
+            if uses_loops(parameters[0]):
+                for each in parameters:
+                    lion_(each, self.state[each]["momentum"], group)
                 continue
             gradients = [each.grad for each in parameters]
             momenta = [self.state[each]["momentum"] for each in parameters]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import OptimizerSection
+from hvdlm.strategies.adam_and_sgd import SGD, Adam
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.held_parts import STEP
 from hvdlm.strategies.hidden_matrices import hidden_matrices, is_hidden_matrix
@@ -88,13 +89,11 @@ def _make(
 ) -> torch.optim.Optimizer:
     betas = (settings.beta1, settings.beta2)
     if settings.algorithm == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
-        )
+        return SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
     if settings.algorithm == "lion":
         return Lion(groups, settings.lr, betas)
     if settings.algorithm == "adam":
-        return torch.optim.Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+        return Adam(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
     adamw: dict[str, Any] = {"lr": settings.lr, "betas": betas, "eps": settings.eps, "fused": True}
     adamw["freeze_variance_after"] = settings.freeze_variance_after
     if isinstance(matrices, SlicedMatrices):

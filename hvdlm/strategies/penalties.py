@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.config import OptimizerSection
+from hvdlm.strategies.update_loops import add_scaled_
 
 
 @torch.no_grad()
@@ -15,6 +16,6 @@ def add_penalties_(matrices: Iterable[Tensor], settings: OptimizerSection) -> No
     """Adds to `.grad` that of `l1` |w| + `l2` w^2 / 2: of matrices, or parts of them, as decay is."""
     for each in matrices if settings.l1 or settings.l2 else ():
         if each.grad is not None:
-            each.grad.add_(each, alpha=settings.l2)
+            add_scaled_(each.grad, each, settings.l2)
             if settings.l1:
-                each.grad.add_(each.sign(), alpha=settings.l1)
+                add_scaled_(each.grad, each.sign(), settings.l1)

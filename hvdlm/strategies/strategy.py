@@ -31,6 +31,13 @@ from hvdlm.gradients.sync import GradientSync, Traffic
 from hvdlm.strategies.held_parts import HeldParts
 
 
+class Pace(NamedTuple):
+    """How long a rank computes, waits left out."""
+
+    picoseconds: int  # a token; 0 if it has not measured
+    error: int  # the standard error of that
+
+
 class Report(NamedTuple):
     """What a rank tells the others of a step."""
 
@@ -40,9 +47,10 @@ class Report(NamedTuple):
     unread: int = 0  # sequences that it leaves out, because they cannot be read
     error: str | None = None  # why it cannot go on
     end: bool = False  # training is to end with this step
+    pace: Pace | None = None  # of steps in which all ranks tell theirs
 
     def message(self) -> Tensor:
-        """(6,) int64; of several ranks they add up."""
+        """(6,) int64, all but the pace; of several ranks they add up."""
         flags = [int(self.error is not None), int(self.end)]
         return torch.tensor([self.tokens, int(self.stop), int(self.save), self.unread, *flags])
 
@@ -61,6 +69,7 @@ class StepEnd(NamedTuple):
     ranks_have_met: bool  # whether each has waited for the others in it, so that one more message costs little
     event: str | None = None  # what the user is to be told
     end: bool = False  # training ends with this step
+    paces: tuple[Pace, ...] = ()  # of all ranks, if they have told them
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What ranks must share to stay replicas of each other, compared once each knows its data set and its device.
 
 Every rank computes the update of all parameters for itself, from gradients that are equal on all. So ranks must round
-alike: PyTorch's loops are compiled for several instruction sets, of which some multiply and add in one rounding, and
-the C library has several cosines. What decides is what a rank has computed: each updates the same few numbers, and all
-compare the results bit for bit.
+alike: the loops of strategies/update_loops.py do on every CPU, but kernels of a GPU may not, and the C library has
+several cosines. What decides is what a rank has computed: each updates the same few numbers, and all compare the
+results bit for bit. Where more than updates must be equal on several ranks, PyTorch's loops must be those of one
+instruction set.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def check_devices_match(communicator: Communicator, device: torch.device, config
 def _what_rounds(device: torch.device, config: Config) -> dict[str, Shared]:
     """What decides how this rank updates parameters, by subject."""
     own = {}
-    if device.type == "cpu":
+    if device.type == "cpu" and (cause := needs_one_instruction_set(config)):
         remedy = (
-            "parameters would drift apart: set ATEN_CPU_CAPABILITY to the least of these on all ranks, as in mpirun -x "
-            "ATEN_CPU_CAPABILITY=avx2"
+            f"{cause} has ranks compute the same by PyTorch: set ATEN_CPU_CAPABILITY to the least of these on all "
+            "ranks, as in mpirun -x ATEN_CPU_CAPABILITY=avx2"
         )
         own["CPU capability"] = Shared(torch.backends.cpu.get_cpu_capability(), remedy)
     remedy = "parameters would drift apart: use hosts of one kind, with one C library and one PyTorch"
@@ -66,6 +67,19 @@ def _what_rounds(device: torch.device, config: Config) -> dict[str, Shared]:
     for file, digest in codec_digests(config.compression).items():
         own[f"the codec {file}"] = Shared(digest, "copy one file to all hosts")
     return own
+
+
+def needs_one_instruction_set(config: Config) -> str:
+    """The setting by which ranks compute more alike than updates, such as a norm's gradient, or initial values of which
+    each has a copy; empty if there is none."""
+    parallel = config.parallel
+    shared = {
+        "parallel.tensor": parallel.tensor > 1,
+        "parallel.pipeline": parallel.pipeline > 1,
+        "parallel.data with parallel.shard": parallel.shard > 0 and parallel.data > 1,
+        "a codec of your own": bool(codec_digests(config.compression)),
+    }
+    return next((name for name, is_set in shared.items() if is_set), "")
 
 
 def update_digest(device: torch.device, settings: OptimizerSection) -> str:

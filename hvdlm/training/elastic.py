@@ -192,6 +192,8 @@ class Elastic:
         trainer.write("event", message=said)
         communicator.barrier()  # who has died until here is told of, whatever happens next
         trainer.parts = parts
+        if trainer.balance:
+            trainer.balance.begin()
         self._mirror_residuals(step)
         trainer.strategy.send_again()
         if communicator.size < trainer.config.comm.min_ranks and step < trainer.ending.last_step:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdlm.errors import HvdlmError
+from hvdlm.strategies.update_loops import move_
 from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.evaluation import Evaluation
 
@@ -44,7 +45,8 @@ class MovingAverage:
         if self._averages:
             step = self._trainer.step
             decay = min(self._decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self._averages.values()), list(self._trainer.parameters.values()), 1 - decay)
+            for average, parameter in zip(self._averages.values(), self._trainer.parameters.values(), strict=True):
+                move_(average, parameter, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by name, equal on all ranks: views, to be saved, or to be filled."""

@@ -41,7 +41,8 @@ def restore(trainer: Trainer, source: Checkpoint | None, state: dict[str, Any]) 
     trainer.ending.restore(state.get("seconds", 0.0))
     if "parts" in state:
         end = trainer.ending.last_step
-        trainer.parts.load_state_dict(state["parts"], state["step"], end, size == communicator.size)
+        balance = trainer.config.train.balance
+        trainer.parts.load_state_dict(state["parts"], state["step"], end, size == communicator.size, balance)
     own, sentences = own_state(trainer), []
     if _divides_model_alike(trainer, state) or not own.summed:
         scatter_from_checkpoint(communicator, source, own, size)

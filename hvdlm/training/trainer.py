@@ -28,6 +28,7 @@ from hvdlm.strategies.optimizer import make_optimizer
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
+from hvdlm.training.balance import Balance
 from hvdlm.training.due import Due, recurs
 from hvdlm.training.elastic import Elastic
 from hvdlm.training.end_of_training import EndOfTraining
@@ -82,6 +83,7 @@ class Trainer:
         # Of the step under way, or the last one
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over tokens
         self._own_tokens = self._tokens = 0  # of this rank, of all
+        self._sequences = 0  # of this rank
         self._rate, self.norm = 0.0, torch.tensor(math.nan)
         self._ranks_have_met = True
         self._is_ending = False  # whether messages of the step's end are under way
@@ -92,6 +94,7 @@ class Trainer:
         self.parts = RankParts(self.batch_sizes, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
+        self.balance = Balance(self) if config.train.balance and can_change else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -140,6 +143,8 @@ class Trainer:
                     self._do_what_is_due(preemption)
                     if self.step >= self.ending.last_step or self.stop:
                         break
+                    if self.balance:
+                        loader = self.balance.deal_out(loader)
                     if self.elastic and self.elastic.is_regroup_due:
                         loader = self.elastic.regroup(loader)
                     else:
@@ -196,9 +201,11 @@ class Trainer:
 
         counts = self.mesh.is_first("tensor") and (self.pipeline is None or self.pipeline.counts_tokens)
         self._own_tokens = int((batch.targets != IGNORE).sum()) if counts else 0
+        self._sequences = len(batch.inputs)
         asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors) if counts else 0
         error = error or self.skipped.error
-        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends))
+        pace = self.balance.pace() if self.balance else None
+        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends, pace))
         if self.elastic:
             self.elastic.begin_step()
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range
@@ -217,6 +224,7 @@ class Trainer:
         activity.begin_wait(f"the other ranks at the end of step {step}")
         self._losses, self._tokens = losses if counts else [], tokens
         norm = self.elastic.norm() if self.elastic else self.strategy.norm()
+        timer.end_phase("wait")
         self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
         self._report_step()
         return self.stop
@@ -269,6 +277,8 @@ class Trainer:
             self.write("event", message=end.event)
         self._count_unread(end.unread)
         seconds = time.perf_counter() - self.timer.begin
+        if self.balance:
+            self.balance.add(self.timer, self._sequences, end.paces)
         self.step_metrics.add(seconds, self.timer, self.strategy.traffic, self._losses, self._own_tokens)
         self._ranks_have_met = end.ranks_have_met
         self.stop |= end.stop

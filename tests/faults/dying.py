@@ -121,6 +121,30 @@ def after_its_save(step: int) -> None:
     before(Trainer, "_forward", step, act=end)
 
 
+RESTS: dict[int, float] = {}  # seconds for each sequence, by the step from which on
+
+
+def slow(step: int) -> None:
+    """This rank does not die: from this step on it takes 10 ms more for each sequence."""
+    rest_from(step, 0.01)
+
+
+def slower(step: int) -> None:
+    rest_from(step, 0.03)
+
+
+def rest_from(step: int, seconds: float) -> None:
+    if not RESTS:
+        original = Trainer._forward
+
+        def resting(self: Trainer, inputs: torch.Tensor, *rest: Any) -> Any:
+            time.sleep(len(inputs) * RESTS.get(max((each for each in RESTS if each <= Here.step), default=-1), 0.0))
+            return original(self, inputs, *rest)
+
+        Trainer._forward = resting  # type: ignore[method-assign]
+    RESTS[step] = seconds
+
+
 def backward(step: int) -> None:
     def from_now_on() -> None:
         weight = Here.trainer.model.final_norm.weight

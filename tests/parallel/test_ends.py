@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from jobs import command, records, start_training, wait_for
 from launcher import launcher_command, run
 
@@ -83,16 +82,3 @@ def test_ranks_whose_launcher_is_killed(small_data: Path, tmp_path: Path) -> Non
         wait_for(lambda: not any(process.is_running() for process in job.members()), job)
         saved = steps_done(run_dir)
     assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == [f"step_{saved:08}"]
-
-
-@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="PyTorch has one kind of loops here")
-def test_ranks_with_unlike_instruction_sets(small_data: Path, tmp_path: Path) -> None:
-    words = command(small_data, tmp_path / "run")
-    own = torch.backends.cpu.get_cpu_capability()
-    first = [*launcher_command("mpirun", 1), *words]
-    result = run([*first, ":", "-np", "1", "env", "ATEN_CPU_CAPABILITY=default", *words])
-    assert result.status == 1, result.output
-    (said,) = [line for line in result.output.splitlines() if "hvdlm: error: " in line]
-    host = os.uname().nodename
-    assert f"ranks differ in CPU capability: rank 0 on {host} has {own}, rank 1 on {host} has DEFAULT; " in said
-    assert not (tmp_path / "run").exists()

@@ -59,7 +59,6 @@ def test_ranks_with_another_data_set_are_named() -> None:
     ("subject", "value", "remedy"),
     [
         ("the type of device", "cuda", "set train.device = 'cpu'"),
-        ("CPU capability", "AVX2", "set ATEN_CPU_CAPABILITY to the least of these on all ranks"),
         ("how they round the optimizer's update", "0123", "use hosts of one kind"),
         ("how they round the learning rate", "0123", "use hosts of one kind"),
     ],
@@ -69,6 +68,26 @@ def test_ranks_that_would_drift_apart_are_named(subject: str, value: str, remedy
     said = refusal(lambda: check_devices_match(communicator, CPU, Config()))
     assert re.search(rf"^ranks differ in {re.escape(subject)}: rank 0 on n0 has \S+, rank 1 on n1 has {value}; ", said)
     assert remedy in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"parallel": {"tensor": 2}}, "parallel.tensor"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline"),
+        ({"parallel": {"shard": 1, "data": 2}}, "parallel.data with parallel.shard"),
+        ({"compression": {"codec": "own.py:Mine"}}, "a codec of your own"),
+    ],
+)
+def test_what_else_is_equal_on_several_ranks_needs_one_instruction_set(settings: dict[str, Any], cause: str) -> None:
+    communicator = RankOf(other("CPU capability", "AVX2"))
+    said = refusal(lambda: check_devices_match(communicator, CPU, Config.model_validate(settings)))
+    assert f"rank 1 on n1 has AVX2; {cause} has ranks compute the same by PyTorch: set ATEN_CPU_CAPABILITY" in said
+
+
+def test_ranks_that_only_update_alike_may_have_other_instructions() -> None:
+    for settings in ({}, {"parallel": {"shard": 3}}, {"local_steps": {"every": 4}}):
+        check_devices_match(RankOf(other("CPU capability", "AVX2")), CPU, Config.model_validate(settings))
 
 
 def test_evaluation_only_needs_one_type_of_device() -> None:
@@ -145,13 +164,26 @@ SCRIPT = """
 import torch
 from hvdlm.config import OptimizerSection
 from hvdlm.training.agreement import update_digest
-print(update_digest(torch.device("cpu"), OptimizerSection()))
+for algorithm in ("adamw", "adam", "sgd", "lion"):
+    print(update_digest(torch.device("cpu"), OptimizerSection(algorithm=algorithm)))
+print(update_digest(torch.device("cpu"), OptimizerSection(freeze_variance_after=9)))
+numbers = torch.arange(1.0, 100_000.0)
+print((numbers / 7).lerp(numbers / 3, 0.3).double().sum().item())
 """
 
 
 @pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="PyTorch has one kind of loops here")
-def test_loops_for_another_instruction_set_round_otherwise() -> None:
-    """This is why it is compared: PyTorch's AdamW multiplies and adds in one rounding where the CPU can."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() != update_digest(CPU, OptimizerSection())
+def test_updates_have_the_same_bits_on_every_kind_of_cpu(tmp_path: Path) -> None:
+    """PyTorch's loops have not: the last line differs where the CPU multiplies and adds in one rounding."""
+
+    def updates(**kind: str) -> list[str]:
+        environment = {**os.environ, **kind}
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    *own, torch_own = updates()
+    *other, torch_other = updates(ATEN_CPU_CAPABILITY="default", **plain)
+    assert own == other
+    assert torch_own != torch_other

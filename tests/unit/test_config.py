@@ -90,6 +90,23 @@ def test_what_does_not_go_with_tensor_parallelism(setting: str, value: str, said
     assert "needs 2 or more" in refusal("--parallel.sequence", "true")
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("local_steps.every", "4", "with local_steps.every leave it out, and set local_steps.by = 'seconds'"),
+        ("parallel.shard", "2", "it goes with parallel.shard = 1, and neither with 2 or 3 nor with"),
+        ("parallel.tensor", "2", "train.balance = true gives ranks unequal numbers of passes"),
+        ("parallel.pipeline", "2", "train.balance = true gives ranks unequal numbers of passes"),
+        ("train.deterministic", "true", "train.deterministic = true wants the same bits each time"),
+        ("train.balance_every", "4", "train.balance_every"),
+    ],
+)
+def test_what_does_not_go_with_unequal_shares(setting: str, value: str, said: str) -> None:
+    assert said in refusal("--train.balance", "true", f"--{setting}", value)
+    train = configure("--train.balance", "true", "--parallel.shard", "1", "--train.balance_every", "5").train
+    assert (train.balance, train.balance_every) == (True, 5)
+
+
 @pytest.mark.parametrize("other", [("--local_steps.hierarchical", "true"), ("--local_steps.by", "seconds")])
 def test_local_steps_that_do_not_outlive_a_rank_are_refused(other: tuple[str, str]) -> None:
     local = ("--local_steps.every", "4", *other)

@@ -47,8 +47,15 @@ def parameters(model: Transformer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("adjustment", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize(("ratio", "momentum"), [(1.0, 0.95), (5.0, 0.8)])
-def test_steps_are_pytorch_s(adjustment: Any, ratio: float, momentum: float) -> None:
-    """torch.optim.Muon for matrices of blocks, torch.optim.AdamW for the rest, of which only matrices decay."""
+@pytest.mark.parametrize(("uses_loops", "tolerance"), [(False, 1e-6), (True, 1e-3)])
+def test_steps_are_pytorch_s(
+    adjustment: Any, ratio: float, momentum: float, uses_loops: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.optim.Muon for matrices of blocks, torch.optim.AdamW for the rest, of which only matrices decay.
+
+    By loops for the CPU a momentum may differ in its last bit, and so what is orthogonalised in bfloat16's.
+    """
+    monkeypatch.setattr("hvdlm.strategies.update_loops.uses_loops", lambda _: uses_loops)
     changed = {"muon_adjustment": adjustment, "muon_lr_ratio": ratio, "muon_momentum": momentum}
     model, plain = make_model(), make_model()
     optimizer = make_optimizer(model, SETTINGS.model_copy(update=changed))
@@ -73,7 +80,7 @@ def test_steps_are_pytorch_s(adjustment: Any, ratio: float, momentum: float) -> 
         for each in (optimizer, muon, adamw):
             each.step()
         for name, parameter in parameters(model).items():
-            torch.testing.assert_close(parameter, theirs[name].detach(), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(parameter, theirs[name].detach(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (40, 120), (120, 40), (7, 1), (1, 7)])

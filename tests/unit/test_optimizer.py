@@ -88,7 +88,12 @@ FORMULAS: dict[str, tuple[Callable[..., Array], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_steps_are_the_formula_s_and_only_matrices_decay(kind: str, steps: int) -> None:
+@pytest.mark.parametrize("uses_loops", [True, False])
+def test_steps_are_the_formula_s_and_only_matrices_decay(
+    uses_loops: bool, kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvdlm.strategies.update_loops.uses_loops", lambda _: uses_loops)  # not on a GPU
+    monkeypatch.setattr("hvdlm.strategies.lion.uses_loops", lambda _: uses_loops)
     formula, settings = FORMULAS[kind]
     model = Model()
     optimizer = make_optimizer(model, SETTINGS.model_copy(update=settings))
@@ -198,8 +203,10 @@ def test_the_named_tensors_are_the_optimizer_s_own(kind: str) -> None:
     assert torch.equal(second.vector, whole.vector)
 
 
-def test_frozen_second_moments() -> None:
+@pytest.mark.parametrize("uses_loops", [True, False])
+def test_frozen_second_moments(uses_loops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps of AdamW, then two by the formula, in float64, with the second moment of the third."""
+    monkeypatch.setattr("hvdlm.strategies.update_loops.uses_loops", lambda _: uses_loops)
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     settings = OptimizerSection(lr=0.1, freeze_variance_after=3)
@@ -222,6 +229,7 @@ def test_frozen_second_moments() -> None:
 def test_frozen_steps_hold_no_copy_of_all_second_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four matrices of 4 KB each, two at once where 8 KB are allowed."""
     monkeypatch.setattr("hvdlm.strategies.frozen_variance_adamw._RUN_BYTES", 8192)
+    monkeypatch.setattr("hvdlm.strategies.update_loops.uses_loops", lambda _: False)  # as on a GPU
     model = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
     optimizer = make_optimizer(model, OptimizerSection(lr=0.1, freeze_variance_after=1))
     lengths = []

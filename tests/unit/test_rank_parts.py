@@ -25,6 +25,46 @@ def test_each_rank_has_its_part_of_a_batch() -> None:
     assert all_of(parts, parts.ranks, range(END)) == ONCE
 
 
+def test_parts_by_what_a_sequence_costs() -> None:
+    """Two ranks that take 1 and 2 for each share 12 as 8 and 4; before that batch they did equally."""
+    parts = RankParts(BatchSizes(BATCH), 2).shared_by([1, 2], batch=5)
+    assert parts.shares(5) == (8, 4)
+    assert parts.own(5, 0) == [(5, index) for index in range(8)]
+    assert parts.own(6, 1) == [(6, index) for index in range(8, 12)]
+    assert all_of(parts, [0, 1], range(5, END)) == Counter(each for each in ONCE if each[0] >= 5)
+    assert parts.changes == 1
+
+
+def test_a_batch_of_fewer_sequences_than_ranks_is_shared_equally() -> None:
+    """What would a rank be measured by that has none? Batches 0 to 2 have 2, those after them 12.
+
+    These are done after 8, 6 and 4; with 7, 3 and 2 the last one would not be earlier.
+    """
+    parts = RankParts(BatchSizes(12, 10, 1, 3), 3).shared_by([1, 2, 4], batch=0)
+    assert [parts.shares(batch) for batch in (0, 2, 3)] == [(0, 1, 1), (0, 1, 1), (8, 3, 1)]
+
+
+def test_who_is_left_keeps_what_sequences_cost() -> None:
+    """Ranks 0 and 2 take 1 and 3: 9 and 3 of 12. One that joins has not been measured: all are equal again."""
+    parts = RankParts(BatchSizes(BATCH), 3).shared_by([1, 2, 3], batch=4)
+    left, _ = parts.regrouped([0, 2], sent=7, batch=7, end=END)
+    assert left.shares(7) == (9, 3)
+    assert all_of(left, [0, 2], range(7, END)) + all_of(parts, [0, 1, 2], range(4, 7)) == Counter(
+        each for each in ONCE if each[0] >= 4
+    )
+    more, _ = left.regrouped([0, 2, 3], sent=9, batch=9, end=END)
+    assert more.shares(9) == (4, 4, 4)
+
+
+@pytest.mark.parametrize(("size", "by_cost", "shares"), [(2, True, (8, 4)), (2, False, (6, 6)), (3, True, (4, 4, 4))])
+def test_a_run_that_is_resumed_keeps_what_sequences_cost(size: int, by_cost: bool, shares: tuple[int, ...]) -> None:
+    """On as many ranks, and as long as it is set."""
+    saved = json.loads(json.dumps(RankParts(BatchSizes(BATCH), 2).shared_by([10, 20], batch=5).state_dict()))
+    again = RankParts(BatchSizes(BATCH), size)
+    again.load_state_dict(saved, 8, END, as_saved=size == 2, by_cost=by_cost)
+    assert again.shares(8) == shares
+
+
 def test_others_take_over_from_the_batch_under_way() -> None:
     """As where ranks step together: all that the dead one has computed before is in the model."""
     parts, lost = RankParts(BatchSizes(BATCH), 4).regrouped([0, 1, 3], sent=5, batch=5, end=END)

@@ -71,14 +71,17 @@ def different_software(reports: list[RankReport]) -> list[Finding]:
 
 
 def different_instructions(reports: list[RankReport]) -> list[Finding]:
-    """Ranks without GPUs whose CPUs round otherwise, which training refuses."""
+    """Ranks without GPUs whose CPUs round otherwise, and are seldom as fast as the others."""
     computing = [each for each in reports if not each.gpus]
     by_capability = _grouped(computing, [each.cpu_capability for each in computing])
     if len(by_capability) < 2:
         return []
     kinds = "; ".join(f"{capability} on {name_ranks(ranks)}" for capability, ranks in by_capability.items())
-    remedy = "set ATEN_CPU_CAPABILITY to the least of these on all ranks (mpirun -x ATEN_CPU_CAPABILITY=avx2)"
-    return [Finding("error", f"PyTorch computes with unlike instructions: {kinds}", remedy)]
+    remedy = (
+        "see docs/unequal-ranks.md; parallel.tensor and parallel.pipeline need ATEN_CPU_CAPABILITY set to the least of "
+        "these on all ranks (mpirun -x ATEN_CPU_CAPABILITY=avx2)"
+    )
+    return [Finding("warning", f"PyTorch computes with unlike instructions: {kinds}", remedy)]
 
 
 def crowded_cores(reports: list[RankReport]) -> list[Finding]:

@@ -121,14 +121,21 @@ def multiply_factors(matrices: Matrices, lefts: Tensor, rights: Tensor, products
 
 
 def draw_directions(basis: Tensor, name: str) -> None:
-    """Random vectors (n, columns) to begin with: other ones for each name, the same on every rank in every run."""
+    """Random vectors (n, columns) to begin with: other ones for each name, the same on every rank in every run.
+
+    In float64, of which PyTorch draws the same on every CPU.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    basis.copy_(torch.randn(basis.shape, generator=generator) / math.sqrt(basis.shape[1]))
+    basis.copy_(torch.randn(basis.shape, generator=generator, dtype=torch.float64) / math.sqrt(basis.shape[1]))
 
 
 def set_directions(basis: Tensor, rights: Tensor) -> None:
     """Sets each vector of `basis` (n, columns) to the direction of that of `rights`, unless that is zero."""
-    lengths = torch.linalg.vector_norm(rights.double(), dim=1, keepdim=True)
+    if uses_loops(rights):
+        squares = [_dot(vector, vector) for vector in rights.double().numpy()]
+        lengths = torch.tensor(squares, dtype=torch.float64).sqrt().unsqueeze(1)
+    else:
+        lengths = torch.linalg.vector_norm(rights.double(), dim=1, keepdim=True)
     basis.copy_(torch.where(lengths > 0, rights / lengths, basis))
 
 

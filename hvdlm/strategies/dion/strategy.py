@@ -25,6 +25,7 @@ from hvdlm.strategies.dion.momentum import MatrixMomentum
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.hidden_matrices import hidden_matrices
 from hvdlm.strategies.strategy import Report
+from hvdlm.strategies.update_loops import add_scaled_
 
 
 class Dion(EveryStep):
@@ -86,7 +87,7 @@ class Dion(EveryStep):
                 for parameter, update in zip(bucket.parameters, bucket.split(bucket.buffer), strict=True):
                     rows, columns = parameter.shape
                     parameter.mul_(1 - rate * settings.weight_decay)
-                    parameter.add_(update, alpha=-rate * settings.dion_lr_ratio * math.sqrt(rows / columns))
+                    add_scaled_(parameter, update, -rate * settings.dion_lr_ratio * math.sqrt(rows / columns))
         super().apply(rate)
 
     def optimizer_state(self) -> dict[str, Tensor]:

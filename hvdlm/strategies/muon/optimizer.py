@@ -19,6 +19,7 @@ from hvdlm.config import OptimizerSection
 from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.muon.newton_schulz import orthogonalise
 from hvdlm.strategies.muon.shares import deal_out_in_rounds
+from hvdlm.strategies.update_loops import add_scaled_, move_
 
 MOMENTUM = "muon_momentum"
 
@@ -55,7 +56,7 @@ class MuonAdamW(FrozenVarianceAdamW):
         rate = self.param_groups[0]["lr"] * self._settings.muon_lr_ratio
         for part, update in self._updates():
             part.mul_(1 - rate * self._settings.weight_decay)
-            part.add_(update, alpha=-rate * self._adjustment(*self._shape_of(part)))
+            add_scaled_(part, update, -rate * self._adjustment(*self._shape_of(part)))
         super().step()
 
     def _updates(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -103,12 +104,14 @@ class MuonAdamW(FrozenVarianceAdamW):
 
     def _add_to_momentum(self, part: nn.Parameter) -> None:
         assert part.grad is not None
-        self.state[part][MOMENTUM].lerp_(part.grad, 1 - self._settings.muon_momentum)
+        move_(self.state[part][MOMENTUM], part.grad, 1 - self._settings.muon_momentum)
 
     def _nesterov(self, part: nn.Parameter) -> Tensor:
         """What is orthogonalised, float32, once the gradient has been added to the momentum; as `part` is shaped."""
         assert part.grad is not None
-        return part.grad.lerp(self.state[part][MOMENTUM], self._settings.muon_momentum)
+        ahead = part.grad.clone()
+        move_(ahead, self.state[part][MOMENTUM], self._settings.muon_momentum)
+        return ahead
 
     def _shape_of(self, part: nn.Parameter) -> tuple[int, ...]:
         """Of the matrix that `part` is, or is a part of."""
