@@ -33,7 +33,7 @@ def are_used(optimizer: torch.optim.Optimizer) -> bool:
 def add_scaled_(target: Tensor, values: Tensor, factor: float) -> None:
     """target += factor x values."""
     if uses_loops(target):
-        _run(_add_scaled, [target, values], factor)
+        _run(_add_scaled, [target, values.float().contiguous()], factor)
     else:
         target.add_(values, alpha=factor)
 
@@ -41,7 +41,8 @@ def add_scaled_(target: Tensor, values: Tensor, factor: float) -> None:
 def move_(target: Tensor, values: Tensor, share: float) -> None:
     """target += share x (values - target); from the side of `values`, as PyTorch does, where that is nearer."""
     if uses_loops(target):
-        _run(*((_move, [target, values], share) if share < 0.5 else (_move_nearly, [target, values], 1 - share)))
+        tensors = [target, values.float().contiguous()]
+        _run(*((_move, tensors, share) if share < 0.5 else (_move_nearly, tensors, 1 - share)))
     else:
         target.lerp_(values, share)
 
@@ -84,8 +85,10 @@ def lion_(parameter: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
 
 
 def _run(loop: Any, tensors: Sequence[Tensor], *scalars: float) -> None:
-    """Calls a loop with tensors as flat float32 arrays, and with numbers, in as many threads as PyTorch would."""
-    arrays = [as_array(each.detach().float().contiguous()).reshape(-1) for each in tensors]
+    """Calls a loop with contiguous float32 tensors as flat arrays, and with numbers, in as many threads as PyTorch
+    would.
+    """
+    arrays = [as_array(each).reshape(-1) for each in tensors]
     numbers = [np.float32(each) for each in scalars]
     length = len(arrays[0])
     threads = min(torch.get_num_threads(), max(1, length // _LEAST_OF_A_THREAD))
