@@ -24,11 +24,29 @@ class ServerSection(Section):
         "anyway always come in 16 bits",
     )
 
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="0: all workers train on their part of each batch, and wait for one another; otherwise each trains "
+        "at its own pace on what the first server hands out, and gradients of parameters that are more steps old do "
+        "not count, and are made again",
+    )
+    weigh_by_age: bool = Field(
+        False, description="with max_staleness, gradients that are n steps old count 1 / n times"
+    )
+    compensation: float = Field(
+        0.0,
+        ge=0,
+        description="with max_staleness, gradients g are moved to today's parameters by so many times g * g * (their "
+        "change since); costs servers a copy of the parameters for each step of max_staleness",
+    )
+
 
 def server_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
     server, train, algorithm = config.server, config.train, config.optimizer.algorithm
     codec, is_used = config.compression.codec, config.server.ranks > 0
+    is_asynchronous = server.max_staleness > 0
     return {
         "server.pull = 'bf16' is how servers send parameters: set server.ranks with it": (
             server.pull != "fp32" and not is_used
@@ -42,6 +60,16 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "server.ranks does not go with comm.elastic = true: leave out one of them": is_used and config.comm.elastic,
         f"optimizer.algorithm = {algorithm!r} needs whole matrices, which servers divide among them: set it to adamw, "
         "adam, sgd or lion with server.ranks": is_used and algorithm in ("muon", "dion"),
+        "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it": (
+            is_asynchronous and not is_used
+        ),
+        "server.weigh_by_age and server.compensation are for gradients that are late: set server.max_staleness with "
+        "them": (server.weigh_by_age or server.compensation > 0) and not is_asynchronous,
+        "train.max_time, train.patience and train.evaluate_tasks need workers that meet after every step: with "
+        "server.max_staleness leave them out": is_asynchronous
+        and (bool(train.max_time) or train.patience > 0 or bool(train.evaluate_tasks)),
+        "data.on_corrupt = 'skip' is not counted by workers that do not meet: set it to 'fail' with "
+        "server.max_staleness": is_asynchronous and config.data.on_corrupt == "skip",
         no_messages_to_owners(codec): is_used and codec in ("auto", "topk", "topk2", "powersgd"),
         "compression.hierarchical = true sums gradients within a node, which workers send to servers: leave it out "
         "with server.ranks": is_used and config.compression.hierarchical,

@@ -22,6 +22,7 @@ from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
 from hvdlm.strategies.server.group import ServerGroup, join_server_group
 from hvdlm.training.agreement import check_data_matches, check_devices_match
+from hvdlm.training.asynchronous import AsynchronousTraining
 from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.console import Views, open_view
 from hvdlm.training.dry_run import print_dry_run
@@ -118,7 +119,11 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 sentences = begin_with_weights(communicator, trainer)
             else:
                 trainer.start()
-        loader = on_all_ranks(communicator, trainer.open_loader)
+        train_all_steps = (
+            AsynchronousTraining(trainer).train
+            if config.server.max_staleness
+            else partial(trainer.train, on_all_ranks(communicator, trainer.open_loader))
+        )
 
         def open_metrics(step: int, takes_over: bool = False) -> MetricsLog:
             view = open_view(trainer.ending.last_step, step)
@@ -152,13 +157,13 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
             with out_of_memory_errors(_LESS_MEMORY):
-                finished = trainer.train(loader, preemption)
+                finished = train_all_steps(preemption)
         finally:
             if trainer.metrics is not None:
                 trainer.metrics.close()
         status = 0 if finished else STOPPED_EARLY
         if servers is not None:
-            servers.leave(status)
+            servers.end(status, communicator)
         if communicator.rank == 0:
             if finished:
                 _draw_loss_curve(run_directory.path)

@@ -242,7 +242,7 @@ class Trainer:
         tokens: int | None = None
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
             activity.begin(f"computes micro-batch {number} of step {step}")
-            loss = self._forward(inputs, targets, factor)
+            loss = self.micro_batch_loss(inputs, targets, factor)
             losses.append(loss.detach())
             timer.end_phase("forward")
             if number == len(micro_batches):
@@ -333,7 +333,7 @@ class Trainer:
         self.timer.end_phase("wait")  # on a GPU, zero while it is busy with what the host has queued
         return tokens
 
-    def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
+    def micro_batch_loss(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats; its backward pass begins with `factor`."""
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
         return self.loss(self.model(inputs, documents), targets, factor)

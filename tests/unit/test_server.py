@@ -10,6 +10,7 @@ from torch import nn
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.server.tasks import Tasks
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,44 @@ def test_what_owners_add_and_what_is_left_are_the_gradients(codec: str, owners: 
     left = [flat.double() for sender in senders for flat in sender.state().values()]
     assert torch.allclose(delivered.double() + sum(left), total, atol=1e-5)
     assert codec == "none" or max(each.abs().max() for each in left) > 1e-4
+
+
+# ---- who trains on what
+
+
+def test_tasks_are_handed_out_once_and_in_order() -> None:
+    """Batches 2 and 3 of two shares each, to three workers."""
+    tasks = Tasks(2, 2)
+    assert [tasks.hand_out(worker, end=4) for worker in (0, 1, 2)] == [4, 5, 6]
+    assert tasks.batches_begun == 4
+    assert tasks.done(1) == 5
+    assert [tasks.hand_out(1, end=4), tasks.held] == [7, {0: 4, 1: 7, 2: 6}]
+    assert tasks.done(2) == 6
+    assert tasks.hand_out(2, end=4) is None
+
+
+def test_what_a_worker_gives_back_comes_first() -> None:
+    tasks = Tasks(0, 3)
+    assert [tasks.hand_out(worker, end=9) for worker in (0, 1, 2)] == [0, 1, 2]
+    assert tasks.give_back(2) == 2
+    assert tasks.give_back(0) == 0
+    assert tasks.give_back(0) is None
+    assert [tasks.hand_out(worker, end=9) for worker in (3, 4, 5)] == [0, 2, 3]
+    assert tasks.batches_begun == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--train.max_time", "1h"], "need workers that meet after every step"),
+        (["--train.patience", "2"], "need workers that meet after every step"),
+        (["--data.on_corrupt", "skip"], "set it to 'fail' with server.max_staleness"),
+    ],
+)
+def test_what_does_not_go_with_workers_that_do_not_meet(words: list[str], sentence: str) -> None:
+    assert sentence in refusal("--server.ranks", "1", "--server.max_staleness", "4", *words)
+    assert configure("--server.ranks", "1", *words).server.max_staleness == 0
+
+
+def test_settings_of_late_gradients() -> None:
+    assert "set server.ranks with it" in refusal("--server.max_staleness", "4")

@@ -38,7 +38,7 @@ class ServerExchange(Exchange):
         bucket = self._buckets[number]
         with self.counted("pull"):
             for server, part in enumerate(values.split(len(values) // self.size)):
-                part.copy_(self._letters.expect(server, Kind.WEIGHTS, number).data.view(bucket.pulled_as))
+                part.copy_(self._letters.expect(server, Kind.WEIGHTS, number=number).data.view(bucket.pulled_as))
         for layer in bucket.layers:
             layer.update_low_precision_weights()
 

@@ -9,6 +9,7 @@ from enum import IntEnum
 import torch
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.failure import DeadRankError, LostRankError
 from hvdlm.comm.mailbox import Letter, Mailbox, open_mailbox
 from hvdlm.config import Config
 from hvdlm.errors import JobError
@@ -24,11 +25,29 @@ class Kind(IntEnum):
     LOAD = 4  # (bucket, is_state): a server's part of parameters, or of the optimizer's state, float32
     PUBLISH = 5  # servers are to send parameters to all workers
     GIVE = 6  # (is_state): servers are to send parameters, or the optimizer's state, to the worker that asks
-    END = 7  # (status): with which servers are to exit
+    END = 7  # (status, have_died): with which servers are to exit, and whether some workers have died
     # From servers
     NORM = 8  # (is_stop_requested): the norm of what the server has of all gradients, float64
     WEIGHTS = 9  # (bucket): a server's part of parameters, as workers compute with them
     KEPT = 10  # (bucket, is_state): what LOAD would bring back
+    # Of asynchronous training: from workers to the first server
+    DONE = (
+        11  # (task or NONE, version, is_stop_requested): pushed; sum of the loss and tokens, float64. A task is wanted
+    )
+    # From other servers to the first
+    HAVE = 19  # (task, worker): all that was pushed
+    # From the first server to workers
+    TASK = 12  # (task, version): to be trained on, with the parameters that servers are about to send; lines of the log
+    BOUNDARY = 13  # (step, is_end, workers): all have done all tasks of the steps before; lines of the log
+    # From the first server to the others, which act in this order
+    ADD = 14  # (task, worker, version): what was pushed counts, and was computed with that version of parameters
+    DROP = 15  # (task, worker): it does not
+    SUM = 16  # (): they are to say the NORM of the sums
+    STEP = 17  # (step): as APPLY; a factor that is not finite leaves the step out
+    SERVE = 18  # (worker): it is to get parameters
+
+
+NONE = -1  # no task
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class ServerGroup:
     mailbox: Mailbox  # of all ranks of the job
     workers: int
     servers: int
-    node_count: int  # of the job
+    everyone: Communicator  # all of them
 
     @property
     def worker_ranks(self) -> Sequence[int]:
@@ -59,11 +78,18 @@ class ServerGroup:
     def is_server(self) -> bool:
         return self.mailbox.rank >= self.workers
 
-    def leave(self, status: int) -> None:
-        """At the end of a worker; the first one tells servers with which status to exit."""
-        if self.mailbox.rank == 0:
-            self.mailbox.post(self.server_ranks, (Kind.END, status))
+    def end(self, status: int, workers: Communicator) -> None:
+        """At the end of each of the `workers` that live; the first one tells servers with which status to exit."""
+        have_died = workers.size < self.workers
+        if workers.rank == 0:
+            self.mailbox.post(self.server_ranks, (Kind.END, status, int(have_died)))
+        self.leave(have_died)
+
+    def leave(self, have_died: bool) -> None:
+        """At the end of each rank. If some have died, the others leave them out, to end together."""
         self.mailbox.close()
+        if have_died:
+            self.everyone.regroup_()
 
 
 def join_server_group(
@@ -85,7 +111,7 @@ def join_server_group(
     alike = communicator.split(int(communicator.rank >= workers), communicator.rank)
     alike.activity = communicator.activity  # which the job's watchdog looks at
     mailbox = open_mailbox(communicator, config.comm.timeout)
-    return ServerGroup(mailbox, workers, servers, communicator.node_count), alike
+    return ServerGroup(mailbox, workers, servers, communicator), alike
 
 
 class ServerLetters:
@@ -99,18 +125,21 @@ class ServerLetters:
         """Posts a letter without data to all servers."""
         self._group.mailbox.post(self._group.server_ranks, header)
 
-    def expect(self, server: int, kind: Kind, number: int | None = None) -> Letter:
-        """The next letter of a server that is of a kind, and whose first number is `number`."""
+    def expect(self, server: int, *kinds: Kind, number: int | None = None) -> Letter:
+        """The next letter of a server that is of one of these kinds, and whose first number is `number`."""
         source = self._group.server_ranks[server]
 
         def is_it(letter: Letter) -> bool:
-            return letter.source == source and letter.kind == kind and number in (None, letter.header[1])
+            return letter.source == source and letter.kind in kinds and number in (None, letter.header[1])
 
         for index, letter in enumerate(self._early):
             if is_it(letter):
                 return self._early.pop(index)
         while True:
-            letter = self._group.mailbox.receive(f"server {server}, rank {source}", [source])
+            try:
+                letter = self._group.mailbox.receive(f"server {server}, rank {source}", [source])
+            except DeadRankError as error:  # without it no worker can go on
+                raise LostRankError(f"{error}: go on with --resume latest") from error
             if is_it(letter):
                 return letter
             self._early.append(letter)

@@ -40,7 +40,7 @@ def make_buckets(model: Transformer, config: Config, group: ServerGroup) -> list
     kinds = [list(parameters)]
     if model.dtype != torch.float32:  # products round matrices: nothing is lost if they travel so
         kinds = [[name for name in parameters if (name in of_layers) == is_layer] for is_layer in (True, False)]
-    nbytes = bucket_bytes(config.comm, config.compression, group.node_count)
+    nbytes = bucket_bytes(config.comm, config.compression, group.everyone.node_count)
     groups = [each for kind in kinds for each in group_parameters({name: parameters[name] for name in kind}, nbytes)]
     position = {name: index for index, name in enumerate(reversed(list(parameters)))}
     groups.sort(key=lambda each: max(position[name] for name in each))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.mailbox import Letter
 from hvdlm.comm.replicas import broadcast_tensors
 from hvdlm.comm.work import Work
 from hvdlm.config import Config
@@ -29,13 +30,22 @@ from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.optimizer import state_kinds
 from hvdlm.strategies.server.exchange import PushedCodec, ServerExchange
-from hvdlm.strategies.server.group import Kind, ServerGroup, ServerLetters
+from hvdlm.strategies.server.group import NONE, Kind, ServerGroup, ServerLetters
 from hvdlm.strategies.server.parts import compute_with, flat, make_buckets, make_codecs, pieces_of_state
 from hvdlm.strategies.sharded.gradients import ShardedGradients
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.partitions import readers_of
 from hvdlm.strategies.step_agreement import StepAgreement
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
+
+
+class Done(NamedTuple):
+    """A task that a worker has trained on."""
+
+    task: int
+    version: int  # of the parameters
+    loss: float  # sum over tokens
+    tokens: int
 
 
 class ServedWorker(Strategy):
@@ -158,7 +168,39 @@ class ServedWorker(Strategy):
         self.arrive()
         self._channel.close()
 
-    # ---- after a rank has died, which ends the job
+    # ---- asynchronous training, which has no steps that workers have in common
+
+    def ask(self, done: Done | None, is_stop_requested: bool) -> Letter:
+        """Tells the first server what this worker has done, and returns its answer: a TASK, or a BOUNDARY. The
+        parameters that go with it are then on their way.
+        """
+        header, numbers = (Kind.DONE, NONE, NONE, int(is_stop_requested)), torch.empty(0)
+        if done is not None:
+            header = (Kind.DONE, done.task, done.version, int(is_stop_requested))
+            numbers = torch.tensor([done.loss, done.tokens], dtype=torch.float64)
+        self.arrive()
+        self._group.mailbox.post(self._group.server_ranks[:1], header, numbers)
+        answer = self._letters.expect(0, Kind.TASK, Kind.BOUNDARY)
+        self._pull()
+        return answer
+
+    def begin_task(self, task: int) -> None:
+        """What is pushed from now on, by the hooks of a step, is of this task."""
+        self._gradients.begin_step()
+        self._gradients.step = task
+
+    def end_task(self) -> None:
+        """Returns when all gradients are on their way. Those that are not finite leave no residual."""
+        self._gradients.wait()
+        is_finite = all(bool(kept.isfinite().all()) for kept in self.residuals())
+        self._gradients.keep_residuals_if(torch.tensor(is_finite))
+        self._count_traffic()
+
+    def meet(self, step: int) -> None:
+        """All workers have come to a boundary after so many steps."""
+        self._gradients.step = step
+
+    # ---- after a rank has died, which ends the job unless workers do not wait for one another
 
     def abandon(self) -> None:
         self._channel.abandon()
@@ -261,4 +303,4 @@ class ServedWorker(Strategy):
         self._letters.tell((Kind.GIVE, int(is_state)))
         for server in range(self._group.servers):
             for number in range(len(self._partitions)):
-                yield server, number, self._letters.expect(server, Kind.KEPT, number).data.view(torch.float32)
+                yield server, number, self._letters.expect(server, Kind.KEPT, number=number).data.view(torch.float32)

@@ -33,8 +33,8 @@ class SynchronousServer:
         self._pushed: list[dict[int, Letter]] = [{} for _ in range(self._owned.buckets)]  # and not added, by worker
         self._added = [0] * self._owned.buckets  # workers whose gradients have been
 
-    def run(self) -> int:
-        """Returns the status with which this rank is to exit."""
+    def run(self) -> Letter:
+        """Returns the letter that says so."""
         while True:
             is_under_way = any(self._added) or any(self._pushed)
             if is_under_way:
@@ -43,7 +43,7 @@ class SynchronousServer:
                 self._activity.idle()  # workers may validate, or save
             letter = self._mailbox.receive("the workers", is_patient=not is_under_way)
             if letter.kind == Kind.END:
-                return letter.header[1]
+                return letter
             self._answer(letter)
 
     def _answer(self, letter: Letter) -> None:
