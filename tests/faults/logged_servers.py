@@ -1,7 +1,7 @@
-"""`hvdlm train` whose servers log what they do: `logged_servers.py DIRECTORY DEATHS ARGUMENTS...`.
+"""`hvdlm train` whose servers log what they do: `logged_servers.py DIRECTORY FAULTS ARGUMENTS...`.
 
-Each server appends records to DIRECTORY/RANK: tuples, as pickles. DEATHS: "WORKER:TASKS,...", or "-"; a worker is
-killed while it pushes the second bucket of the task after so many.
+Each server appends records to DIRECTORY/RANK: tuples, as pickles. FAULTS: "WORKER:TASKS,...", or "-"; a worker is
+killed while it pushes the second bucket of the task after so many. One with "rests" in place of a number is slow.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,20 @@ def die_after(tasks: int) -> None:
     ServerExchange.push = mortal_push  # type: ignore[method-assign]
 
 
+def rest() -> None:
+    push = ServerExchange.push
+
+    def slow_push(own: ServerExchange, bucket: int, messages: Sequence[Tensor], step: int) -> None:
+        time.sleep(0.1)
+        push(own, bucket, messages, step)
+
+    ServerExchange.push = slow_push  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    directory, deaths, *arguments = sys.argv[1:]
+    directory, faults, *arguments = sys.argv[1:]
     log_to(Path(directory) / str(RANK))
-    for worker, tasks in (map(int, each.split(":")) for each in deaths.split(",") if each != "-"):
-        if worker == RANK:
-            die_after(tasks)
+    for worker, fault in (each.split(":") for each in faults.split(",") if each != "-"):
+        if int(worker) == RANK:
+            rest() if fault == "rests" else die_after(int(fault))
     sys.exit(main(arguments))

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import command, losses, records
+from jobs import assert_same_curve, command, losses, records
+from jobs import train as train_job
 from launcher import Result, run
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,12 +47,12 @@ def log_of(directory: Path, server: int) -> Iterator[tuple[Any, ...]]:
             yield pickle.load(file)
 
 
-def assert_each_share_counts_once(directory: Path, steps: int = STEPS) -> None:
+def assert_each_share_counts_once(directory: Path, most: int = 4) -> None:
     """On both servers, in the same order; and none that is older than allowed."""
     orders = [[record[1:] for record in log_of(directory, server) if record[0] == "task"] for server in range(2)]
     assert orders[0] == orders[1]
     counted = Counter(task for kind, task, *_ in orders[0] if kind == "ADD")
-    assert counted == Counter(range(steps * WORKERS))
+    assert counted == Counter(range(STEPS * WORKERS))
     assert all(
         0 <= now - then <= SETTINGS["server__max_staleness"] for kind, *_, now, then in orders[0] if kind == "ADD"
     )
@@ -116,10 +117,32 @@ def test_every_push_and_pull_replayed(undisturbed: Path) -> None:
     assert found.equal(expected)
 
 
+def test_one_worker_is_never_late(small_data: Path, tmp_path: Path) -> None:
+    """50 steps of one worker and a server have the curve of training alone, clipped by the same norms."""
+    served, alone = tmp_path / "served", tmp_path / "alone"
+    settings = {"optimizer__lr": 0.001, "comm__bucket_mb": 0.02}
+    result = train_job("mpirun", 2, small_data, served, server__ranks=1, server__max_staleness=4, **settings)
+    assert result.status == 0, result.output
+    assert train_job("none", 1, small_data, alone, **settings).status == 0
+    assert_same_curve(losses(served), losses(alone), relative=1e-6)
+    assert {record["staleness"] for record in records(served)} == {0.0}
+
+
 def test_each_share_counts_once(undisturbed: Path) -> None:
     assert_each_share_counts_once(undisturbed)
     assert list(losses(undisturbed / "run")) == list(range(1, STEPS + 1))
+    ages = [float(str(record["staleness"])) for record in records(undisturbed / "run")]
+    assert 0 <= min(ages) <= max(ages) <= 4 and max(ages) > 0
     assert [record["step"] for record in records(undisturbed / "run", "eval")] == [15, 30]
+
+
+def test_shares_that_come_too_late(small_data: Path, tmp_path: Path) -> None:
+    """Of a worker that rests in every push: its gradients do not count, and others make them again, once."""
+    result = train("2:rests", small_data, tmp_path, server__max_staleness=1)
+    assert result.status == 0, result.output
+    assert_each_share_counts_once(tmp_path, most=1)
+    dropped = sum(record[:2] == ("task", "DROP") for record in log_of(tmp_path, 0))
+    assert records(tmp_path / "run")[-1]["dropped"] == dropped > 0
 
 
 def test_workers_that_die_with_a_task_in_hand(small_data: Path, tmp_path: Path, undisturbed: Path) -> None:
