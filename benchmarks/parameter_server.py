@@ -37,7 +37,6 @@ _DEADLINE = 900  # seconds of a job
 CORRECTIONS: dict[str, dict[str, object]] = {
     "none": {},
     "by age": {"server.weigh_by_age": "true"},
-    "compensated": {"server.compensation": 0.04},
 }
 
 

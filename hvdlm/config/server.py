@@ -34,12 +34,6 @@ class ServerSection(Section):
     weigh_by_age: bool = Field(
         False, description="with max_staleness, gradients that are n steps old count 1 / n times"
     )
-    compensation: float = Field(
-        0.0,
-        ge=0,
-        description="with max_staleness, gradients g are moved to today's parameters by so many times g * g * (their "
-        "change since); costs servers a copy of the parameters for each step of max_staleness",
-    )
 
 
 def server_misfits(config: Config) -> dict[str, bool]:
@@ -63,8 +57,9 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it": (
             is_asynchronous and not is_used
         ),
-        "server.weigh_by_age and server.compensation are for gradients that are late: set server.max_staleness with "
-        "them": (server.weigh_by_age or server.compensation > 0) and not is_asynchronous,
+        "server.weigh_by_age is for gradients that are late: set server.max_staleness with it": (
+            server.weigh_by_age and not is_asynchronous
+        ),
         "train.max_time, train.patience and train.evaluate_tasks need workers that meet after every step: with "
         "server.max_staleness leave them out": is_asynchronous
         and (bool(train.max_time) or train.patience > 0 or bool(train.evaluate_tasks)),

@@ -36,7 +36,7 @@ def log_to(path: Path) -> None:
 
     load, add, step, serve = (
         OwnedParameters.load,
-        OwnedParameters.add_stale,
+        OwnedParameters.add_weighted,
         OwnedParameters.step,
         OwnedParameters.weights,
     )
@@ -46,9 +46,9 @@ def log_to(path: Path) -> None:
         write("load", bucket, is_state, message.clone())
         load(own, bucket, is_state, message)
 
-    def logged_add(own: OwnedParameters, bucket: int, message: Tensor, *how: Any) -> None:
-        write("add", bucket, message.clone(), *how)
-        add(own, bucket, message, *how)
+    def logged_add(own: OwnedParameters, bucket: int, message: Tensor, weight: float) -> None:
+        write("add", bucket, message.clone(), weight)
+        add(own, bucket, message, weight)
 
     def logged_step(own: OwnedParameters, factor: float, rate: float) -> None:
         write("step", factor, rate)
@@ -65,7 +65,7 @@ def log_to(path: Path) -> None:
             write("task", Kind(order.kind).name, task, worker, own.version, version)
         act(own, order)
 
-    OwnedParameters.load, OwnedParameters.add_stale = logged_load, logged_add  # type: ignore[method-assign]
+    OwnedParameters.load, OwnedParameters.add_weighted = logged_load, logged_add  # type: ignore[method-assign]
     OwnedParameters.step, OwnedParameters.weights = logged_step, logged_weights  # type: ignore[method-assign]
     FollowingServer.act = logged_act  # type: ignore[method-assign]
 

@@ -64,16 +64,19 @@ class Replay:
     def __init__(self) -> None:
         self.parameters: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
-        self.pulls = 0
+        self.pulls = self.age = 0
 
     def load(self, bucket: int, is_state: bool, message: Tensor) -> None:
         assert not is_state
         self.parameters[bucket] = message.view(torch.float32).clone()
         self.sums[bucket] = torch.zeros_like(self.parameters[bucket])
 
-    def add(self, bucket: int, message: Tensor, version: int, weight: float, compensation: float) -> None:
-        assert (weight, compensation) == (1.0, 0.0)
-        self.sums[bucket] += message.view(torch.float32)
+    def add(self, bucket: int, message: Tensor, weight: float) -> None:
+        assert weight == 1 / max(1, self.age)
+        self.sums[bucket].add_(message.view(torch.float32), alpha=weight)
+
+    def task(self, kind: str, task: int, worker: int, now: int, then: int) -> None:
+        self.age = now - then
 
     def step(self, factor: float, rate: float) -> None:
         if not hasattr(self, "optimizer"):
@@ -93,7 +96,7 @@ class Replay:
 @pytest.fixture(scope="module")
 def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("undisturbed")
-    result = train("-", small_data, directory, server__compensation=0, server__weigh_by_age="false")
+    result = train("-", small_data, directory, server__weigh_by_age="true")
     assert result.status == 0, result.output
     return directory
 
@@ -105,9 +108,8 @@ def test_every_push_and_pull_replayed(undisturbed: Path) -> None:
     for server in range(2):
         replay, steps = Replay(), 0
         for what, *told in log_of(undisturbed, server):
-            if what != "task":
-                getattr(replay, what)(*told)
-                steps += what == "step"
+            getattr(replay, what)(*told)
+            steps += what == "step"
         assert steps == STEPS
         assert replay.pulls > STEPS * WORKERS * len(replay.parameters) > STEPS * WORKERS
         numbers += replay.parameters.values()

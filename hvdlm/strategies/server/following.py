@@ -55,7 +55,6 @@ class FollowingServer:
             self._owned.load(number, bool(second), letter.data)
         elif kind == Kind.PUBLISH:
             self.version = number
-            self._keep_version()
             for worker in self._group.worker_ranks:
                 self._serve(worker)
         elif kind == Kind.GIVE:
@@ -74,7 +73,7 @@ class FollowingServer:
         if kind == Kind.ADD:
             weight = weight_of(self.version - third, self._settings)
             for bucket, letter in sorted(self._pushed.pop((second, first)).items()):
-                self._owned.add_stale(bucket, letter.data, third, weight, self._settings.compensation)
+                self._owned.add_weighted(bucket, letter.data, weight)
         elif kind == Kind.DROP:
             self._pushed.pop((second, first), None)
         elif kind == Kind.SUM:
@@ -91,11 +90,6 @@ class FollowingServer:
             self._owned.step(factor, rate)
         self._owned.zero_grad()
         self.version += 1
-        self._keep_version()
-
-    def _keep_version(self) -> None:
-        if self._settings.compensation:
-            self._owned.keep_version(self.version, self.version - self._settings.max_staleness)
 
     def _serve(self, worker: int) -> None:
         for bucket in self._owned.order:

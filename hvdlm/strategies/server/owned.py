@@ -27,7 +27,6 @@ class OwnedParameters:
         self.order = in_order_of_reading(model, self._buckets)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._kinds = state_kinds(config.optimizer, shapes)
-        self._earlier: dict[int, list[Tensor]] = {}  # parameters of each bucket, by version
         self._sums: list[Tensor] = []
         self._pieces: dict[str, nn.Parameter] = {}
         for bucket, codec in zip(self._buckets, self._codecs, strict=True):
@@ -58,24 +57,11 @@ class OwnedParameters:
         """Adds to the sums what a worker has pushed of a bucket, (n,) uint8."""
         self._codecs[bucket].add_message_(message, self._sums[bucket], self._server, self._servers)
 
-    def add_stale(self, bucket: int, message: Tensor, version: int, weight: float, compensation: float) -> None:
-        """The same of gradients that were computed with an earlier `version` of parameters, `weight` times, after they
-        have been moved to today's by `compensation` times g * g * (today's - those).
-
-        Zheng et al., "Asynchronous Stochastic Gradient Descent with Delay Compensation", ICML 2017, equation 10: the
-        outer product of gradients stands for the Hessian, and its diagonal for all of it.
-        """
+    def add_weighted(self, bucket: int, message: Tensor, weight: float) -> None:
+        """The same `weight` times."""
         gradients = torch.zeros_like(self._sums[bucket])
         self._codecs[bucket].add_message_(message, gradients, self._server, self._servers)
-        if compensation and version in self._earlier:
-            moved = self._buckets[bucket].partition.master - self._earlier[version][bucket]
-            gradients.addcmul_(gradients.square(), moved, value=compensation)
         self._sums[bucket].add_(gradients, alpha=weight)
-
-    def keep_version(self, version: int, least: int) -> None:
-        """Keeps a copy of the parameters, which are that version, and forgets those before `least`."""
-        self._earlier[version] = [each.partition.master.clone() for each in self._buckets]
-        self._earlier = {number: each for number, each in self._earlier.items() if number >= least}
 
     def norm(self) -> float:
         """Euclidean norm of the sums."""
