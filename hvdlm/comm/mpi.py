@@ -104,6 +104,10 @@ class MPICommunicator(Communicator):
     def _split(self, color: int, key: int) -> Communicator:
         return MPICommunicator(self._timeout, self._submit(lambda: self._group.Split(color, key)).wait())
 
+    def duplicate(self) -> MPI.Comm:
+        """An MPI communicator of the same ranks, for messages apart from those of this one. Collective."""
+        return self._submit(self._group.Dup).wait()
+
     def abort(self, reason: str) -> NoReturn:
         say(reason)
         # That the only rank left aborts is no failure to an mpirun of Open MPI 5.0.11 that tolerates deaths

@@ -117,7 +117,7 @@ class TcpConnections:
         connection = self._incoming[source].result()
         length = memoryview(bytearray(_LENGTH_BYTES))
         try:
-            _fill(connection, length)
+            fill(connection, length)
             announced = int.from_bytes(length, "little")
             if announced != len(message):
                 connection.close()  # what follows would be taken for something else
@@ -126,7 +126,7 @@ class TcpConnections:
                     f"{len(message)}: another rank is not at the same place; if all ranks have the same settings, data "
                     "set and hvdlm, this is a bug in hvdlm"
                 )
-            _fill(connection, message)
+            fill(connection, message)
         except OSError as error:
             raise self._lost(source, error) from error
 
@@ -193,7 +193,7 @@ def greeting(connection: socket.socket, token: str) -> int | None:
     received = memoryview(bytearray(len(token) + _RANK_BYTES))
     with suppress(OSError):
         connection.settimeout(_GREETING_TIMEOUT)
-        _fill(connection, received)
+        fill(connection, received)
         connection.settimeout(None)
         if received[:-_RANK_BYTES] == token.encode():
             return int.from_bytes(received[-_RANK_BYTES:], "little")
@@ -219,7 +219,7 @@ def own_address(environment: Mapping[str, str]) -> str:
     )
 
 
-def _fill(connection: socket.socket, message: memoryview) -> None:
+def fill(connection: socket.socket, message: memoryview) -> None:
     """Receives as many bytes as `message` has. Raises OSError, also where the other side has closed the connection."""
     while len(message):
         count = connection.recv_into(message, 0, socket.MSG_WAITALL)

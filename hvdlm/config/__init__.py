@@ -23,6 +23,7 @@ from hvdlm.config.output import CheckpointSection, LogSection
 from hvdlm.config.parallel import ParallelSection
 from hvdlm.config.parallel_misfits import parallel_misfits
 from hvdlm.config.section import Section
+from hvdlm.config.server import ServerSection, server_misfits
 from hvdlm.config.train import Precision, TrainSection
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ParallelSection",
     "Precision",
     "Section",
+    "ServerSection",
     "TrainSection",
 ]
 
@@ -54,6 +56,7 @@ class Config(Section):
     compression: CompressionSection = Field(default_factory=CompressionSection)
     local_steps: LocalStepsSection = Field(default_factory=LocalStepsSection)
     parallel: ParallelSection = Field(default_factory=ParallelSection)
+    server: ServerSection = Field(default_factory=ServerSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
 
@@ -99,6 +102,7 @@ class Config(Section):
             ),
             **balance_misfits(self),
             **parallel_misfits(self),
+            **server_misfits(self),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width
             ),

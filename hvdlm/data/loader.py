@@ -18,7 +18,7 @@ import torch
 from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.mixture import Mixture
-from hvdlm.data.rank_parts import RankParts
+from hvdlm.data.rank_parts import RankParts, Sequences
 from hvdlm.data.sampler import MixtureSampler, Sampler, rank_part
 from hvdlm.data.shard import DataSet
 from hvdlm.data.token_replacement import replace_tokens
@@ -51,6 +51,53 @@ class Batch:
         return Batch(index, nothing, nothing)
 
 
+class SequenceReader:
+    """Reads any sequences of the global batches."""
+
+    def __init__(
+        self,
+        data: DataSet,
+        context_length: int,
+        batch_sizes: BatchSizes,
+        seed: int,
+        pin_memory: bool = False,
+        skip_unreadable: bool = False,
+        token_dropout: float = 0.0,
+    ) -> None:
+        """For the arguments see `Loader`. Raises HvdlmError if the training split is too small."""
+        self._split, self._end_of_text = data.train, data.eos_id
+        self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
+        self._context_length, self._seed = context_length, seed
+        self._sampler = training_sampler(data, context_length, batch_sizes, seed)
+        self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
+
+    def read(self, index: int, own: Sequences) -> Batch:
+        """The sequences `own`, as a batch of this number. Raises HvdlmError if their shards cannot be read."""
+        batches = {each: self._sampler.batch(each) for each in sorted({batch for batch, _ in own})}
+        length = self._context_length
+        rows = np.empty((len(own), length + 1), dtype=np.int64)
+        unread, errors = [], []
+        for number, (batch, place) in enumerate(own):
+            shards, windows = batches[batch]
+            try:
+                rows[number] = self._split.read(int(shards[place]), int(windows[place]) * length, length + 1)
+            except HvdlmError as error:
+                if not self._skip_unreadable or (isinstance(error, UnreadableFileError) and not error.is_gone):
+                    raise
+                rows[number] = self._end_of_text
+                unread.append(number)
+                errors.append(str(error))
+        inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
+        targets[unread] = IGNORE
+        if self._token_dropout:
+            for row, (of_batch, place_in_batch) in zip(inputs.numpy(), own, strict=True):
+                key = (self._seed, of_batch, place_in_batch)
+                replace_tokens(row, self._token_dropout, key, self._vocab_size, self._end_of_text)
+        if self._pin_memory:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return Batch(index, inputs, targets, tuple(errors))
+
+
 class Loader:
     """Context manager that yields what one rank trains on of global batches `start`, `start` + 1, ... without end.
 
@@ -77,12 +124,10 @@ class Loader:
 
         Raises HvdlmError if the training split is too small.
         """
-        self._split, self._end_of_text = data.train, data.eos_id
-        self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
-        self._context_length = context_length
-        self._sampler = training_sampler(data, context_length, parts.batch_sizes, seed)
+        self._reader = SequenceReader(
+            data, context_length, parts.batch_sizes, seed, pin_memory, skip_unreadable, token_dropout
+        )
         self._parts, self._rank = parts, rank
-        self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
         self._seed = seed
         self._next = start
         self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=read_ahead)
@@ -128,37 +173,11 @@ class Loader:
     def _read_ahead(self, start: int) -> None:
         try:
             for index in itertools.count(start):
-                self._queue.put(self._read(index))
+                self._queue.put(self._reader.read(index, self._parts.own(index, self._rank)))
                 if self._closed.is_set():
                     return
         except Exception as error:
             self._queue.put(error)
-
-    def _read(self, index: int) -> Batch:
-        own = self._parts.own(index, self._rank)
-        batches = {each: self._sampler.batch(each) for each in sorted({batch for batch, _ in own})}
-        length = self._context_length
-        rows = np.empty((len(own), length + 1), dtype=np.int64)
-        unread, errors = [], []
-        for number, (batch, place) in enumerate(own):
-            shards, windows = batches[batch]
-            try:
-                rows[number] = self._split.read(int(shards[place]), int(windows[place]) * length, length + 1)
-            except HvdlmError as error:
-                if not self._skip_unreadable or (isinstance(error, UnreadableFileError) and not error.is_gone):
-                    raise
-                rows[number] = self._end_of_text
-                unread.append(number)
-                errors.append(str(error))
-        inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
-        targets[unread] = IGNORE
-        if self._token_dropout:
-            for row, (of_batch, place_in_batch) in zip(inputs.numpy(), own, strict=True):
-                key = (self._seed, of_batch, place_in_batch)
-                replace_tokens(row, self._token_dropout, key, self._vocab_size, self._end_of_text)
-        if self._pin_memory:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return Batch(index, inputs, targets, tuple(errors))
 
 
 def training_sampler(

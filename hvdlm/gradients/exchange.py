@@ -80,13 +80,13 @@ class Exchange:
         float32 sums go by the ring where that costs less. Only the ring can send them by an `encoding`, whose error is
         kept in `residual` as `Ring.all_reduce_` says; raises ValueError where there is no ring.
         """
-        with self._counted("all-reduce"):
+        with self.counted("all-reduce"):
             if encoding is not None and self._ring is None:
                 raise ValueError("only a ring can sum what is sent by an encoding: ask has_ring first")
             can_ring = values.dtype is torch.float32 and op is ReduceOp.SUM
             if self._ring is not None and can_ring and (encoding or self.prefers_ring(values.numel())):
                 timed = None if encoding is None else _TimedEncoding(encoding)
-                self._count(self._ring.all_reduce_(values, timed, residual))
+                self.count(self._ring.all_reduce_(values, timed, residual))
                 self._encoding_seconds += timed.seconds if timed else 0.0
                 return
             self._communicator.all_reduce_(values, op)
@@ -102,20 +102,20 @@ class Exchange:
         """Replaces this rank's part of `values` (float32, 1-D, contiguous, as many for each rank) by their sum over all
         ranks. What is elsewhere then means nothing.
         """
-        with self._counted("reduce-scatter"):
+        with self.counted("reduce-scatter"):
             if self._ring is not None and self.prefers_ring(values.numel()):
-                self._count(self._ring.reduce_scatter_(values))
+                self.count(self._ring.reduce_scatter_(values))
                 return
-            self._count((self.size - 1) * values.nbytes // self.size)
+            self.count((self.size - 1) * values.nbytes // self.size)
             self._communicator.reduce_scatter_into(self.part_of(values), values)
 
     def all_gather_(self, values: Tensor) -> None:
         """Fills each rank's part of `values` (1-D, contiguous, as many for each rank) by what that rank has there."""
-        with self._counted("all-gather"):
+        with self.counted("all-gather"):
             if self._ring is not None and self.prefers_ring(values.numel()):
-                self._count(self._ring.all_gather_(values))
+                self.count(self._ring.all_gather_(values))
                 return
-            self._count((self.size - 1) * values.nbytes // self.size)
+            self.count((self.size - 1) * values.nbytes // self.size)
             self._communicator.all_gather_into(values, self.part_of(values))
 
     def part_of(self, values: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class Exchange:
 
     def all_gather(self, message: Tensor) -> list[Tensor]:
         """The messages (contiguous, 1-D) of all ranks, of one length and dtype, in the order of ranks."""
-        with self._counted("all-gather"):
-            self._count((self.size - 1) * message.nbytes)
+        with self.counted("all-gather"):
+            self.count((self.size - 1) * message.nbytes)
             if self._ring is not None:  # it sleeps while it waits, where engines spin
                 return [each.view(message.dtype) for each in self._ring.all_gather(message.view(torch.uint8))]
             return self._communicator.all_gather_v(message, [len(message)] * self.size)
@@ -140,8 +140,8 @@ class Exchange:
 
     def all_to_all_v(self, messages: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """The same of messages whose lengths differ: rank r sends `lengths[r]` elements to this one."""
-        with self._counted("all-to-all"):
-            self._count(sum(messages[rank].nbytes for rank in range(self.size) if rank != self.rank))
+        with self.counted("all-to-all"):
+            self.count(sum(messages[rank].nbytes for rank in range(self.size) if rank != self.rank))
             return self._communicator.all_to_all(messages, lengths)
 
     def _count_all_reduce(self, values: Tensor) -> None:
@@ -151,9 +151,10 @@ class Exchange:
         """
         is_half = values.dtype in (torch.float16, torch.bfloat16)
         is_widened = is_half and not self._communicator.supports(str(values.dtype).removeprefix("torch."))
-        self._count(2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size)
+        self.count(2 * (self.size - 1) * values.numel() * (4 if is_widened else values.itemsize) // self.size)
 
-    def _count(self, nbytes: int) -> None:
+    def count(self, nbytes: int) -> None:
+        """Adds to the bytes that were sent."""
         with self._counters:
             self.wire_bytes += nbytes
 
@@ -163,7 +164,8 @@ class Exchange:
                 self.first_sent = time.perf_counter()
 
     @contextmanager
-    def _counted(self, name: str) -> Iterator[None]:
+    def counted(self, name: str) -> Iterator[None]:
+        """Counts the seconds of what happens within, an operation."""
         begin = time.perf_counter()
         self._note_first_message()
         yield

@@ -14,6 +14,8 @@ from hvdlm.strategies.dion.strategy import Dion
 from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.model_parallel import ModelParallel
+from hvdlm.strategies.server.group import ServerGroup
+from hvdlm.strategies.server.strategy import ServedWorker
 from hvdlm.strategies.sharded.strategy import Sharded
 from hvdlm.strategies.strategy import Strategy
 
@@ -25,12 +27,16 @@ def make_strategy(
     config: Config,
     device: torch.device,
     algorithm_costs: Sequence[AlgorithmCost] = (),
+    servers: ServerGroup | None = None,
 ) -> Strategy:
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
 
-    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns. `mesh`: of the job's
-    ranks. `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
+    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns, and with `servers`,
+    the parameter servers of the job, if it has some. `mesh`: of the job's ranks, but for servers. `algorithm_costs`:
+    what chooses between ring and engine, where that has been measured already.
     """
+    if servers is not None:
+        return ServedWorker(model, mesh.everyone, servers, config)
     if config.parallel.shard:
         return Sharded(model, mesh, config, device)
     assert optimizer is not None

@@ -242,6 +242,10 @@ class Strategy(ABC):
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are validated and saved, by name; equal on all ranks, bit for bit."""
 
+    def saved_parameters(self) -> dict[str, Tensor]:
+        """Those that are saved, where no parts are held: `parameters`, unless ranks have them rounded. On rank 0."""
+        return self.parameters()
+
     def held_parts(self) -> HeldParts | None:
         """What this rank holds of parameters and optimizer state; None: all of it."""
         return None

@@ -20,7 +20,9 @@ from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.gradients.channel import may_sum_by_engine
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.size import parameter_count
+from hvdlm.strategies.server.group import ServerGroup, join_server_group
 from hvdlm.training.agreement import check_data_matches, check_devices_match
+from hvdlm.training.asynchronous import AsynchronousTraining
 from hvdlm.training.checkpoint_contents import Checkpoint
 from hvdlm.training.console import Views, open_view
 from hvdlm.training.dry_run import print_dry_run
@@ -35,6 +37,7 @@ from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
 from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.saved_state import restore
+from hvdlm.training.serving import serve
 from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
 from hvdlm.training.trainer import Trainer
 from hvdlm.training.weights_and_biases import WeightsAndBiases, check_weights_and_biases
@@ -96,8 +99,13 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 lambda: check_devices_match(communicator, device, config),
                 lambda: share_cores(config.train.threads, communicator),
             ]
+        servers: ServerGroup | None = None
+        if config.server.ranks:
+            servers, communicator = join_server_group(communicator, config, device)
+            if servers.is_server:
+                return serve(servers, config, vocab_size, communicator, lambda: preemption.requested)
         with out_of_memory_errors(_LESS_MEMORY):
-            trainer = Trainer(config, communicator, data, vocab_size, device)
+            trainer = Trainer(config, communicator, data, vocab_size, device, servers)
         trainer.task_scores.load()
         sentences: list[str] = []
         state = None
@@ -111,7 +119,11 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 sentences = begin_with_weights(communicator, trainer)
             else:
                 trainer.start()
-        loader = on_all_ranks(communicator, trainer.open_loader)
+        train_all_steps = (
+            AsynchronousTraining(trainer).train
+            if config.server.max_staleness
+            else partial(trainer.train, on_all_ranks(communicator, trainer.open_loader))
+        )
 
         def open_metrics(step: int, takes_over: bool = False) -> MetricsLog:
             view = open_view(trainer.ending.last_step, step)
@@ -145,16 +157,19 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
             with out_of_memory_errors(_LESS_MEMORY):
-                finished = trainer.train(loader, preemption)
+                finished = train_all_steps(preemption)
         finally:
             if trainer.metrics is not None:
                 trainer.metrics.close()
+        status = 0 if finished else STOPPED_EARLY
+        if servers is not None:
+            servers.end(status, communicator)
         if communicator.rank == 0:
             if finished:
                 _draw_loss_curve(run_directory.path)
             else:
                 logger.warning("stopped after step %d; go on with --resume latest", trainer.step)
-    return 0 if finished else STOPPED_EARLY
+    return status
 
 
 def _draw_loss_curve(run_dir: Path) -> None:

@@ -269,13 +269,13 @@ class Saver:
 
     def _as_it_is(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Parameters and optimizer state, which stay as they are until the save has ended."""
-        state = self._trainer.parameters, self._trainer.optimizer_state()
+        state = self._trainer.strategy.saved_parameters(), self._trainer.optimizer_state()
         self._settle()
         return lambda: state
 
     def _begin_to_copy(self) -> Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Begins to copy parameters and optimizer state; returns what completes that on another thread."""
-        strategy, model = self._trainer.strategy, self._trainer.parameters
+        strategy, model = self._trainer.strategy, self._trainer.strategy.saved_parameters()
         optimizer = self._trainer.optimizer_state()
         early = {name: optimizer[name] for name in optimizer.keys() & strategy.step_state().keys()}
         copied = self._copies.copy(early)  # messages of the next step change it, before the update

@@ -25,6 +25,7 @@ from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
 from hvdlm.strategies import make_strategy
 from hvdlm.strategies.optimizer import make_optimizer
+from hvdlm.strategies.server.group import ServerGroup
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
 from hvdlm.timing import StepTimer
@@ -56,16 +57,24 @@ class Trainer:
     """Trains one model on the ranks of a communicator; every rank runs the same steps on its part of each batch."""
 
     def __init__(
-        self, config: Config, communicator: Communicator, data: DataSet, vocab_size: int, device: torch.device
+        self,
+        config: Config,
+        communicator: Communicator,
+        data: DataSet,
+        vocab_size: int,
+        device: torch.device,
+        servers: ServerGroup | None = None,
     ) -> None:
+        """`servers`: of a job in which other ranks than those of `communicator` are parameter servers."""
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         shape = on_all_ranks(communicator, lambda: mesh_shape(config.parallel, communicator.size))
         self.mesh = Mesh(communicator, shape)
         # Who read parts of a batch of their own: ranks that share a model read the same
         self.readers = self.mesh.group("data", "shard") if config.parallel.is_used else communicator
         self.model = make_model(config, vocab_size, device, self.mesh)
-        self.optimizer = None if config.parallel.shard else make_optimizer(self.model, config.optimizer)
-        self.strategy = make_strategy(self.model, self.optimizer, self.mesh, config, device)
+        steps_here = not config.parallel.shard and servers is None
+        self.optimizer = make_optimizer(self.model, config.optimizer) if steps_here else None
+        self.strategy = make_strategy(self.model, self.optimizer, self.mesh, config, device, servers=servers)
         self.pipeline = PipelinePasses(self, self.mesh) if config.parallel.pipeline > 1 else None
         self.loss_scale = LossScale(config.train.precision)
         self.step = 0  # optimizer steps done, and so the number of the next global batch
@@ -241,7 +250,7 @@ class Trainer:
         tokens: int | None = None
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
             activity.begin(f"computes micro-batch {number} of step {step}")
-            loss = self._forward(inputs, targets, factor)
+            loss = self.micro_batch_loss(inputs, targets, factor)
             losses.append(loss.detach())
             timer.end_phase("forward")
             if number == len(micro_batches):
@@ -334,7 +343,7 @@ class Trainer:
         self.timer.end_phase("wait")  # on a GPU, zero while it is busy with what the host has queued
         return tokens
 
-    def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
+    def micro_batch_loss(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         """Sum of the loss over the tokens of a micro-batch, in nats; its backward pass begins with `factor`."""
         documents = document_ids(inputs, self.data.eos_id) if self.config.model.document_mask else None
         return self.loss(self.model(inputs, documents), targets, factor)

@@ -19,6 +19,7 @@ import pipeline_training_body
 import pytest
 import ring_body
 import scoring_body
+import server_body
 import sharded_body
 import sharded_memory_body
 import sharded_steps_body
@@ -93,6 +94,14 @@ CASES = [
             *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
             *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
             *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring"),
+        ],
+    ),
+    *cases_of(
+        server_body,
+        [
+            *groups("mpi", "mpirun", [1, 2, 3, 4]),
+            *groups("torch", "torchrun", [2, 3]),
+            *groups("horovod", GLOO, [3], pool=3),
         ],
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),

@@ -70,8 +70,9 @@ def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
     assert refusal("--log.xyzzyx", "3").endswith(
         "unknown key log.xyzzyx (valid: log.every, log.tensorboard, log.wandb)"
     )
-    assert "valid: checkpoint, comm, compression, data, local_steps, log, model, optimizer, parallel, train" in refusal(
-        "--xyzzyx.q", "3"
+    assert (
+        "valid: checkpoint, comm, compression, data, local_steps, log, model, optimizer, parallel, server, train"
+        in refusal("--xyzzyx.q", "3")
     )
 
 

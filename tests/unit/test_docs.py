@@ -231,4 +231,5 @@ def test_fields_of_a_line_of_metrics_are_those_that_are_written() -> None:
     metrics.add(1.0, timer, Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0.0, first_sent=0.0), [], 1)
     written = metrics.collect(1.0, 1)
     local_steps = {"rounds", "drift", "left_out"}  # tests/parallel/test_local_steps.py sees these
-    assert described == {"kind", "step", "lr", "grad_norm", "tokens", *written, *local_steps}
+    asynchronous = {"dropped", "staleness"}  # tests/faults/test_asynchronous.py sees these
+    assert described == {"kind", "step", "lr", "grad_norm", "tokens", *written, *local_steps, *asynchronous}

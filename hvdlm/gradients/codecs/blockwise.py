@@ -49,6 +49,10 @@ class Part(NamedTuple):
         lengths = self.spans[:, 1] - self.spans[:, 0]
         return int((lengths // self.block * min(kept, self.block) + (lengths % self.block).clamp(max=kept)).sum())
 
+    def moved(self, by: int) -> Part:
+        """The same in a buffer in which all lies `by` elements further back."""
+        return Part(self.block, self.spans + by, self.dense + by)
+
     def zero_blocks_(self, values: Tensor) -> None:
         """Zeros the blocks of a buffer."""
         for start, stop in self.spans.tolist():
@@ -178,8 +182,6 @@ class BlockwiseCodec(Codec):
         """
         if not self.settings.error_feedback:
             self._residual.zero_()
-        if len(self._owned) != exchange.size:
-            self._owned = split_evenly(self.bucket, self._block, exchange.size)
         own, residual = exchange.part_of(gradients), exchange.part_of(self._residual)
         # Of an earlier layout: an owner leaves none
         has_loops = uses_loops(gradients)
@@ -187,7 +189,27 @@ class BlockwiseCodec(Codec):
         if self._own_before is not None or not has_loops:
             own.add_(residual)
             residual.zero_()
-        self._sum_at_owner_(encoding, self._owned, gradients, exchange)
+        self._sum_at_owner_(encoding, self._split_evenly(exchange.size), gradients, exchange)
+
+    def messages_to_owners_by(self, encoding: BlockEncoding, gradients: Tensor, owners: int) -> list[Tensor]:
+        """`Codec.messages_to_owners`; the old residual is then in `gradients`."""
+        if not self.settings.error_feedback:
+            self._residual.zero_()
+        self._own_before = None
+        parts = self._split_evenly(owners)
+        return [self._encode(encoding, part, message_bytes(encoding, part), gradients) for part in parts]
+
+    def add_message_by_(self, encoding: BlockEncoding, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+        """`Codec.add_message_`."""
+        part = self._split_evenly(owners)[owner].moved(-owner * len(own))
+        dense, blocks = sections_of(part, message)
+        own.index_add_(0, part.dense, dense)
+        encoding.add(part, [blocks], own, from_zero=False)
+
+    def _split_evenly(self, owners: int) -> list[Part]:
+        if len(self._owned) != owners:
+            self._owned = split_evenly(self.bucket, self._block, owners)
+        return self._owned
 
     def can_take_back(self, gradients: Tensor) -> bool:
         return uses_loops(gradients)

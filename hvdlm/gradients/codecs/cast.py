@@ -128,6 +128,18 @@ class Cast(Codec):
             residual.zero_()
         self._sum_at_owner_(gradients.split(len(gradients) // exchange.size), exchange)
 
+    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+        length, residual = len(gradients) // owners, self._residual.values
+        residuals = [None] * owners if residual is None else [*residual.split(length)]
+        nbytes = self._segments.nbytes(length)
+        pairs = zip(gradients.split(length), residuals, strict=True)
+        return [self._encoded(part, error, nbytes) for part, error in pairs]
+
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+        decoded = torch.empty_like(own)
+        self._segments.decode(message, decoded)
+        own.add_(decoded)
+
     def _sum_at_owner_(self, parts: Sequence[Tensor], exchange: Exchange) -> tuple[list[Tensor | None], int]:
         """Adds to this rank's part what the others send of it; returns the residuals of all parts, and the bytes of a
         message.

@@ -47,8 +47,19 @@ class Codec(ABC):
         """
         raise NotImplementedError
 
+    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+        """What a rank that owns nothing sends to each of some ranks that own as many of `gradients`: uint8.
+
+        They call `add_message_`. A codec that has no such messages is refused with server.ranks.
+        """
+        raise NotImplementedError
+
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+        """Adds what one rank has sent of the part of `owner`, which is `own`, by `messages_to_owners`."""
+        raise NotImplementedError
+
     def can_take_back(self, gradients: Tensor) -> bool:
-        """Whether `take_back_` undoes `reduce_to_owners_`."""
+        """Whether `take_back_` undoes `reduce_to_owners_` and `messages_to_owners`."""
         return False
 
     def take_back_(self, gradients: Tensor, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hvdlm.gradients.codecs.codec import Codec
@@ -16,3 +17,9 @@ class Dense(Codec):
 
     def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         exchange.reduce_scatter_(gradients)
+
+    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+        return [part.view(torch.uint8) for part in gradients.split(len(gradients) // owners)]
+
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+        own.add_(message.view(torch.float32))

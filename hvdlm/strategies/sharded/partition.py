@@ -66,7 +66,7 @@ class Partition(Bucket):
         self.part = self._part_of(rank)
         # Views of `buffer`, of which none can be made while it has no memory: of parameters, and of this rank's part
         self.slots, self.own_slot = self.split(self.buffer), self.buffer[self.part]
-        self.pieces = self._pieces_of(rank)
+        self.pieces = self.pieces_of(rank)
         own = self.weights[self.part]
         self.master_is_part = is_kept and dtype == torch.float32 and not is_rounded
         self.master = own if self.master_is_part else torch.zeros_like(own, dtype=torch.float32)
@@ -86,13 +86,14 @@ class Partition(Bucket):
 
     def lengths(self) -> dict[str, list[int]]:
         """Of each parameter, how many of its numbers each rank owns: one behind the other, in the order of ranks."""
-        by_rank = [self._pieces_of(rank) for rank in range(self._ranks)]
+        by_rank = [self.pieces_of(rank) for rank in range(self._ranks)]
         return {name: [pieces[name].length if name in pieces else 0 for pieces in by_rank] for name in self.names}
 
     def _part_of(self, rank: int) -> slice:
         return slice(rank * self._length, (rank + 1) * self._length)
 
-    def _pieces_of(self, rank: int) -> dict[str, Piece]:
+    def pieces_of(self, rank: int) -> dict[str, Piece]:
+        """What a rank owns, by the names of parameters."""
         part, found, begin = self._part_of(rank), {}, 0
         for name, parameter in zip(self.names, self.parameters, strict=True):
             start, stop = max(begin, part.start), min(begin + parameter.numel(), part.stop)

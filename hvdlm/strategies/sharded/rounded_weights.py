@@ -102,10 +102,8 @@ class RoundedWeights:
 
     def _layout(self, partition: Partition, ranks: int) -> _Layout:
         length = len(partition.own_slot)
-        parts = [
-            Part(each.block, each.spans - rank * length, each.dense - rank * length)
-            for rank, each in enumerate(split_evenly(partition, LONGEST_BLOCK, ranks))
-        ]
+        split = split_evenly(partition, LONGEST_BLOCK, ranks)
+        parts = [each.moved(-rank * length) for rank, each in enumerate(split)]
         return _Layout(parts, max(message_bytes(self._encoding, each) for each in parts))
 
     def _workspace(self, exchange: Exchange, partition: Partition) -> _Workspace:

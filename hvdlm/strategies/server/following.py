@@ -1,0 +1,96 @@
+"""The loop of a server in asynchronous training that acts on the first one's orders.
+
+All servers add the same pushes to the same steps, and send a worker parameters of the same version, since the first one
+decides and the others do what it says, in its order. It lets a push count once all of them have their parts of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hvdlm.comm.activity import Activity
+from hvdlm.comm.mailbox import Letter
+from hvdlm.config import ServerSection
+from hvdlm.strategies.server.group import Kind, ServerGroup
+from hvdlm.strategies.server.owned import OwnedParameters
+
+_ORDERS = frozenset({Kind.ADD, Kind.DROP, Kind.SUM, Kind.STEP, Kind.SERVE})
+
+
+def weight_of(staleness: int, settings: ServerSection) -> float:
+    """By what gradients are multiplied that are so many steps old (Zhang et al., "Staleness-aware Async-SGD for
+    Distributed Deep Learning", IJCAI 2016, equation 6, where a step is divided by the staleness of its gradients).
+    """
+    return 1 / max(1, staleness) if settings.weigh_by_age else 1.0
+
+
+class FollowingServer:
+    """Answers letters until the workers say that it is over."""
+
+    def __init__(self, owned: OwnedParameters, group: ServerGroup, activity: Activity, settings: ServerSection) -> None:
+        self._owned, self._group, self._mailbox = owned, group, group.mailbox
+        self._activity, self._settings = activity, settings
+        self.version = 0  # steps
+        self._pushed: dict[tuple[int, int], dict[int, Letter]] = {}  # by worker and task, then by bucket
+
+    def run(self) -> Letter:
+        """Returns the letter that says so."""
+        self._activity.idle()  # workers may take any time, each its own
+        while True:
+            letter = self._mailbox.receive("the workers", is_patient=True)
+            if letter.kind == Kind.END:
+                return letter
+            self.answer(letter)
+
+    def answer(self, letter: Letter) -> None:
+        """Does what a letter asks."""
+        kind, number, second, _ = letter.header
+        if kind == Kind.PUSH:
+            self._pushed.setdefault((letter.source, second), {})[number] = letter
+            if self._has(letter.source, second) and self._group.own_server:
+                self._mailbox.post(self._group.server_ranks[:1], (Kind.HAVE, second, letter.source))
+        elif kind in _ORDERS:
+            self.act(letter)
+        elif kind == Kind.LOAD:
+            self._owned.load(number, bool(second), letter.data)
+        elif kind == Kind.PUBLISH:
+            self.version = number
+            for worker in self._group.worker_ranks:
+                self._serve(worker)
+        elif kind == Kind.GIVE:
+            for bucket in range(self._owned.buckets):
+                self._mailbox.post([letter.source], (Kind.KEPT, bucket, number), self._owned.kept(bucket, bool(number)))
+        else:
+            raise RuntimeError(f"rank {letter.source} has sent a server a letter of kind {kind}")
+
+    def _has(self, worker: int, task: int) -> bool:
+        """Whether all of what a worker has to push for a task is here."""
+        return len(self._pushed.get((worker, task), ())) == self._owned.buckets
+
+    def act(self, order: Letter) -> None:
+        """Does what the first server has decided."""
+        kind, first, second, third = order.header
+        if kind == Kind.ADD:
+            weight = weight_of(self.version - third, self._settings)
+            for bucket, letter in sorted(self._pushed.pop((second, first)).items()):
+                self._owned.add_weighted(bucket, letter.data, weight)
+        elif kind == Kind.DROP:
+            self._pushed.pop((second, first), None)
+        elif kind == Kind.SUM:
+            norm = torch.tensor(self._owned.norm(), dtype=torch.float64)
+            self._mailbox.post(self._group.server_ranks[:1], (Kind.NORM,), norm)
+        elif kind == Kind.STEP:
+            self.step(*order.data.view(torch.float64).tolist())
+        elif kind == Kind.SERVE:
+            self._serve(first)
+
+    def step(self, factor: float, rate: float) -> None:
+        """The next version of the parameters, which is the same again if `factor` is 0."""
+        if factor:
+            self._owned.step(factor, rate)
+        self._owned.zero_grad()
+        self.version += 1
+
+    def _serve(self, worker: int) -> None:
+        for bucket in self._owned.order:
+            self._mailbox.post([worker], (Kind.WEIGHTS, bucket, self.version), self._owned.weights(bucket))

@@ -1,0 +1,145 @@
+"""The ranks of a job of which some are parameter servers: who is what, and what they tell one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.failure import DeadRankError, LostRankError
+from hvdlm.comm.mailbox import Letter, Mailbox, open_mailbox
+from hvdlm.config import Config
+from hvdlm.errors import JobError
+
+
+class Kind(IntEnum):
+    """Of a letter; in brackets, the numbers in its header, then what it carries."""
+
+    # From workers
+    PUSH = 1  # (bucket, step): a server's part of the gradients of a bucket, as the codec encodes it
+    APPLY = 2  # (step): what gradients are to be multiplied by, and the learning rate, float64
+    SKIP = 3  # (step): the gradients of this step are of no use
+    LOAD = 4  # (bucket, is_state): a server's part of parameters, or of the optimizer's state, float32
+    PUBLISH = 5  # servers are to send parameters to all workers
+    GIVE = 6  # (is_state): servers are to send parameters, or the optimizer's state, to the worker that asks
+    END = 7  # (status, have_died): with which servers are to exit, and whether some workers have died
+    # From servers
+    NORM = 8  # (is_stop_requested): the norm of what the server has of all gradients, float64
+    WEIGHTS = 9  # (bucket): a server's part of parameters, as workers compute with them
+    KEPT = 10  # (bucket, is_state): what LOAD would bring back
+    # Of asynchronous training: from workers to the first server
+    DONE = (
+        11  # (task or NONE, version, is_stop_requested): pushed; sum of the loss and tokens, float64. A task is wanted
+    )
+    # From other servers to the first
+    HAVE = 19  # (task, worker): all that was pushed
+    # From the first server to workers
+    TASK = 12  # (task, version): to be trained on, with the parameters that servers are about to send; lines of the log
+    BOUNDARY = 13  # (step, is_end, workers): all have done all tasks of the steps before; lines of the log
+    # From the first server to the others, which act in this order
+    ADD = 14  # (task, worker, version): what was pushed counts, and was computed with that version of parameters
+    DROP = 15  # (task, worker): it does not
+    SUM = 16  # (): they are to say the NORM of the sums
+    STEP = 17  # (step): as APPLY; a factor that is not finite leaves the step out
+    SERVE = 18  # (worker): it is to get parameters
+
+
+NONE = -1  # no task
+
+
+@dataclass(frozen=True)
+class ServerGroup:
+    """The first ranks of a job are workers, the last ones servers: so rank 0, which logs and writes checkpoints, is a
+    worker, and workers have the numbers that they would have without servers.
+    """
+
+    mailbox: Mailbox  # of all ranks of the job
+    workers: int
+    servers: int
+    everyone: Communicator  # all of them
+
+    @property
+    def worker_ranks(self) -> Sequence[int]:
+        return range(self.workers)
+
+    @property
+    def server_ranks(self) -> Sequence[int]:
+        return range(self.workers, self.workers + self.servers)
+
+    @property
+    def own_server(self) -> int:
+        """The number of the server that this rank is."""
+        return self.mailbox.rank - self.workers
+
+    @property
+    def is_server(self) -> bool:
+        return self.mailbox.rank >= self.workers
+
+    def end(self, status: int, workers: Communicator) -> None:
+        """At the end of each of the `workers` that live; the first one tells servers with which status to exit."""
+        have_died = workers.size < self.workers
+        if workers.rank == 0:
+            self.mailbox.post(self.server_ranks, (Kind.END, status, int(have_died)))
+        self.leave(have_died)
+
+    def leave(self, have_died: bool) -> None:
+        """At the end of each rank. If some have died, the others leave them out, to end together."""
+        self.mailbox.close()
+        if have_died:
+            self.everyone.regroup_()
+
+
+def join_server_group(
+    communicator: Communicator, config: Config, device: torch.device
+) -> tuple[ServerGroup, Communicator]:
+    """Divides the ranks of a job into workers and servers: returns who they are, and this rank's like. Collective.
+
+    Raises JobError if no rank is left to train, the ranks cannot be divided, or they compute on GPUs.
+    """
+    if device.type != "cpu":
+        raise JobError("parameter servers step on CPUs, and their workers train there: set train.device = 'cpu'")
+    servers = config.server.ranks
+    if servers >= communicator.size:
+        ranks = f"{communicator.size} rank{'s' if communicator.size > 1 else ''}"
+        raise JobError(f"server.ranks = {servers} of {ranks} leaves none to train: start more ranks, or fewer servers")
+    if not communicator.supports("split"):
+        raise JobError(f"engine {communicator.engine} cannot divide ranks into workers and servers: use engine mpi")
+    workers = communicator.size - servers
+    alike = communicator.split(int(communicator.rank >= workers), communicator.rank)
+    alike.activity = communicator.activity  # which the job's watchdog looks at
+    mailbox = open_mailbox(communicator, config.comm.timeout)
+    return ServerGroup(mailbox, workers, servers, communicator), alike
+
+
+class ServerLetters:
+    """What servers send to a worker, in whatever order it comes."""
+
+    def __init__(self, group: ServerGroup) -> None:
+        self._group = group
+        self._early: list[Letter] = []
+
+    def tell(self, header: Sequence[int]) -> None:
+        """Posts a letter without data to all servers."""
+        self._group.mailbox.post(self._group.server_ranks, header)
+
+    def expect(self, server: int, *kinds: Kind, number: int | None = None) -> Letter:
+        """The next letter of a server that is of one of these kinds, and whose first number is `number`."""
+        source = self._group.server_ranks[server]
+
+        def is_it(letter: Letter) -> bool:
+            return letter.source == source and letter.kind in kinds and number in (None, letter.header[1])
+
+        for index, letter in enumerate(self._early):
+            if is_it(letter):
+                return self._early.pop(index)
+        while True:
+            try:
+                letter = self._group.mailbox.receive(f"server {server}, rank {source}", [source])
+            except DeadRankError as error:  # without it no worker can go on
+                raise LostRankError(f"{error}: go on with --resume latest") from error
+            if is_it(letter):
+                return letter
+            self._early.append(letter)

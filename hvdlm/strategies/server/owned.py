@@ -1,0 +1,98 @@
+"""What one server keeps: its part of all parameters, of the optimizer's state, and of the sums of gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hvdlm.config import Config
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.optimizer import make_optimizer_of, named_state, set_learning_rate, state_kinds
+from hvdlm.strategies.penalties import add_penalties_
+from hvdlm.strategies.server.group import ServerGroup
+from hvdlm.strategies.server.parts import flat, in_order_of_reading, make_buckets, make_codecs, pieces_of_state
+from hvdlm.strategies.sharded.partition import free
+
+
+class OwnedParameters:
+    """Float32 parameters by bucket, and the optimizer over them."""
+
+    def __init__(self, model: Transformer, config: Config, group: ServerGroup) -> None:
+        """`model`: names and shapes, and the dtype of its products. All is zero until it is loaded."""
+        self._settings, self._servers, self._server = config.optimizer, group.servers, group.own_server
+        self._buckets = make_buckets(model, config, group)
+        self._codecs = make_codecs(self._buckets, config)
+        self.order = in_order_of_reading(model, self._buckets)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._kinds = state_kinds(config.optimizer, shapes)
+        self._sums: list[Tensor] = []
+        self._pieces: dict[str, nn.Parameter] = {}
+        for bucket, codec in zip(self._buckets, self._codecs, strict=True):
+            partition = bucket.partition
+            self._sums.append(torch.zeros_like(partition.master))
+            for name, piece in partition.pieces.items():
+                self._pieces[name] = nn.Parameter(partition.master[piece.span])
+                self._pieces[name].grad = self._sums[-1][piece.span]
+            # Of a whole bucket; a server has a part of it, and nothing that it has not delivered
+            for unused in (partition.buffer, partition.weights, *codec.state().values()):
+                free(unused)
+        self._decaying = [piece for name, piece in self._pieces.items() if len(shapes[name]) >= 2]
+        others = [piece for name, piece in self._pieces.items() if len(shapes[name]) < 2]
+        self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer)
+        self._state = named_state(self._optimizer, self._pieces)
+
+    @property
+    def buckets(self) -> int:
+        return len(self._buckets)
+
+    # ---- one step
+
+    def zero_grad(self) -> None:
+        for each in self._sums:
+            each.zero_()
+
+    def add(self, bucket: int, message: Tensor) -> None:
+        """Adds to the sums what a worker has pushed of a bucket, (n,) uint8."""
+        self._codecs[bucket].add_message_(message, self._sums[bucket], self._server, self._servers)
+
+    def add_weighted(self, bucket: int, message: Tensor, weight: float) -> None:
+        """The same `weight` times."""
+        gradients = torch.zeros_like(self._sums[bucket])
+        self._codecs[bucket].add_message_(message, gradients, self._server, self._servers)
+        self._sums[bucket].add_(gradients, alpha=weight)
+
+    def norm(self) -> float:
+        """Euclidean norm of the sums."""
+        return math.sqrt(math.fsum(float(torch.linalg.vector_norm(each)) ** 2 for each in self._sums))
+
+    def step(self, factor: float, rate: float) -> None:
+        """The optimizer's step on `factor` times the sums, with learning rate `rate`."""
+        if factor != 1:
+            for each in self._sums:
+                each.mul_(factor)
+        add_penalties_(self._decaying, self._settings)
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step()
+
+    # ---- as messages
+
+    def weights(self, bucket: int) -> Tensor:
+        """The parameters of a bucket as workers get them."""
+        return self._buckets[bucket].partition.master.to(self._buckets[bucket].pulled_as)
+
+    def kept(self, bucket: int, is_state: bool) -> Tensor:
+        """The parameters of a bucket, or all the optimizer keeps of them, float32."""
+        return flat(self._state_of(bucket)) if is_state else self._buckets[bucket].partition.master
+
+    def load(self, bucket: int, is_state: bool, message: Tensor) -> None:
+        """Takes over what `kept` of this server, in another run perhaps, has returned."""
+        into = self._state_of(bucket) if is_state else [self._buckets[bucket].partition.master]
+        numbers = message.view(torch.float32).split([each.numel() for each in into])
+        for tensor, values in zip(into, numbers, strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+    def _state_of(self, bucket: int) -> list[Tensor]:
+        pieces = pieces_of_state(self._buckets[bucket].partition, self._server, self._kinds)
+        return [self._state[name] for name, _, _ in pieces]

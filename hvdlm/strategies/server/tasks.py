@@ -1,0 +1,46 @@
+"""Which worker trains on what, where the first server hands it out: shares of global batches, each once.
+
+Task n is share n % `shares` of batch n // `shares`. What a worker has not done when it dies, and what came too late, is
+handed out again before anything new.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+
+class Tasks:
+    """Numbers of tasks, in order, but for those that come back."""
+
+    def __init__(self, step: int, shares: int) -> None:
+        """Begins with the first share of batch `step`."""
+        self._shares, self._next = shares, step * shares
+        self._returned: list[int] = []
+        self.held: dict[int, int] = {}  # by worker
+
+    def hand_out(self, worker: int, end: int) -> int | None:
+        """A task for a worker that holds none, of a batch before `end`; None if there is none for now."""
+        if self._returned:
+            task = heapq.heappop(self._returned)
+        elif self._next < end * self._shares:
+            task, self._next = self._next, self._next + 1
+        else:
+            return None
+        self.held[worker] = task
+        return task
+
+    def done(self, worker: int) -> int:
+        """The worker's task has been trained on: it is not handed out again."""
+        return self.held.pop(worker)
+
+    def give_back(self, worker: int) -> int | None:
+        """The worker's task, if it holds one, is to be handed out again."""
+        task = self.held.pop(worker, None)
+        if task is not None:
+            heapq.heappush(self._returned, task)
+        return task
+
+    @property
+    def batches_begun(self) -> int:
+        """Batches of which some share has been handed out, and all before."""
+        return -(-self._next // self._shares)

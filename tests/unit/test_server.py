@@ -1,0 +1,111 @@
+"""Parameter servers: what they do not go with, and gradients as messages to owners that make none themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_config import configure, refusal
+from torch import nn
+
+from hvdlm.config import CompressionSection
+from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.server.tasks import Tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("local_steps.every", "4", "two ways for ranks to combine their work"),
+        ("parallel.shard", "1", "it does not go with [parallel]"),
+        ("parallel.tensor", "2", "it does not go with [parallel]"),
+        ("comm.elastic", "true", "server.ranks does not go with comm.elastic = true"),
+        ("optimizer.algorithm", "muon", "optimizer.algorithm = 'muon' needs whole matrices"),
+        ("optimizer.algorithm", "dion", "optimizer.algorithm = 'dion' needs whole matrices"),
+        ("compression.codec", "topk", "compression.codec = 'topk' cannot send gradients to servers"),
+        ("compression.codec", "auto", "compression.codec = 'auto' cannot send gradients to servers"),
+        ("compression.hierarchical", "true", "leave it out with server.ranks"),
+        ("train.precision", "fp16", "with server.ranks set it to bf16 or fp32"),
+        ("train.heal_replicas", "true", "it does not go with server.ranks"),
+        ("train.ema", "0.9", "it does not go with server.ranks"),
+    ],
+)
+def test_what_servers_do_not_go_with(name: str, value: str, sentence: str) -> None:
+    assert sentence in refusal("--server.ranks", "1", f"--{name}", value)
+
+
+def test_settings() -> None:
+    config = configure("--server.ranks", "2", "--server.pull", "bf16")
+    assert (config.server.ranks, config.server.pull) == (2, "bf16")
+    assert "set server.ranks with it" in refusal("--server.pull", "bf16")
+    assert "server.ranks = -1" in refusal("--server.ranks", "-1")
+
+
+@pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "int4", "int2"])
+@pytest.mark.parametrize("owners", [1, 3])
+def test_what_owners_add_and_what_is_left_are_the_gradients(codec: str, owners: int) -> None:
+    """Of three steps of two ranks. The buffer is as long as a multiple of the owners; a bias and a matrix."""
+    generator = torch.Generator().manual_seed(1)
+    matrix, bias = nn.Parameter(torch.zeros(96, 100)), nn.Parameter(torch.zeros(96))
+    settings = CompressionSection(codec=codec)
+    buckets = [Bucket({"matrix": matrix, "bias": bias}) for _ in range(3)]
+    senders = [codec_factory(codec)(bucket, settings) for bucket in buckets[:2]]
+    receiver = codec_factory(codec)(buckets[2], settings)
+    length = len(buckets[0].buffer)
+    assert length % owners == 0
+    total, delivered = torch.zeros(length, dtype=torch.float64), torch.zeros(length)
+    for _ in range(3):
+        for sender in senders:
+            gradients = torch.randn(length, generator=generator)
+            total += gradients
+            messages = sender.messages_to_owners(gradients, owners)
+            assert sum(map(len, messages)) <= length * {"none": 4, "fp16": 2.1, "bf16": 2.1}.get(codec, 1.1)
+            for owner, message in enumerate(messages):
+                part = delivered.split(length // owners)[owner]
+                receiver.add_message_(message.clone(), part, owner, owners)
+    left = [flat.double() for sender in senders for flat in sender.state().values()]
+    assert torch.allclose(delivered.double() + sum(left), total, atol=1e-5)
+    assert codec == "none" or max(each.abs().max() for each in left) > 1e-4
+
+
+# ---- who trains on what
+
+
+def test_tasks_are_handed_out_once_and_in_order() -> None:
+    """Batches 2 and 3 of two shares each, to three workers."""
+    tasks = Tasks(2, 2)
+    assert [tasks.hand_out(worker, end=4) for worker in (0, 1, 2)] == [4, 5, 6]
+    assert tasks.batches_begun == 4
+    assert tasks.done(1) == 5
+    assert [tasks.hand_out(1, end=4), tasks.held] == [7, {0: 4, 1: 7, 2: 6}]
+    assert tasks.done(2) == 6
+    assert tasks.hand_out(2, end=4) is None
+
+
+def test_what_a_worker_gives_back_comes_first() -> None:
+    tasks = Tasks(0, 3)
+    assert [tasks.hand_out(worker, end=9) for worker in (0, 1, 2)] == [0, 1, 2]
+    assert tasks.give_back(2) == 2
+    assert tasks.give_back(0) == 0
+    assert tasks.give_back(0) is None
+    assert [tasks.hand_out(worker, end=9) for worker in (3, 4, 5)] == [0, 2, 3]
+    assert tasks.batches_begun == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--train.max_time", "1h"], "need workers that meet after every step"),
+        (["--train.patience", "2"], "need workers that meet after every step"),
+        (["--train.balance", "true"], "a fast worker gets more of them anyway"),
+        (["--data.on_corrupt", "skip"], "set it to 'fail' with server.max_staleness"),
+    ],
+)
+def test_what_does_not_go_with_workers_that_do_not_meet(words: list[str], sentence: str) -> None:
+    assert sentence in refusal("--server.ranks", "1", "--server.max_staleness", "4", *words)
+    assert configure("--server.ranks", "1", *words).server.max_staleness == 0
+
+
+def test_settings_of_late_gradients() -> None:
+    assert "set server.ranks with it" in refusal("--server.max_staleness", "4")
+    assert "set server.max_staleness with it" in refusal("--server.ranks", "1", "--server.weigh_by_age", "true")
