@@ -63,7 +63,7 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "train.max_time, train.patience and train.evaluate_tasks need workers that meet after every step: with "
         "server.max_staleness leave them out": is_asynchronous
         and (bool(train.max_time) or train.patience > 0 or bool(train.evaluate_tasks)),
-        "train.balance = true deals out parts of a batch, and with server.max_staleness a fast worker gets more of them "
+        "train.balance = true deals out parts of a batch, of which with server.max_staleness a fast worker gets more "
         "anyway: leave it out": is_asynchronous and train.balance,
         "data.on_corrupt = 'skip' is not counted by workers that do not meet: set it to 'fail' with "
         "server.max_staleness": is_asynchronous and config.data.on_corrupt == "skip",
@@ -79,6 +79,14 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "train.ema averages the parameters of each step, which workers have only in part when it ends: it does not go "
         "with server.ranks": is_used and train.ema > 0,
     }
+
+
+def no_workers(servers: int, ranks: int) -> str:
+    """What is to be said where no rank is left to train."""
+    return (
+        f"server.ranks = {servers} of {ranks} rank{'s' if ranks > 1 else ''} leaves none to train: start more ranks, "
+        "or fewer servers"
+    )
 
 
 def no_messages_to_owners(codec: str) -> str:

@@ -8,6 +8,8 @@ from rich.table import Table
 from hvdlm.comm.launch import Launch
 from hvdlm.comm.mesh import mesh_shape
 from hvdlm.config import Config
+from hvdlm.config.server import no_workers
+from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.registry import bucket_bytes
 from hvdlm.model.layout import Layout, micro_batches, most_parameters
 from hvdlm.model.memory import training_memory_bytes
@@ -21,10 +23,13 @@ from hvdlm.training.model import blocks_of_stages
 def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     """Prints the resolved settings, then sizes, memory and batch, to stdout.
 
-    Raises HvdlmError for ranks that cannot be arranged by [parallel].
+    Raises HvdlmError for ranks that cannot be arranged by [parallel], or of which too many are servers.
     """
+    servers = config.server.ranks
+    if servers >= launch.size:
+        raise HvdlmError(no_workers(servers, launch.size))
     stages = blocks_of_stages(config, vocab_size) if config.parallel.pipeline > 1 else ()
-    layout = Layout.of_mesh(config.parallel, mesh_shape(config.parallel, launch.size), stages)
+    layout = Layout.of_mesh(config.parallel, mesh_shape(config.parallel, launch.size - servers), stages)
     console = Console(highlight=False)
     print(config.to_toml())  # not by rich, which would break long lines
     train, model = config.train, config.model
@@ -56,7 +61,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "weights": memory.parameters,
         "weights to compute with": memory.working_parameters,
         "gradients": memory.gradients,
-        "optimizer": memory.moments,
+        "optimizer": 0 if servers else memory.moments,
     }
     if not config.parallel.is_used:
         state = {"weights and optimizer": sum(state.values())}
@@ -71,22 +76,27 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "float64 copy for tasks": scored,
         "libraries": libraries,
     }
-    whole = memory.total + residuals + averages + moving_average + scored + libraries
+    whole = (
+        memory.total - (memory.moments if servers else 0) + residuals + averages + moving_average + scored + libraries
+    )
     tokens = config.tokens_before(config.planned_steps)
     table = Table(show_header=False, box=None)
     rows = {
         "parameters": f"{parameter_count(model, vocab_size):,}",
         "vocabulary": f"{vocab_size:,}",
-        "ranks": f"{launch.size:,}",
+        "ranks": f"{launch.size:,}{f', of them {servers:,} servers' if servers else ''}",
         **({"layout": str(layout)} if config.parallel.is_used else {}),
         "sequences per step": f"{train.global_batch_size:,}, at most {share:,} a rank, {micro_batch:,} at once",
         "micro-batches per step": f"{-(-share // micro_batch):,}",
         "tokens per step": f"{train.global_batch_size * model.context_length:,}",
         "tokens in all": f"{tokens:,}",
         "arithmetic in all": f"{flops_per_token(model, vocab_size) * tokens / 1e12:,.1f} TFLOP",
-        "memory a rank, estimated": f"{whole / 2**20:,.0f} MiB",
+        f"memory a {'worker' if servers else 'rank'}, estimated": f"{whole / 2**20:,.0f} MiB",
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
+    if servers:
+        kept = (memory.parameters + memory.gradients + memory.moments) / servers
+        rows["memory a server, estimated"] = f"{(kept + libraries) / 2**20:,.0f} MiB"
     if train.batch_ramp_start:
         rows["sequences at first"] = f"{train.batch_ramp_start:,}, growing in {train.batch_ramp_steps:,} steps"
     if config.checkpoint.every:

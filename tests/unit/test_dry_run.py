@@ -215,3 +215,23 @@ def test_without_data_the_sentence_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("hvdlm: error: nowhere: no such data set; write it with `hvdlm prepare")
     assert done.stderr.count("\n") == 1
+
+
+def test_memory_with_parameter_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of six ranks are servers, which have the optimizer's state, and divide weights, sums and moments."""
+    shape = ["--model.width=512", "--model.layers=8", "--train.device=cpu", "--train.global_batch_size=32"]
+    config = load(None, [*shape, "--server.ranks=2"], PRESETS)
+    print_dry_run(config, 30_000, Launch("mpirun", 0, 6))
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert found["ranks"] == "6, of them 2 servers"
+    assert found["sequences per step"].startswith("32, at most 8 a rank")  # of four workers
+    parts = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"^   (\S.*?)  +([\d,]+) MiB", output, re.M)
+    }
+    count = int(found["parameters"].replace(",", ""))
+    assert parts["weights and optimizer"] == round(8 * count / 2**20)  # fp32: weights and gradients
+    server = int(found["memory a server, estimated"].removesuffix(" MiB").replace(",", ""))
+    assert abs(server - parts["libraries"] - round(16 * count / 2 / 2**20)) <= 1
+    with pytest.raises(HvdlmError, match=r"server.ranks = 2 of 2 ranks leaves none to train"):
+        print_dry_run(config, 30_000, Launch("mpirun", 0, 2))

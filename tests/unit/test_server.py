@@ -97,7 +97,7 @@ def test_what_a_worker_gives_back_comes_first() -> None:
     [
         (["--train.max_time", "1h"], "need workers that meet after every step"),
         (["--train.patience", "2"], "need workers that meet after every step"),
-        (["--train.balance", "true"], "a fast worker gets more of them anyway"),
+        (["--train.balance", "true"], "a fast worker gets more anyway"),
         (["--data.on_corrupt", "skip"], "set it to 'fail' with server.max_staleness"),
     ],
 )

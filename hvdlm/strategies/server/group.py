@@ -12,6 +12,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import DeadRankError, LostRankError
 from hvdlm.comm.mailbox import Letter, Mailbox, open_mailbox
 from hvdlm.config import Config
+from hvdlm.config.server import no_workers
 from hvdlm.errors import JobError
 
 
@@ -103,8 +104,7 @@ def join_server_group(
         raise JobError("parameter servers step on CPUs, and their workers train there: set train.device = 'cpu'")
     servers = config.server.ranks
     if servers >= communicator.size:
-        ranks = f"{communicator.size} rank{'s' if communicator.size > 1 else ''}"
-        raise JobError(f"server.ranks = {servers} of {ranks} leaves none to train: start more ranks, or fewer servers")
+        raise JobError(no_workers(servers, communicator.size))
     if not communicator.supports("split"):
         raise JobError(f"engine {communicator.engine} cannot divide ranks into workers and servers: use engine mpi")
     workers = communicator.size - servers
