@@ -90,6 +90,8 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
             f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
             "than gradients"
         )
+    if config.server.ranks:
+        raise HvdlmError("server.ranks has no forecast: leave it out for that of an all-reduce")
     vocab_size = config.model.vocab_size or 257
     speed = rank_speed(config, vocab_size, options.device, options.mfu, options.tokens_per_second)
     if model is None or config.parallel.is_used or options.search:

@@ -435,6 +435,7 @@ def test_measured_links_and_ranks_of_a_fit(tmp_path: Path, capsys: pytest.Captur
         ({"ranks": "2048"}, "512 sequences cannot be divided among 2,048 groups"),
         ({"overrides": ["--local_steps.every=4"]}, "give a file of hvdlm fit"),
         ({"overrides": ["--optimizer.algorithm=muon"]}, "'muon' has no forecast"),
+        ({"overrides": ["--server.ranks=2"]}, "server.ranks has no forecast"),
         ({"search": True, "ranks": "8,16"}, "of one number of ranks"),
         ({"search": True, "batch_size_per_rank": 1}, "one global batch"),
         ({"search": True, "overrides": ["--parallel.tensor=2"]}, "leave its settings out"),

@@ -224,6 +224,7 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         ({"codecs": ["fp16"], "device": "v100-sxm2", "mfu": 0.1}, "codec fp16 was measured on a CPU"),
         ({"overrides": ["--optimizer.algorithm", "dion"]}, "'dion' has no forecast"),
         ({"overrides": ["--optimizer.algorithm", "muon"]}, "'muon' has no forecast"),
+        ({"overrides": ["--server.ranks", "2"]}, "server.ranks has no forecast"),
     ):
         with pytest.raises(HvdlmError, match=sentence):
             predict(tmp_path / "fit.json", replace(eight, **bad))  # type: ignore[arg-type]
