@@ -56,6 +56,9 @@ def adam_(
     """
     if parameter.grad is None:
         return
+    if not state:  # it is made in the first step, as PyTorch does
+        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
     state["step"] += 1
     step, (beta1, beta2), rate, decay = int(state["step"]), group["betas"], group["lr"], group["weight_decay"]
     is_frozen = 0 < freeze_after < step
@@ -71,6 +74,8 @@ def adam_(
 def sgd_(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     """A step of SGD of a parameter on the CPU, with the momentum in `state`, if there is one."""
     if parameter.grad is not None:
+        if group["momentum"] and not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state.get("momentum_buffer", parameter.new_empty(0))
         scalars = [group["lr"], group["weight_decay"], group["momentum"], group["momentum"] * group["nesterov"]]
         _run(_sgd, [parameter, parameter.grad, momentum], *scalars)

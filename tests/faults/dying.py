@@ -135,13 +135,13 @@ def slower(step: int) -> None:
 
 def rest_from(step: int, seconds: float) -> None:
     if not RESTS:
-        original = Trainer._forward
+        original = Trainer.micro_batch_loss
 
         def resting(self: Trainer, inputs: torch.Tensor, *rest: Any) -> Any:
             time.sleep(len(inputs) * RESTS.get(max((each for each in RESTS if each <= Here.step), default=-1), 0.0))
             return original(self, inputs, *rest)
 
-        Trainer._forward = resting  # type: ignore[method-assign]
+        Trainer.micro_batch_loss = resting  # type: ignore[method-assign]
     RESTS[step] = seconds
 
 

@@ -56,14 +56,14 @@ def bug() -> None:
 
 def stopped() -> None:
     """Stops, as a debugger or a suspended machine would, in the middle of a backward pass."""
-    forward = Trainer._forward
+    forward = Trainer.micro_batch_loss
 
     def stopping_forward(self: Trainer, *arguments: Any) -> Tensor:
         if self.step == 12:
             self.model.final_norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGSTOP))
         return forward(self, *arguments)
 
-    Trainer._forward = stopping_forward  # type: ignore[method-assign]
+    Trainer.micro_batch_loss = stopping_forward  # type: ignore[method-assign]
 
 
 def flipped_bit() -> None:
@@ -81,14 +81,14 @@ def flipped_bit() -> None:
 
 def stuck() -> None:
     """In the middle of a forward pass, in a way that other threads of the process go on."""
-    forward = Trainer._forward
+    forward = Trainer.micro_batch_loss
 
     def endless_forward(self: Trainer, *arguments: Any) -> Tensor:
         if self.step == 12:
             time.sleep(1000)
         return forward(self, *arguments)
 
-    Trainer._forward = endless_forward  # type: ignore[method-assign]
+    Trainer.micro_batch_loss = endless_forward  # type: ignore[method-assign]
 
 
 def stuck_file_system() -> None:
@@ -101,13 +101,13 @@ def stuck_file_system() -> None:
 
 
 def slow() -> None:
-    forward = Trainer._forward
+    forward = Trainer.micro_batch_loss
 
     def slow_forward(self: Trainer, *arguments: Any) -> Tensor:
         time.sleep(0.2)
         return forward(self, *arguments)
 
-    Trainer._forward = slow_forward  # type: ignore[method-assign]
+    Trainer.micro_batch_loss = slow_forward  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

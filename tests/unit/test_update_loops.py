@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hvdlm.strategies import update_loops
+from hvdlm.strategies.adam_and_sgd import SGD, Adam
+from hvdlm.strategies.frozen_variance_adamw import FrozenVarianceAdamW
 from hvdlm.strategies.update_loops import adam_, add_scaled_, lion_, move_, sgd_
 
 LENGTH = 200_001  # enough for three threads, and no multiple of a vector
@@ -106,3 +108,25 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 def test_short_loops_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update_loops, "_threads", lambda count: pytest.fail(f"{count} threads"))
     move_(torch.zeros(1000), torch.ones(1000), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "settings"),
+    [
+        (FrozenVarianceAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
+        (Adam, torch.optim.Adam, {"weight_decay": 0.1}),
+        (SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (SGD, torch.optim.SGD, {}),
+    ],
+)
+def test_optimizers_that_nobody_has_prepared(
+    ours: type[torch.optim.Optimizer], plain: type[torch.optim.Optimizer], settings: dict[str, object]
+) -> None:
+    """Others make them anew of a parameter alone, as Horovod's does: they step as PyTorch's."""
+    pair = [parameter(), parameter()]
+    optimizers = [kind([own], lr=0.01, **settings) for kind, own in zip((ours, plain), pair, strict=True)]  # type: ignore[call-arg]
+    for seed in (5, 6, 7):
+        for own, optimizer in zip(pair, optimizers, strict=True):
+            own.grad = numbers(seed)
+            optimizer.step()
+    torch.testing.assert_close(pair[0], pair[1], rtol=1e-5, atol=1e-6)
