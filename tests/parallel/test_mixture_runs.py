@@ -22,15 +22,16 @@ def test_the_curve_of_a_mixture(ranks: Ranks, tmp_path: Path) -> None:
     mix = [WeightedPath(2, str(tmp_path / "letters.txt")), WeightedPath(1, str(tmp_path / "digits.txt"))]
     prepare([], tmp_path / "data", "byte", 2, 0.1, 1, "text", 0, skip_bad=False, mix=mix)
     curves = []
+    rate = {"optimizer__lr": 0.001}  # a high one amplifies rounding
     for size in (1, 3):
-        result = ranks.train(size, tmp_path / "data", tmp_path / str(size))
+        result = ranks.train(size, tmp_path / "data", tmp_path / str(size), **rate)
         assert result.status == 0, result.output
         curves.append(losses(tmp_path / str(size)))
-    assert_same_curve(curves[1], curves[0], 1e-4)
-    assert ranks.train(2, tmp_path / "data", tmp_path / "stopped", stop_after=20).status == 75
-    result = ranks.train(3, tmp_path / "data", tmp_path / "stopped", "--resume", "latest")
+    assert_same_curve(curves[1], curves[0], 1e-5)
+    assert ranks.train(2, tmp_path / "data", tmp_path / "stopped", stop_after=20, **rate).status == 75
+    result = ranks.train(3, tmp_path / "data", tmp_path / "stopped", "--resume", "latest", **rate)
     assert result.status == 0, result.output
-    assert_same_curve(losses(tmp_path / "stopped"), curves[0], 1e-4)
+    assert_same_curve(losses(tmp_path / "stopped"), curves[0], 1e-5)
 
 
 def test_losses_of_sources(ranks: Ranks, tmp_path: Path) -> None:
