@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import assert_same_curve, command, losses, records
@@ -59,12 +60,13 @@ def assert_each_share_counts_once(directory: Path, most: int = 4) -> None:
 
 
 class Replay:
-    """AdamW of PyTorch on flat tensors, told what a server was told; it knows nothing of hvdlm."""
+    """AdamW of NumPy on flat tensors, told what a server was told; it knows nothing of hvdlm."""
 
     def __init__(self) -> None:
         self.parameters: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
-        self.pulls = self.age = 0
+        self.moments: dict[int, tuple[Any, Any]] = {}
+        self.pulls = self.age = self.steps = 0
 
     def load(self, bucket: int, is_state: bool, message: Tensor) -> None:
         assert not is_state
@@ -79,14 +81,16 @@ class Replay:
         self.age = now - then
 
     def step(self, factor: float, rate: float) -> None:
-        if not hasattr(self, "optimizer"):
-            adamw = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True}
-            self.optimizer = torch.optim.AdamW(list(self.parameters.values()), **adamw)  # type: ignore[arg-type]
-        self.optimizer.param_groups[0]["lr"] = rate
+        """Kingma & Ba, with one rounding for each operation, as hvdlm's loops have."""
+        self.steps += 1
+        f, root = np.float32, np.float32((1 - 0.95**self.steps) ** 0.5)
         for bucket, parameters in self.parameters.items():
-            parameters.grad = self.sums[bucket] * factor
+            own, gradient = parameters.numpy(), self.sums[bucket].numpy() * f(factor)
+            first, second = self.moments.setdefault(bucket, (np.zeros_like(own), np.zeros_like(own)))
+            first += (gradient - first) * f(1 - 0.9)
+            second[:] = second * f(0.95) + gradient * gradient * f(1 - 0.95)
+            own -= first * f(rate / (1 - 0.9**self.steps)) / (np.sqrt(second) / root + f(1e-8))
             self.sums[bucket] = torch.zeros_like(parameters)
-        self.optimizer.step()
 
     def pull(self, bucket: int, sent: Tensor) -> None:
         assert sent.equal(self.parameters[bucket])
