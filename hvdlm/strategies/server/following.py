@@ -13,6 +13,7 @@ from hvdlm.comm.mailbox import Letter
 from hvdlm.config import ServerSection
 from hvdlm.strategies.server.group import Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.server import Server
 
 _ORDERS = frozenset({Kind.ADD, Kind.DROP, Kind.SUM, Kind.STEP, Kind.SERVE})
 
@@ -24,12 +25,12 @@ def weight_of(staleness: int, settings: ServerSection) -> float:
     return 1 / max(1, staleness) if settings.weigh_by_age else 1.0
 
 
-class FollowingServer:
+class FollowingServer(Server):
     """Answers letters until the workers say that it is over."""
 
     def __init__(self, owned: OwnedParameters, group: ServerGroup, activity: Activity, settings: ServerSection) -> None:
-        self._owned, self._group, self._mailbox = owned, group, group.mailbox
-        self._activity, self._settings = activity, settings
+        super().__init__(owned, group, activity)
+        self._settings = settings
         self.version = 0  # steps
         self._pushed: dict[tuple[int, int], dict[int, Letter]] = {}  # by worker and task, then by bucket
 
@@ -51,17 +52,12 @@ class FollowingServer:
                 self._mailbox.post(self._group.server_ranks[:1], (Kind.HAVE, second, letter.source))
         elif kind in _ORDERS:
             self.act(letter)
-        elif kind == Kind.LOAD:
-            self._owned.load(number, bool(second), letter.data)
         elif kind == Kind.PUBLISH:
             self.version = number
             for worker in self._group.worker_ranks:
                 self._serve(worker)
-        elif kind == Kind.GIVE:
-            for bucket in range(self._owned.buckets):
-                self._mailbox.post([letter.source], (Kind.KEPT, bucket, number), self._owned.kept(bucket, bool(number)))
         else:
-            raise RuntimeError(f"rank {letter.source} has sent a server a letter of kind {kind}")
+            self.answer_about_kept(letter)
 
     def _has(self, worker: int, task: int) -> bool:
         """Whether all of what a worker has to push for a task is here."""

@@ -32,9 +32,7 @@ class Kind(IntEnum):
     WEIGHTS = 9  # (bucket): a server's part of parameters, as workers compute with them
     KEPT = 10  # (bucket, is_state): what LOAD would bring back
     # Of asynchronous training: from workers to the first server
-    DONE = (
-        11  # (task or NONE, version, is_stop_requested): pushed; sum of the loss and tokens, float64. A task is wanted
-    )
+    DONE = 11  # (task or NONE, version, is_stop_requested): it is pushed, and another wanted; loss and tokens, float64
     # From other servers to the first
     HAVE = 19  # (task, worker): all that was pushed
     # From the first server to workers

@@ -13,17 +13,18 @@ from hvdlm.comm.activity import Activity
 from hvdlm.comm.mailbox import Letter
 from hvdlm.strategies.server.group import Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.server import Server
 
 
-class SynchronousServer:
+class SynchronousServer(Server):
     """Answers the letters of workers until they say that it is over."""
 
     def __init__(
         self, owned: OwnedParameters, group: ServerGroup, activity: Activity, stop_requested: Callable[[], bool]
     ) -> None:
-        """`activity`: of this rank. `stop_requested`: whether this rank was asked to stop; workers are told."""
-        self._owned, self._group, self._mailbox = owned, group, group.mailbox
-        self._activity, self._stop_requested = activity, stop_requested
+        """`stop_requested`: whether this rank was asked to stop; workers are told."""
+        super().__init__(owned, group, activity)
+        self._stop_requested = stop_requested
         self._step = 0
         self._begin_step()
         self._early: list[Letter] = []  # of workers that know sooner than this server that a step is left out
@@ -47,7 +48,7 @@ class SynchronousServer:
             self._answer(letter)
 
     def _answer(self, letter: Letter) -> None:
-        kind, number, second, _ = letter.header
+        kind, number, _, _ = letter.header
         if kind == Kind.PUSH:
             self._push(letter)
         elif kind == Kind.APPLY:
@@ -57,17 +58,11 @@ class SynchronousServer:
             self._end_step()
         elif kind == Kind.SKIP:
             self._end_step()
-        elif kind == Kind.LOAD:
-            self._owned.load(number, bool(second), letter.data)
         elif kind == Kind.PUBLISH:
             self._step = number
             self._publish()
-        elif kind == Kind.GIVE:
-            for bucket in range(self._owned.buckets):
-                kept = self._owned.kept(bucket, bool(number))
-                self._mailbox.post([letter.source], (Kind.KEPT, bucket, number), kept)
         else:
-            raise RuntimeError(f"rank {letter.source} has sent a server a letter of kind {kind}")
+            self.answer_about_kept(letter)
 
     def _push(self, letter: Letter) -> None:
         _, bucket, step, _ = letter.header
