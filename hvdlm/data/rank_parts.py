@@ -49,18 +49,22 @@ class RankParts:
         ranks = self._members_at(batch).ranks
         if rank not in ranks:
             return []
-        shares = self.shares(batch)
-        start, share = sum(shares[: ranks.index(rank)]), shares[ranks.index(rank)]
-        part = [(batch, index) for index in range(start, start + share)]
+        part = [(batch, index) for index in self._part(batch, ranks.index(rank))]
         return part + self._made_up.get(batch, {}).get(rank, [])
 
     def shares(self, batch: int) -> tuple[int, ...]:
         """How many sequences of a batch each of its ranks has, in their order."""
+        return tuple(len(self._part(batch, place)) for place in range(len(self._members_at(batch).ranks)))
+
+    def _part(self, batch: int, place: int) -> range:
+        """The indices of the rank in that place among those that share a batch."""
         _, ranks, costs = self._members_at(batch)
         size = self.batch_sizes.size(batch)
-        if costs and size >= len(ranks):
-            return shares_by_cost(size, costs)
-        return tuple(len(rank_part(size, place, len(ranks))) for place in range(len(ranks)))
+        if not costs or size < len(ranks):
+            return rank_part(size, place, len(ranks))
+        shares = shares_by_cost(size, costs)
+        start = sum(shares[:place])
+        return range(start, start + shares[place])
 
     def _members_at(self, batch: int) -> _Members:
         return next(each for each in self._members if each.first <= batch)
