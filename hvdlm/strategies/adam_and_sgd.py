@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from hvdlm.strategies.update_loops import adam_, are_used, sgd_
+from hvdlm.strategies.update_loops import adam_, are_used, sgd_, step_each
 
 
 class Adam(torch.optim.Adam):
@@ -18,9 +19,7 @@ class Adam(torch.optim.Adam):
         if not are_used(self):
             super().step(closure)
             return
-        for group in self.param_groups:
-            for each in group["params"]:
-                adam_(each, self.state[each], group, decoupled=False)
+        step_each(self, partial(adam_, decoupled=False))
 
 
 class SGD(torch.optim.SGD):
@@ -32,6 +31,4 @@ class SGD(torch.optim.SGD):
         if not are_used(self):
             super().step(closure)
             return
-        for group in self.param_groups:
-            for each in group["params"]:
-                sgd_(each, self.state[each], group)
+        step_each(self, sgd_)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvdlm.strategies.update_loops import adam_, are_used
+from hvdlm.strategies.update_loops import adam_, are_used, step_each
 
 # Parameters whose square roots of second moments a frozen step holds at once
 _RUN_BYTES = 32 * 2**20
@@ -33,9 +34,7 @@ class FrozenVarianceAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if are_used(self):
-            for group in self.param_groups:
-                for each in group["params"]:
-                    adam_(each, self.state[each], group, decoupled=True, freeze_after=self._freeze_variance_after)
+            step_each(self, partial(adam_, decoupled=True, freeze_after=self._freeze_variance_after))
             return
         if not self._freeze_variance_after or not self.param_groups[0]["params"]:  # a rank may have nothing to step
             super().step(closure)

@@ -7,7 +7,7 @@ here: these have the same bits on every CPU, whatever the length of its vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -28,6 +28,15 @@ def are_used(optimizer: torch.optim.Optimizer) -> bool:
     whether a step is left out (`leave_out_if`)."""
     first = next((each for group in optimizer.param_groups for each in group["params"]), None)
     return first is not None and uses_loops(first) and not hasattr(optimizer, "found_inf")
+
+
+def step_each(
+    optimizer: torch.optim.Optimizer, update: Callable[[Tensor, dict[str, Any], dict[str, Any]], None]
+) -> None:
+    """Calls `update` with each parameter of an optimizer, its state, and the settings of its group."""
+    for group in optimizer.param_groups:
+        for each in group["params"]:
+            update(each, optimizer.state[each], group)
 
 
 def add_scaled_(target: Tensor, values: Tensor, factor: float) -> None:
