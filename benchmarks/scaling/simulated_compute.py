@@ -50,7 +50,7 @@ class SimulatedTrainer(Trainer):
             for name, group in groups.items()
         ]
 
-    def _forward(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
+    def micro_batch_loss(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
         seconds = inputs.numel() / self.tokens_per_second
         backward = (1 - _FORWARD_SHARE) * seconds
         clock = _Clock()
@@ -60,7 +60,7 @@ class SimulatedTrainer(Trainer):
             chain = _Block.apply(chain, clock, backward * share, gradients, *parameters)
         return _Output.apply(chain, clock, backward * self._output_share)
 
-    def _norm(self, unscale: float) -> Tensor:
+    def _norm_of_gradients(self) -> Tensor:
         return torch.zeros(())  # arithmetic of the device that is simulated
 
     def _scale_and_clip(self, unscale: float, norm: Tensor) -> None:

@@ -106,7 +106,7 @@ def data(step: int) -> None:
 
 
 def forward(step: int) -> None:
-    before(Trainer, "_forward", step)
+    before(Trainer, "micro_batch_loss", step)
 
 
 def after_its_save(step: int) -> None:
@@ -118,7 +118,7 @@ def after_its_save(step: int) -> None:
             time.sleep(0.01)
         die()
 
-    before(Trainer, "_forward", step, act=end)
+    before(Trainer, "micro_batch_loss", step, act=end)
 
 
 RESTS: dict[int, float] = {}  # seconds for each sequence, by the step from which on
@@ -150,7 +150,7 @@ def backward(step: int) -> None:
         weight = Here.trainer.model.final_norm.weight
         weight.register_hook(lambda _: die())
 
-    before(Trainer, "_forward", step, act=from_now_on)
+    before(Trainer, "micro_batch_loss", step, act=from_now_on)
 
 
 def bucket(step: int) -> None:
@@ -326,7 +326,7 @@ def stuck(step: int) -> None:
         note_fault()
         time.sleep(10_000)
 
-    before(Trainer, "_forward", step, act=sleep_for_ever)
+    before(Trainer, "micro_batch_loss", step, act=sleep_for_ever)
 
 
 def infinite(step: int) -> None:
@@ -338,7 +338,7 @@ def infinite(step: int) -> None:
         weight = Here.trainer.model.final_norm.weight
         weight.register_hook(lambda gradient: gradient * float("inf") if Here.step == own else gradient)
 
-    before(Trainer, "_forward", step, act=spoil)
+    before(Trainer, "micro_batch_loss", step, act=spoil)
 
 
 def flip(step: int) -> None:
@@ -352,11 +352,11 @@ def flip(step: int) -> None:
 
 
 def clock_forward(step: int) -> None:
-    before(Trainer, "_forward", step, act=lambda: set_clock(86_400))
+    before(Trainer, "micro_batch_loss", step, act=lambda: set_clock(86_400))
 
 
 def clock_backward(step: int) -> None:
-    before(Trainer, "_forward", step, act=lambda: set_clock(-86_400))
+    before(Trainer, "micro_batch_loss", step, act=lambda: set_clock(-86_400))
 
 
 def set_clock(seconds: float) -> None:

@@ -22,7 +22,7 @@ batch_sizes = [2]
 repetitions = {repetitions}
 steps = 2
 warmup_steps = 1
-simulated_tokens_per_second = 4000
+simulated_tokens_per_second = 400
 data = {data!r}
 
 [settings.model]
@@ -75,7 +75,7 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
     for point in after:  # four, as the line before says
         assert len(point.repetitions) == 2 and point.is_valid
         assert [len(steps) for steps in point.repetitions[0].step_seconds] == [2] * point.ranks
-        assert point.repetitions[0].seconds >= 0.016  # 64 tokens at 4,000 a second
+        assert point.repetitions[0].seconds >= 0.16  # 64 tokens at 400 a second; real passes take a tenth of it
         if point.codec == "none":
             assert point.repetitions[0] == before[point.ranks]
             first, second = point.repetitions
