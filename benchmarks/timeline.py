@@ -6,7 +6,7 @@
 Open the file in https://ui.perfetto.dev or chrome://tracing. A rank is a process there; its threads are the compute
 thread and each channel of the gradient exchange. Buckets that an engine reduces by its own all-reduce are not in the
 trace, as the engine does not report when their messages travel (Horovod writes them to HOROVOD_TIMELINE); with
-`--comm.algorithm ring` all buckets are.
+`--comm.algorithm ring` all buckets are. Of a parameter server it shows when it adds a worker's gradients and updates.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.strategies.server.group import join_server_group
+from hvdlm.strategies.server.synchronous import SynchronousServer
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
+from hvdlm.training.serving import make_server
 from hvdlm.training.trainer import Trainer
 
 _MICROSECONDS = 1e6
@@ -40,30 +44,49 @@ Spans = list[tuple[str, float, float]]  # names, begins and ends, in seconds of 
 def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Trains a few steps and writes a trace of the last one."""
     config = load(options.config, [*overrides, "--log.every", str(10**6)], PRESETS)
+    if config.server.max_staleness:
+        raise HvdlmError("workers that do not wait for one another have no step in common: leave out max_staleness")
     keep_memory()
     with job(config.comm.engine, config.comm.timeout, config.digest()) as communicator:
-        own = _last_step(config, communicator, options.warmup_steps)
         offsets, error = clock_offsets(communicator)
+        own = _last_step(config, communicator, options.warmup_steps)
         ranks = communicator.all_gather_object(own)
         if communicator.rank == 0:
             _write(options.output, config, communicator, ranks, offsets, error)
 
 
 def _last_step(config: Config, communicator: Communicator, warmup_steps: int) -> list[Spans]:
-    """Spans by thread: compute first, then for each channel its buckets and the exchanges within them."""
+    """Spans by thread: compute first, then for each channel its buckets and the exchanges within them. Of a server
+    there is one thread.
+    """
     device = choose_device(config.train.device, communicator)
     share_cores(config.train.threads, communicator)
     data = DataSet(Path(config.data.path))
-    trainer = Trainer(config, communicator, data, config.model.vocab_size or data.vocab_size, device)
+    vocab_size = config.model.vocab_size or data.vocab_size
+    if not config.server.ranks:
+        return _trained(Trainer(config, communicator, data, vocab_size, device), warmup_steps)
+    servers, alike = join_server_group(communicator, config, device)
+    if servers.is_server:
+        server = make_server(servers, config, vocab_size, alike, lambda: False)
+        server.run()
+        servers.leave(have_died=False)
+        assert isinstance(server, SynchronousServer)
+        return [[tuple(span) for span in server.spans]]
+    threads = _trained(Trainer(config, alike, data, vocab_size, device, servers), warmup_steps)
+    servers.end(0, alike)
+    return threads
+
+
+def _trained(trainer: Trainer, warmup_steps: int) -> list[Spans]:
     trainer.start()
     loader = trainer.open_loader()
     for _ in range(warmup_steps + 1):
         trainer.train_step(loader, stop_here=False)
     begin = trainer.timer.begin
     threads = [[(name, begin + start, begin + end) for name, start, end in trainer.timer.spans()]]
-    for channel in trainer.strategy.sync.channels:
-        spans = [*channel.spans, *channel.exchange.spans]
-        threads.append([(span.name, span.begin, span.end) for span in spans])
+    for channel in trainer.strategy.channels:
+        threads.append([tuple(span) for span in channel.last_spans if span.end > begin])
+    trainer.strategy.close()
     return threads
 
 
@@ -76,13 +99,14 @@ def _write(
     error: float,
 ) -> None:
     """Writes Chrome's trace event format: complete ("X") events, in microseconds."""
-    zero = min(begin - offsets[rank] for rank, threads in enumerate(ranks) for _, begin, _ in threads[0])
+    workers = len(ranks) - config.server.ranks
+    zero = min(begin - offsets[rank] for rank, threads in enumerate(ranks[:workers]) for _, begin, _ in threads[0])
     events: list[dict[str, Any]] = []
     for rank, threads in enumerate(ranks):
         name = f"rank {rank} on {communicator.hosts[rank]}"
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name}})
         for number, spans in enumerate(threads):
-            thread = "compute" if number == 0 else f"channel {number}"
+            thread = f"channel {number}" if number else "server" if rank >= workers else "compute"
             events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": number, "args": {"name": thread}})
             for what, begin, end in spans:
                 start, duration = (begin - offsets[rank] - zero) * _MICROSECONDS, (end - begin) * _MICROSECONDS

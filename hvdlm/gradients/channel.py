@@ -39,6 +39,7 @@ class Channel:
         self.communicator, self.hierarchy, self.exchange = communicator, hierarchy, exchange
         self._owns_communicator = owns_communicator
         self.spans: list[Span] = []  # of codecs at work, exchange included, since `reset_counters`
+        self.earlier_spans: list[Span] = []  # these and the exchange's, before that reset
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A thread begins with GPU 0: what it allocates there, pinned memory too, would cost that GPU a context a rank
         begin = None if self._stream is None else partial(torch.cuda.set_device, device)
@@ -60,8 +61,14 @@ class Channel:
 
     def reset_counters(self) -> None:
         """Counts bytes and seconds from zero."""
+        self.earlier_spans = [*self.spans, *self.exchange.spans]
         self.exchange.reset_counters()
         self.spans = []
+
+    @property
+    def last_spans(self) -> list[Span]:
+        """Codecs at work and the exchanges within them, of the step under way and the one before."""
+        return [*self.earlier_spans, *self.spans, *self.exchange.spans]
 
     @property
     def codec_seconds(self) -> float:

@@ -6,7 +6,7 @@ code of every codec, those of users included, without a formula for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from hvdlm.comm.primitives import ReduceOp
 from hvdlm.comm.ring import SEGMENT, SegmentEncoding
 from hvdlm.config import CompressionSection
+from hvdlm.config.server import no_messages_to_owners
+from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.gradients.codecs.codec import Codec
+from hvdlm.gradients.codecs.registry import AUTO, codec_factory
 from hvdlm.gradients.exchange import Exchange
 
 # For taller matrices the codec runs on two smaller buckets, and the size of its messages is extrapolated: it is linear
@@ -30,7 +33,7 @@ Shapes = Sequence[Sequence[int]]
 class Message(NamedTuple):
     """One collective operation, as seen by one rank."""
 
-    kind: str  # "all-reduce", "all-gather" or "all-to-all"
+    kind: str  # "all-reduce", "all-gather", "all-to-all" or "push"
     nbytes: float  # sent by the rank, and received by it
     hops: int  # messages in sequence, each of which needs the one before
     longest: float  # most bytes of a segment; 0: a message is not split
@@ -48,11 +51,33 @@ def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSectio
     """
     if ranks == 1:
         return []
+    return _extrapolated(shapes, lambda each: _record_messages(codec, each, ranks, settings))
+
+
+def can_push(codec: str) -> bool:
+    """Whether a codec has messages to parameter servers. Raises HvdlmError for an unknown one."""
+    return codec != AUTO and _can_push(codec_factory(codec)(_random_bucket(((1,),)), CompressionSection()))
+
+
+def _can_push(codec: Codec) -> bool:
+    return type(codec).messages_to_owners is not Codec.messages_to_owners
+
+
+def pushed_bytes(codec: str, shapes: Shapes, settings: CompressionSection) -> float:
+    """What a worker sends to all parameter servers together for a bucket.
+
+    Raises HvdlmError for an unknown codec, and one without messages to servers.
+    """
+    (message,) = _extrapolated(shapes, lambda each: _record_push(codec, each, settings))
+    return message.nbytes
+
+
+def _extrapolated(shapes: Shapes, record: Callable[[tuple[tuple[int, ...], ...]], Sequence[Message]]) -> list[Message]:
     tallest = max((shape[0] for shape in shapes if len(shape) > 1), default=0)
     if tallest <= _MAX_ROWS:
-        return list(_record_messages(codec, _as_tuples(shapes), ranks, settings))
+        return list(record(_as_tuples(shapes)))
     share = _MAX_ROWS / tallest
-    small, smaller = (_record_messages(codec, _with_rows(shapes, each), ranks, settings) for each in (share, share / 2))
+    small, smaller = (record(_with_rows(shapes, each)) for each in (share, share / 2))
     growth = (1 - share) / (share - share / 2)
     return [
         one._replace(nbytes=one.nbytes + (one.nbytes - other.nbytes) * growth)
@@ -64,13 +89,25 @@ def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSectio
 def _record_messages(
     codec: str, shapes: tuple[tuple[int, ...], ...], ranks: int, settings: CompressionSection
 ) -> tuple[Message, ...]:
-    generator = torch.Generator().manual_seed(0)
-    parameters = {str(index): nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)}
-    bucket = Bucket(parameters)
-    bucket.buffer.normal_(generator=generator)
-    exchange = _RecordingExchange(ranks)
+    bucket, exchange = _random_bucket(shapes), _RecordingExchange(ranks)
     codec_factory(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
     return tuple(exchange.messages)
+
+
+@cache
+def _record_push(codec: str, shapes: tuple[tuple[int, ...], ...], settings: CompressionSection) -> tuple[Message, ...]:
+    bucket = _random_bucket(shapes)
+    made = codec_factory(codec)(bucket, settings)
+    if not _can_push(made):
+        raise HvdlmError(no_messages_to_owners(codec))
+    # As if there were one server: parts have the bytes of the whole, but for what fills up the last one
+    return (Message("push", sum(len(each) for each in made.messages_to_owners(bucket.buffer, 1)), 1, 0),)
+
+
+def _random_bucket(shapes: tuple[tuple[int, ...], ...]) -> Bucket:
+    bucket = Bucket({str(index): nn.Parameter(torch.empty(shape)) for index, shape in enumerate(shapes)})
+    bucket.buffer.normal_(generator=torch.Generator().manual_seed(0))
+    return bucket
 
 
 class _RecordingExchange(Exchange):

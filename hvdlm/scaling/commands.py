@@ -15,6 +15,7 @@ from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 from hvdlm.scaling.cluster import INSIDE_LATENCY, LINK_SHARE
+from hvdlm.scaling.codec_messages import can_push
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast import StepForecast, forecast, local_interval
 from hvdlm.scaling.forecast_options import ForecastOptions
@@ -24,6 +25,7 @@ from hvdlm.scaling.performance_model import CodecCost, Network, PerformanceModel
 from hvdlm.scaling.point import read_points, write_record
 from hvdlm.scaling.rank_speed import RankSpeed, rank_speed
 from hvdlm.scaling.scenario import Scenario, of_config
+from hvdlm.scaling.server_table import server_table
 
 # A forecast is called an extrapolation beyond this many times the measured ranks, or rates of links.
 _RANGE = 4
@@ -90,14 +92,17 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
             f"optimizer.algorithm = {config.optimizer.algorithm!r} has no forecast: its ranks exchange other messages "
             "than gradients"
         )
-    if config.server.ranks:
-        raise HvdlmError("server.ranks has no forecast: leave it out for that of an all-reduce")
+    has_servers = config.server.ranks > 0
+    if has_servers and (model is None or options.search):
+        raise HvdlmError(
+            "server.ranks is forecast from measured ranks and links: give a file of hvdlm fit, and no --search"
+        )
     vocab_size = config.model.vocab_size or 257
     speed = rank_speed(config, vocab_size, options.device, options.mfu, options.tokens_per_second)
     if model is None or config.parallel.is_used or options.search:
         predict_layouts(model, speed, config, vocab_size, options, console)
         return
-    codecs = options.codecs or model.measured.codecs
+    codecs = options.codecs or [each for each in model.measured.codecs if not has_servers or can_push(each)]
     if speed is not None:
         codecs = _codecs_of_device(model, speed, codecs, options)
         model = with_speed(model, speed)
@@ -118,11 +123,16 @@ def predict(file: Path | None, options: ForecastOptions) -> None:
         chosen = config.model_copy(update={"compression": compression})
         scenarios = [of_config(chosen, vocab_size, count, per_host, rate) for count in counts]
         one_rank = forecast(model, of_config(chosen, vocab_size, 1, per_host, rate))
+        if has_servers:
+            console.print(*server_table(model, codec, scenarios, one_rank), sep="\n")
+            continue
         found = [forecast(model, scenario) for scenario in scenarios]
         console.print(_forecast_table(model, codec, scenarios, found, one_rank))
         console.print(*_advice(model, scenarios, found, one_rank), sep="\n")
         if not config.local_steps.every:
             console.print(_bucket_table(found[-1], counts[-1]))
+    if has_servers:
+        console.print("Intervals are those of all-reduces: `hvdlm fit` has no measurements of servers.")
     console.print(f"{counts[-1]:,} ranks take about {start_seconds(model, counts[-1]):,.0f} s to start.")
 
 

@@ -66,7 +66,7 @@ def cores(model: PerformanceModel, scenario: Scenario) -> Cores:
 
 def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str) -> tuple[list[Stage], float]:
     """The stages of a bucket's exchange with a codec, and the bytes that a rank sends."""
-    cost = _cost(model, codec)
+    cost = measured_cost(model, codec)
     shapes, elements = scenario.buckets[bucket], scenario.elements[bucket]
     is_hierarchical = scenario.compression.hierarchical and 1 < scenario.ranks_per_host < scenario.ranks
     exchanged = messages(codec, shapes, scenario.hosts if is_hierarchical else scenario.ranks, scenario.compression)
@@ -79,7 +79,7 @@ def stages(model: PerformanceModel, scenario: Scenario, bucket: int, codec: str)
         # A dense all-reduce within each host comes before, and a broadcast to its ranks, half as many bytes, after
         (reduction,) = messages("none", shapes, scenario.ranks_per_host, scenario.compression)
         broadcast = reduction._replace(nbytes=reduction.nbytes / 2, hops=reduction.hops // 2)
-        dense = _cost(model, "none")
+        dense = measured_cost(model, "none")
         result = [*_within_host(model, reduction, dense), *result, *_within_host(model, broadcast, dense)]
         sent += reduction.nbytes + broadcast.nbytes
     return result, sent
@@ -89,11 +89,11 @@ def _forecast(model: PerformanceModel, scenario: Scenario, names: Sequence[str])
     exchanges = [stages(model, scenario, index, name) for index, name in enumerate(names)]
     flops = scenario.flops_per_token * scenario.tokens
     forward, backward = model.forward_seconds_per_flop * flops, model.backward_seconds_per_flop * flops
-    last = _backward_pass(scenario, backward / scenario.micro_batches)
+    last = last_backward_pass(scenario, backward / scenario.micro_batches)
     channels = model.channels if scenario.hosts > 1 else 1
     burst = 0.0
     if scenario.burst and scenario.hosts > 1:
-        burst = 8 * scenario.burst / _measured(model.between, "between hosts").bandwidth(scenario.link)
+        burst = 8 * scenario.burst / measured_network(model.between, "between hosts").bandwidth(scenario.link)
     schedule = simulate(last, [each for each, _ in exchanges], channels, cores(model, scenario), burst)
     before = backward - last.end  # the backward passes of the other micro-batches
     compute = forward + before + schedule.backward_end
@@ -190,7 +190,7 @@ def _forecast_auto(model: PerformanceModel, scenario: Scenario) -> StepForecast:
         name: [_cost_alone(stages(model, scenario, index, name)[0]) for index in range(count)] for name in candidates
     }
     flops = scenario.flops_per_token * scenario.tokens
-    last = _backward_pass(scenario, model.backward_seconds_per_flop * flops / scenario.micro_batches)
+    last = last_backward_pass(scenario, model.backward_seconds_per_flop * flops / scenario.micro_batches)
     chosen = choose_codecs(last, costs, shares_core=False)
     mixed = _forecast(model, scenario, chosen)
     return min([mixed, *uniform], key=lambda each: each.seconds)
@@ -202,7 +202,7 @@ def _cost_alone(exchange: Sequence[Stage]) -> Cost:
     return Cost(computing, sum(stage.seconds for stage in exchange) - computing)
 
 
-def _backward_pass(scenario: Scenario, seconds: float) -> BackwardPass:
+def last_backward_pass(scenario: Scenario, seconds: float) -> BackwardPass:
     """The backward pass of the last micro-batch, in which buckets become ready."""
     return BackwardPass([seconds * share for share in scenario.ready], seconds)
 
@@ -217,7 +217,7 @@ def _between_hosts(
     """
     if scenario.hosts == 1:
         return _within_host(model, message, cost)
-    between = _measured(model.between, "between hosts")
+    between = measured_network(model.between, "between hosts")
     nbytes, latency = message.nbytes, between.latency
     if per_host > 1:
         if message.kind == "all-to-all":
@@ -228,7 +228,7 @@ def _between_hosts(
 
 
 def _within_host(model: PerformanceModel, message: Message, cost: CodecCost) -> list[Stage]:
-    inside = _measured(model.inside, "within a host")
+    inside = measured_network(model.inside, "within a host")
     return _stages(message, message.nbytes, inside.latency, inside.bandwidth(None), cost)
 
 
@@ -242,13 +242,15 @@ def _stages(message: Message, nbytes: float, latency: float, bandwidth: float, c
     return [Stage("latency", waiting), Stage("link", seconds, load)]
 
 
-def _measured(network: Network | None, where: str) -> Network:
+def measured_network(network: Network | None, where: str) -> Network:
+    """Raises HvdlmError if there is none."""
     if network is None:
         raise HvdlmError(f"the fit has no messages {where}: measure some by a study with such ranks")
     return network
 
 
-def _cost(model: PerformanceModel, codec: str) -> CodecCost:
+def measured_cost(model: PerformanceModel, codec: str) -> CodecCost:
+    """Raises HvdlmError for a codec that was not measured."""
     if codec not in model.codecs:
         raise HvdlmError(
             f"codec {codec} was not measured: the fit knows {', '.join(sorted(model.codecs))}; add it to the study"

@@ -13,6 +13,7 @@ from torch import nn
 from hvdlm.config import CompressionSection, Config, LocalStepsSection, ModelSection
 from hvdlm.gradients.bucket import group_parameters
 from hvdlm.gradients.codecs.registry import AUTO, bucket_bytes
+from hvdlm.model.linear import Linear
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import Transformer, without_memory
 from hvdlm.scaling.point import Point
@@ -77,6 +78,12 @@ class Scenario:
     def elements(self) -> list[int]:
         """Numbers in each bucket."""
         return [sum(torch.Size(shape).numel() for shape in bucket) for bucket in self.buckets]
+
+    @property
+    def product_elements(self) -> int:
+        """Numbers that only matrix products read, which may round them."""
+        layers = (each for each in _model(self.config.model, self.vocab_size).modules() if isinstance(each, Linear))
+        return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
 
     def with_compression(self, **changes: Any) -> Scenario:
         """The same with other settings of compression, and the buckets that hvdlm makes for them."""

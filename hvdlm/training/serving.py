@@ -16,6 +16,8 @@ from hvdlm.strategies.server.synchronous import SynchronousServer
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 
+AnyServer = SynchronousServer | FollowingServer
+
 
 def serve(
     group: ServerGroup,
@@ -25,20 +27,29 @@ def serve(
     stop_requested: Callable[[], bool],
 ) -> int:
     """Serves until the workers end; returns the status with which they do. `servers`: the communicator of this rank."""
-    model = without_memory(config.model, vocab_size)
-    model.set_compute_dtype(DTYPES[config.train.precision])
-    owned = OwnedParameters(model, config, group)
-    server: SynchronousServer | FollowingServer
-    if not config.server.max_staleness:
-        server = SynchronousServer(owned, group, servers.activity, stop_requested)
-    elif group.own_server:
-        server = FollowingServer(owned, group, servers.activity, config.server)
-    else:
-        server = OrderingServer(owned, group, servers.activity, config.server, _plan(config), stop_requested)
+    server = make_server(group, config, vocab_size, servers, stop_requested)
     _, status, have_died, _ = server.run().header
     servers.activity.idle()
     group.leave(bool(have_died))
     return status
+
+
+def make_server(
+    group: ServerGroup,
+    config: Config,
+    vocab_size: int,
+    servers: Communicator,
+    stop_requested: Callable[[], bool],
+) -> AnyServer:
+    """The server that this rank is, before the first letter."""
+    model = without_memory(config.model, vocab_size)
+    model.set_compute_dtype(DTYPES[config.train.precision])
+    owned = OwnedParameters(model, config, group)
+    if not config.server.max_staleness:
+        return SynchronousServer(owned, group, servers.activity, stop_requested)
+    if group.own_server:
+        return FollowingServer(owned, group, servers.activity, config.server)
+    return OrderingServer(owned, group, servers.activity, config.server, _plan(config), stop_requested)
 
 
 def _plan(config: Config) -> StepPlan:

@@ -182,3 +182,31 @@ def test_a_trace_has_every_bucket_of_every_rank(small_data: Path, tmp_path: Path
         assert {"data", "forward", "backward", "wait", "optimizer"} == phases.keys()
         backward = phases["backward"]
         assert buckets[0]["ts"] < backward["ts"] + backward["dur"]  # on its way before the pass has ended
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [(3, ["--server.ranks", "1"]), (2, ["--parallel.shard", "2"])], ids=["server", "shard"]
+)
+def test_a_trace_of_parameters_that_others_keep(
+    ranks: int, settings: list[str], small_data: Path, tmp_path: Path
+) -> None:
+    """Gradients leave and parameters come within the step, on every rank that trains; a server adds each bucket of
+    each worker.
+    """
+    (tmp_path / "empty.toml").touch()
+    words = [str(tmp_path / "empty.toml"), "--output", str(tmp_path / "trace.json"), "--model.layers", "1", *settings]
+    words += ["--comm.bucket_mb", "0.05", "--data.path", str(small_data)]
+    result = run([*launcher_command("mpirun", ranks), *script_command("timeline.py", *words)], deadline=100)
+    assert result.status == 0, result.output
+    spans = [each for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if each["ph"] == "X"]
+    names = {rank: [span["name"] for span in spans if span["pid"] == rank] for rank in range(ranks)}
+    workers = 2
+    for rank in range(workers):
+        assert {"data", "forward", "backward", "wait", "optimizer"} <= set(names[rank])
+        assert any(name.startswith("bucket") for name in names[rank])
+    if ranks > workers:
+        buckets = sum(name.startswith("bucket") for name in names[0])
+        added = [name for name in names[2] if name.startswith("bucket")]
+        assert sorted(added) == sorted(f"bucket {n + 1} of rank {rank}" for n in range(buckets) for rank in (0, 1))
+        assert names[2].count("apply") == 1
+        assert sum(name == "pull" for name in names[0]) >= buckets

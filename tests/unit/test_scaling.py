@@ -26,6 +26,7 @@ from hvdlm.scaling.performance_model import Network, PerformanceModel, interval
 from hvdlm.scaling.point import read_point, read_points, schema, write_record
 from hvdlm.scaling.rank_speed import rank_speed
 from hvdlm.scaling.scenario import of_config, of_point
+from hvdlm.scaling.server_forecast import ServerForecast, forecast_servers, pulled_bytes
 from hvdlm.scaling.simulation import BucketTimes, Cores, Stage, simulate
 from hvdlm.scaling.statistics import expected_maximum, trimmed_mean
 
@@ -224,7 +225,8 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         ({"codecs": ["fp16"], "device": "v100-sxm2", "mfu": 0.1}, "codec fp16 was measured on a CPU"),
         ({"overrides": ["--optimizer.algorithm", "dion"]}, "'dion' has no forecast"),
         ({"overrides": ["--optimizer.algorithm", "muon"]}, "'muon' has no forecast"),
-        ({"overrides": ["--server.ranks", "2"]}, "server.ranks has no forecast"),
+        ({"overrides": ["--server.ranks", "2"], "search": True}, "server.ranks is forecast from measured ranks"),
+        ({"overrides": ["--server.ranks", "8"]}, "server.ranks = 8 of 8 ranks leaves none to train"),
     ):
         with pytest.raises(HvdlmError, match=sentence):
             predict(tmp_path / "fit.json", replace(eight, **bad))  # type: ignore[arg-type]
@@ -308,6 +310,64 @@ def test_local_steps_by_hand() -> None:
     assert seconds(every="auto") == pytest.approx(alone)
     every, overlap = local_interval(model, scenario.with_local_steps(every="auto", fragments=2))
     assert (every - 1) * 0.9 * alone < round_ <= every * 0.9 * alone and overlap == math.ceil(every / 2)
+
+
+def test_parameter_servers_by_hand() -> None:
+    """One bucket, so that nothing is hidden; codec none computes nothing, and nobody is slower than others."""
+    model = fit(PLANTED)
+    rate = EFFICIENCY * 1e8 / 8  # bytes/s
+    update = 0.03 / ELEMENTS  # seconds a number, as planted
+
+    def step(**server: object) -> ServerForecast:
+        settings = {"server": {"ranks": 2, **server}, "comm": {"bucket_mb": 1e3}}
+        return forecast_servers(model, of_config(from_dict(settings, "test", PRESETS), 257, 6, 1, 1e8))
+
+    found = step()
+    nbytes = found.pushed_bytes
+    assert nbytes == found.pulled_bytes == 4 * sum(of_config(from_dict({}, "test", PRESETS), 257, 1, 1, 1e8).elements)
+    # Each of two servers gets half of what four workers send, and sends them as much
+    assert found.pushing == pytest.approx(2 * nbytes / rate + LATENCY)
+    assert found.pulling == pytest.approx(2 * nbytes / rate + LATENCY)
+    assert found.update == pytest.approx(update * nbytes / 4 / 2 + 3 * LATENCY)
+    alone = forecast(model, of_config(from_dict({}, "test", PRESETS), 257, 1, 1, 1e8))
+    passes = alone.seconds - alone.optimizer
+    assert found.seconds == pytest.approx(passes + found.pushing + found.pulling + found.update)
+    four = step(ranks=4)  # for two workers: then it is these that send and receive all of it
+    assert [four.pushing, four.pulling] == pytest.approx([nbytes / rate + LATENCY] * 2)
+    assert step(pull="bf16").pulling == pytest.approx(nbytes / rate + LATENCY)
+    # Those that do not wait for one another have the link to themselves, unless it is always busy
+    late = step(max_staleness=4)
+    own = passes + 2 * (nbytes / rate + LATENCY) + late.update
+    assert late.seconds == pytest.approx(max(own, 2 * nbytes / rate))
+    slow = model.model_copy(update={"between": Network(efficiency=0.01, latency=LATENCY, bits_per_second=None)})
+    settings = from_dict({"server": {"ranks": 1, "max_staleness": 4}}, "test", PRESETS)
+    saturated = forecast_servers(slow, of_config(settings, 257, 6, 1, 1e8))
+    assert saturated.seconds == pytest.approx(5 * nbytes / (0.01 * 1e8 / 8))
+
+
+def test_servers_send_in_16_bits_what_products_round() -> None:
+    def pulled(**train: object) -> float:
+        settings = from_dict({"server": {"ranks": 1}, "train": train}, "test", PRESETS)
+        return pulled_bytes(of_config(settings, 257, 2, 1, 1e9))
+
+    scenario = of_config(from_dict({}, "test", PRESETS), 257, 2, 1, 1e9)
+    shape = scenario.config.model
+    matrices = shape.layers * 12 * shape.width**2  # and their biases
+    rounded = (pulled(precision="fp32") - pulled(precision="bf16")) / 2
+    assert matrices < rounded <= matrices + shape.layers * 9 * shape.width
+
+
+def test_servers_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, point in enumerate(PLANTED):
+        write_record(tmp_path / f"{index}.point.json", point)
+    write_fit(tmp_path, tmp_path / "fit.json")
+    capsys.readouterr()
+    options = ForecastOptions(ranks="4,6", ranks_per_host=1, link="1gbit", overrides=["--server.ranks", "2"])
+    predict(tmp_path / "fit.json", options)
+    said = capsys.readouterr().out
+    assert "codec none, 2 parameter servers" in said and "of all-reduce" in said
+    assert re.search(r"With 4 workers, twice as many servers would change tokens/s by \+\d+%", said)
+    assert re.search(r"Intervals are those of all-reduces", said)
 
 
 def test_a_fit_to_local_steps() -> None:

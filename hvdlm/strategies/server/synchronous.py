@@ -5,6 +5,7 @@ It adds them in the order of workers, whatever the order in which they come, so 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from hvdlm.comm.mailbox import Letter
 from hvdlm.strategies.server.group import Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
 from hvdlm.strategies.server.server import Server
+from hvdlm.timing import Span
 
 
 class SynchronousServer(Server):
@@ -27,6 +29,7 @@ class SynchronousServer(Server):
         self._stop_requested = stop_requested
         self._step = 0
         self._begin_step()
+        self.spans: list[Span] = []  # of letters that were answered since the first gradients of this step
         self._early: list[Letter] = []  # of workers that know sooner than this server that a step is left out
 
     def _begin_step(self) -> None:
@@ -45,7 +48,11 @@ class SynchronousServer(Server):
             letter = self._mailbox.receive("the workers", is_patient=not is_under_way)
             if letter.kind == Kind.END:
                 return letter
+            if letter.kind == Kind.PUSH and not is_under_way:
+                self.spans = []
+            begin = time.perf_counter()
             self._answer(letter)
+            self.spans.append(Span(_name(letter), begin, time.perf_counter()))
 
     def _answer(self, letter: Letter) -> None:
         kind, number, _, _ = letter.header
@@ -88,3 +95,8 @@ class SynchronousServer(Server):
         early, self._early = self._early, []
         for letter in early:
             self._push(letter)
+
+
+def _name(letter: Letter) -> str:
+    kind, number, _, _ = letter.header
+    return f"bucket {number + 1} of rank {letter.source}" if kind == Kind.PUSH else Kind(kind).name.lower()
