@@ -44,7 +44,7 @@ _SETTINGS = {
     "model.vocab_size": 256,
     "train.micro_batch_size": 2,
 }
-_SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+_SCHEDULES = ["gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
 _WARM_UP = 2  # steps
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from hvdlm.config.section import Section
 
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+Schedule = Literal["gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
 
 
 def check_split(text: str) -> str:
@@ -43,7 +43,8 @@ class ParallelSection(Section):
     schedule: Schedule = Field(
         "1f1b",
         description="order of passes in a pipeline: all forward passes first; one forward, one backward; the same with "
-        "several chunks a rank; with gradients of weights made later, in the time in which ranks would wait",
+        "more forward passes before, for links on which messages take time; with several chunks a rank; with gradients "
+        "of weights made later, in the time in which ranks would wait; the same with more forward passes before",
     )
     chunks: int = Field(
         2, gt=1, description="parts of the model that each rank of a pipeline has, if `schedule` is interleaved"
@@ -61,6 +62,11 @@ class ParallelSection(Section):
     def stages(self) -> int:
         """Of the pipeline, each a chunk of a rank."""
         return self.pipeline * (self.chunks if self.schedule == "interleaved" else 1)
+
+    @property
+    def divides_backward_passes(self) -> bool:
+        """Whether gradients of weights are made apart from those of inputs."""
+        return self.schedule in ("zero_bubble", "zero_bubble_h2")
 
     @property
     def blocks_of_stages(self) -> list[int]:

@@ -101,13 +101,13 @@ def _of_pipelines(config: Config) -> dict[str, bool]:
         f"parallel.split = '{parallel.split}' has {sum(split)} blocks, but model.layers = {layers}": (
             bool(split) and sum(split) != layers
         ),
-        "parallel.schedule = 'zero_bubble' makes the gradients of weights apart, which compiled blocks cannot: set "
-        "train.compile = false or another schedule": parallel.schedule == "zero_bubble" and config.train.compile,
+        f"parallel.schedule = {parallel.schedule!r} makes the gradients of weights apart, which compiled blocks "
+        "cannot: set train.compile = false or another schedule": parallel.divides_backward_passes and config.train.compile,
         "parallel.shard = 3 gathers parameters for each pass of each micro-batch, of which a pipeline needs many: with "
         "parallel.pipeline, which divides parameters, set it to 1 or 2": parallel.shard == 3,
         f"parallel.shard = 2 sums the gradients of a rank after each backward pass, of which parallel.schedule = "
         f"{parallel.schedule!r} makes a part at a time: set it to '1f1b', or parallel.shard to 1": (
-            parallel.shard == 2 and parallel.schedule in ("interleaved", "zero_bubble")
+            parallel.shard == 2 and (parallel.divides_backward_passes or parallel.schedule == "interleaved")
         ),
         "parallel.sequence = true divides hidden states, which the stages of parallel.pipeline send as a whole: leave "
         "out one of them": parallel.sequence,

@@ -143,14 +143,17 @@ def micro_batches_held(count: int, layout: Layout, stage: int) -> float:
     """Of `count` micro-batches of a step, those whose activations a rank of a stage holds at once.
 
     A chunk's are a part of a micro-batch's. 1F1B and interleaved: Narayanan et al. 2021, arXiv:2104.04473, section 2.2;
-    zero bubble, ZB-H1: Qi et al. 2024, arXiv:2401.10241, section 3.
+    eager: Zhuang et al. 2023, arXiv:2211.05322, section 4.2; zero bubble, ZB-H1 and ZB-H2: Qi et al. 2024,
+    arXiv:2401.10241, section 3.
     """
     ranks, chunks = layout.pipeline, layout.chunks
     most = {
         "gpipe": float(count),
         "1f1b": ranks - stage,
         "interleaved": (2 * (ranks - 1 - stage) + (chunks - 1) * ranks + 1) / chunks,
+        "eager_1f1b": 2 * (ranks - stage) - 1,
         "zero_bubble": ranks,
+        "zero_bubble_h2": 2 * ranks - 1,
     }
     return min(count, most[layout.schedule])
 
@@ -158,10 +161,12 @@ def micro_batches_held(count: int, layout: Layout, stage: int) -> float:
 def bubble_share(layout: Layout) -> float:
     """Of the time that a rank waits for others with 1F1B, that it waits with the layout's schedule.
 
-    Sources as of `micro_batches_held`; a third with ZB-H1 where the forward pass, the gradients of inputs and those of
-    weights take equally long.
+    Sources as of `micro_batches_held`; a third where backward passes are divided, if the forward pass, the gradients of
+    inputs and those of weights take equally long.
     """
-    return {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1 / layout.chunks, "zero_bubble": 1 / 3}[layout.schedule]
+    if layout.schedule == "interleaved":
+        return 1 / layout.chunks
+    return 1 / 3 if layout.schedule in ("zero_bubble", "zero_bubble_h2") else 1.0
 
 
 def _end_stages(layout: Layout) -> tuple[int, ...]:

@@ -4,8 +4,10 @@
 
 A micro-batch is its arithmetic at the rate that a rank attains, and its tensor all-reduces, which nothing hides.
 The bubble is what other stages take for one micro-batch (1F1B: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1),
-and the messages between stages while the pipeline fills and drains. ZeRO's gathers and reductions (Rajbhandari et al.
-2020, arXiv:1910.02054, section 7) go on beside passes; exposed is what is longer than the pass, and one block's part;
+and the messages between stages while the pipeline fills and drains. In between, a stage goes on with a new micro-batch
+when one of those under way has come back from all stages after it: where few are under way that takes longer than
+passes, and ranks wait for messages. ZeRO's gathers and reductions (Rajbhandari et al. 2020, arXiv:1910.02054, section
+7) go on beside passes; exposed is what is longer than the pass, and one block's part;
 on a CPU at least what the cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights
 beside the forward pass that follows.
 """
@@ -23,6 +25,7 @@ from hvdlm.model.layout import (
     block_parameters,
     bubble_share,
     micro_batches,
+    micro_batches_held,
     most_parameters,
     stage_blocks,
     stage_flops_per_token,
@@ -82,7 +85,7 @@ class LayoutForecast:
 
     compute: float  # of the slowest stage
     tensor: float  # its all-reduces between tensor ranks
-    bubble: float  # waiting for other stages
+    bubble: float  # waiting for other stages, and for messages from them
     exposed: float  # gathers and reductions of ZeRO and of data-parallel groups that no pass hides
     optimizer: float
 
@@ -98,12 +101,15 @@ def forecast_layout(scenario: LayoutScenario, cluster: Cluster) -> LayoutForecas
     stages = _stages(scenario, cluster)
     slowest = max(stages, key=lambda stage: stage.seconds)
     others = sum(stage.seconds for stage in stages) - slowest.seconds
-    filling = 2 * (len(stages) - 1) * _boundary_seconds(scenario, cluster)
+    travel = 2 * (len(stages) - 1) * _boundary_seconds(scenario, cluster)
+    under_way = micro_batches_held(count, scenario.layout, 0)
+    # From the first stage to the last and back, over what is under way meanwhile: at least so long for each micro-batch
+    interval = (slowest.seconds + others + travel) / under_way
     exposed, optimizer = _exposed_and_optimizer(scenario, cluster, slowest, count)
     return LayoutForecast(
         count * slowest.compute,
         count * slowest.tensor,
-        bubble_share(scenario.layout) * (others + filling),
+        bubble_share(scenario.layout) * (others + travel) + (count - under_way) * max(0.0, interval - slowest.seconds),
         exposed,
         optimizer,
     )

@@ -22,7 +22,7 @@ from hvdlm.timing import StepTimer
 VOCABULARY, LENGTH, SEQUENCES = 61, 12, 7
 MICRO_BATCH = 2  # so the last of 4 has one sequence
 CPU = torch.device("cpu")
-SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+SCHEDULES = ["gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
 
 GPT = {"layers": 4, "heads": 2, "width": 32, "context_length": LENGTH}
 LLAMA = {

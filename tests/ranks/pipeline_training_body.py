@@ -51,7 +51,7 @@ def distance(trainer: Trainer, begin: dict[str, Tensor], plain: nn.Module) -> fl
     return float((flat(trainer.model) - start - expected).norm() / expected.norm())
 
 
-@check(sizes=[2, 4], schedule=["gpipe", "1f1b", "interleaved", "zero_bubble"])
+@check(sizes=[2, 4], schedule=["gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"])
 def check_steps_of_sgd(comm: Communicator, schedule: str) -> None:
     """Parameters, loss and norm are those of PyTorch's own loss, `clip_grad_norm_` and SGD; targets are missing."""
     config = pipeline_config(schedule)

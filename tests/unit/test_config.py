@@ -475,6 +475,7 @@ def test_stages_of_a_pipeline() -> None:
             "parallel.pipeline = 2 x parallel.chunks = 3 makes 6 stages, more than model.layers = 4",
         ),
         (["--parallel.schedule", "zero_bubble", "--train.compile", "true"], "compiled blocks cannot"),
+        (["--parallel.schedule", "zero_bubble_h2", "--train.compile", "true"], "compiled blocks cannot"),
         (
             ["--optimizer.algorithm", "dion"],
             "needs the whole model on every rank: it goes with neither",
@@ -486,7 +487,7 @@ def test_stages_of_a_pipeline() -> None:
         (["--parallel.shard", "3"], "parallel.shard = 3 gathers parameters for each pass of each micro-batch"),
         *(
             (["--parallel.shard", "2", "--parallel.schedule", name], f"parallel.schedule = '{name}' makes a part")
-            for name in ("interleaved", "zero_bubble")
+            for name in ("interleaved", "zero_bubble", "zero_bubble_h2")
         ),
         (["--parallel.tensor", "2", "--parallel.sequence", "true"], "send as a whole: leave out one of them"),
     ],

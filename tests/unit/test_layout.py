@@ -149,7 +149,9 @@ def test_a_first_stage_holds_as_many_micro_batches_as_there_are_stages() -> None
         ("1f1b", 1, [4, 3, 2, 1], 1),
         # rank 0 begins with 2 x 3 + 4 forward passes of half its blocks, then one more before the first backward pass
         ("interleaved", 2, [5.5, 4.5, 3.5, 2.5], 1 / 2),
+        ("eager_1f1b", 1, [7, 5, 3, 1], 1),
         ("zero_bubble", 1, [4, 4, 4, 4], 1 / 3),
+        ("zero_bubble_h2", 1, [7, 7, 7, 7], 1 / 3),
     ],
 )
 def test_schedules(schedule: str, chunks: int, held: list[float], share: float) -> None:

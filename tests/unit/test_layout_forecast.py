@@ -121,6 +121,16 @@ def test_a_pipeline_s_bubble_is_what_other_stages_take_for_a_micro_batch() -> No
     assert forecast_layout(deep, CLUSTER).bubble - step.bubble == pytest.approx(6 * 4 * 32 * 64 / 1e9)
 
 
+def test_a_pipeline_waits_for_messages_with_few_micro_batches_under_way() -> None:
+    """On a link so slow that passes take next to nothing: 8 micro-batches of 32 tokens through 4 stages and back."""
+    slow = replace(CLUSTER, inside=Link(1e3, 0.0))
+    message = 4 * 32 * 64 / 1e3
+    for schedule, at_once in (("1f1b", 4), ("eager_1f1b", 7), ("gpipe", 8)):
+        layout = Layout(pipeline=4, schedule=schedule)  # type: ignore[arg-type]
+        waited = 6 * message + (8 - at_once) * 6 * message / at_once
+        assert forecast_layout(scenario(layout, 8), slow).seconds == pytest.approx(waited, rel=1e-2)
+
+
 def test_weights_of_stages_1_and_2_come_back_beside_the_next_forward_pass() -> None:
     """In 16 bits 2 x 1/2 bytes a number; gradients in float32, on a link on which a pass hides neither."""
     step = forecast_layout(scenario(Layout(1, shard=2), 2), replace(CLUSTER, flops=1e12, inside=Link(1e6, 0.0)))
@@ -435,7 +445,7 @@ def test_measured_links_and_ranks_of_a_fit(tmp_path: Path, capsys: pytest.Captur
         ({"ranks": "2048"}, "512 sequences cannot be divided among 2,048 groups"),
         ({"overrides": ["--local_steps.every=4"]}, "give a file of hvdlm fit"),
         ({"overrides": ["--optimizer.algorithm=muon"]}, "'muon' has no forecast"),
-        ({"overrides": ["--server.ranks=2"]}, "server.ranks has no forecast"),
+        ({"overrides": ["--server.ranks=2"]}, "server.ranks is forecast from measured ranks"),
         ({"search": True, "ranks": "8,16"}, "of one number of ranks"),
         ({"search": True, "batch_size_per_rank": 1}, "one global batch"),
         ({"search": True, "overrides": ["--parallel.tensor=2"]}, "leave its settings out"),

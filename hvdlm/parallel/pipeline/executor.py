@@ -54,7 +54,7 @@ class Pipeline:
         self._model, self._communicator, self._settings = model, pipeline, settings
         self._activity = activity or pipeline.activity
         self._connections = Connections(pipeline)
-        if settings.schedule == "zero_bubble":
+        if settings.divides_backward_passes:
             model.divide_backward_passes()
 
     def train(

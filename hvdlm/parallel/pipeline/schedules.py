@@ -56,14 +56,17 @@ def one_forward_one_backward(ranks: int, micro_batches: int) -> Schedule:
     """After a warm-up one forward and one backward pass in turns (Narayanan et al. 2021, arXiv:2104.04473, section
     2.2.1, after PipeDream-Flush). Rank r holds activations of at most `ranks - r` micro-batches.
     """
-    return [
-        _in_turns(
-            [Operation(Kind.FORWARD, each) for each in range(micro_batches)],
-            [[Operation(Kind.BACKWARD, each)] for each in range(micro_batches)],
-            warm_up=ranks - 1 - rank,
-        )
-        for rank in range(ranks)
-    ]
+    return [_whole_passes(micro_batches, warm_up=ranks - 1 - rank) for rank in range(ranks)]
+
+
+def eager_1f1b(ranks: int, micro_batches: int) -> Schedule:
+    """1F1B with twice the warm-up (Zhuang et al. 2023, arXiv:2211.05322, section 4.2). Rank r holds activations of at
+    most `2 (ranks - r) - 1` micro-batches.
+
+    With 1F1B each forward pass needs, through the ranks after it, the message of the backward pass just before: what
+    messages take is waited for with every micro-batch. Here it may take as long as the passes in between.
+    """
+    return [_whole_passes(micro_batches, warm_up=2 * (ranks - 1 - rank)) for rank in range(ranks)]
 
 
 def interleaved(ranks: int, micro_batches: int, chunks: int) -> Schedule:
@@ -92,18 +95,18 @@ def zero_bubble(ranks: int, micro_batches: int) -> Schedule:
     in which it would wait at the end: so every rank holds activations of at most `ranks` micro-batches, as many as the
     first one with 1F1B.
     """
-    schedule = []
-    for rank in range(ranks):
-        backwards = []
-        for each in range(micro_batches):
-            late = [Operation(Kind.WEIGHT_GRADIENT, each - rank)] if each >= rank else []
-            backwards.append([Operation(Kind.INPUT_GRADIENT, each), *late])
-        own = _in_turns(
-            [Operation(Kind.FORWARD, each) for each in range(micro_batches)], backwards, warm_up=ranks - 1 - rank
-        )
-        left = range(max(0, micro_batches - rank), micro_batches)
-        schedule.append([*own, *(Operation(Kind.WEIGHT_GRADIENT, each) for each in left)])
-    return schedule
+    return [_divided_passes(micro_batches, warm_up=ranks - 1 - rank, late=rank) for rank in range(ranks)]
+
+
+def zero_bubble_h2(ranks: int, micro_batches: int) -> Schedule:
+    """The warm-up and the memory of ZB-H2 (Qi et al. 2024, section 3): every rank holds activations of at most
+    `2 ranks - 1` micro-batches.
+
+    ZB-H2 has no bubble where an optimizer's step need not wait for the gradients of all ranks. Here it does, and the
+    last rank begins `ranks - 1` forward passes late; no other wait is left, also where gradients of inputs take longer
+    than those of weights, and messages take time.
+    """
+    return [_divided_passes(micro_batches, warm_up=2 * (ranks - 1 - rank), late=2 * rank) for rank in range(ranks)]
 
 
 def forward_only(ranks: int, micro_batches: int, chunks: int = 1) -> Schedule:
@@ -117,7 +120,14 @@ def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) ->
     """The schedule that `parallel.schedule` names."""
     if name == "interleaved":
         return interleaved(ranks, micro_batches, chunks)
-    return {"gpipe": gpipe, "1f1b": one_forward_one_backward, "zero_bubble": zero_bubble}[name](ranks, micro_batches)
+    make = {
+        "gpipe": gpipe,
+        "1f1b": one_forward_one_backward,
+        "eager_1f1b": eager_1f1b,
+        "zero_bubble": zero_bubble,
+        "zero_bubble_h2": zero_bubble_h2,
+    }[name]
+    return make(ranks, micro_batches)
 
 
 def received_by(operation: Operation, rank: int, ranks: int, chunks: int) -> Message | None:
@@ -150,6 +160,23 @@ def arrivals(schedule: Schedule, rank: int, chunks: int) -> dict[int, list[Messa
             if message is not None and message.stage % ranks == rank:
                 found.setdefault(source, []).append(message)
     return found
+
+
+def _whole_passes(micro_batches: int, warm_up: int) -> list[Operation]:
+    """One rank's, with backward passes that make all gradients."""
+    backwards = [[Operation(Kind.BACKWARD, each)] for each in range(micro_batches)]
+    return _in_turns([Operation(Kind.FORWARD, each) for each in range(micro_batches)], backwards, warm_up)
+
+
+def _divided_passes(micro_batches: int, warm_up: int, late: int) -> list[Operation]:
+    """One rank's, with gradients of weights made `late` micro-batches after those of inputs."""
+    backwards = []
+    for each in range(micro_batches):
+        then = [Operation(Kind.WEIGHT_GRADIENT, each - late)] if each >= late else []
+        backwards.append([Operation(Kind.INPUT_GRADIENT, each), *then])
+    own = _in_turns([Operation(Kind.FORWARD, each) for each in range(micro_batches)], backwards, warm_up)
+    left = range(max(0, micro_batches - late), micro_batches)
+    return [*own, *(Operation(Kind.WEIGHT_GRADIENT, each) for each in left)]
 
 
 def _in_turns(forwards: Sequence[Operation], backwards: Sequence[Sequence[Operation]], warm_up: int) -> list[Operation]:
