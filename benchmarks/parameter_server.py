@@ -1,19 +1,20 @@
 """Asynchronous parameter servers with one slow worker: how much of the workers' own speeds is left, and at which loss.
 
     python benchmarks/parameter_server.py CONFIG DATA --workers 4 --share 0.25 --seeds 0 1 2
+    python benchmarks/parameter_server.py CONFIG DATA --simulate 4000
 
 In each round, and in changing order: every worker alone, all at once (their own speeds, under the same load of the
 machine); workers and servers that do not wait for one another, for each way of correcting what is
 late; the same that wait in each step. The last worker is stopped by SIGSTOP for all but `--share` of each tenth of a
 second. Prints tokens/s over the sum of the workers' own speeds in the same round, and validation losses after as many
-tokens. Other settings of the job follow, as for `hvdlm train`.
+tokens. With `--simulate` passes are sleeps of a worker of so many tokens/s, the last one of a share of that: for more
+workers than cores; losses then mean nothing. Other settings of the job follow, as for `hvdlm train`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -27,11 +28,13 @@ from pathlib import Path
 import psutil
 
 from common.conditions import describe_run
+from common.processes import environment
 from common.script import absolute_path, as_overrides, run_script
 from hvdlm.errors import HvdlmError
 
 _PERIOD = 0.1  # seconds of one stop and one go
 _DEADLINE = 900  # seconds of a job
+SIMULATED = Path(__file__).parent / "parameter_server" / "simulated_train.py"
 
 # By name: settings beside server.max_staleness
 CORRECTIONS: dict[str, dict[str, object]] = {
@@ -83,14 +86,17 @@ def train(
 ) -> None:
     """A job to its end, whose rank `slow` has a duty cycle once the first step is done."""
     settings = {**settings, "data.path": options.data, "train.run_dir": run_dir, "log.every": 1}
-    words = [sys.executable, "-m", "hvdlm", "train", str(options.config), *options.settings, *as_overrides(settings)]
+    speeds = [options.simulate] * ranks
+    if slow is not None:
+        speeds[slow] *= options.share
+    program = [str(SIMULATED), ",".join(map(str, speeds))] if options.simulate else ["-m", "hvdlm"]
+    words = [sys.executable, *program, "train", str(options.config), *options.settings, *as_overrides(settings)]
     launcher = ["mpirun", "-np", str(ranks), "--oversubscribe", "--bind-to", "none"] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (run_dir.parent / f"{run_dir.name}.txt").open("wb") as output:
-        process = subprocess.Popen([*launcher, *words], env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*launcher, *words], env=environment(), stdout=output, stderr=subprocess.STDOUT)
         cycle = None
         try:
-            if slow is not None:
+            if slow is not None and not options.simulate:
                 victim = rank_process(process, slow) if launcher else psutil.Process(process.pid)
                 while process.poll() is None and not lines(run_dir):
                     time.sleep(0.05)
@@ -184,6 +190,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.25, help="of the time in which the last worker runs")
+    parser.add_argument("--simulate", type=float, default=0, metavar="TOKENS", help="a second, of a worker")
     parser.add_argument("--staleness", type=int, default=4, help="server.max_staleness")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a global batch")
     parser.add_argument("--steps", type=int, default=200)

@@ -17,7 +17,7 @@ from hvdlm.training.trainer import Trainer
 _FORWARD_SHARE = 1 / 3  # of the time of both passes: the backward pass has two matrix products for each forward one
 
 
-class SimulatedTrainer(Trainer):
+class SimulatedPasses(Trainer):
     """Spends as much time on a micro-batch as a rank that computes `tokens_per_second`."""
 
     tokens_per_second: float
@@ -59,6 +59,10 @@ class SimulatedTrainer(Trainer):
         for share, parameters, gradients in self._blocks:
             chain = _Block.apply(chain, clock, backward * share, gradients, *parameters)
         return _Output.apply(chain, clock, backward * self._output_share)
+
+
+class SimulatedTrainer(SimulatedPasses):
+    """Nor does it take the time of an optimizer's step."""
 
     def _norm_of_gradients(self) -> Tensor:
         return torch.zeros(())  # arithmetic of the device that is simulated

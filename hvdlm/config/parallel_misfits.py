@@ -102,7 +102,9 @@ def _of_pipelines(config: Config) -> dict[str, bool]:
             bool(split) and sum(split) != layers
         ),
         f"parallel.schedule = {parallel.schedule!r} makes the gradients of weights apart, which compiled blocks "
-        "cannot: set train.compile = false or another schedule": parallel.divides_backward_passes and config.train.compile,
+        "cannot: set train.compile = false or another schedule": (
+            parallel.divides_backward_passes and config.train.compile
+        ),
         "parallel.shard = 3 gathers parameters for each pass of each micro-batch, of which a pipeline needs many: with "
         "parallel.pipeline, which divides parameters, set it to 1 or 2": parallel.shard == 3,
         f"parallel.shard = 2 sums the gradients of a rank after each backward pass, of which parallel.schedule = "

@@ -7,9 +7,9 @@ The bubble is what other stages take for one micro-batch (1F1B: Narayanan et al.
 and the messages between stages while the pipeline fills and drains. In between, a stage goes on with a new micro-batch
 when one of those under way has come back from all stages after it: where few are under way that takes longer than
 passes, and ranks wait for messages. ZeRO's gathers and reductions (Rajbhandari et al. 2020, arXiv:1910.02054, section
-7) go on beside passes; exposed is what is longer than the pass, and one block's part;
-on a CPU at least what the cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights
-beside the forward pass that follows.
+7) go on beside passes; exposed is what is longer than the pass, and one block's part; on a CPU at least what the
+cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights beside the forward pass that
+follows.
 """
 
 from __future__ import annotations

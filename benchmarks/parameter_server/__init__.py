@@ -1,0 +1,1 @@
+"""The parts of parameter_server.py: workers whose speeds are made."""
