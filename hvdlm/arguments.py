@@ -14,6 +14,9 @@ from hvdlm.paths import expand_path
 _DURATION = re.compile(r"(\d+(?:\.\d*)?)\s*(s|min|h)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
+_LARGEST_PORT = 65535
+_HOST_AND_PORT = re.compile(r"(\[[^\s\[\]]+\]|[^\s\[\]:]*):([0-9]{1,5})")
+
 _OVERRIDE = re.compile(r"--[A-Za-z_]\w*\.[^=]+(=.*)?", re.DOTALL)
 
 
@@ -70,6 +73,14 @@ def duration(text: str) -> float:
     if match is None or not float(match[1]):
         raise ValueError(f"{text!r}: give a number of steps, or a time such as '90s', '30min' or '2h'")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Those of HOST:PORT, where an IPv6 address stands in brackets. Raises ValueError for another text."""
+    match = _HOST_AND_PORT.fullmatch(text)
+    if match is None or int(match[2]) > _LARGEST_PORT:
+        raise ValueError(f"{text!r}: give HOST:PORT, as in host1:7000")
+    return match[1].strip("[]"), int(match[2])
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

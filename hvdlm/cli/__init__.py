@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()
         options, rest = parser.parse_known_args(words)
-        takes_overrides = options.command in ("train", "slurm", "predict")
+        takes_overrides = options.command in ("train", "serve", "slurm", "predict")
         if not takes_overrides and (overrides or rest):
             parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
         _set_up_logging(options.traceback)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # Commands whose product is not what they print
-_PRINTS_ON_THE_WAY = ("new", "train", "prepare", "slurm", "install-horovod", "fabric")
+_PRINTS_ON_THE_WAY = ("new", "train", "serve", "prepare", "slurm", "install-horovod", "fabric")
 
 
 def _set_up_logging(show_tracebacks: bool) -> None:

@@ -1,12 +1,16 @@
-"""`hvdlm new`, `hvdlm train`, `hvdlm verify` and `hvdlm report`."""
+"""`hvdlm new`, `hvdlm train`, `hvdlm serve`, `hvdlm verify` and `hvdlm report`."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from hvdlm.arguments import count, path, path_text
 from hvdlm.cli.shared import SETTINGS_EPILOG
 from hvdlm.errors import HvdlmError
+
+if TYPE_CHECKING:
+    from hvdlm.config import Config
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,6 +30,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
     train.add_argument("--ranks", type=count, metavar="N", help="of --dry-run (default: those that were started)")
     train.set_defaults(run=_train)
+
+    serve = commands.add_parser(
+        "serve",
+        help="a parameter server, for workers that join and leave: hvdlm train with server.address",
+        description="Keeps the model, and trains it by the gradients of workers: `hvdlm train` with --server.address, on "
+        "any host and at any time. Needs server.listen and server.max_staleness.",
+        epilog=SETTINGS_EPILOG,
+        allow_abbrev=False,
+    )
+    serve.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    serve.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
+    serve.set_defaults(run=_serve)
 
     verify = commands.add_parser("verify", help="check every hash of a run's checkpoints, and name what is damaged")
     verify.add_argument("path", type=path, nargs="+", metavar="PATH", help="a checkpoint, or a run directory")
@@ -52,7 +68,26 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return dry_run(config, options.ranks)
     if options.ranks is not None:
         raise HvdlmError("--ranks is of --dry-run: a launcher starts ranks, as in mpirun -np 4 hvdlm train ...")
+    if config.server.address:
+        return _work(config, options.resume)
+    if config.server.listen:
+        raise HvdlmError("server.listen is of hvdlm serve: start that, and its workers with server.address")
     return train(config, options.resume, options.config)
+
+
+def _work(config: Config, resume: str | None) -> int:
+    from hvdlm.training.worker_process import run_worker
+
+    if resume is not None:
+        raise HvdlmError("a worker of server.address has nothing to go on from: --resume is of its hvdlm serve")
+    return run_worker(config)
+
+
+def _serve(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.training.run import read_config
+    from hvdlm.training.server_process import run_server
+
+    return run_server(read_config(options.config, overrides), options.resume, options.config)
 
 
 def _verify(options: argparse.Namespace, _: list[str]) -> int:

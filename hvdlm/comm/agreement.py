@@ -28,17 +28,19 @@ class Shared(NamedTuple):
 
 def check_ranks_match(communicator: Communicator, config_digest: str) -> None:
     """Raises JobError on every rank unless all run the same software with equal `config_digest`s. Collective."""
+    settings = Shared(config_digest[:12], "give all ranks the same configuration")
+    check_alike(communicator, {**own_software(), "settings": settings})
+
+
+def own_software() -> dict[str, Shared]:
+    """Versions of what must be one on all ranks, by subject."""
     install = "install one version on all hosts"
-    check_alike(
-        communicator,
-        {
-            "hvdlm": Shared(hvdlm.__version__, install),
-            "the source code of hvdlm": Shared(_source_digest(), "give all hosts one checkout or installation of it"),
-            "torch": Shared(str(torch.__version__), install),
-            "Python": Shared(platform.python_version(), install),
-            "settings": Shared(config_digest[:12], "give all ranks the same configuration"),
-        },
-    )
+    return {
+        "hvdlm": Shared(hvdlm.__version__, install),
+        "the source code of hvdlm": Shared(_source_digest(), "give all hosts one checkout or installation of it"),
+        "torch": Shared(str(torch.__version__), install),
+        "Python": Shared(platform.python_version(), install),
+    }
 
 
 def check_alike(communicator: Communicator, own: Mapping[str, Shared]) -> None:

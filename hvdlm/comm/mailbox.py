@@ -21,7 +21,7 @@ from hvdlm.errors import HvdlmError
 # Numbers in front of what a letter carries: what kind it is, and what else whoever sends it wants to say
 Header = tuple[int, int, int, int]
 
-_HEADER_BYTES = 32
+HEADER_BYTES = 32
 
 # Of a letter: MPI counts in 32 bits
 LARGEST_LETTER = 2**30
@@ -59,7 +59,7 @@ class Mailbox(ABC):
         """
         content = torch.empty(0) if data is None else data.detach().reshape(-1).contiguous()
         content = content.view(torch.uint8)
-        if _HEADER_BYTES + len(content) > LARGEST_LETTER:
+        if HEADER_BYTES + len(content) > LARGEST_LETTER:
             raise HvdlmError(
                 f"a message of {len(content)} bytes is more than the {LARGEST_LETTER} that one may have: start more "
                 "servers, among which a parameter is divided"
@@ -113,8 +113,8 @@ class Mailbox(ABC):
 
 def letter_of(message: Tensor, source: int) -> Letter:
     """What `Mailbox._post` was given, (n,) uint8, as it has arrived."""
-    kind, first, second, third = message[:_HEADER_BYTES].view(torch.int64).tolist()
-    return Letter(source, (kind, first, second, third), message[_HEADER_BYTES:])
+    kind, first, second, third = message[:HEADER_BYTES].view(torch.int64).tolist()
+    return Letter(source, (kind, first, second, third), message[HEADER_BYTES:])
 
 
 def open_mailbox(communicator: Communicator, timeout: float) -> Mailbox:

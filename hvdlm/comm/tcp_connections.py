@@ -8,6 +8,7 @@ room for stays with the sender.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import uuid
@@ -195,7 +196,7 @@ def greeting(connection: socket.socket, token: str) -> int | None:
         connection.settimeout(_GREETING_TIMEOUT)
         fill(connection, received)
         connection.settimeout(None)
-        if received[:-_RANK_BYTES] == token.encode():
+        if secrets.compare_digest(received[:-_RANK_BYTES], token.encode()):
             return int.from_bytes(received[-_RANK_BYTES:], "little")
     return None
 

@@ -1,7 +1,7 @@
 """A mailbox over TCP, for engines whose messages have to be expected by whom they come from.
 
 A connection leads from each rank to each that it has posted a letter to. A thread writes to it, another reads from it,
-so that letters arrive whatever their rank does. A letter is its length in 8 bytes, then its bytes.
+so that letters arrive whatever their rank does.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ import uuid
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
-from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.interfaces import own_interfaces
+from hvdlm.comm.letter_connection import receive_letter, send_letter
 from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
-from hvdlm.comm.tcp_connections import fill, greet, greeting
-
-_LENGTH_BYTES = 8
+from hvdlm.comm.tcp_connections import greet, greeting
 
 # Seconds for one address of a host to answer
 _CONNECT_TIMEOUT = 5.0
@@ -88,8 +85,7 @@ class TcpMailbox(Mailbox):
         try:
             with self._connect(destination) as connection:
                 while (message := self._outgoing[destination].get()) is not None:
-                    connection.sendall(len(message).to_bytes(_LENGTH_BYTES, "little"), socket.MSG_MORE)
-                    connection.sendall(as_array(message).data)
+                    send_letter(connection, message)
                     with self._lock:
                         self._unsent -= 1
         except OSError as error:
@@ -127,14 +123,10 @@ class TcpMailbox(Mailbox):
             threading.Thread(target=self._read, args=(connection, source), name=name, daemon=True).start()
 
     def _read(self, connection: socket.socket, source: int) -> None:
-        length = memoryview(bytearray(_LENGTH_BYTES))
         with connection:
             try:
                 while True:
-                    fill(connection, length)
-                    message = torch.empty(int.from_bytes(length, "little"), dtype=torch.uint8)
-                    fill(connection, as_array(message).data)
-                    self._arrived.put(letter_of(message, source))
+                    self._arrived.put(letter_of(receive_letter(connection), source))
             except ConnectionResetError:
                 return  # it has posted its last letter; whoever waits for another one gives up after the timeout
             except OSError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from hvdlm.arguments import duration
+from hvdlm.arguments import duration, host_and_port
 from hvdlm.paths import expand_path
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
@@ -40,4 +40,18 @@ def check_signals(text: str) -> str:
     known = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if unknown := [name for name in text.split(",") if name not in known]:
         raise ValueError(f"{text!r}: {unknown[0]!r} is none of {', '.join(known)}")
+    return text
+
+
+def check_listen(text: str) -> str:
+    """`text`, which is empty or HOST:PORT, perhaps without a host, or with port 0; otherwise ValueError."""
+    if text:
+        host_and_port(text)
+    return text
+
+
+def check_address(text: str) -> str:
+    """`text`, which is empty or HOST:PORT; otherwise ValueError."""
+    if text and not all(host_and_port(text)):
+        raise ValueError(f"{text!r}: give a host and a port above 0, as in host1:7000")
     return text

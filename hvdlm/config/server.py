@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from hvdlm.config.section import Section
+from hvdlm.arguments import host_and_port
+from hvdlm.config.section import Section, UserPath, check_address, check_listen
 
 if TYPE_CHECKING:
     from hvdlm.config import Config
+
+# Of a batch, where workers come and go and nobody has said how many
+_SHARES_OF_A_PROCESS = 4
 
 
 class ServerSection(Section):
@@ -34,50 +38,93 @@ class ServerSection(Section):
     weigh_by_age: bool = Field(
         False, description="with max_staleness, gradients that are n steps old count 1 / n times"
     )
+    shares: int = Field(
+        0,
+        ge=0,
+        description="with max_staleness, the parts of a batch that are handed out, each to one worker; 0: as many as "
+        f"there are workers at the start, or {_SHARES_OF_A_PROCESS} with listen",
+    )
+
+    listen: Annotated[str, AfterValidator(check_listen)] = Field(
+        "",
+        description="HOST:PORT where `hvdlm serve`, a server that is a process of its own, waits for workers; 0.0.0.0: "
+        "on all IPv4 addresses of the host; port 0: one that is free",
+    )
+    address: Annotated[str, AfterValidator(check_address)] = Field(
+        "", description="HOST:PORT of such a server, whose worker `hvdlm train` then is"
+    )
+    token_file: UserPath = Field(
+        "",
+        description="a copy of `token` in that server's run directory; empty: the token is in the environment, as "
+        "HVDLM_SERVER_TOKEN",
+    )
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether workers do not wait for one another."""
+        return self.max_staleness > 0 or bool(self.listen or self.address)
+
+    @property
+    def shares_of_a_process(self) -> int:
+        """The shares of a batch that a server hands out which is a process of its own."""
+        return self.shares or _SHARES_OF_A_PROCESS
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port of `address`, or of `listen`."""
+        return host_and_port(self.address or self.listen)
 
 
 def server_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
     server, train, algorithm = config.server, config.train, config.optimizer.algorithm
-    codec, is_used = config.compression.codec, config.server.ranks > 0
-    is_asynchronous = server.max_staleness > 0
+    codec, is_process = config.compression.codec, bool(server.listen or server.address)
+    is_used, is_asynchronous = server.ranks > 0 or is_process, server.is_asynchronous
+    name = f"server.{'address' if server.address else 'listen' if server.listen else 'ranks'}"
+    without_waiting = f"with {name if is_process else 'server.max_staleness'}"
     return {
-        "server.pull = 'bf16' is how servers send parameters: set server.ranks with it": (
+        "server.ranks are servers among the ranks of a job, server.listen and server.address are of processes of their "
+        "own: set one of them": server.ranks > 0 and is_process,
+        "workers of server.listen do not wait for one another: set server.max_staleness, how many steps late their "
+        "gradients may be, above 0": bool(server.listen) and not server.address and not server.max_staleness,
+        "server.pull = 'bf16' is how servers send parameters: set server.ranks with it, or server.listen": (
             server.pull != "fp32" and not is_used
         ),
-        "server.ranks and local_steps.every are two ways for ranks to combine their work: set one of them": (
+        f"{name} and local_steps.every are two ways for ranks to combine their work: set one of them": (
             is_used and bool(config.local_steps.every)
         ),
-        "server.ranks needs the whole model on every worker: it does not go with [parallel]": (
+        f"{name} needs the whole model on every worker: it does not go with [parallel]": (
             is_used and config.parallel.is_used
         ),
-        "server.ranks does not go with comm.elastic = true: leave out one of them": is_used and config.comm.elastic,
+        f"{name} does not go with comm.elastic = true: leave out one of them": is_used and config.comm.elastic,
         f"optimizer.algorithm = {algorithm!r} needs whole matrices, which servers divide among them: set it to adamw, "
-        "adam, sgd or lion with server.ranks": is_used and algorithm in ("muon", "dion"),
-        "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it": (
-            is_asynchronous and not is_used
-        ),
+        f"adam, sgd or lion with {name}": is_used and algorithm in ("muon", "dion"),
+        "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it, or "
+        "server.listen": server.max_staleness > 0 and not is_used,
         "server.weigh_by_age is for gradients that are late: set server.max_staleness with it": (
             server.weigh_by_age and not is_asynchronous
         ),
-        "train.max_time, train.patience and train.evaluate_tasks need workers that meet after every step: with "
-        "server.max_staleness leave them out": is_asynchronous
+        "server.shares are handed out to workers that do not wait for one another: set server.max_staleness with it": (
+            server.shares > 0 and not is_asynchronous
+        ),
+        "train.max_time, train.patience and train.evaluate_tasks need workers that meet after every step: "
+        f"{without_waiting} leave them out": is_asynchronous
         and (bool(train.max_time) or train.patience > 0 or bool(train.evaluate_tasks)),
-        "train.balance = true deals out parts of a batch, of which with server.max_staleness a fast worker gets more "
-        "anyway: leave it out": is_asynchronous and train.balance,
-        "data.on_corrupt = 'skip' is not counted by workers that do not meet: set it to 'fail' with "
-        "server.max_staleness": is_asynchronous and config.data.on_corrupt == "skip",
-        no_messages_to_owners(codec): is_used and codec in ("auto", "topk", "topk2", "powersgd"),
+        f"train.balance = true deals out parts of a batch, of which {without_waiting} a fast worker gets more anyway: "
+        "leave it out": is_asynchronous and train.balance,
+        "data.on_corrupt = 'skip' is not counted by workers that do not meet: set it to 'fail' "
+        f"{without_waiting}": is_asynchronous and config.data.on_corrupt == "skip",
+        no_messages_to_owners(codec, name): is_used and codec in ("auto", "topk", "topk2", "powersgd"),
         "compression.hierarchical = true sums gradients within a node, which workers send to servers: leave it out "
-        "with server.ranks": is_used and config.compression.hierarchical,
-        "train.precision = 'fp16' changes the scale of the loss: with server.ranks set it to bf16 or fp32": (
+        f"with {name}": is_used and config.compression.hierarchical,
+        f"train.precision = 'fp16' changes the scale of the loss: with {name} set it to bf16 or fp32": (
             is_used and train.precision == "fp16"
         ),
-        "train.heal_replicas needs another rank with the same optimizer state: it does not go with server.ranks": (
+        f"train.heal_replicas needs another rank with the same optimizer state: it does not go with {name}": (
             is_used and train.heal_replicas
         ),
         "train.ema averages the parameters of each step, which workers have only in part when it ends: it does not go "
-        "with server.ranks": is_used and train.ema > 0,
+        f"with {name}": is_used and train.ema > 0,
     }
 
 
@@ -89,9 +136,11 @@ def no_workers(servers: int, ranks: int) -> str:
     )
 
 
-def no_messages_to_owners(codec: str) -> str:
-    """What is to be said of a codec that cannot send gradients to ranks which have none of their own."""
+def no_messages_to_owners(codec: str, name: str = "server.ranks") -> str:
+    """What is to be said of a codec that cannot send gradients to ranks which have none of their own, as the setting
+    `name` asks for.
+    """
     return (
-        f"compression.codec = {codec!r} cannot send gradients to servers: with server.ranks set it to none, fp16, "
-        "bf16, int8, int4 or int2"
+        f"compression.codec = {codec!r} cannot send gradients to servers: with {name} set it to none, fp16, bf16, "
+        "int8, int4 or int2"
     )

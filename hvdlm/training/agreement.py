@@ -34,9 +34,13 @@ _MAX_RATES = 1000
 
 def check_data_matches(communicator: Communicator, data: DataSet) -> None:
     """Raises JobError on every rank unless all have opened the same tokens and tokenizer. Collective."""
+    check_alike(communicator, {"the data set": shared_data(data)})
+
+
+def shared_data(data: DataSet) -> Shared:
+    """What tells a data set from others."""
     value = f"fingerprint {data.fingerprint[:12]} with a vocabulary of {data.vocab_size}"
-    remedy = f"{data.path} must be one data set on all hosts: prepare it once, and copy or share it"
-    check_alike(communicator, {"the data set": Shared(value, remedy)})
+    return Shared(value, f"{data.path} must be one data set on all hosts: prepare it once, and copy or share it")
 
 
 def check_devices_match(communicator: Communicator, device: torch.device, config: Config | None = None) -> None:

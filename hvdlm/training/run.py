@@ -15,7 +15,7 @@ from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
-from hvdlm.errors import HvdlmError, JobError
+from hvdlm.errors import HvdlmError
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.gradients.channel import may_sum_by_engine
 from hvdlm.model.presets import PRESETS
@@ -23,24 +23,21 @@ from hvdlm.model.size import parameter_count
 from hvdlm.strategies.server.group import ServerGroup, join_server_group
 from hvdlm.training.agreement import check_data_matches, check_devices_match
 from hvdlm.training.asynchronous import AsynchronousTraining
-from hvdlm.training.checkpoint_contents import Checkpoint
-from hvdlm.training.console import Views, open_view
 from hvdlm.training.dry_run import print_dry_run
 from hvdlm.training.elastic import check_elastic
-from hvdlm.training.hardware import choose_device, keep_memory, share_cores
-from hvdlm.training.initial_weights import begin_with_weights, shape_of
+from hvdlm.training.hardware import keep_memory, share_cores
+from hvdlm.training.initial_weights import shape_of
 from hvdlm.training.job import job
-from hvdlm.training.loss_curve import draw_loss_curve
 from hvdlm.training.metrics import MetricsLog
-from hvdlm.training.model import check_compiler, check_deterministic
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
+from hvdlm.training.rank_start import begin, start_rank, vocabulary_size
 from hvdlm.training.run_directory import RunDirectory
-from hvdlm.training.saved_state import restore
+from hvdlm.training.run_log import draw_at_end, open_log
 from hvdlm.training.serving import serve
-from hvdlm.training.tensorboard import TensorBoard, check_tensorboard
+from hvdlm.training.tensorboard import check_tensorboard
 from hvdlm.training.trainer import Trainer
-from hvdlm.training.weights_and_biases import WeightsAndBiases, check_weights_and_biases
+from hvdlm.training.weights_and_biases import check_weights_and_biases
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ def dry_run(config: Config, ranks: int | None = None) -> int:
     launch = detect(os.environ)
     if launch.rank == 0:
         launch = replace(launch, size=ranks or launch.size)
-        vocab_size = config.model.vocab_size or _vocab_size(config, DataSet(Path(config.data.path)))
+        vocab_size = config.model.vocab_size or vocabulary_size(config, DataSet(Path(config.data.path)))
         print_dry_run(config, vocab_size, launch)
     return 0
 
@@ -83,16 +80,9 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
     ):
         preemption.renew()
         check_elastic(config, communicator)
-        data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
-        check_data_matches(communicator, data)
-        vocab_size = _vocab_size(config, data)
-        device = choose_device(config.train.device, communicator)
         for check in (check_tensorboard, check_weights_and_biases):  # on all ranks: any may become rank 0
             on_all_ranks(communicator, partial(check, config.log))
-        on_all_ranks(communicator, lambda: check_compiler(config, device))
-        on_all_ranks(communicator, lambda: check_deterministic(config, device))
-        check_devices_match(communicator, device, config)
-        threads = share_cores(config.train.threads, communicator)
+        data, vocab_size, device, threads = start_rank(config, communicator)
         if communicator.supports("join"):
             communicator.after_regroup += [
                 lambda: check_data_matches(communicator, data),
@@ -108,39 +98,18 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             trainer = Trainer(config, communicator, data, vocab_size, device, servers)
         trainer.task_scores.load()
         sentences: list[str] = []
-        state = None
         if not communicator.is_new:
             state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
-        if state is not None:
-            source = Checkpoint(Path(state["path"])) if communicator.rank == 0 else None
-            sentences = restore(trainer, source, state)
-        elif not communicator.is_new:
-            if config.model.from_:
-                sentences = begin_with_weights(communicator, trainer)
-            else:
-                trainer.start()
+            sentences = begin(trainer, state)
         train_all_steps = (
             AsynchronousTraining(trainer).train
             if config.server.max_staleness
             else partial(trainer.train, on_all_ranks(communicator, trainer.open_loader))
         )
 
-        def open_metrics(step: int, takes_over: bool = False) -> MetricsLog:
-            view = open_view(trainer.ending.last_step, step)
-            if config.log.tensorboard:
-                view = Views(view, TensorBoard(run_directory.path, step))
-            if config.log.wandb:
-                try:
-                    view = Views(view, WeightsAndBiases(run_directory.path, config))
-                except HvdlmError as error:
-                    if not takes_over:
-                        raise
-                    logger.warning("%s", error)  # a job that has outlived rank 0 does not end for it
-            return MetricsLog(run_directory.path, step, view)
-
         def take_over(step: int) -> MetricsLog:
             run_directory.take_over(config)
-            return open_metrics(step, takes_over=True)
+            return open_log(config, trainer.ending.last_step, step, takes_over=True)
 
         trainer.open_metrics = take_over
         if communicator.rank == 0 and not communicator.is_new:
@@ -152,7 +121,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 device.type,
                 threads,
             )
-            trainer.metrics = open_metrics(trainer.step)
+            trainer.metrics = open_log(config, trainer.ending.last_step, trainer.step)
             for sentence in [*run_directory.changed_settings, *sentences]:
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:
@@ -166,24 +135,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
             servers.end(status, communicator)
         if communicator.rank == 0:
             if finished:
-                _draw_loss_curve(run_directory.path)
+                draw_at_end(run_directory.path)
             else:
                 logger.warning("stopped after step %d; go on with --resume latest", trainer.step)
     return status
-
-
-def _draw_loss_curve(run_dir: Path) -> None:
-    """The run has ended and is saved: without a picture it is no less done."""
-    try:
-        draw_loss_curve(run_dir)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:
-        logger.warning("cannot draw %s: %s", run_dir / "loss.png", str(error).partition("\n")[0])
-
-
-def _vocab_size(config: Config, data: DataSet) -> int:
-    if config.model.vocab_size and config.model.vocab_size < data.vocab_size:
-        raise JobError(
-            f"model.vocab_size = {config.model.vocab_size} is less than the {data.vocab_size} of {data.path}: "
-            f"set it to {data.vocab_size} or more, or to 0 for the data set's own"
-        )
-    return config.model.vocab_size or data.vocab_size

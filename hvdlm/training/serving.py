@@ -49,14 +49,17 @@ def make_server(
         return SynchronousServer(owned, group, servers.activity, stop_requested)
     if group.own_server:
         return FollowingServer(owned, group, servers.activity, config.server)
-    return OrderingServer(owned, group, servers.activity, config.server, _plan(config), stop_requested)
+    plan, workers = step_plan(config, config.server.shares or group.workers), group.worker_ranks
+    return OrderingServer(owned, group, servers.activity, config.server, plan, stop_requested, workers)
 
 
-def _plan(config: Config) -> StepPlan:
+def step_plan(config: Config, shares: int) -> StepPlan:
+    """The steps of a run whose batches are handed out in so many `shares`."""
     sizes, steps = config.train.batch_sizes, config.planned_steps
     between = [each for each in (config.checkpoint.steps_between, config.train.evaluate_every) if each]
     return StepPlan(
         steps=steps,
+        shares=shares,
         nominal_tokens=lambda batch: sizes.size(batch) * config.model.context_length,
         rate=lambda step: learning_rate(step, steps, config.optimizer),
         boundary_after=lambda step: min([steps, *((step // each + 1) * each for each in between)]),

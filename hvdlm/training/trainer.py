@@ -65,7 +65,7 @@ class Trainer:
         device: torch.device,
         servers: ServerGroup | None = None,
     ) -> None:
-        """`servers`: of a job in which other ranks than those of `communicator` are parameter servers."""
+        """`servers`: where other processes than the ranks of `communicator` are parameter servers, or this one is."""
         self.config, self.communicator, self.data, self.device = config, communicator, data, device
         shape = on_all_ranks(communicator, lambda: mesh_shape(config.parallel, communicator.size))
         self.mesh = Mesh(communicator, shape)

@@ -26,13 +26,17 @@ class Kind(IntEnum):
     LOAD = 4  # (bucket, is_state): a server's part of parameters, or of the optimizer's state, float32
     PUBLISH = 5  # servers are to send parameters to all workers
     GIVE = 6  # (is_state): servers are to send parameters, or the optimizer's state, to the worker that asks
-    END = 7  # (status, have_died): with which servers are to exit, and whether some workers have died
+    # (status, have_died): with which servers are to exit, and whether some workers have died; from a server that is a
+    # process of its own: (status), with which workers are to exit
+    END = 7
     # From servers
     NORM = 8  # (is_stop_requested): the norm of what the server has of all gradients, float64
     WEIGHTS = 9  # (bucket): a server's part of parameters, as workers compute with them
     KEPT = 10  # (bucket, is_state): what LOAD would bring back
     # Of asynchronous training: from workers to the first server
-    DONE = 11  # (task or NONE, version, is_stop_requested): it is pushed, and another wanted; loss and tokens, float64
+    # (task or NONE, version, is_stop_requested): it is pushed, and another wanted; a process of its own that is to stop
+    # leaves; loss and tokens, float64
+    DONE = 11
     # From other servers to the first
     HAVE = 19  # (task, worker): all that was pushed
     # From the first server to workers
@@ -53,12 +57,14 @@ NONE = -1  # no task
 class ServerGroup:
     """The first ranks of a job are workers, the last ones servers: so rank 0, which logs and writes checkpoints, is a
     worker, and workers have the numbers that they would have without servers.
+
+    A server that is a process of its own has a number above those of all workers that may come.
     """
 
     mailbox: Mailbox  # of all ranks of the job
-    workers: int
+    workers: int  # the most that may come, where they do at any time
     servers: int
-    everyone: Communicator  # all of them
+    everyone: Communicator  # all of them; of processes of their own, each alone
 
     @property
     def worker_ranks(self) -> Sequence[int]:
@@ -98,8 +104,7 @@ def join_server_group(
 
     Raises JobError if no rank is left to train, the ranks cannot be divided, or they compute on GPUs.
     """
-    if device.type != "cpu":
-        raise JobError("parameter servers step on CPUs, and their workers train there: set train.device = 'cpu'")
+    check_on_cpu(device)
     servers = config.server.ranks
     if servers >= communicator.size:
         raise JobError(no_workers(servers, communicator.size))
@@ -110,6 +115,12 @@ def join_server_group(
     alike.activity = communicator.activity  # which the job's watchdog looks at
     mailbox = open_mailbox(communicator, config.comm.timeout)
     return ServerGroup(mailbox, workers, servers, communicator), alike
+
+
+def check_on_cpu(device: torch.device) -> None:
+    """Raises JobError for another device."""
+    if device.type != "cpu":
+        raise JobError("parameter servers step on CPUs, and their workers train there: set train.device = 'cpu'")
 
 
 class ServerLetters:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ class StepPlan:
     """What the first server knows of a run's steps."""
 
     steps: int  # after which training ends
+    shares: int  # of a batch, as tasks
     nominal_tokens: Callable[[int], int]  # by which a worker has divided the gradients of a batch
     rate: Callable[[int], float]  # the learning rate of a step
     boundary_after: Callable[[int], int]  # the first step after this one that all workers wait for
@@ -56,12 +57,13 @@ class OrderingServer(FollowingServer):
         settings: ServerSection,
         plan: StepPlan,
         stop_requested: Callable[[], bool],
+        workers: Iterable[int],
     ) -> None:
+        """`workers`: those that are there from the start."""
         super().__init__(owned, group, activity, settings)
         self._plan, self._stop_requested = plan, stop_requested
         self._followers = group.server_ranks[1:]
-        self._living = set(group.worker_ranks)
-        self._shares = group.workers
+        self._living, self._shares = set(workers), plan.shares
         self._tasks: Tasks | None = None  # once the step is known with which training begins
         self._end = 0  # the boundary: tasks of batches before it are handed out
         self._is_at_boundary = True  # all workers have come there, or wait for the first tasks after it
@@ -85,19 +87,23 @@ class OrderingServer(FollowingServer):
             letter = self._next()
             if letter is not None and letter.kind == Kind.END:
                 return letter
-            if letter is None:
-                self._give_back_of_dead()
-            elif letter.kind == Kind.DONE:
-                self._receive(letter)
-            elif letter.kind == Kind.HAVE:
-                self._note(letter)
-            else:
-                self.answer(letter)
-            if self._stop_requested():
-                self._stop()
-            if time.monotonic() - self._last_boundary > self._plan.seconds_between:
-                self._end_soon()
-            self._hand_out()
+            self._proceed(letter)
+
+    def _proceed(self, letter: Letter | None) -> None:
+        """Does what a letter asks, or what has become necessary without one, and hands out tasks."""
+        if letter is None:
+            self._give_back_of_dead()
+        elif letter.kind == Kind.DONE:
+            self._receive(letter)
+        elif letter.kind == Kind.HAVE:
+            self._note(letter)
+        else:
+            self.answer(letter)
+        if self._stop_requested():
+            self._stop()
+        if time.monotonic() - self._last_boundary > self._plan.seconds_between:
+            self._end_soon()
+        self._hand_out()
 
     def _next(self) -> Letter | None:
         """The next letter; None if a worker has died meanwhile, or this rank is to stop."""
@@ -170,15 +176,20 @@ class OrderingServer(FollowingServer):
 
     def _give_back_of_dead(self) -> None:
         for worker in sorted(self._living & set(self._mailbox.dead())):
-            self._living.remove(worker)
-            self._idle = [each for each in self._idle if each != worker]
-            task = None if self._tasks is None else self._tasks.give_back(worker)
-            if task is not None:
-                self._early.pop((worker, task), None)
-                self._missing.pop((worker, task), None)
-                self._order((Kind.DROP, task, worker))
+            self._leave_out(worker)
         if not self._living:
             raise HvdlmError("no worker is left: go on with --resume latest")
+
+    def _leave_out(self, worker: int) -> int | None:
+        """A worker gets no more tasks; returns the one that it held, which others now get."""
+        self._living.remove(worker)
+        self._idle = [each for each in self._idle if each != worker]
+        task = None if self._tasks is None else self._tasks.give_back(worker)
+        if task is not None:
+            self._early.pop((worker, task), None)
+            self._missing.pop((worker, task), None)
+            self._order((Kind.DROP, task, worker))
+        return task
 
     def _hand_out(self) -> None:
         if self._tasks is None:
@@ -189,7 +200,7 @@ class OrderingServer(FollowingServer):
             if not self._is_at_boundary or self._stops:
                 self._tell_boundary()
                 return
-            self._is_at_boundary = False
+            self._is_at_boundary, self._begun = False, time.monotonic()
             self._end = self._plan.boundary_after(self.version)
         while self._idle:
             task = self._tasks.hand_out(self._idle[0], self._end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,16 @@ class OwnedParameters:
     def buckets(self) -> int:
         return len(self._buckets)
 
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What this server keeps of each parameter, flat, by name."""
+        return {name: piece.data for name, piece in self._pieces.items()}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of them, as `named_state` names it."""
+        return self._state
+
     # ---- one step
 
     def zero_grad(self) -> None:
@@ -63,15 +74,25 @@ class OwnedParameters:
         self._codecs[bucket].add_message_(message, gradients, self._server, self._servers)
         self._sums[bucket].add_(gradients, alpha=weight)
 
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """The same for gradients of this process's own, by the names of parameters, all of which this server keeps."""
+        for name, gradient in gradients.items():
+            own = self._pieces[name].grad
+            assert own is not None
+            own.add_(gradient.reshape(-1))
+
+    def scale_(self, factor: float) -> None:
+        """Multiplies the sums."""
+        for each in self._sums if factor != 1 else ():
+            each.mul_(factor)
+
     def norm(self) -> float:
         """Euclidean norm of the sums."""
         return math.sqrt(math.fsum(float(torch.linalg.vector_norm(each)) ** 2 for each in self._sums))
 
     def step(self, factor: float, rate: float) -> None:
         """The optimizer's step on `factor` times the sums, with learning rate `rate`."""
-        if factor != 1:
-            for each in self._sums:
-                each.mul_(factor)
+        self.scale_(factor)
         add_penalties_(self._decaying, self._settings)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()

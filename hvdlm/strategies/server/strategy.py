@@ -171,8 +171,8 @@ class ServedWorker(Strategy):
     # ---- asynchronous training, which has no steps that workers have in common
 
     def ask(self, done: Done | None, is_stop_requested: bool) -> Letter:
-        """Tells the first server what this worker has done, and returns its answer: a TASK, or a BOUNDARY. The
-        parameters that go with it are then on their way.
+        """Tells the first server what this worker has done, and returns its answer: a TASK or a BOUNDARY, with
+        parameters that are then on their way; or the END of a server that is a process of its own.
         """
         header, numbers = (Kind.DONE, NONE, NONE, int(is_stop_requested)), torch.empty(0)
         if done is not None:
@@ -180,9 +180,14 @@ class ServedWorker(Strategy):
             numbers = torch.tensor([done.loss, done.tokens], dtype=torch.float64)
         self.arrive()
         self._group.mailbox.post(self._group.server_ranks[:1], header, numbers)
-        answer = self._letters.expect(0, Kind.TASK, Kind.BOUNDARY)
-        self._pull()
+        answer = self._letters.expect(0, Kind.TASK, Kind.BOUNDARY, Kind.END)
+        if answer.kind != Kind.END:
+            self._pull()
         return answer
+
+    def leave(self) -> None:
+        """Tells a server that is a process of its own that this worker does not do what it may have been given."""
+        self._group.mailbox.post(self._group.server_ranks, (Kind.DONE, NONE, NONE, 1))
 
     def begin_task(self, task: int) -> None:
         """What is pushed from now on, by the hooks of a step, is of this task."""

@@ -1,0 +1,187 @@
+"""The mailbox of a server that is a process of its own: workers connect to it and leave at any time.
+
+Each worker that connects gets the next number, which no other has had before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hvdlm.comm.admission import Admission, admit, introduction, refuse
+from hvdlm.comm.letter_connection import LetterConnection, end_when_dead
+from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
+from hvdlm.errors import HvdlmError
+
+# The server's number: workers have those below
+SERVER = 2**31
+
+# Connections that are looked at at a time, of whom none needs to be a worker
+_MOST_STRANGERS = 16
+
+# Seconds until a host may have room for another connection that had none
+_SECONDS_TO_RECOVER = 0.2
+
+# Seconds for workers to read why the server ends
+_SECONDS_TO_END = 5.0
+
+
+class _Worker(NamedTuple):
+    connection: LetterConnection
+    name: str
+
+
+class ServerMailbox(Mailbox):
+    """Letters to and from workers, who are told apart by their numbers."""
+
+    def __init__(self, host: str, port: int, timeout: float) -> None:
+        """Listens; workers are not answered before `open`. Raises HvdlmError if it cannot.
+
+        `timeout`: seconds after which a worker has died whose host does not answer.
+        """
+        super().__init__(timeout)
+        self.rank, self.size = SERVER, SERVER + 1
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            self._listener = socket.create_server(address, family=family, backlog=4096)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise HvdlmError(
+                f"cannot listen at server.listen = {host}:{port}: {reason}; give an address of this host, with a port "
+                "that is free"
+            ) from None
+        self.port: int = self._listener.getsockname()[1]
+        self.sent_bytes = 0
+        self._numbers = itertools.count()
+        self._arrived: queue.SimpleQueue[Letter] = queue.SimpleQueue()
+        self._workers: dict[int, _Worker] = {}
+        self._names: dict[int, str] = {}
+        self._dead: set[int] = set()
+        self._lock = threading.Lock()
+        self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
+
+    def open(self, token: str, shares: int, refusal: Callable[[dict[str, Any]], str | None]) -> None:
+        """Takes workers from now on that know the `token`, and are told the `shares` of a batch.
+
+        `refusal`: why one is not wanted that says so much of itself; None if it is. Threads call it.
+        """
+        self._token, self._shares, self._refusal = token, shares, refusal
+        threading.Thread(target=self._accept, name="hvdlm-server-accept", daemon=True).start()
+
+    def name_of(self, worker: int) -> str:
+        """For sentences, also of one that has gone."""
+        return f"worker {worker} at {self._names[worker]}"
+
+    def disconnect(self, worker: int) -> None:
+        """Ends the connection with a worker, which then counts as dead."""
+        if found := self._workers.get(worker):
+            found.connection.cut()
+
+    def take(self) -> Letter | None:
+        try:
+            return self._arrived.get_nowait()
+        except queue.Empty:
+            return None
+
+    def has_sent(self) -> bool:
+        return all(each.connection.has_sent() for each in self._connected())
+
+    def dead(self) -> Collection[int]:
+        with self._lock:
+            return set(self._dead)
+
+    def end(self, header: Sequence[int]) -> None:
+        """Tells all workers, with a letter, that the server ends; they have some seconds to read it."""
+        self._stop_listening()
+        with self._lock:
+            numbers = list(self._workers)
+        self.post(numbers, header)
+        for each in self._connected():
+            each.connection.end()
+        end = time.monotonic() + _SECONDS_TO_END
+        while self._connected() and time.monotonic() < end:
+            time.sleep(0.01)
+        self.close()
+
+    def close(self) -> None:
+        self._stop_listening()
+        for each in self._connected():
+            each.connection.cut()
+
+    def _connected(self) -> list[_Worker]:
+        with self._lock:
+            return list(self._workers.values())
+
+    def _stop_listening(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
+
+    def _post(self, message: Tensor, destinations: Sequence[int]) -> None:
+        for destination in destinations:
+            with self._lock:
+                found = self._workers.get(destination)
+            if found:
+                found.connection.post(message)
+                self.sent_bytes += len(message)
+
+    def _accept(self) -> None:
+        while True:
+            self._strangers.acquire()
+            try:
+                connection, address = self._listener.accept()
+            except OSError:
+                if self._listener.fileno() < 0:
+                    return  # it is closed
+                self._strangers.release()
+                time.sleep(_SECONDS_TO_RECOVER)
+                continue
+            arguments = (connection, str(address[0]))
+            threading.Thread(target=self._receive, args=arguments, name="hvdlm-server-admits", daemon=True).start()
+
+    def _receive(self, connection: socket.socket, address: str) -> None:
+        """Lets a worker in."""
+        try:
+            with suppress(OSError):
+                said = introduction(connection, self._token)
+                if said is not None and (reason := self._refusal(said)):
+                    refuse(connection, reason)
+                elif said is not None:
+                    self._admit(connection, address)
+                    return
+            connection.close()
+        finally:
+            self._strangers.release()
+
+    def _admit(self, connection: socket.socket, address: str) -> None:
+        end_when_dead(connection, self._timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            number = next(self._numbers)
+            self._names[number] = address
+        admit(connection, Admission(number, self._shares))
+        with self._lock:
+            self._workers[number] = _Worker(
+                LetterConnection(
+                    connection,
+                    f"worker-{number}",
+                    lambda message: self._arrived.put(letter_of(message, number)),
+                    lambda reason: self._note_end(number),
+                ),
+                address,
+            )
+
+    def _note_end(self, worker: int) -> None:
+        with self._lock:
+            self._workers.pop(worker, None)
+            self._dead.add(worker)

@@ -1,0 +1,211 @@
+"""The server that is a process of its own: it alone keeps the model, and workers join and leave at any time.
+
+What counts in which step it decides as the first server of a job does. A batch has a fixed number of shares, so steps,
+samples and the learning rate depend on no number of workers; without any it waits. A worker that leaves, dies, or
+takes too long for a share gives it back. At a boundary nobody holds a share: the server saves and validates, while its
+workers wait for the next task.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from hvdlm.comm.activity import Activity
+from hvdlm.comm.failure import RunningTime, wait_until
+from hvdlm.comm.mailbox import Letter
+from hvdlm.comm.server_mailbox import ServerMailbox
+from hvdlm.config import ServerSection
+from hvdlm.strategies.server.group import NONE, Kind, ServerGroup
+from hvdlm.strategies.server.ordering import LINE, OrderingServer, StepPlan
+from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.tasks import Tasks
+
+# Of what a worker says of a share, float64: loss and tokens
+_BYTES_OF_DONE = 16
+
+
+class Run(Protocol):
+    """What the process does beside serving."""
+
+    def train_on(self, task: int) -> tuple[float, int]:
+        """Adds the gradients of a share to the sums; returns its loss, a sum over tokens, and their number."""
+
+    def before_update(self) -> None:
+        """Parameters are about to change."""
+
+    def after_step(self, line: dict[str, float]) -> None:
+        """A step has been made; `line`: what `ordering.LINE` names."""
+
+    def at_boundary(self, step: int, is_end: bool) -> None:
+        """All shares of the first `step` batches have counted, and no other. `is_end`: of training here."""
+
+    def tell(self, sentence: str) -> None:
+        """Something has happened."""
+
+
+class IndependentServer(OrderingServer):
+    """Serves from a step to the last one, or until it is asked to stop."""
+
+    def __init__(
+        self,
+        owned: OwnedParameters,
+        group: ServerGroup,
+        activity: Activity,
+        settings: ServerSection,
+        plan: StepPlan,
+        stop_requested: Callable[[], bool],
+        run: Run,
+        patience: float,
+    ) -> None:
+        """`patience`: seconds for a share."""
+        super().__init__(owned, group, activity, settings, plan, stop_requested, ())
+        assert isinstance(group.mailbox, ServerMailbox)
+        self._workers, self._run, self._patience = group.mailbox, run, patience
+        self._clock = RunningTime()
+        self._expelled: set[int] = set()
+        self._since: dict[int, float] = {}  # when each worker was given the task that it holds
+        self._is_over = False
+        self._has_told_to_wait = False
+
+    def serve(self, step: int) -> bool:
+        """Goes on after so many steps; returns whether the last one has been made."""
+        self.version = self._end = step
+        self._tasks = Tasks(step, self._shares)
+        self._is_over = step >= self._plan.steps
+        self._activity.idle()
+        while not self._is_over:
+            self._proceed(self._next())
+        return self.version >= self._plan.steps
+
+    def _next(self) -> Letter | None:
+        """The next letter; None if a worker has gone meanwhile or takes too long, or this process is to stop."""
+        self._tell_if_alone()
+        found: Letter | None = None
+
+        def is_over() -> bool:
+            nonlocal found
+            has_gone = bool(self._gone())  # first: what such a worker has sent is then here
+            found = self._mailbox.take()
+            stops = self._stop_requested() and not self._stops
+            return found is not None or stops or has_gone or self._late() is not None
+
+        wait_until(is_over, math.inf, self._mailbox.rank, "workers")
+        return found
+
+    def _tell_if_alone(self) -> None:
+        if self._living:
+            self._has_told_to_wait = False
+        elif not self._has_told_to_wait:
+            self._has_told_to_wait = True
+            self._run.tell("no worker is there: waiting until one joins")
+
+    def _gone(self) -> set[int]:
+        return self._living & set(self._mailbox.dead())
+
+    def _late(self) -> int | None:
+        """A worker that has held its task for too long."""
+        now = self._clock.seconds()
+        return next((worker for worker, since in self._since.items() if now - since > self._patience), None)
+
+    def _proceed(self, letter: Letter | None) -> None:
+        if letter is not None and letter.source in self._expelled:
+            return
+        if letter is not None and not self._is_expected(letter):
+            self._expel(letter.source, "it has sent what no worker sends")
+            letter = None
+        if letter is None and (late := self._late()) is not None:
+            self._expel(late, f"it takes longer than {self._patience:g} s (comm.timeout) for a share")
+        super()._proceed(letter)
+        if self._stops and not self._living and not self._is_over:
+            self._complete_batches()
+
+    def _expel(self, worker: int, reason: str) -> None:
+        self._expelled.add(worker)
+        self._workers.disconnect(worker)
+        if worker in self._living:
+            self._leave_out_and_tell(worker, f"is disconnected, for {reason}")
+
+    def _is_expected(self, letter: Letter) -> bool:
+        """Whether a worker may send this now."""
+        assert self._tasks is not None
+        kind, first, second, leaves = letter.header
+        held = self._tasks.held.get(letter.source)
+        if kind == Kind.PUSH:
+            return held == second and 0 <= first < self._owned.buckets
+        if kind != Kind.DONE:
+            return False
+        if first == NONE:
+            return bool(leaves) or (held is None and letter.source not in self._idle)
+        is_whole = self._has(letter.source, first) and len(letter.data) == _BYTES_OF_DONE
+        return held == first and is_whole and 0 <= second <= self.version
+
+    def _receive(self, letter: Letter) -> None:
+        kind, task, version, leaves = letter.header
+        worker = letter.source
+        if worker not in self._living:
+            if leaves:
+                return
+            self._living.add(worker)
+            self._run.tell(f"{self._workers.name_of(worker)} joins: {self._count_workers()}")
+        super()._receive(letter._replace(header=(kind, task, version, 0)))
+        self._since.pop(worker, None)
+        if leaves:
+            self._leave_out_and_tell(worker, "leaves")
+
+    def _give_back_of_dead(self) -> None:
+        for worker in sorted(self._gone()):
+            self._leave_out_and_tell(worker, "has gone")
+
+    def _leave_out_and_tell(self, worker: int, what: str) -> None:
+        task = self._leave_out(worker)
+        self._since.pop(worker, None)
+        again = "" if task is None else f", and a share of batch {task // self._shares} is handed out again"
+        self._run.tell(f"{self._workers.name_of(worker)} {what}{again}: {self._count_workers()}")
+
+    def _count_workers(self) -> str:
+        count = len(self._living)
+        return f"{count} worker{'' if count == 1 else 's'}"
+
+    def _hand_out(self) -> None:
+        super()._hand_out()
+        assert self._tasks is not None
+        for worker in self._tasks.held.keys() - self._since.keys():
+            self._since[worker] = self._clock.seconds()
+
+    def step(self, factor: float, rate: float) -> None:
+        self._run.before_update()
+        super().step(factor, rate)
+
+    def _make_step(self) -> None:
+        super()._make_step()
+        lines, self._lines = self._lines, []
+        for line in lines:
+            self._run.after_step(dict(zip(LINE, line, strict=True)))
+
+    def _tell_boundary(self) -> None:
+        is_end = self._stops or self.version >= self._plan.steps
+        self._run.at_boundary(self.version, is_end)
+        if not is_end and self._stop_requested():  # meanwhile
+            is_end = True
+            self._run.at_boundary(self.version, is_end)
+        self._is_at_boundary, self._last_boundary = True, time.monotonic()
+        self._is_over = is_end
+        if not is_end:
+            self._hand_out()
+
+    def _complete_batches(self) -> None:
+        """Makes what is left of the batches that have been begun, where nobody else is there to: what is saved is at a
+        boundary.
+        """
+        assert self._tasks is not None
+        self._run.tell(f"no worker is there: this process completes the batches before {self._end}")
+        while self.version < self._end:
+            task = self._tasks.hand_out(self._mailbox.rank, self._end)
+            assert task is not None
+            loss, tokens = self._run.train_on(task)
+            self._tasks.done(self._mailbox.rank)
+            self._count(loss, tokens, task, 0)
+        self._tell_boundary()

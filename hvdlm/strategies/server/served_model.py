@@ -1,0 +1,149 @@
+"""The whole model of a server that is a process of its own: what is validated, saved and restored there.
+
+Its gradients come from workers, by letters; nothing is combined with other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.work import Work
+from hvdlm.config import Config
+from hvdlm.gradients.channel import Channel
+from hvdlm.gradients.sync import Traffic
+from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.held_parts import STEP
+from hvdlm.strategies.server.group import ServerGroup
+from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
+
+
+class ServedModel(Strategy):
+    """The parameters of a model become those that a server keeps, `owned`, which is all of them."""
+
+    def __init__(self, model: Transformer, alone: Communicator, group: ServerGroup, config: Config) -> None:
+        """`alone`: a communicator of this process."""
+        self.communicator, self._model = alone, model
+        self.owned = OwnedParameters(model, config, group)
+        self._parameters = dict(model.named_parameters())
+        self._step = 0  # of the last boundary
+        for name, kept in self.owned.parameters.items():
+            kept.copy_(self._parameters[name].detach().reshape(-1))
+            self._parameters[name].data = kept.view(self._parameters[name].shape)
+
+    # ---- one step
+
+    def begin_step(self, own: Report) -> Work[int]:
+        self.owned.zero_grad()
+        return Work.done(own.tokens)
+
+    def set_last_micro_batch(self) -> None:
+        pass  # workers make the passes
+
+    def wait(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass  # gradients are on the CPU
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(dense_bytes=0, wire_bytes=0, codec_seconds=0.0, first_sent=0.0)
+
+    def norm(self) -> Tensor:
+        return torch.tensor(self.owned.norm())
+
+    def norm_and_numbers(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm(), numbers[None]
+
+    @property
+    def channels(self) -> list[Channel]:
+        return []
+
+    def scale_(self, factor: float | Tensor) -> None:
+        self.owned.scale_(float(factor))
+
+    def scale_residuals_(self, factor: float) -> None:
+        pass  # workers have them
+
+    def leave_out_if(self, found: Tensor) -> bool:
+        return False
+
+    def apply(self, rate: float) -> None:
+        self.owned.step(1.0, rate)
+
+    def end_step(self) -> StepEnd:
+        return StepEnd(stop=False, save=False, unread=0, ranks_have_met=True)
+
+    def arrive(self) -> None:
+        pass
+
+    def finish(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def step_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def residuals(self) -> list[Tensor]:
+        return []
+
+    # ---- serving
+
+    def meet(self, step: int) -> None:
+        """All shares of so many batches have counted."""
+        self._step = step
+
+    # ---- the parameters to keep, and state
+
+    @property
+    def ranks_are_equal(self) -> bool:
+        return True
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self._parameters)
+
+    @contextmanager
+    def evaluation_parameters(self) -> Iterator[None]:
+        self._model.update_low_precision_weights()
+        yield
+
+    @torch.no_grad()
+    def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
+        for name, values in parameters or ():
+            self._parameters[name].copy_(values)
+
+    def log_numbers(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gradients": {"step": self._step, "trials": [], "ranks": self.communicator.size}}
+
+    def load_state_dict(self, state: dict[str, Any], step: int, as_saved: bool) -> None:
+        self._step = step
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            name: each if name.startswith(f"{STEP}.") else each.view(self._parameters[name.partition(".")[2]].shape)
+            for name, each in self.owned.state.items()
+        }
+
+    def rank_state(self) -> RankState:
+        return RankState()
+
+    def restored(self, residual_factor: float) -> None:
+        pass

@@ -1,0 +1,80 @@
+"""How a process begins that trains, or serves those who do: what it reads, where it computes, and from which model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.launch import detect, leave_word_to_rank_0
+from hvdlm.comm.rank_errors import on_all_ranks
+from hvdlm.config import Config
+from hvdlm.data.shard import DataSet
+from hvdlm.errors import HvdlmError, JobError
+from hvdlm.training.agreement import check_data_matches, check_devices_match
+from hvdlm.training.checkpoint_contents import Checkpoint
+from hvdlm.training.hardware import choose_device, share_cores
+from hvdlm.training.initial_weights import begin_with_weights
+from hvdlm.training.model import check_compiler, check_deterministic
+from hvdlm.training.saved_state import restore
+from hvdlm.training.trainer import Trainer
+
+
+class RankStart(NamedTuple):
+    """What a rank trains on and computes by."""
+
+    data: DataSet
+    vocab_size: int
+    device: torch.device
+    threads: int  # of the CPU
+
+
+def refuse_other_ranks(what: str) -> None:
+    """Raises HvdlmError if a launcher has started this process with others. `what`: it is."""
+    launch = detect(os.environ)
+    if launch.size > 1:
+        leave_word_to_rank_0(os.environ)
+        raise HvdlmError(
+            f"{what} is a process of its own, and {launch.launcher} has started {launch.size}: start each without it"
+        )
+
+
+def start_rank(config: Config, communicator: Communicator) -> RankStart:
+    """Opens the data set and chooses device and threads, with what all ranks have to have alike. Collective.
+
+    Raises JobError on all ranks if some rank cannot train as configured, or differs.
+    """
+    data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
+    check_data_matches(communicator, data)
+    vocab_size = vocabulary_size(config, data)
+    device = choose_device(config.train.device, communicator)
+    on_all_ranks(communicator, lambda: check_compiler(config, device))
+    on_all_ranks(communicator, lambda: check_deterministic(config, device))
+    check_devices_match(communicator, device, config)
+    return RankStart(data, vocab_size, device, share_cores(config.train.threads, communicator))
+
+
+def vocabulary_size(config: Config, data: DataSet) -> int:
+    """Tokens of the model. Raises JobError if the data set has more."""
+    if config.model.vocab_size and config.model.vocab_size < data.vocab_size:
+        raise JobError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {data.vocab_size} of {data.path}: "
+            f"set it to {data.vocab_size} or more, or to 0 for the data set's own"
+        )
+    return config.model.vocab_size or data.vocab_size
+
+
+def begin(trainer: Trainer, state: dict[str, Any] | None) -> list[str]:
+    """Lets a trainer begin with the checkpoint that has this `state`, with `model.from`, or anew; returns what the user
+    is to be told. Collective.
+    """
+    communicator = trainer.communicator
+    if state is not None:
+        return restore(trainer, Checkpoint(Path(state["path"])) if communicator.rank == 0 else None, state)
+    if trainer.config.model.from_:
+        return begin_with_weights(communicator, trainer)
+    trainer.start()
+    return []
