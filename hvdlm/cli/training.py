@@ -34,8 +34,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     serve = commands.add_parser(
         "serve",
         help="a parameter server, for workers that join and leave: hvdlm train with server.address",
-        description="Keeps the model, and trains it by the gradients of workers: `hvdlm train` with --server.address, on "
-        "any host and at any time. Needs server.listen and server.max_staleness.",
+        description="Keeps the model, and trains it by the gradients of workers: `hvdlm train` with --server.address, "
+        "on any host and at any time. Needs server.listen and server.max_staleness.",
         epilog=SETTINGS_EPILOG,
         allow_abbrev=False,
     )

@@ -55,7 +55,7 @@ class ServerMailbox(Mailbox):
             )[0]
             self._listener = socket.create_server(address, family=family, backlog=4096)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = (error.strerror or str(error)).partition(" (while")[0]
             raise HvdlmError(
                 f"cannot listen at server.listen = {host}:{port}: {reason}; give an address of this host, with a port "
                 "that is free"

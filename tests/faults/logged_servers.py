@@ -1,7 +1,8 @@
-"""`hvdlm train` whose servers log what they do: `logged_servers.py DIRECTORY FAULTS ARGUMENTS...`.
+"""`hvdlm train` or `serve` whose servers log what they do: `logged_servers.py DIRECTORY FAULTS ARGUMENTS...`.
 
 Each server appends records to DIRECTORY/RANK: tuples, as pickles. FAULTS: "WORKER:TASKS,...", or "-"; a worker is
-killed while it pushes the second bucket of the task after so many. One with "rests" in place of a number is slow.
+killed while it pushes the second bucket of the task after so many. One with "rests" in place of a number is slow. A
+process of its own is worker 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hvdlm.strategies.server.following import FollowingServer
 from hvdlm.strategies.server.group import Kind
 from hvdlm.strategies.server.owned import OwnedParameters
 
-RANK = int(os.environ["OMPI_COMM_WORLD_RANK"])
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
 
 
 def log_to(path: Path) -> None:
