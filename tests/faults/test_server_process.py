@@ -72,7 +72,7 @@ def test_the_curve_of_one_worker(small_data: Path, tmp_path: Path, alone: Path) 
 
 
 def test_workers_come_and_go(small_data: Path, tmp_path: Path) -> None:
-    """The first one is killed in the midst of a push; of two that come then one is asked to stop; the last comes late."""
+    """The first one is killed in the midst of a push; of the next two one is asked to stop; the last comes late."""
     with Served(tmp_path, small_data, **SETTINGS) as served:
         with served.worker("0:7") as killed:
             assert killed.finish(DEADLINE).status == -signal.SIGKILL
