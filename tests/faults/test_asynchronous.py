@@ -124,14 +124,18 @@ def test_every_push_and_pull_replayed(undisturbed: Path) -> None:
 
 
 def test_one_worker_is_never_late(small_data: Path, tmp_path: Path) -> None:
-    """50 steps of one worker and a server have the curve of training alone, clipped by the same norms."""
-    served, alone = tmp_path / "served", tmp_path / "alone"
+    """50 steps of one worker and a server have the curve of training alone, clipped by the same norms, by however many
+    shares of a batch.
+    """
+    alone = tmp_path / "alone"
     settings = {"optimizer__lr": 0.001, "comm__bucket_mb": 0.02}
-    result = train_job("mpirun", 2, small_data, served, server__ranks=1, server__max_staleness=4, **settings)
-    assert result.status == 0, result.output
     assert train_job("none", 1, small_data, alone, **settings).status == 0
-    assert_same_curve(losses(served), losses(alone), relative=1e-6)
-    assert {record["staleness"] for record in records(served)} == {0.0}
+    for shares in (0, 3):
+        served, of_servers = tmp_path / f"{shares} shares", {"server__ranks": 1, "server__max_staleness": 4}
+        result = train_job("mpirun", 2, small_data, served, server__shares=shares, **of_servers, **settings)
+        assert result.status == 0, result.output
+        assert_same_curve(losses(served), losses(alone), relative=1e-6)
+        assert {record["staleness"] for record in records(served)} == {0.0}
 
 
 def test_each_share_counts_once(undisturbed: Path) -> None:

@@ -11,7 +11,7 @@ from forked import hvdlm as run_hvdlm
 
 import hvdlm
 
-COMMANDS = ("train", "prepare", "inspect", "evaluate", "lm-eval", "generate", "install-horovod")
+COMMANDS = ("train", "serve", "prepare", "inspect", "evaluate", "lm-eval", "generate", "install-horovod")
 
 
 def test_help_names_every_command(tmp_path: Path) -> None:

@@ -365,8 +365,9 @@ def test_a_worker_with_other_data_or_software() -> None:
 
 
 def test_the_token_stays_and_is_for_its_owner_alone(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
     token = make_token(tmp_path)
-    assert len(token) == 64 and token != make_token((tmp_path / "other").mkdir() or tmp_path / "other")
+    assert len(token) == 64 and token != make_token(tmp_path / "other")
     file = tmp_path / "token"
     file.chmod(0o644)
     assert make_token(tmp_path) == token
