@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -32,11 +32,6 @@ _SECONDS_TO_RECOVER = 0.2
 
 # Seconds for workers to read why the server ends
 _SECONDS_TO_END = 5.0
-
-
-class _Worker(NamedTuple):
-    connection: LetterConnection
-    name: str
 
 
 class ServerMailbox(Mailbox):
@@ -64,8 +59,8 @@ class ServerMailbox(Mailbox):
         self.sent_bytes = 0
         self._numbers = itertools.count()
         self._arrived: queue.SimpleQueue[Letter] = queue.SimpleQueue()
-        self._workers: dict[int, _Worker] = {}
-        self._names: dict[int, str] = {}
+        self._workers: dict[int, LetterConnection] = {}
+        self._addresses: dict[int, str] = {}  # also of those that have gone
         self._dead: set[int] = set()
         self._lock = threading.Lock()
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
@@ -80,12 +75,14 @@ class ServerMailbox(Mailbox):
 
     def name_of(self, worker: int) -> str:
         """For sentences, also of one that has gone."""
-        return f"worker {worker} at {self._names[worker]}"
+        return f"worker {worker} at {self._addresses[worker]}"
 
     def disconnect(self, worker: int) -> None:
         """Ends the connection with a worker, which then counts as dead."""
-        if found := self._workers.get(worker):
-            found.connection.cut()
+        with self._lock:
+            found = self._workers.get(worker)
+        if found:
+            found.cut()
 
     def take(self) -> Letter | None:
         try:
@@ -94,7 +91,7 @@ class ServerMailbox(Mailbox):
             return None
 
     def has_sent(self) -> bool:
-        return all(each.connection.has_sent() for each in self._connected())
+        return all(each.has_sent() for each in self._connected())
 
     def dead(self) -> Collection[int]:
         with self._lock:
@@ -107,7 +104,7 @@ class ServerMailbox(Mailbox):
             numbers = list(self._workers)
         self.post(numbers, header)
         for each in self._connected():
-            each.connection.end()
+            each.end()
         end = time.monotonic() + _SECONDS_TO_END
         while self._connected() and time.monotonic() < end:
             time.sleep(0.01)
@@ -116,9 +113,9 @@ class ServerMailbox(Mailbox):
     def close(self) -> None:
         self._stop_listening()
         for each in self._connected():
-            each.connection.cut()
+            each.cut()
 
-    def _connected(self) -> list[_Worker]:
+    def _connected(self) -> list[LetterConnection]:
         with self._lock:
             return list(self._workers.values())
 
@@ -132,7 +129,7 @@ class ServerMailbox(Mailbox):
             with self._lock:
                 found = self._workers.get(destination)
             if found:
-                found.connection.post(message)
+                found.post(message)
                 self.sent_bytes += len(message)
 
     def _accept(self) -> None:
@@ -168,17 +165,14 @@ class ServerMailbox(Mailbox):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             number = next(self._numbers)
-            self._names[number] = address
+            self._addresses[number] = address
         admit(connection, Admission(number, self._shares))
         with self._lock:
-            self._workers[number] = _Worker(
-                LetterConnection(
-                    connection,
-                    f"worker-{number}",
-                    lambda message: self._arrived.put(letter_of(message, number)),
-                    lambda reason: self._note_end(number),
-                ),
-                address,
+            self._workers[number] = LetterConnection(
+                connection,
+                f"worker-{number}",
+                lambda message: self._arrived.put(letter_of(message, number)),
+                lambda reason: self._note_end(number),
             )
 
     def _note_end(self, worker: int) -> None:
