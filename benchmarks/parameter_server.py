@@ -36,11 +36,8 @@ _PERIOD = 0.1  # seconds of one stop and one go
 _DEADLINE = 900  # seconds of a job
 SIMULATED = Path(__file__).parent / "parameter_server" / "simulated_train.py"
 
-# By name: settings beside server.max_staleness
-CORRECTIONS: dict[str, dict[str, object]] = {
-    "none": {},
-    "by age": {"server.weigh_by_age": "true"},
-}
+# Ways of correcting what is late
+CORRECTIONS = ("none", "warm-up", "prediction", "both")
 
 
 class DutyCycle:
@@ -147,13 +144,23 @@ def own_speeds(options: argparse.Namespace, seed: int, directory: Path) -> float
     return sum(speed(directory / f"alone_{worker}") for worker in range(options.workers))
 
 
+def corrected(name: str, options: argparse.Namespace) -> dict[str, object]:
+    """The settings of a correction; a warm-up is a quarter of the steps."""
+    warmup_steps = options.steps // 4 if name in ("warm-up", "both") else 0
+    return {
+        "server.max_staleness": options.staleness,
+        "server.warmup_steps": warmup_steps,
+        "server.predict": str(name in ("prediction", "both")).lower(),
+    }
+
+
 def measure(options: argparse.Namespace) -> None:
     """All rounds; a seed each."""
     print(describe_run())
     ratios: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    kinds = {"synchronous": {"server.max_staleness": 0}}
-    kinds |= {name: {"server.max_staleness": options.staleness, **CORRECTIONS[name]} for name in options.corrections}
+    kinds: dict[str, dict[str, object]] = {"synchronous": {"server.max_staleness": 0}}
+    kinds |= {name: corrected(name, options) for name in options.corrections}
     with tempfile.TemporaryDirectory() as temporary:
         for number, seed in enumerate(options.seeds):
             directory = Path(temporary) / str(seed)

@@ -35,8 +35,16 @@ class ServerSection(Section):
         "at its own pace on what the first server hands out, and gradients of parameters that are more steps old do "
         "not count, and are made again",
     )
-    weigh_by_age: bool = Field(
-        False, description="with max_staleness, gradients that are n steps old count 1 / n times"
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="with max_staleness, first steps of a run in which a batch is handed out when all steps before are "
+        "made, so that no gradient is late",
+    )
+    predict: bool = Field(
+        False,
+        description="with max_staleness, a worker gets parameters as they would be when its gradients arrive, if each "
+        "step until then were the last one again",
     )
     shares: int = Field(
         0,
@@ -101,8 +109,8 @@ def server_misfits(config: Config) -> dict[str, bool]:
         f"adam, sgd or lion with {name}": is_used and algorithm in ("muon", "dion"),
         "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it, or "
         "server.listen": server.max_staleness > 0 and not is_used,
-        "server.weigh_by_age is for gradients that are late: set server.max_staleness with it": (
-            server.weigh_by_age and not is_asynchronous
+        "server.predict and server.warmup_steps are for gradients that are late: set server.max_staleness with them": (
+            (server.predict or server.warmup_steps > 0) and not is_asynchronous
         ),
         "server.shares are handed out to workers that do not wait for one another: set server.max_staleness with it": (
             server.shares > 0 and not is_asynchronous

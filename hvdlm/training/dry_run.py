@@ -95,7 +95,8 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         **{f"  {name}": f"{nbytes / 2**20:,.0f} MiB" for name, nbytes in parts.items() if nbytes},
     }
     if servers:
-        kept = (memory.parameters + memory.gradients + memory.moments) / servers
+        predicted = memory.parameters if config.server.predict else 0  # by those before the last step
+        kept = (memory.parameters + memory.gradients + memory.moments + predicted) / servers
         rows["memory a server, estimated"] = f"{(kept + libraries) / 2**20:,.0f} MiB"
     if train.batch_ramp_start:
         rows["sequences at first"] = f"{train.batch_ramp_start:,}, growing in {train.batch_ramp_steps:,} steps"

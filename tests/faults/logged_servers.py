@@ -37,7 +37,7 @@ def log_to(path: Path) -> None:
 
     load, add, step, serve = (
         OwnedParameters.load,
-        OwnedParameters.add_weighted,
+        OwnedParameters.add,
         OwnedParameters.step,
         OwnedParameters.weights,
     )
@@ -47,26 +47,28 @@ def log_to(path: Path) -> None:
         write("load", bucket, is_state, message.clone())
         load(own, bucket, is_state, message)
 
-    def logged_add(own: OwnedParameters, bucket: int, message: Tensor, weight: float) -> None:
-        write("add", bucket, message.clone(), weight)
-        add(own, bucket, message, weight)
+    def logged_add(own: OwnedParameters, bucket: int, message: Tensor) -> None:
+        write("add", bucket, message.clone())
+        add(own, bucket, message)
 
     def logged_step(own: OwnedParameters, factor: float, rate: float) -> None:
         write("step", factor, rate)
         step(own, factor, rate)
 
-    def logged_weights(own: OwnedParameters, bucket: int) -> Tensor:
-        sent = serve(own, bucket)
-        write("pull", bucket, sent.clone())
+    def logged_weights(own: OwnedParameters, bucket: int, ahead: float = 0.0) -> Tensor:
+        sent = serve(own, bucket, ahead)
+        write("pull", bucket, ahead, sent.clone())
         return sent
 
     def logged_act(own: FollowingServer, order: Letter) -> None:
         if order.kind in (Kind.ADD, Kind.DROP):
             _, task, worker, version = order.header
             write("task", Kind(order.kind).name, task, worker, own.version, version)
+        elif order.kind == Kind.SERVE:
+            write("serve", *order.header[1:3])
         act(own, order)
 
-    OwnedParameters.load, OwnedParameters.add_weighted = logged_load, logged_add  # type: ignore[method-assign]
+    OwnedParameters.load, OwnedParameters.add = logged_load, logged_add  # type: ignore[method-assign]
     OwnedParameters.step, OwnedParameters.weights = logged_step, logged_weights  # type: ignore[method-assign]
     FollowingServer.act = logged_act  # type: ignore[method-assign]
 

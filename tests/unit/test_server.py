@@ -108,4 +108,4 @@ def test_what_does_not_go_with_workers_that_do_not_meet(words: list[str], senten
 
 def test_settings_of_late_gradients() -> None:
     assert "set server.ranks with it" in refusal("--server.max_staleness", "4")
-    assert "set server.max_staleness with it" in refusal("--server.ranks", "1", "--server.weigh_by_age", "true")
+    assert "set server.max_staleness with them" in refusal("--server.ranks", "1", "--server.predict", "true")

@@ -18,13 +18,6 @@ from hvdlm.strategies.server.server import Server
 _ORDERS = frozenset({Kind.ADD, Kind.DROP, Kind.SUM, Kind.STEP, Kind.SERVE})
 
 
-def weight_of(staleness: int, settings: ServerSection) -> float:
-    """By what gradients are multiplied that are so many steps old (Zhang et al., "Staleness-aware Async-SGD for
-    Distributed Deep Learning", IJCAI 2016, equation 6, where a step is divided by the staleness of its gradients).
-    """
-    return 1 / max(1, staleness) if settings.weigh_by_age else 1.0
-
-
 class FollowingServer(Server):
     """Answers letters until the workers say that it is over."""
 
@@ -65,11 +58,10 @@ class FollowingServer(Server):
 
     def act(self, order: Letter) -> None:
         """Does what the first server has decided."""
-        kind, first, second, third = order.header
+        kind, first, second, _ = order.header
         if kind == Kind.ADD:
-            weight = weight_of(self.version - third, self._settings)
             for bucket, letter in sorted(self._pushed.pop((second, first)).items()):
-                self._owned.add_weighted(bucket, letter.data, weight)
+                self._owned.add(bucket, letter.data)
         elif kind == Kind.DROP:
             self._pushed.pop((second, first), None)
         elif kind == Kind.SUM:
@@ -78,7 +70,7 @@ class FollowingServer(Server):
         elif kind == Kind.STEP:
             self.step(*order.data.view(torch.float64).tolist())
         elif kind == Kind.SERVE:
-            self._serve(first)
+            self._serve(first, second / 1000)
 
     def step(self, factor: float, rate: float) -> None:
         """The next version of the parameters, which is the same again if `factor` is 0."""
@@ -87,6 +79,6 @@ class FollowingServer(Server):
         self._owned.zero_grad()
         self.version += 1
 
-    def _serve(self, worker: int) -> None:
+    def _serve(self, worker: int, ahead: float = 0.0) -> None:
         for bucket in self._owned.order:
-            self._mailbox.post([worker], (Kind.WEIGHTS, bucket, self.version), self._owned.weights(bucket))
+            self._mailbox.post([worker], (Kind.WEIGHTS, bucket, self.version), self._owned.weights(bucket, ahead))

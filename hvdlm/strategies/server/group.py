@@ -47,7 +47,7 @@ class Kind(IntEnum):
     DROP = 15  # (task, worker): it does not
     SUM = 16  # (): they are to say the NORM of the sums
     STEP = 17  # (step): as APPLY; a factor that is not finite leaves the step out
-    SERVE = 18  # (worker): it is to get parameters
+    SERVE = 18  # (worker, ahead): it is to get parameters, as predicted for so many thousandths of a step from now
 
 
 NONE = -1  # no task

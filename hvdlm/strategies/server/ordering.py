@@ -23,10 +23,13 @@ from hvdlm.comm.failure import wait_until
 from hvdlm.comm.mailbox import Letter
 from hvdlm.config import ServerSection
 from hvdlm.errors import HvdlmError
-from hvdlm.strategies.server.following import FollowingServer, weight_of
+from hvdlm.strategies.server.following import FollowingServer
 from hvdlm.strategies.server.group import NONE, Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
 from hvdlm.strategies.server.tasks import Tasks
+
+# The weight of a worker's newest share in how late it is
+_NEWEST = 0.2
 
 # Of each step, in the letter that tells of it, float64
 LINE = ("step", "loss", "tokens", "lr", "grad_norm", "dropped", "staleness", "workers", "seconds")
@@ -69,6 +72,9 @@ class OrderingServer(FollowingServer):
         self._is_at_boundary = True  # all workers have come there, or wait for the first tasks after it
         self._stops = False
         self._idle: list[int] = []  # workers that want a task, in the order in which they have asked
+        self._lateness: dict[
+            int, float
+        ] = {}  # by worker: steps, a mean that follows its last shares
         self._missing: dict[tuple[int, int], int] = {}  # by worker and task: servers that have not all of it
         self._early: dict[tuple[int, int], Letter] = {}  # by worker and task: it is done, but for that
         self._aside: deque[Letter] = deque()
@@ -142,6 +148,7 @@ class OrderingServer(FollowingServer):
                 self._tasks.give_back(worker)
             else:
                 self._tasks.done(worker)
+                self._lateness[worker] = (1 - _NEWEST) * self._lateness.get(worker, 0.0) + _NEWEST * age
                 self._order((Kind.ADD, task, worker, version))
                 loss, tokens = letter.data.view(torch.float64).tolist()
                 self._count(loss, tokens, task, age)
@@ -157,7 +164,7 @@ class OrderingServer(FollowingServer):
     def _count(self, loss: float, tokens: float, task: int, age: int) -> None:
         # Gradients are divided by the nominal tokens of their batch, which may differ from those of this step's
         nominal = self._plan.nominal_tokens(task // self._shares)
-        self._weighted += tokens / nominal * weight_of(age, self._settings)
+        self._weighted += tokens / nominal
         self._loss, self._tokens, self._ages = self._loss + loss, self._tokens + tokens, self._ages + age
         self._added += 1
         if self._added == self._shares:
@@ -202,12 +209,15 @@ class OrderingServer(FollowingServer):
                 return
             self._is_at_boundary, self._begun = False, time.monotonic()
             self._end = self._plan.boundary_after(self.version)
+        # Beginning with the step under way, in which nothing is late, until the warm-up is over
+        end = self._end if self.version >= self._settings.warmup_steps else min(self._end, self.version + 1)
         while self._idle:
-            task = self._tasks.hand_out(self._idle[0], self._end)
+            task = self._tasks.hand_out(self._idle[0], end)
             if task is None:
                 return
             worker = self._idle.pop(0)
-            self._order((Kind.SERVE, worker))
+            ahead = self._lateness.get(worker, 0.0) if self._settings.predict else 0.0
+            self._order((Kind.SERVE, worker, round(1000 * ahead)))
             self._mailbox.post([worker], (Kind.TASK, task, self.version), self._lines_for(worker))
 
     def _tell_boundary(self) -> None:

@@ -29,10 +29,13 @@ class OwnedParameters:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._kinds = state_kinds(config.optimizer, shapes)
         self._sums: list[Tensor] = []
+        self._before: list[Tensor] = []  # parameters by bucket, before the last step; none if nothing is predicted
         self._pieces: dict[str, nn.Parameter] = {}
         for bucket, codec in zip(self._buckets, self._codecs, strict=True):
             partition = bucket.partition
             self._sums.append(torch.zeros_like(partition.master))
+            if config.server.predict:
+                self._before.append(torch.zeros_like(partition.master))
             for name, piece in partition.pieces.items():
                 self._pieces[name] = nn.Parameter(partition.master[piece.span])
                 self._pieces[name].grad = self._sums[-1][piece.span]
@@ -68,12 +71,6 @@ class OwnedParameters:
         """Adds to the sums what a worker has pushed of a bucket, (n,) uint8."""
         self._codecs[bucket].add_message_(message, self._sums[bucket], self._server, self._servers)
 
-    def add_weighted(self, bucket: int, message: Tensor, weight: float) -> None:
-        """The same `weight` times."""
-        gradients = torch.zeros_like(self._sums[bucket])
-        self._codecs[bucket].add_message_(message, gradients, self._server, self._servers)
-        self._sums[bucket].add_(gradients, alpha=weight)
-
     def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """The same for gradients of this process's own, by the names of parameters, all of which this server keeps."""
         for name, gradient in gradients.items():
@@ -95,13 +92,21 @@ class OwnedParameters:
         self.scale_(factor)
         add_penalties_(self._decaying, self._settings)
         set_learning_rate(self._optimizer, rate)
+        for number, before in enumerate(self._before):
+            before.copy_(self._buckets[number].partition.master)
         self._optimizer.step()
 
     # ---- as messages
 
-    def weights(self, bucket: int) -> Tensor:
-        """The parameters of a bucket as workers get them."""
-        return self._buckets[bucket].partition.master.to(self._buckets[bucket].pulled_as)
+    def weights(self, bucket: int, ahead: float = 0.0) -> Tensor:
+        """The parameters of a bucket as workers get them, `ahead` steps from now if each of these were the last one
+        again: linear weight prediction (Kosson et al., "Pipelined Backpropagation at Scale", MLSys 2021, section 3.2).
+        """
+        own = self._buckets[bucket]
+        weights = own.partition.master
+        if ahead:
+            weights = (weights - self._before[bucket]).mul_(ahead).add_(weights)
+        return weights.to(own.pulled_as)
 
     def kept(self, bucket: int, is_state: bool) -> Tensor:
         """The parameters of a bucket, or all the optimizer keeps of them, float32."""
@@ -113,6 +118,8 @@ class OwnedParameters:
         numbers = message.view(torch.float32).split([each.numel() for each in into])
         for tensor, values in zip(into, numbers, strict=True):
             tensor.copy_(values.view_as(tensor))
+        if self._before and not is_state:
+            self._before[bucket].copy_(into[0])  # no step is known that could be made again
 
     def _state_of(self, bucket: int) -> list[Tensor]:
         pieces = pieces_of_state(self._buckets[bucket].partition, self._server, self._kinds)
