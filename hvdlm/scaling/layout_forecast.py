@@ -156,7 +156,7 @@ class _Stage:
         # As many bytes as what sequence parallelism gathers and reduces (Korthikanti et al. 2022, arXiv:2205.05198).
         # MPI adds no 16-bit numbers: on CPUs they are sent as float32
         item = 4 if cluster.device == "cpu" else scenario.item
-        reduction = 2 * cluster.gather(item * tokens * model.width, layout.tensor, 1)
+        reduction = cluster.reduction(item * tokens * model.width, layout.tensor, 1)
         forward = products + _MOVED_FORWARD * moved
         repeated, repeated_reductions = _recomputed(scenario)
         self.compute = (1 + repeated) * forward + 2 * products + _MOVED_BACKWARD * moved

@@ -70,6 +70,23 @@ def test_groups_that_are_far_apart_share_a_host_s_link() -> None:
     assert CLUSTER.message(1e8, 2) == pytest.approx(0.1)
 
 
+def test_an_emulated_link_that_was_idle_carries_a_burst() -> None:
+    bursts = replace(CLUSTER, burst=1e8)  # a second of the link between hosts
+    assert bursts.reduction(8e9, 8, 1) == pytest.approx(CLUSTER.reduction(8e9, 8, 1) - 1)
+    assert bursts.reduction(8e9, 4, 1) == CLUSTER.reduction(8e9, 4, 1) == 2 * CLUSTER.gather(8e9, 4, 1)
+    assert bursts.message(1e8, 4) == pytest.approx(CLUSTER.message(1e8, 4) - 1)
+    assert bursts.message(1e6, 4) == bursts.reduction(0, 8, 1) == 0
+
+
+def test_a_core_moves_what_goes_through_shared_memory() -> None:
+    on_cpus = replace(CLUSTER, device="cpu", core_seconds_per_byte=1e-9)
+    assert on_cpus.gather_core_seconds(8e9, 8, 1) == pytest.approx(7.0)  # to other hosts
+    assert on_cpus.gather_core_seconds(8e9, 4, 1) == pytest.approx(6e9 * 1e-9)  # at the speed of the link, 1 GB/s
+    fast = replace(on_cpus, inside=Link(1e11, 0.0))
+    assert fast.gather_core_seconds(8e9, 4, 1) == pytest.approx(6e9 * 0.6e-9)
+    assert CLUSTER.gather_core_seconds(8e9, 4, 1) == 0
+
+
 # ---- steps
 
 
