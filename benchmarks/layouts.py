@@ -96,11 +96,11 @@ def measure_link(setup: Setup) -> str:
             "--output",
             directory,
         ]
-        sizes = ["--smallest", "4mb", "--largest", "16mb"]
+        sizes = ["--smallest", "16mb", "--largest", "16mb", "--dtypes", "float32"]
         subprocess.run([*cluster.launcher, *script, *sizes], env=environment(), stdout=subprocess.DEVNULL, check=True)
         found = json.loads(Path(directory, "allreduce-results.json").read_text(encoding="utf-8"))
-    best: float = max(row["bus_bandwidth"] for row in found["rows"])
-    return f"{round(8 * best / LINK_SHARE / 1e6)}mbit"
+    (attained,) = (row["bus_bandwidth"] for row in found["rows"] if row["way"] == "hvdlm mpi")
+    return f"{round(8 * attained / LINK_SHARE / 1e6)}mbit"
 
 
 def _median_seconds(measured: Sequence[SystemResult]) -> float:

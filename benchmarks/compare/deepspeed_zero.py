@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from common.batches import open_loader
+from common.torch_adamw import torch_adamw
 from compare.systems import MeanLoss, System, divide, initial_model
 from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.data.shard import DataSet
-from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
+from hvdlm.strategies.optimizer import set_learning_rate
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 
@@ -38,7 +39,7 @@ def zero(stage: int, config: Config, communicator: Communicator, data: DataSet) 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)  # takes the group that is there
     model = initial_model(config, data)
     mean_loss = MeanLoss(model, config.train.precision)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = torch_adamw(model, config.optimizer)
     engine, *_ = deepspeed.initialize(
         model=mean_loss, optimizer=optimizer, config=_settings(stage, config, communicator.size)
     )

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.batches import open_loader
 from common.methods import Method
+from common.torch_adamw import torch_adamw
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, Precision
@@ -28,7 +29,7 @@ from hvdlm.data.loader import Batch
 from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
+from hvdlm.strategies.optimizer import set_learning_rate
 from hvdlm.training.parts_file import put
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
@@ -98,7 +99,7 @@ def fsdp2(config: Config, communicator: Communicator, data: DataSet) -> System:
     mean_loss = MeanLoss(model, config.train.precision)
     for module in (*model.blocks, mean_loss):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = torch_adamw(model, config.optimizer)
     return System(
         lambda: {name: each.full_tensor() for name, each in model.named_parameters()},
         plain_step(mean_loss, optimizer, config, communicator, data),
@@ -121,7 +122,7 @@ def torchft_diloco(config: Config, communicator: Communicator, data: DataSet) ->
 
     model = initial_model(config, data)
     mean_loss = MeanLoss(model, config.train.precision)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = torch_adamw(model, config.optimizer)
     diloco = TorchftDiLoCo(model, optimizer, communicator, DILOCO_EVERY, DILOCO_OVERLAP)
     return System(diloco.averaged, plain_step(mean_loss, optimizer, config, communicator, data))
 
@@ -196,7 +197,7 @@ def _ddp(
     config: Config, communicator: Communicator, data: DataSet, register: Callable[[DistributedDataParallel], None]
 ) -> System:
     model = initial_model(config, data)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = torch_adamw(model, config.optimizer)
     replica = DistributedDataParallel(MeanLoss(model, config.train.precision), gradient_as_bucket_view=True)
     register(replica)
     step = plain_step(
@@ -244,7 +245,7 @@ def _horovod(config: Config, communicator: Communicator, data: DataSet, compress
     model = initial_model(config, data)
     mean_loss = MeanLoss(model, config.train.precision)
     optimizer = hvd.DistributedOptimizer(
-        make_optimizer(model, config.optimizer),
+        torch_adamw(model, config.optimizer),
         # Horovod identifies tensors by name, and two of its optimizers may share a job
         named_parameters=[(f"{compression}.{name}", parameter) for name, parameter in model.named_parameters()],
         compression=getattr(hvd.Compression, compression),

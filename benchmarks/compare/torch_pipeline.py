@@ -16,6 +16,7 @@ from torch.distributed import pipelining
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.batches import open_loader
+from common.torch_adamw import torch_adamw
 from compare.systems import System, initial_model
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
@@ -24,7 +25,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer
 from hvdlm.parallel.pipeline.stages import Stage, blocks_by_cost, divide, flops
-from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
+from hvdlm.strategies.optimizer import set_learning_rate
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
 
@@ -38,7 +39,7 @@ def pipeline(schedule_name: str, config: Config, communicator: Communicator, dat
     model = initial_model(config, data)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     stage = _StageModule(model, stages[rank], dtype)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer = torch_adamw(model, config.optimizer)
     ends = distributed.new_group([0, ranks - 1])
     shared = model.token_embedding if config.model.tie_embeddings else None  # None between the ends, too
     is_copy = shared is not None and rank > 0

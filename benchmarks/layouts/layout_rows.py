@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common.methods import parse_method
@@ -13,7 +13,9 @@ from common.results import markdown_table
 from common.setups import Setup
 from compare.measurement import Measurement, SystemResult
 from compare.registry import LIMIT, hvdlm_name
+from hvdlm.cluster.fabric.network import burst_bytes
 from hvdlm.comm.mesh import mesh_shape
+from hvdlm.comm.rate import parse_rate
 from hvdlm.config import Config
 from hvdlm.model.layout import Layout
 from hvdlm.scaling.forecast_options import ForecastOptions
@@ -102,6 +104,8 @@ def _row(
             str(setup.ranks), 1 if setup.rate else setup.ranks, link=setup.rate, inside_link=inside_link
         )
         cluster = forecast_cluster(None, speed, config, options)
+        if setup.rate:
+            cluster = replace(cluster, burst=burst_bytes(parse_rate(setup.rate)))
         return choice(config, vocab_size, layout, config.train.global_batch_size, cluster).step
 
     forecasts = [forecast(limit.step_seconds) for limit, _ in pairs]

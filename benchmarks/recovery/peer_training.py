@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.torch_adamw import torch_adamw
 from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.data.loader import Loader
@@ -19,7 +20,7 @@ from hvdlm.data.shard import DataSet
 from hvdlm.model.loss import token_loss
 from hvdlm.model.presets import PRESETS
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import make_optimizer, set_learning_rate
+from hvdlm.strategies.optimizer import set_learning_rate
 from hvdlm.training.schedule import learning_rate
 
 
@@ -75,7 +76,7 @@ class PeerTraining:
         self.steps = self.config.train.steps
         torch.set_num_threads(1)
         self.model = LanguageModel(self.config, self.data)
-        self.optimizer = make_optimizer(self.model, self.config.optimizer)
+        self.optimizer = torch_adamw(self.model, self.config.optimizer)
 
     def open_batches(self, rank: int, size: int, start: int) -> Loader:
         """The part of one of `size` ranks in the global batches from number `start` on."""

@@ -18,6 +18,10 @@ TCP_SHARE = 1448 / 1538
 # in benchmarks/results/scaling/fabric-weak
 TCP_CORE_SECONDS = 1.15e-9
 
+# The same within a host, where gradients are copied to and from buckets: as the steps of layouts.py take it of data
+# parallelism (benchmarks/results/layouts.md), which has nothing else to exchange
+SHARED_MEMORY_CORE_SECONDS = 0.6e-9
+
 
 @dataclass(frozen=True)
 class Link:
@@ -39,6 +43,7 @@ class Cluster:
     between: Link  # of each host
     device: str = "cuda"  # or "cpu": what ranks compute on
     core_seconds_per_byte: float = 0.0  # sent to another host, of the cores that compute; none of a GPU's
+    burst: float = 0.0  # bytes that a link between hosts carries at once when it was idle: of an emulated one
 
     def gather(self, nbytes: float, ranks: int, stride: int, messages: int = 1) -> float:
         """Seconds of an all-gather or a reduce-scatter of so many bytes among `ranks` ranks, `stride` apart, in so many
@@ -50,7 +55,7 @@ class Cluster:
         """
         if ranks == 1:
             return 0.0
-        per_host = max(1, min(ranks, self.ranks_per_host // stride))
+        per_host = self._ranks_of_host(ranks, stride)
         sent, hops = nbytes * (ranks - 1) / ranks, messages * (ranks - 1)
         seconds = sent / self.inside.bytes_per_second if per_host > 1 else 0.0
         if per_host == ranks:
@@ -64,11 +69,24 @@ class Cluster:
         if ranks == 1 or self.device != "cpu":
             return 0.0
         sent = nbytes * (ranks - 1) / ranks
-        per_host = max(1, min(ranks, self.ranks_per_host // stride))
-        return sent / self.inside.bytes_per_second if per_host == ranks else sent * self.core_seconds_per_byte
+        if self._ranks_of_host(ranks, stride) == ranks:
+            return sent * max(SHARED_MEMORY_CORE_SECONDS, 1 / self.inside.bytes_per_second)
+        return sent * self.core_seconds_per_byte
+
+    def reduction(self, nbytes: float, ranks: int, stride: int) -> float:
+        """Seconds of an all-reduce of so many bytes that finds the link idle."""
+        seconds = 2 * self.gather(nbytes, ranks, stride)
+        if ranks == 1 or self._ranks_of_host(ranks, stride) == ranks:
+            return seconds
+        return seconds - min(self.burst, 2 * nbytes * (ranks - 1) / ranks) / self.between.bytes_per_second
+
+    def _ranks_of_host(self, ranks: int, stride: int) -> int:
+        """How many of `ranks` ranks, `stride` apart, one host has."""
+        return max(1, min(ranks, self.ranks_per_host // stride))
 
     def message(self, nbytes: float, stride: int) -> float:
-        """Seconds in which every rank sends so many bytes to the one `stride` ranks on."""
+        """Seconds in which every rank sends so many bytes to the one `stride` ranks on, and finds the link idle."""
         if stride < self.ranks_per_host:
             return nbytes / self.inside.bytes_per_second + self.inside.latency
-        return nbytes * self.ranks_per_host / self.between.bytes_per_second + self.between.latency
+        of_host = nbytes * self.ranks_per_host
+        return (of_host - min(self.burst, of_host)) / self.between.bytes_per_second + self.between.latency

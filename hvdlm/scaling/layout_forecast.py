@@ -7,9 +7,9 @@ The bubble is what other stages take for one micro-batch (1F1B: Narayanan et al.
 and the messages between stages while the pipeline fills and drains. In between, a stage goes on with a new micro-batch
 when one of those under way has come back from all stages after it: where few are under way that takes longer than
 passes, and ranks wait for messages. ZeRO's gathers and reductions (Rajbhandari et al. 2020, arXiv:1910.02054, section
-7) go on beside passes; exposed is what is longer than the pass, and one block's part; on a CPU at least what the
-cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights beside the forward pass that
-follows.
+7) go on beside passes, block by block; exposed is what is longer than the pass, and one block's part; on a CPU also
+what the cores, which compute meanwhile, take to send and receive. Stages 1 and 2 gather weights beside the forward pass
+that follows.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Stage:
         # As many bytes as what sequence parallelism gathers and reduces (Korthikanti et al. 2022, arXiv:2205.05198).
         # MPI adds no 16-bit numbers: on CPUs they are sent as float32
         item = 4 if cluster.device == "cpu" else scenario.item
-        reduction = 2 * cluster.gather(item * tokens * model.width, layout.tensor, 1)
+        reduction = cluster.reduction(item * tokens * model.width, layout.tensor, 1)
         forward = products + _MOVED_FORWARD * moved
         repeated, repeated_reductions = _recomputed(scenario)
         self.compute = (1 + repeated) * forward + 2 * products + _MOVED_BACKWARD * moved
@@ -223,8 +223,11 @@ def _exposed_and_optimizer(
     across = half_across + half_across
 
     def beside(messages: _Message, pass_seconds: float) -> float:
-        """Exposed: one block's part, and what is longer than the pass; at least what cores take."""
-        return max(messages.seconds - pass_seconds, messages.seconds / stage.blocks, messages.core_seconds)
+        """Exposed of messages that go on beside the pass of all blocks but one, the first or the last: what is longer,
+        or, where the pass is, that block's part, and what cores take of all others.
+        """
+        most = 1 - 1 / stage.blocks
+        return max(messages.seconds - most * pass_seconds, (1 - most) * messages.seconds + most * messages.core_seconds)
 
     last = beside(reduction + across, stage.backward)  # of the last micro-batch, after which the sums are complete
     before = 0.0

@@ -15,6 +15,9 @@ from hvdlm.scaling.layout_forecast import moved_bytes_per_token
 # each moment is read and written
 OPTIMIZER_BYTES: dict[Algorithm, int] = {"adamw": 28, "adam": 28, "dion": 28, "muon": 28, "sgd": 20, "lion": 20}
 
+# Of a step of one rank on a CPU, what its matrix products take: 61% with AVX512-BF16 (benchmarks/results/one_rank.md)
+CPU_PRODUCTS = 0.6
+
 
 @dataclass(frozen=True)
 class RankSpeed:
@@ -54,7 +57,11 @@ def rank_speed(
     if device is None:
         assert tokens_per_second is not None
         flops = tokens_per_second * per_token
-        return RankSpeed(flops, flops, math.inf, 0.0, None, None)
+        if config.train.device != "cpu":
+            return RankSpeed(flops, flops, math.inf, 0.0, None, None)
+        moved = moved_bytes_per_token(config.model, config.train.precision)
+        bandwidth = moved * tokens_per_second / (1 - CPU_PRODUCTS)
+        return RankSpeed(flops, flops / CPU_PRODUCTS, bandwidth, 0.0, None, None)
     chip = device_named(device)
     peak = chip.peak_flops(config.train.precision)
     if peak is None:

@@ -28,7 +28,7 @@ from hvdlm.scaling.commands import predict
 from hvdlm.scaling.fit import fit
 from hvdlm.scaling.forecast_options import ForecastOptions
 from hvdlm.scaling.layout_commands import forecast_cluster
-from hvdlm.scaling.layout_forecast import LayoutScenario, forecast_layout, utilisation
+from hvdlm.scaling.layout_forecast import LayoutScenario, forecast_layout, moved_bytes_per_token, utilisation
 from hvdlm.scaling.layout_search import choice, layouts, search
 from hvdlm.scaling.point import write_record
 from hvdlm.scaling.published_runs import RUNS, cluster_of, residuals, spread
@@ -68,6 +68,23 @@ def test_groups_that_are_far_apart_share_a_host_s_link() -> None:
     assert CLUSTER.gather(8e9, 4, 2) == pytest.approx(2 * 80 * 3 / 4)
     assert CLUSTER.message(1e8, 4) == pytest.approx(4)
     assert CLUSTER.message(1e8, 2) == pytest.approx(0.1)
+
+
+def test_an_emulated_link_that_was_idle_carries_a_burst() -> None:
+    bursts = replace(CLUSTER, burst=1e8)  # a second of the link between hosts
+    assert bursts.reduction(8e9, 8, 1) == pytest.approx(CLUSTER.reduction(8e9, 8, 1) - 1)
+    assert bursts.reduction(8e9, 4, 1) == CLUSTER.reduction(8e9, 4, 1) == 2 * CLUSTER.gather(8e9, 4, 1)
+    assert bursts.message(1e8, 4) == pytest.approx(CLUSTER.message(1e8, 4) - 1)
+    assert bursts.message(1e6, 4) == bursts.reduction(0, 8, 1) == 0
+
+
+def test_a_core_moves_what_goes_through_shared_memory() -> None:
+    on_cpus = replace(CLUSTER, device="cpu", core_seconds_per_byte=1e-9)
+    assert on_cpus.gather_core_seconds(8e9, 8, 1) == pytest.approx(7.0)  # to other hosts
+    assert on_cpus.gather_core_seconds(8e9, 4, 1) == pytest.approx(6e9 * 1e-9)  # at the speed of the link, 1 GB/s
+    fast = replace(on_cpus, inside=Link(1e11, 0.0))
+    assert fast.gather_core_seconds(8e9, 4, 1) == pytest.approx(6e9 * 0.6e-9)
+    assert CLUSTER.gather_core_seconds(8e9, 4, 1) == 0
 
 
 # ---- steps
@@ -135,7 +152,7 @@ def test_weights_of_stages_1_and_2_come_back_beside_the_next_forward_pass() -> N
     """In 16 bits 2 x 1/2 bytes a number; gradients in float32, on a link on which a pass hides neither."""
     step = forecast_layout(scenario(Layout(1, shard=2), 2), replace(CLUSTER, flops=1e12, inside=Link(1e6, 0.0)))
     forward = 32 * FLOPS / 1e12 / 3
-    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) / 1e6 - 3 * forward)
+    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) / 1e6 - 3 * forward * 3 / 4)  # beside three of four blocks
     slow_passes = replace(CLUSTER, flops=1e6, inside=Link(1e6, 0.0))  # one block's part of each is left
     step = forecast_layout(scenario(Layout(2, shard=2), 2), slow_passes)
     assert step.exposed == pytest.approx(NUMBERS * (2 + 1) / 1e6 / 4)
@@ -147,12 +164,32 @@ def test_cores_that_send_do_not_compute() -> None:
     """
     hosts = replace(CLUSTER, flops=1e6, ranks_per_host=1, device="cpu", core_seconds_per_byte=1e-6)
     step = forecast_layout(scenario(Layout(1, shard=2), 2), hosts)
-    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) * 1e-6)
-    assert forecast_layout(scenario(Layout(data=2), 2), hosts).exposed == pytest.approx(NUMBERS * 4 * 1e-6)
+    of_byte = 3 / 4 * 1e-6 + 1 / 4 / 1e8  # one of four blocks' messages go on beside no pass
+    assert step.exposed == pytest.approx(NUMBERS * (2 + 1) * of_byte)
+    assert forecast_layout(scenario(Layout(data=2), 2), hosts).exposed == pytest.approx(NUMBERS * 4 * of_byte)
     on_gpus = forecast_layout(scenario(Layout(data=2), 2), replace(hosts, device="cuda"))
     assert on_gpus.exposed == pytest.approx(NUMBERS * 4 / 1e8 / 4)  # one block's part
     within = forecast_layout(scenario(Layout(data=2), 2), replace(hosts, ranks_per_host=2, inside=Link(1e6, 0.0)))
     assert within.exposed == pytest.approx(NUMBERS * 4 / 1e6)
+
+
+def test_tensor_ranks_on_cpus_share_products_alone() -> None:
+    """Of a step of one rank 60% are products, which two share, and of the rest what is kept for norms is on both."""
+    asked = load(None, ["--model.layers=2", "--model.width=64", "--train.device=cpu"], PRESETS)
+    speed = rank_speed(asked, 257, None, None, 1000.0)
+    assert speed is not None
+    one = speed.product_flops, speed.memory_bandwidth
+    per_token = flops_per_token(asked.model, 257)
+    assert per_token / one[0] == pytest.approx(0.6e-3)
+    assert moved_bytes_per_token(asked.model, "fp32") / one[1] == pytest.approx(0.4e-3)
+    cluster = replace(CLUSTER, flops=one[0], memory_bandwidth=one[1], inside=Link(math.inf, 0.0), optimizer_seconds=0.0)
+
+    def seconds(tensor: int) -> float:
+        one_sequence = LayoutScenario(asked.model, 257, Layout(tensor=tensor), 1, 1, "fp32")
+        return forecast_layout(one_sequence, cluster).seconds / asked.model.context_length
+
+    assert seconds(1) == pytest.approx(1e-3, rel=1e-6)
+    assert 0.5e-3 < seconds(2) < 0.3e-3 + 0.4e-3
 
 
 def test_tensor_ranks_on_cpus_sum_in_float32() -> None:
