@@ -33,10 +33,15 @@ class RankStart(NamedTuple):
 
 
 def refuse_other_ranks(what: str) -> None:
-    """Raises HvdlmError if a launcher has started this process with others. `what`: it is."""
+    """Raises HvdlmError if a launcher has started this process with others, which leave it to rank 0 to say so.
+
+    `what`: it is.
+    """
     launch = detect(os.environ)
     if launch.size > 1:
         leave_word_to_rank_0(os.environ)
+        if launch.rank:
+            raise SystemExit(1)
         raise HvdlmError(
             f"{what} is a process of its own, and {launch.launcher} has started {launch.size}: start each without it"
         )

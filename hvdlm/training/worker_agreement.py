@@ -35,7 +35,7 @@ def description(config: Config, data: DataSet) -> dict[str, Any]:
 
 def difference(config: Config, data: DataSet, said: Mapping[str, Any]) -> str | None:
     """Why a worker that says this of itself cannot train for a server with these settings and data; None if it can."""
-    shared, settings = (said.get(key) if isinstance(said.get(key), dict) else {} for key in ("shared", "settings"))
+    shared, settings = (_table(said.get(key)) for key in ("shared", "settings"))
     for subject, own in _shared(config, data).items():
         if (other := shared.get(subject, "nothing like it")) != own.value:
             return f"{subject}: it has {str(other)[:200]}, and the server {own.value}; {own.remedy}"
@@ -48,6 +48,10 @@ def difference(config: Config, data: DataSet, said: Mapping[str, Any]) -> str | 
         return None
     more = f" and {len(unlike) - _MOST_NAMED} more" if len(unlike) > _MOST_NAMED else ""
     return f"it has {', '.join(unlike[:_MOST_NAMED])}{more}; give both one configuration"
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _shared(config: Config, data: DataSet) -> dict[str, Shared]:

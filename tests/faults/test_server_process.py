@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from forked import hvdlm
 from jobs import assert_same_curve, command, losses, records, train
 from launcher import Result, launcher_command, run
 from served import DEADLINE, SHARES, Served
@@ -15,6 +16,7 @@ from test_resume import wait_for_step
 from hvdlm.training.checkpoint import open_state
 
 STEPS = 30
+TOKEN = {"HVDLM_SERVER_TOKEN": "0" * 64}  # of no server
 # A rate at which one rounding does not grow into another curve, and does not depend on how many steps there are
 SETTINGS = {
     "train__steps": STEPS,
@@ -137,7 +139,7 @@ def test_a_worker_that_stands_still(small_data: Path, tmp_path: Path) -> None:
     """Its share is handed out again after comm.timeout; when it goes on it is told that it is too late."""
     settings = {**SETTINGS, "comm__timeout": 3}
     with Served(tmp_path, small_data, **settings) as served, served.worker("0:rests") as still:
-        served.wait_for_events("joins")
+        served.wait_for_events("joins:")
         wait_for_step(served.job, served.run, 1)
         still.process.send_signal(signal.SIGSTOP)
         with served.worker() as worker:
@@ -154,16 +156,19 @@ def test_who_is_refused(small_data: Path, tmp_path: Path) -> None:
     with Served(tmp_path, small_data, **SETTINGS) as served:
         for settings, sentence in (
             ({"train__seed": 1}, "it has train.seed = 1, which is 0 on the server; give both one configuration"),
-            ({"token": "0" * 64}, "has closed the connection: give the token that hvdlm serve has written"),
+            (
+                {"token": TOKEN["HVDLM_SERVER_TOKEN"]},
+                "has closed the connection: give the token that hvdlm serve has written",
+            ),
             ({"token": ""}, "needs the token of that server: set server.token_file"),
         ):
             with served.worker(**settings) as worker:  # type: ignore[arg-type]
                 assert_ends(worker.finish(DEADLINE), 1, sentence)
-        with served.worker(token="", server__token_file=served.run / "token") as worker:
-            served.wait_for_events("joins")
+        with served.worker("0:rests", token="", server__token_file=served.run / "token") as worker:
+            served.wait_for_events("joins:")
             worker.process.kill()
         served.wait_for_events("has gone")
-        assert len(served.events("joins")) == 1
+        assert len(served.events("joins:")) == 1
         served.job.process.send_signal(signal.SIGTERM)
         assert served.job.finish(DEADLINE).status == 75
 
@@ -173,9 +178,12 @@ def test_what_cannot_begin(small_data: Path, tmp_path: Path) -> None:
     other = {"server__max_staleness": 4, "server__listen": "127.0.0.1:0"}
 
     def refused(command_name: str, sentence: str, *options: str, ranks: int = 1, **settings: object) -> None:
-        words = command(small_data, tmp_path / "run", *options, **settings)
-        launcher = launcher_command("mpirun", ranks) if ranks > 1 else []
-        result = run([*launcher, words[0], command_name, *words[2:]], DEADLINE, {"HVDLM_SERVER_TOKEN": "0" * 64})
+        program, _, *words = command(small_data, tmp_path / "run", *options, **settings)
+        if ranks > 1:
+            result = run([*launcher_command("mpirun", ranks), program, command_name, *words], DEADLINE, TOKEN)
+        else:
+            done = hvdlm(command_name, *words, cwd=tmp_path, **TOKEN)
+            result = Result(done.returncode, done.stdout + done.stderr)
         assert result.status == 1, result.output
         assert sentence in result.output and result.output.count("hvdlm: error:") == 1, result.output
         assert not (tmp_path / "run").exists()
