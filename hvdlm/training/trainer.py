@@ -232,7 +232,7 @@ class Trainer:
         timer.end_phase("wait")
         activity.begin_wait(f"the other ranks at the end of step {step}")
         self._losses, self._tokens = losses if counts else [], tokens
-        norm = self._norm_of_gradients()
+        norm = self.elastic.norm() if self.elastic else self.strategy.norm()
         timer.end_phase("wait")
         self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
         self._report_step()
@@ -353,10 +353,6 @@ class Trainer:
         # A power of two, so that gradients in bf16 and fp32, which need no loss scale, are what they are without
         grad_scale = 2.0 ** math.floor(math.log2(factor)) if self.loss_scale.is_dynamic else 1.0
         return self.model.token_loss(hidden, targets, grad_scale)
-
-    def _norm_of_gradients(self) -> Tensor:
-        """The global norm of the summed gradients."""
-        return self.elastic.norm() if self.elastic else self.strategy.norm()
 
     def _unscale(self) -> float:
         """By what the summed gradients are multiplied to be those of the mean loss."""

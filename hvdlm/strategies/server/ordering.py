@@ -72,9 +72,7 @@ class OrderingServer(FollowingServer):
         self._is_at_boundary = True  # all workers have come there, or wait for the first tasks after it
         self._stops = False
         self._idle: list[int] = []  # workers that want a task, in the order in which they have asked
-        self._lateness: dict[
-            int, float
-        ] = {}  # by worker: steps, a mean that follows its last shares
+        self._lateness: dict[int, float] = {}  # by worker: steps, a mean that follows its last shares
         self._missing: dict[tuple[int, int], int] = {}  # by worker and task: servers that have not all of it
         self._early: dict[tuple[int, int], Letter] = {}  # by worker and task: it is done, but for that
         self._aside: deque[Letter] = deque()
