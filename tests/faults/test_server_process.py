@@ -137,7 +137,7 @@ def test_a_signal_to_the_server(has_worker: bool, small_data: Path, tmp_path: Pa
 
 def test_a_worker_that_stands_still(small_data: Path, tmp_path: Path) -> None:
     """Its share is handed out again after comm.timeout; when it goes on it is told that it is too late."""
-    settings = {**SETTINGS, "comm__timeout": 3}
+    settings = {**SETTINGS, "comm__timeout": 5}
     with Served(tmp_path, small_data, **settings) as served, served.worker("0:rests") as still:
         served.wait_for_events("joins:")
         wait_for_step(served.job, served.run, 1)
@@ -147,7 +147,7 @@ def test_a_worker_that_stands_still(small_data: Path, tmp_path: Path) -> None:
         assert served.job.finish(DEADLINE).status == 0
         still.process.send_signal(signal.SIGCONT)
         assert_ends(still.finish(DEADLINE), 1, "has gone")
-    assert "for it takes longer than 3 s (comm.timeout) for a share" in served.events("is disconnected")[0]
+    assert "for it takes longer than 5 s (comm.timeout) for a share" in served.events("is disconnected")[0]
     assert Counter(served.tasks("ADD")) == Counter(range(STEPS * SHARES))
 
 
