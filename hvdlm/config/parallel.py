@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from hvdlm.config.section import Section
 
 Schedule = Literal["gpipe", "1f1b", "eager_1f1b", "interleaved", "zero_bubble", "zero_bubble_h2"]
+DIVIDED_SCHEDULES = ("zero_bubble", "zero_bubble_h2")  # which make gradients of weights apart from those of inputs
 
 
 def check_split(text: str) -> str:
@@ -66,7 +67,7 @@ class ParallelSection(Section):
     @property
     def divides_backward_passes(self) -> bool:
         """Whether gradients of weights are made apart from those of inputs."""
-        return self.schedule in ("zero_bubble", "zero_bubble_h2")
+        return self.schedule in DIVIDED_SCHEDULES
 
     @property
     def blocks_of_stages(self) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hvdlm.config import ModelSection, ParallelSection
-from hvdlm.config.parallel import Schedule
+from hvdlm.config.parallel import DIVIDED_SCHEDULES, Schedule
 from hvdlm.model.size import mlp_width, qkv_width
 
 
@@ -166,7 +166,7 @@ def bubble_share(layout: Layout) -> float:
     """
     if layout.schedule == "interleaved":
         return 1 / layout.chunks
-    return 1 / 3 if layout.schedule in ("zero_bubble", "zero_bubble_h2") else 1.0
+    return 1 / 3 if layout.schedule in DIVIDED_SCHEDULES else 1.0
 
 
 def _end_stages(layout: Layout) -> tuple[int, ...]:

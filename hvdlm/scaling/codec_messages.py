@@ -19,7 +19,6 @@ from hvdlm.config import CompressionSection
 from hvdlm.config.server import no_messages_to_owners
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.registry import AUTO, codec_factory
 from hvdlm.gradients.exchange import Exchange
 
@@ -56,11 +55,7 @@ def messages(codec: str, shapes: Shapes, ranks: int, settings: CompressionSectio
 
 def can_push(codec: str) -> bool:
     """Whether a codec has messages to parameter servers. Raises HvdlmError for an unknown one."""
-    return codec != AUTO and _can_push(codec_factory(codec)(_random_bucket(((1,),)), CompressionSection()))
-
-
-def _can_push(codec: Codec) -> bool:
-    return type(codec).messages_to_owners is not Codec.messages_to_owners
+    return codec != AUTO and codec_factory(codec)(_random_bucket(((1,),)), CompressionSection()).has_messages_to_owners
 
 
 def pushed_bytes(codec: str, shapes: Shapes, settings: CompressionSection) -> float:
@@ -98,7 +93,7 @@ def _record_messages(
 def _record_push(codec: str, shapes: tuple[tuple[int, ...], ...], settings: CompressionSection) -> tuple[Message, ...]:
     bucket = _random_bucket(shapes)
     made = codec_factory(codec)(bucket, settings)
-    if not _can_push(made):
+    if not made.has_messages_to_owners:
         raise HvdlmError(no_messages_to_owners(codec))
     # As if there were one server: parts have the bytes of the whole, but for what fills up the last one
     return (Message("push", sum(len(each) for each in made.messages_to_owners(bucket.buffer, 1)), 1, 0),)

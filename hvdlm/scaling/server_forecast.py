@@ -52,7 +52,8 @@ def forecast_servers(model: PerformanceModel, scenario: Scenario) -> ServerForec
     """
     servers, workers = scenario.config.server.ranks, workers_of(scenario)
     is_asynchronous, has_hosts = scenario.config.server.max_staleness > 0, scenario.hosts > 1
-    network = measured_network(model.between if has_hosts else model.inside, _where(has_hosts))
+    network = measured_network(model.between, "between hosts") if has_hosts else None
+    network = network or measured_network(model.inside, "within a host")
     bandwidth = network.bandwidth(scenario.link if has_hosts else None) / 8
     cost = measured_cost(model, scenario.compression.codec)
     # For each byte that a worker sends: of its host's link, and of what is busiest on the servers' side, a host's link
@@ -90,10 +91,6 @@ def forecast_servers(model: PerformanceModel, scenario: Scenario) -> ServerForec
         return found
     # All workers' shares go through the servers, at whatever time
     return replace(found, pushing=found.pushing + max(0.0, by_server * max(pushed, pulled) - found.seconds))
-
-
-def _where(has_hosts: bool) -> str:
-    return "between hosts" if has_hosts else "within a host"
 
 
 def workers_of(scenario: Scenario) -> int:

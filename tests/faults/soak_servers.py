@@ -71,7 +71,9 @@ class Soak:
         address = listens[-1].partition("listens at ")[2].partition(";")[0]
         end, due = time.monotonic() + seconds, time.monotonic() + 10
         while time.monotonic() < end:
-            self._workers = [each for each in self._workers if each.process.poll() is None or self._gone(each)]
+            for gone in [each for each in self._workers if each.process.poll() is not None]:
+                gone.finish(DEADLINE)
+                self._workers.remove(gone)
             while len(self._workers) < WORKERS:
                 self._workers.append(self._start_worker(address))
             if time.monotonic() > due:
@@ -88,11 +90,6 @@ class Soak:
     def _start_worker(self, address: str) -> Job:
         words = command(self._data, self._folder / "worker", **{**SETTINGS, "server__address": address})
         return start(words, {"HVDLM_SERVER_TOKEN": (self.run_dir / "token").read_text()})
-
-    def _gone(self, worker: Job) -> bool:
-        """Takes leave of a worker: False, so that it is left out."""
-        worker.finish(DEADLINE)
-        return False
 
     def _do(self, fault: str) -> None:
         self.faults[fault] += 1

@@ -54,6 +54,11 @@ class Codec(ABC):
         """
         raise NotImplementedError
 
+    @property
+    def has_messages_to_owners(self) -> bool:
+        """Whether there are any."""
+        return type(self).messages_to_owners is not Codec.messages_to_owners
+
     def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
         """Adds what one rank has sent of the part of `owner`, which is `own`, by `messages_to_owners`."""
         raise NotImplementedError

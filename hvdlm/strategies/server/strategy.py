@@ -59,7 +59,7 @@ class ServedWorker(Strategy):
         self._buckets = make_buckets(model, config, group)
         self._partitions = [each.partition for each in self._buckets]
         codecs = make_codecs(self._buckets, config)
-        if type(codecs[0]).messages_to_owners is Codec.messages_to_owners:
+        if not codecs[0].has_messages_to_owners:
             raise JobError(no_messages_to_owners(config.compression.codec))
         for bucket in self._buckets:
             compute_with(bucket)
