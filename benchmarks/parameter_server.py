@@ -28,13 +28,12 @@ from pathlib import Path
 import psutil
 
 from common.conditions import describe_run
-from common.processes import environment
+from common.processes import SIMULATED_TRAIN, environment
 from common.script import absolute_path, as_overrides, run_script
 from hvdlm.errors import HvdlmError
 
 _PERIOD = 0.1  # seconds of one stop and one go
 _DEADLINE = 900  # seconds of a job
-SIMULATED = Path(__file__).parent / "parameter_server" / "simulated_train.py"
 
 # Ways of correcting what is late
 CORRECTIONS = ("none", "warm-up", "prediction", "both")
@@ -86,7 +85,7 @@ def train(
     speeds = [options.simulate] * ranks
     if slow is not None:
         speeds[slow] *= options.share
-    program = [str(SIMULATED), ",".join(map(str, speeds))] if options.simulate else ["-m", "hvdlm"]
+    program = [str(SIMULATED_TRAIN), ",".join(map(str, speeds))] if options.simulate else ["-m", "hvdlm"]
     words = [sys.executable, *program, "train", str(options.config), *options.settings, *as_overrides(settings)]
     launcher = ["mpirun", "-np", str(ranks), "--oversubscribe", "--bind-to", "none"] if ranks > 1 else []
     with (run_dir.parent / f"{run_dir.name}.txt").open("wb") as output:

@@ -18,6 +18,9 @@ from hvdlm.errors import HvdlmError
 # mpirun passes Open MPI's own variables to ranks on other hosts; these options add the ones that ranks need.
 FORWARDED_VARIABLES = ("-x", "PATH", "-x", "OMP_NUM_THREADS")
 
+# Takes the place of `-m hvdlm`, after the tokens/s of each rank: its passes are sleeps
+SIMULATED_TRAIN = Path(__file__).with_name("simulated_train.py")
+
 _END_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 

@@ -1,1 +1,0 @@
-"""The parts of parameter_server.py: workers whose speeds are made."""

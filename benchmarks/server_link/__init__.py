@@ -1,0 +1,1 @@
+"""The parts of server_link.py: what links alone allow, and how the measurements are shown."""
