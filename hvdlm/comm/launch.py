@@ -33,8 +33,8 @@ _VARIABLES = (
     ("torchrun", "RANK", "WORLD_SIZE"),
 )
 
-# Ranks that were started together read the same file at most so many seconds apart, unless a file system is in trouble.
-_SECONDS_FOR_RANK_0 = 2.0
+# Ranks that were started together read the same file at most so many seconds apart, also where they wait for cores.
+_SECONDS_FOR_RANK_0 = 10.0
 
 # Ranks as launchers set them that do not say how many there are: prterun and other starters of PMIx, HPE's PALS and
 # ALPS, Intel MPI, Open MPI, MVAPICH, PBS's pbsdsh.

@@ -98,10 +98,11 @@ def plain_losses(seed: int, dtype: torch.dtype) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does(seed: int) -> None:
-    """Over 300 steps; the distance between fp32 and PyTorch's own bf16 is what bf16 is known to cost."""
-    exact, cast, fast = plain_losses(seed, torch.float32), plain_losses(seed, torch.bfloat16), fast_losses(seed)
+def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does() -> None:
+    """Over 300 steps; the distance between fp32 and PyTorch's own bf16 is what bf16 is known to cost. Of one seed: those
+    of benchmarks/fast_path.py are three.
+    """
+    exact, cast, fast = plain_losses(0, torch.float32), plain_losses(0, torch.bfloat16), fast_losses(0)
     assert exact[-1] < 0.6 * exact[0]  # it learned something
     noise = statistics.fmean(abs(a - b) for a, b in zip(exact, cast, strict=True))
     distance = statistics.fmean(abs(a - b) for a, b in zip(exact, fast, strict=True))

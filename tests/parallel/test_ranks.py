@@ -93,7 +93,6 @@ CASES = [
             *groups("mpi", "mpirun", [2], algorithm="engine"),
             *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
             *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
-            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring"),
         ],
     ),
     *cases_of(

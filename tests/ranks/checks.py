@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+from allpairspy import AllPairs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,6 +54,12 @@ class _Limits:
     is_timing: bool = False
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
+    def allow(self, group: Group) -> bool:
+        """Whether a check is for a group."""
+        if group.size not in self.sizes or group.engine not in self.engines:
+            return False
+        return self.needs in {None, *group.capabilities} and self.lacks not in group.capabilities
+
 
 def check(
     sizes: Sequence[int] = (1, 2, 3, 4),
@@ -65,8 +73,8 @@ def check(
 
     `is_timing`: it compares clocks, so its items are marked `timing`.
 
-    `values`: of keywords. The check runs once for each of them; if the group has a value of its own for the keyword,
-    the check runs on that group if it is one of them.
+    `values`: of keywords, all of which run: see `cases_of`. If the group has a value of its own for the keyword, the
+    check runs on that group if it is one of them.
     """
 
     def mark(function: Function) -> Function:
@@ -99,30 +107,52 @@ def checks_of(body: ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
-    """Every check of a body on every group that it is for."""
+    """Every check of a body on the groups that it is for.
+
+    On the groups of one engine and launcher every two values of keywords meet, and each meets every size: not all
+    products of three and more, which for some checks are 36, and take minutes.
+    """
     assert body.__file__ is not None
     found = []
-    for group in groups:
+    for alike in _alike(groups):
         for name, function in checks_of(body).items():
             limits: _Limits = getattr(function, "limits", _Limits())
-            if group.size not in limits.sizes or group.engine not in limits.engines:
-                continue
-            if limits.needs not in {None, *group.capabilities} or limits.lacks in group.capabilities:
-                continue
-            for keywords in _products(function, limits, group):
+            fitting = [group for group in alike if limits.allow(group)]
+            for group, keywords in _pairwise(function, limits, fitting):
                 found.append(Case(Path(body.__file__), name, group, keywords, limits.is_timing))
     return found
 
 
-def _products(function: Callable[..., Any], limits: _Limits, group: Group) -> Iterator[dict[str, Any]]:
-    """The keywords of each run of a check on a group."""
-    wanted = list(inspect.signature(function).parameters)[1:]
-    own = {name: value for name, value in group.keywords.items() if name in wanted}
-    if any(value not in limits.values.get(name, [value]) for name, value in group.keywords.items()):
+def _alike(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that differ in nothing but their sizes."""
+    found: list[list[Group]] = []
+    for group in groups:
+        for others in found:
+            if replace(others[0], size=group.size) == group:
+                others.append(group)
+                break
+        else:
+            found.append([group])
+    return found
+
+
+def _pairwise(
+    function: Callable[..., Any], limits: _Limits, groups: Sequence[Group]
+) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """Groups that differ in nothing but their sizes, and the keywords of each run of a check on them."""
+    if not groups:
         return
-    free = {name: values for name, values in limits.values.items() if name not in group.keywords}
-    for chosen in itertools.product(*free.values()):
-        yield {**own, **dict(zip(free, chosen, strict=True))}
+    wanted = list(inspect.signature(function).parameters)[1:]
+    given = groups[0].keywords
+    if any(value not in limits.values.get(name, [value]) for name, value in given.items()):
+        return
+    own = {name: value for name, value in given.items() if name in wanted}
+    free = {name: values for name, values in limits.values.items() if name not in given}
+    ranges = [range(len(values)) for values in (groups, *free.values())]
+    chosen = AllPairs(ranges) if len(ranges) > 1 else itertools.product(*ranges)
+    for first, *others in chosen:
+        values = (values[index] for values, index in zip(free.values(), others, strict=True))
+        yield groups[first], {**own, **dict(zip(free, values, strict=True))}
 
 
 def assert_every_check_runs(body: ModuleType, cases: Sequence[Case]) -> None:

@@ -77,13 +77,13 @@ def check_long_messages_go_in_pieces(comm: Communicator) -> None:
 
 @check(sizes=[2, 3])
 def check_long_tensors_between_hosts_go_in_short_messages(comm: Communicator) -> None:
-    """As if ranks were on several hosts, with messages of at most 256 bytes from 512 bytes on."""
+    """As if ranks were on several hosts, with messages of at most 1,024 bytes from 2,048 bytes on."""
     assert isinstance(comm, MPICommunicator)
     comm.barrier()
     recorder = Recorder(comm._group)
     with (
-        patch("hvdlm.comm.mpi._MESSAGE", 256),
-        patch("hvdlm.comm.mpi._LONG", 512),
+        patch("hvdlm.comm.mpi._MESSAGE", 1024),
+        patch("hvdlm.comm.mpi._LONG", 2048),
         patch.object(comm, "node_count", 2),
         patch.object(comm, "_group", recorder),
     ):
@@ -93,8 +93,8 @@ def check_long_tensors_between_hosts_go_in_short_messages(comm: Communicator) ->
         for rank, part in enumerate(comm.all_gather_v(own)):
             assert torch.equal(part, torch.arange(400 * rank))
     longest = recorder.longest
-    assert longest["Isend"] == longest["Irecv"] == 256, longest
-    assert 0 < longest["Allreduce"] < 512 and 0 < longest["Allgatherv"] < 512, longest
+    assert longest["Isend"] == longest["Irecv"] == 1024, longest
+    assert 0 < longest["Allreduce"] < 2048 and 0 < longest["Allgatherv"] < 2048, longest
 
 
 def raised_by(comm: MPICommunicator, action: Callable[[], object]) -> Exception | None:
