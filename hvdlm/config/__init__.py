@@ -118,6 +118,14 @@ class Config(Section):
             return self.train.steps
         return bisect_left(range(self.train.steps), self.train.max_tokens, key=self.tokens_before)
 
+    @property
+    def steps_of_served_round(self) -> int:
+        """Global batches from one version of the parameters that servers keep to the next: more than 1 with local
+        steps alone, and 1 without servers.
+        """
+        every = self.local_steps.every
+        return every if self.server.is_used and isinstance(every, int) and every else 1
+
     def tokens_before(self, step: int) -> int:
         """Tokens of the global batches of the first `step` steps."""
         return self.train.batch_sizes.before(step) * self.model.context_length

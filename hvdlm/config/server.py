@@ -68,9 +68,19 @@ class ServerSection(Section):
     )
 
     @property
+    def is_used(self) -> bool:
+        """Whether gradients go to servers, or differences of parameters."""
+        return self.ranks > 0 or self.is_process
+
+    @property
+    def is_process(self) -> bool:
+        """Whether a server is a process of its own."""
+        return bool(self.listen or self.address)
+
+    @property
     def is_asynchronous(self) -> bool:
         """Whether workers do not wait for one another."""
-        return self.max_staleness > 0 or bool(self.listen or self.address)
+        return self.max_staleness > 0 or self.is_process
 
     @property
     def shares_of_a_process(self) -> int:
@@ -86,8 +96,9 @@ class ServerSection(Section):
 def server_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
     server, train, algorithm = config.server, config.train, config.optimizer.algorithm
-    codec, is_process = config.compression.codec, bool(server.listen or server.address)
-    is_used, is_asynchronous = server.ranks > 0 or is_process, server.is_asynchronous
+    codec, is_process = config.compression.codec, server.is_process
+    is_used, is_asynchronous = server.is_used, server.is_asynchronous
+    is_local = is_used and bool(config.local_steps.every)
     name = f"server.{'address' if server.address else 'listen' if server.listen else 'ranks'}"
     without_waiting = f"with {name if is_process else 'server.max_staleness'}"
     return {
@@ -98,15 +109,23 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "server.pull = 'bf16' is how servers send parameters: set server.ranks with it, or server.listen": (
             server.pull != "fp32" and not is_used
         ),
-        f"{name} and local_steps.every are two ways for ranks to combine their work: set one of them": (
-            is_used and bool(config.local_steps.every)
+        "local_steps.every with servers is of workers that do not wait for one another: set server.max_staleness above "
+        "0 with it, or leave out server.ranks": is_local and not is_asynchronous,
+        f"local_steps.every = 'auto' measures an average of all ranks: with {name} set it to a number": (
+            is_local and config.local_steps.every == "auto"
+        ),
+        f"of [local_steps] every, lr and momentum go with {name}: leave out {', '.join(_without_servers(config))}": (
+            is_local and bool(_without_servers(config))
+        ),
+        "server.predict follows from the last gradient step, and is not tried with local_steps.every: leave it out": (
+            is_local and server.predict
         ),
         f"{name} needs the whole model on every worker: it does not go with [parallel]": (
             is_used and config.parallel.is_used
         ),
         f"{name} does not go with comm.elastic = true: leave out one of them": is_used and config.comm.elastic,
         f"optimizer.algorithm = {algorithm!r} needs whole matrices, which servers divide among them: set it to adamw, "
-        f"adam, sgd or lion with {name}": is_used and algorithm in ("muon", "dion"),
+        f"adam, sgd or lion with {name}": is_used and not is_local and algorithm in ("muon", "dion"),
         "server.max_staleness is how old gradients may be that reach servers: set server.ranks with it, or "
         "server.listen": server.max_staleness > 0 and not is_used,
         "server.predict and server.warmup_steps are for gradients that are late: set server.max_staleness with them": (
@@ -134,6 +153,14 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "train.ema averages the parameters of each step, which workers have only in part when it ends: it does not go "
         f"with {name}": is_used and train.ema > 0,
     }
+
+
+def _without_servers(config: Config) -> list[str]:
+    """Settings of `[local_steps]` that are of ranks which average among them."""
+    local_steps = config.local_steps
+    fields = type(local_steps).model_fields
+    usual = {name: field.default for name, field in fields.items() if name not in ("every", "lr", "momentum")}
+    return [f"local_steps.{name}" for name, default in usual.items() if getattr(local_steps, name) != default]
 
 
 def no_workers(servers: int, ranks: int) -> str:

@@ -15,6 +15,7 @@ from hvdlm.strategies.every_step import EveryStep
 from hvdlm.strategies.local_steps.strategy import LocalSteps
 from hvdlm.strategies.model_parallel import ModelParallel
 from hvdlm.strategies.server.group import ServerGroup
+from hvdlm.strategies.server.local_worker import LocalServedWorker
 from hvdlm.strategies.server.served_model import ServedModel
 from hvdlm.strategies.server.strategy import ServedWorker
 from hvdlm.strategies.sharded.strategy import Sharded
@@ -32,13 +33,15 @@ def make_strategy(
 ) -> Strategy:
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
 
-    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns, and with `servers`,
-    the parameter servers of the job, if it has some, or the one server that is a process of its own, of which this one
-    may be the process. `mesh`: of the job's ranks, but for servers. `algorithm_costs`:
-    what chooses between ring and engine, where that has been measured already.
+    `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns, and with `servers`
+    unless this is a worker that makes local steps. `servers`: the parameter servers of the job, if it has some, or the
+    one server that is a process of its own, of which this one may be the process. `mesh`: of the job's ranks, but for
+    servers. `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
     """
     if servers is not None and servers.is_server:
         return ServedModel(model, mesh.everyone, servers, config)
+    if servers is not None and optimizer is not None:
+        return LocalServedWorker(model, optimizer, mesh.everyone, servers, config)
     if servers is not None:
         return ServedWorker(model, mesh.everyone, servers, config)
     if config.parallel.shard:

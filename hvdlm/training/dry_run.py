@@ -51,9 +51,11 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     )
     residuals = 4 * most_parameters(model, vocab_size, layout) if _keeps_residuals(config) and launch.size > 1 else 0
     residuals *= 1 + config.comm.elastic + 2 * config.comm.mirror_residuals  # before the step; of the rank before
-    averages = (
-        memory.parameters * numbers_kept(config.local_steps, config.comm.elastic) if config.local_steps.every else 0
-    )
+    is_local = bool(config.local_steps.every)
+    # A worker of servers keeps the parameters with which its round began
+    copies = 1 if servers else numbers_kept(config.local_steps, config.comm.elastic)
+    averages = memory.parameters * copies if is_local else 0
+    moments = memory.moments if is_local or not servers else 0
     moving_average = memory.parameters if train.ema else 0
     scored = memory.double_precision if split_names(train.evaluate_tasks) else 0
     libraries = libraries_bytes() if device == "cpu" else 0
@@ -61,7 +63,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "weights": memory.parameters,
         "weights to compute with": memory.working_parameters,
         "gradients": memory.gradients,
-        "optimizer": 0 if servers else memory.moments,
+        "optimizer": moments,
     }
     if not config.parallel.is_used:
         state = {"weights and optimizer": sum(state.values())}
@@ -76,9 +78,7 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
         "float64 copy for tasks": scored,
         "libraries": libraries,
     }
-    whole = (
-        memory.total - (memory.moments if servers else 0) + residuals + averages + moving_average + scored + libraries
-    )
+    whole = memory.total - memory.moments + moments + residuals + averages + moving_average + scored + libraries
     tokens = config.tokens_before(config.planned_steps)
     table = Table(show_header=False, box=None)
     rows = {
@@ -96,7 +96,9 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     }
     if servers:
         predicted = memory.parameters if config.server.predict else 0  # by those before the last step
-        kept = (memory.parameters + memory.gradients + memory.moments + predicted) / servers
+        outer_momentum = memory.parameters if config.local_steps.momentum else 0
+        moments = outer_momentum if is_local else memory.moments
+        kept = (memory.parameters + memory.gradients + moments + predicted) / servers
         rows["memory a server, estimated"] = f"{(kept + libraries) / 2**20:,.0f} MiB"
     if train.batch_ramp_start:
         rows["sequences at first"] = f"{train.batch_ramp_start:,}, growing in {train.batch_ramp_steps:,} steps"

@@ -22,6 +22,9 @@ class Due:
             setattr(self, name, getattr(self, name) or is_due)
 
 
-def recurs(step: int, every: int) -> bool:
-    """Whether what is done every so many steps, if that is not 0, follows this step."""
-    return every > 0 and step % every == 0
+def recurs(step: int, every: int, round_steps: int = 1) -> bool:
+    """Whether what is done every so many steps, if that is not 0, follows this step, or another one of its round, which
+    it ends: rounds are of `round_steps`, from step 1 on.
+    """
+    before = (step - 1) // round_steps * round_steps
+    return every > 0 and step // every > before // every

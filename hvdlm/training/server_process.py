@@ -94,7 +94,7 @@ def _serve(
         plan,
         lambda: preemption.requested,
         run,
-        config.comm.timeout,
+        config.comm.timeout * plan.rounds.every,
     )
     trainer.tokenizer = data.tokenizer_path.read_bytes()
     trainer.metrics = open_log(config, trainer.ending.last_step, trainer.step)
@@ -129,14 +129,12 @@ class _Run:
         self._shares = ShareTraining(trainer, shares)
         self._sent_bytes = 0  # up to the last step
 
-    def train_on(self, task: int) -> tuple[float, int]:
+    def train_on(self, task: int, first: int) -> tuple[float, int]:
         trainer, parameters = self._trainer, self.strategy.parameters()
         with self.strategy.evaluation_parameters():
-            loss, tokens = self._shares.make(task)
+            pushed, loss, tokens = self._shares.make_on_server(task, first)
         trainer.communicator.activity.idle()
-        self.strategy.owned.add_gradients(
-            {name: each.grad for name, each in parameters.items() if each.grad is not None}
-        )
+        self.strategy.owned.add_own(pushed)
         for each in parameters.values():
             each.grad = None
         return loss, tokens

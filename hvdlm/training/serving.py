@@ -12,6 +12,7 @@ from hvdlm.strategies.server.following import FollowingServer
 from hvdlm.strategies.server.group import ServerGroup
 from hvdlm.strategies.server.ordering import OrderingServer, StepPlan
 from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.strategies.server.synchronous import SynchronousServer
 from hvdlm.training.precision import DTYPES
 from hvdlm.training.schedule import learning_rate
@@ -48,22 +49,30 @@ def make_server(
     if not config.server.max_staleness:
         return SynchronousServer(owned, group, servers.activity, stop_requested)
     if group.own_server:
-        return FollowingServer(owned, group, servers.activity, config.server)
+        return FollowingServer(owned, group, servers.activity, config.server, ServedRounds.of_run(config))
     plan, workers = step_plan(config, config.server.shares or group.workers), group.worker_ranks
     return OrderingServer(owned, group, servers.activity, config.server, plan, stop_requested, workers)
 
 
 def step_plan(config: Config, shares: int) -> StepPlan:
-    """The steps of a run whose batches are handed out in so many `shares`."""
-    sizes, steps = config.train.batch_sizes, config.planned_steps
+    """What servers do of a run whose rounds are handed out in so many `shares`."""
+    rounds, steps, is_local = ServedRounds.of_run(config), config.planned_steps, bool(config.local_steps.every)
     between = [each for each in (config.checkpoint.steps_between, config.train.evaluate_every) if each]
+
+    def boundary_after(version: int) -> int:
+        due = [(rounds.end(version) // each + 1) * each for each in between]
+        return min([rounds.count, *map(rounds.first_after, due)])
+
+    def rate(version: int) -> float:
+        return config.local_steps.lr if is_local else learning_rate(version, steps, config.optimizer)
+
     return StepPlan(
-        steps=steps,
+        rounds=rounds,
         shares=shares,
-        nominal_tokens=lambda batch: sizes.size(batch) * config.model.context_length,
-        rate=lambda step: learning_rate(step, steps, config.optimizer),
-        boundary_after=lambda step: min([steps, *((step // each + 1) * each for each in between)]),
+        tokens_before=config.tokens_before,
+        rate=rate,
+        boundary_after=boundary_after,
         seconds_between=config.checkpoint.seconds_between or math.inf,
-        clip_norm=config.optimizer.clip_norm,
+        clip_norm=0.0 if is_local else config.optimizer.clip_norm,
         max_skipped=config.train.max_skipped,
     )

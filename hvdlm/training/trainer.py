@@ -72,7 +72,8 @@ class Trainer:
         # Who read parts of a batch of their own: ranks that share a model read the same
         self.readers = self.mesh.group("data", "shard") if config.parallel.is_used else communicator
         self.model = make_model(config, vocab_size, device, self.mesh)
-        steps_here = not config.parallel.shard and servers is None
+        steps_locally = servers is not None and not servers.is_server and bool(config.local_steps.every)
+        steps_here = steps_locally or (not config.parallel.shard and servers is None)
         self.optimizer = make_optimizer(self.model, config.optimizer) if steps_here else None
         self.strategy = make_strategy(self.model, self.optimizer, self.mesh, config, device, servers=servers)
         self.pipeline = PipelinePasses(self, self.mesh) if config.parallel.pipeline > 1 else None

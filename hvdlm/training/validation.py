@@ -23,8 +23,9 @@ class Validation:
 
     def follows(self, step: int) -> bool:
         """Whether a validation follows a step."""
-        trainer = self._trainer
-        return step == trainer.ending.last_step or recurs(step, trainer.config.train.evaluate_every)
+        trainer, config = self._trainer, self._trainer.config
+        recurs_here = recurs(step, config.train.evaluate_every, config.steps_of_served_round)
+        return step == trainer.ending.last_step or recurs_here
 
     def was_cut_off(self, step: int) -> bool:
         """Whether what was found after a step should be written, and is not: rank 0 has died before. Collective."""

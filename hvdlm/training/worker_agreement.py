@@ -22,7 +22,7 @@ _BUT_FOR = {
     *("train.micro_batch_size", "train.compile", "train.activation_checkpointing", "train.deterministic"),
     *("train.evaluate_every", "train.evaluate_sequences", "train.max_skipped"),
 }
-_OTHERS = ("comm.bucket_mb", "server.pull")
+_OTHERS = ("comm.bucket_mb", "server.pull", "local_steps.every")
 
 _MOST_NAMED = 4
 

@@ -13,6 +13,7 @@ from hvdlm.comm.mailbox import Letter
 from hvdlm.config import ServerSection
 from hvdlm.strategies.server.group import Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.strategies.server.server import Server
 
 _ORDERS = frozenset({Kind.ADD, Kind.DROP, Kind.SUM, Kind.STEP, Kind.SERVE})
@@ -21,10 +22,18 @@ _ORDERS = frozenset({Kind.ADD, Kind.DROP, Kind.SUM, Kind.STEP, Kind.SERVE})
 class FollowingServer(Server):
     """Answers letters until the workers say that it is over."""
 
-    def __init__(self, owned: OwnedParameters, group: ServerGroup, activity: Activity, settings: ServerSection) -> None:
+    def __init__(
+        self,
+        owned: OwnedParameters,
+        group: ServerGroup,
+        activity: Activity,
+        settings: ServerSection,
+        rounds: ServedRounds,
+    ) -> None:
         super().__init__(owned, group, activity)
-        self._settings = settings
-        self.version = 0  # steps
+        self._settings, self._rounds = settings, rounds
+        self.version = 0  # rounds
+        self._first = 0  # the batch with which training begins here
         self._pushed: dict[tuple[int, int], dict[int, Letter]] = {}  # by worker and task, then by bucket
 
     def run(self) -> Letter:
@@ -46,11 +55,15 @@ class FollowingServer(Server):
         elif kind in _ORDERS:
             self.act(letter)
         elif kind == Kind.PUBLISH:
-            self.version = number
+            self._begin_after(number)
             for worker in self._group.worker_ranks:
                 self._serve(worker)
         else:
             self.answer_about_kept(letter)
+
+    def _begin_after(self, batches: int) -> None:
+        """Training begins here after so many batches."""
+        self._first, self.version = batches, self._rounds.version_after(batches)
 
     def _has(self, worker: int, task: int) -> bool:
         """Whether all of what a worker has to push for a task is here."""

@@ -24,7 +24,7 @@ class Kind(IntEnum):
     APPLY = 2  # (step): what gradients are to be multiplied by, and the learning rate, float64
     SKIP = 3  # (step): the gradients of this step are of no use
     LOAD = 4  # (bucket, is_state): a server's part of parameters, or of the optimizer's state, float32
-    PUBLISH = 5  # servers are to send parameters to all workers
+    PUBLISH = 5  # (step): servers are to send parameters to all workers, who go on after this step
     GIVE = 6  # (is_state): servers are to send parameters, or the optimizer's state, to the worker that asks
     # (status, have_died): with which servers are to exit, and whether some workers have died; from a server that is a
     # process of its own: (status), with which workers are to exit
@@ -40,13 +40,15 @@ class Kind(IntEnum):
     # From other servers to the first
     HAVE = 19  # (task, worker): all that was pushed
     # From the first server to workers
-    TASK = 12  # (task, version): to be trained on, with the parameters that servers are about to send; lines of the log
+    # (task, version, its first batch): to be trained on, with the parameters that servers are about to send; lines of
+    # the log
+    TASK = 12
     BOUNDARY = 13  # (step, is_end, workers): all have done all tasks of the steps before; lines of the log
     # From the first server to the others, which act in this order
     ADD = 14  # (task, worker, version): what was pushed counts, and was computed with that version of parameters
     DROP = 15  # (task, worker): it does not
     SUM = 16  # (): they are to say the NORM of the sums
-    STEP = 17  # (step): as APPLY; a factor that is not finite leaves the step out
+    STEP = 17  # (version): as APPLY, from this version to the next; a factor of 0 leaves the step out
     SERVE = 18  # (worker, ahead): it is to get parameters, as predicted for so many thousandths of a step from now
 
 
@@ -129,6 +131,7 @@ class ServerLetters:
     def __init__(self, group: ServerGroup) -> None:
         self._group = group
         self._early: list[Letter] = []
+        self.is_patient = False  # whether one may take any time
 
     def tell(self, header: Sequence[int]) -> None:
         """Posts a letter without data to all servers."""
@@ -146,7 +149,7 @@ class ServerLetters:
                 return self._early.pop(index)
         while True:
             try:
-                letter = self._group.mailbox.receive(f"server {server}, rank {source}", [source])
+                letter = self._group.mailbox.receive(f"server {server}, rank {source}", [source], self.is_patient)
             except DeadRankError as error:  # without it no worker can go on
                 raise LostRankError(f"{error}: go on with --resume latest") from error
             if is_it(letter):

@@ -30,8 +30,10 @@ _BYTES_OF_DONE = 16
 class Run(Protocol):
     """What the process does beside serving."""
 
-    def train_on(self, task: int) -> tuple[float, int]:
-        """Adds the gradients of a share to the sums; returns its loss, a sum over tokens, and their number."""
+    def train_on(self, task: int, first: int) -> tuple[float, int]:
+        """Adds to the sums what a worker would push of a share, whose first batch this is; returns its loss, a sum over
+        tokens, and their number.
+        """
 
     def before_update(self) -> None:
         """Parameters are about to change."""
@@ -72,13 +74,14 @@ class IndependentServer(OrderingServer):
 
     def serve(self, step: int) -> bool:
         """Goes on after so many steps; returns whether the last one has been made."""
-        self.version = self._end = step
-        self._tasks = Tasks(step, self._shares)
-        self._is_over = step >= self._plan.steps
+        self._begin_after(step)
+        self._end = self.version
+        self._tasks = Tasks(self.version, self._shares)
+        self._is_over = self.version >= self._rounds.count
         self._activity.idle()
         while not self._is_over:
             self._proceed(self._next())
-        return self.version >= self._plan.steps
+        return self.version >= self._rounds.count
 
     def _next(self) -> Letter | None:
         """The next letter; None if a worker has gone meanwhile or takes too long, or this process is to stop."""
@@ -117,7 +120,8 @@ class IndependentServer(OrderingServer):
             self._expel(letter.source, "it has sent what no worker sends")
             letter = None
         if letter is None and (late := self._late()) is not None:
-            self._expel(late, f"it takes longer than {self._patience:g} s (comm.timeout) for a share")
+            of_each = f" for each of {self._rounds.every} steps" if self._rounds.every > 1 else ""
+            self._expel(late, f"it takes longer than {self._patience:g} s (comm.timeout{of_each}) for a share")
         super()._proceed(letter)
         if self._stops and not self._living and not self._is_over:
             self._complete_batches()
@@ -162,7 +166,7 @@ class IndependentServer(OrderingServer):
     def _leave_out_and_tell(self, worker: int, what: str) -> None:
         task = self._leave_out(worker)
         self._since.pop(worker, None)
-        again = "" if task is None else f", and a share of batch {task // self._shares} is handed out again"
+        again = "" if task is None else f", and a share of batch {self._batches_of(task).start} is handed out again"
         self._run.tell(f"{self._workers.name_of(worker)} {what}{again}: {self._count_workers()}")
 
     def _count_workers(self) -> str:
@@ -186,11 +190,11 @@ class IndependentServer(OrderingServer):
             self._run.after_step(dict(zip(LINE, line, strict=True)))
 
     def _tell_boundary(self) -> None:
-        is_end = self._stops or self.version >= self._plan.steps
-        self._run.at_boundary(self.version, is_end)
+        is_end, step = self._stops or self.version >= self._rounds.count, self._rounds.end(self.version)
+        self._run.at_boundary(step, is_end)
         if not is_end and self._stop_requested():  # meanwhile
             is_end = True
-            self._run.at_boundary(self.version, is_end)
+            self._run.at_boundary(step, is_end)
         self._is_at_boundary, self._last_boundary = True, time.monotonic()
         self._is_over = is_end
         if not is_end:
@@ -201,11 +205,12 @@ class IndependentServer(OrderingServer):
         boundary.
         """
         assert self._tasks is not None
-        self._run.tell(f"no worker is there: this process completes the batches before {self._end}")
+        end = self._rounds.end(self._end)
+        self._run.tell(f"no worker is there: this process completes the batches before {end}")
         while self.version < self._end:
             task = self._tasks.hand_out(self._mailbox.rank, self._end)
             assert task is not None
-            loss, tokens = self._run.train_on(task)
+            loss, tokens = self._run.train_on(task, self._batches_of(task).start)
             self._tasks.done(self._mailbox.rank)
             self._count(loss, tokens, task, 0)
         self._tell_boundary()

@@ -2,9 +2,11 @@
 
 A step adds as many shares as a global batch has, whichever come first: so batch size, schedule and number of steps are
 those of synchronous training (Dutta et al., "Slow and Stale Gradients Can Win the Race", AISTATS 2018: K-batch-async).
-A share whose gradients were computed with parameters more than `server.max_staleness` steps old does not count, and is
-trained on again. At a boundary, where a checkpoint or a validation is due, all tasks of the steps before have been done
-and no other: there the run is one that any ranks can go on with.
+With local steps the same is true of rounds (rounds.py): an outer step follows as many shares as a round has (Nguyen et
+al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022).
+A share that was computed with parameters more than `server.max_staleness` versions old does not count, and is trained
+on again. At a boundary, where a checkpoint or a validation is due, all tasks of the rounds before have been done and no
+other: there the run is one that any ranks can go on with.
 """
 
 from __future__ import annotations
@@ -26,27 +28,28 @@ from hvdlm.errors import HvdlmError
 from hvdlm.strategies.server.following import FollowingServer
 from hvdlm.strategies.server.group import NONE, Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.strategies.server.tasks import Tasks
 
 # The weight of a worker's newest share in how late it is
 _NEWEST = 0.2
 
 # Of each step, in the letter that tells of it, float64
-LINE = ("step", "loss", "tokens", "lr", "grad_norm", "dropped", "staleness", "workers", "seconds")
+LINE = ("step", "loss", "tokens", "grad_norm", "dropped", "staleness", "workers", "seconds")
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the first server knows of a run's steps."""
+    """What the first server knows of a run."""
 
-    steps: int  # after which training ends
-    shares: int  # of a batch, as tasks
-    nominal_tokens: Callable[[int], int]  # by which a worker has divided the gradients of a batch
-    rate: Callable[[int], float]  # the learning rate of a step
-    boundary_after: Callable[[int], int]  # the first step after this one that all workers wait for
+    rounds: ServedRounds
+    shares: int  # of a round, as tasks
+    tokens_before: Callable[[int], int]  # of a batch, by those of a round a worker divides what it pushes
+    rate: Callable[[int], float]  # by which servers make the version after this one
+    boundary_after: Callable[[int], int]  # the first version after this one that all workers wait for
     seconds_between: float  # after which all workers are to wait for one another in any case
-    clip_norm: float  # 0: gradients are not clipped
-    max_skipped: int  # steps in a row that may be left out
+    clip_norm: float  # 0: what is pushed is not clipped
+    max_skipped: int  # rounds in a row that may be left out
 
 
 class OrderingServer(FollowingServer):
@@ -63,16 +66,16 @@ class OrderingServer(FollowingServer):
         workers: Iterable[int],
     ) -> None:
         """`workers`: those that are there from the start."""
-        super().__init__(owned, group, activity, settings)
+        super().__init__(owned, group, activity, settings, plan.rounds)
         self._plan, self._stop_requested = plan, stop_requested
         self._followers = group.server_ranks[1:]
         self._living, self._shares = set(workers), plan.shares
-        self._tasks: Tasks | None = None  # once the step is known with which training begins
-        self._end = 0  # the boundary: tasks of batches before it are handed out
+        self._tasks: Tasks | None = None  # once the version is known with which training begins
+        self._end = 0  # the boundary, a version: tasks of rounds before it are handed out
         self._is_at_boundary = True  # all workers have come there, or wait for the first tasks after it
         self._stops = False
         self._idle: list[int] = []  # workers that want a task, in the order in which they have asked
-        self._lateness: dict[int, float] = {}  # by worker: steps, a mean that follows its last shares
+        self._lateness: dict[int, float] = {}  # by worker: versions, a mean that follows its last shares
         self._missing: dict[tuple[int, int], int] = {}  # by worker and task: servers that have not all of it
         self._early: dict[tuple[int, int], Letter] = {}  # by worker and task: it is done, but for that
         self._aside: deque[Letter] = deque()
@@ -160,24 +163,28 @@ class OrderingServer(FollowingServer):
             self._receive(done)
 
     def _count(self, loss: float, tokens: float, task: int, age: int) -> None:
-        # Gradients are divided by the nominal tokens of their batch, which may differ from those of this step's
-        nominal = self._plan.nominal_tokens(task // self._shares)
+        # What is pushed is divided by the nominal tokens of its round, which may differ from those of this one
+        batches = self._batches_of(task)
+        nominal = self._plan.tokens_before(batches.stop) - self._plan.tokens_before(batches.start)
         self._weighted += tokens / nominal
         self._loss, self._tokens, self._ages = self._loss + loss, self._tokens + tokens, self._ages + age
         self._added += 1
         if self._added == self._shares:
             self._make_step()
 
+    def _batches_of(self, task: int) -> range:
+        return self._rounds.batches_from(max(self._first, self._rounds.end(task // self._shares)))
+
     def _stop(self) -> None:
-        """Training ends as soon as the batches that have been begun are done."""
+        """Training ends as soon as the rounds that have been begun are done."""
         if not self._stops and self._tasks is not None:
             self._stops = True
             self._end_soon()
 
     def _end_soon(self) -> None:
-        """The next boundary is after the batches that have been begun."""
+        """The next boundary is after the rounds that have been begun."""
         if self._tasks is not None and not self._is_at_boundary:
-            self._end = min(self._end, max(self._tasks.batches_begun, self.version))
+            self._end = min(self._end, max(self._tasks.rounds_begun, self.version))
 
     def _give_back_of_dead(self) -> None:
         for worker in sorted(self._living & set(self._mailbox.dead())):
@@ -207,8 +214,9 @@ class OrderingServer(FollowingServer):
                 return
             self._is_at_boundary, self._begun = False, time.monotonic()
             self._end = self._plan.boundary_after(self.version)
-        # Beginning with the step under way, in which nothing is late, until the warm-up is over
-        end = self._end if self.version >= self._settings.warmup_steps else min(self._end, self.version + 1)
+        # Beginning with the round under way, in which nothing is late, until the warm-up is over
+        is_over = self._rounds.end(self.version) >= self._settings.warmup_steps
+        end = self._end if is_over else min(self._end, self.version + 1)
         while self._idle:
             task = self._tasks.hand_out(self._idle[0], end)
             if task is None:
@@ -216,13 +224,14 @@ class OrderingServer(FollowingServer):
             worker = self._idle.pop(0)
             ahead = self._lateness.get(worker, 0.0) if self._settings.predict else 0.0
             self._order((Kind.SERVE, worker, round(1000 * ahead)))
-            self._mailbox.post([worker], (Kind.TASK, task, self.version), self._lines_for(worker))
+            header = (Kind.TASK, task, self.version, self._batches_of(task).start)
+            self._mailbox.post([worker], header, self._lines_for(worker))
 
     def _tell_boundary(self) -> None:
-        is_end = self._stops or self.version >= self._plan.steps
+        is_end = self._stops or self.version >= self._rounds.count
         for worker in self._idle:
             self._order((Kind.SERVE, worker))
-            header = (Kind.BOUNDARY, self.version, int(is_end), len(self._living))
+            header = (Kind.BOUNDARY, self._rounds.end(self.version), int(is_end), len(self._living))
             self._mailbox.post([worker], header, torch.tensor(self._lines, dtype=torch.float64))
         self._lines, self._told = [], 0
         self._idle, self._is_at_boundary, self._last_boundary = [], True, time.monotonic()
@@ -237,7 +246,7 @@ class OrderingServer(FollowingServer):
     # ---- steps
 
     def _make_step(self) -> None:
-        step = self.version
+        version, step = self.version, self._rounds.end(self.version + 1)
         norms = [self._owned.norm()]
         self._order((Kind.SUM,))
         while len(norms) < self._group.servers:
@@ -246,10 +255,10 @@ class OrderingServer(FollowingServer):
                 norms.append(float(letter.data.view(torch.float64)))
             else:
                 self._aside.append(letter)
-        # Sums of gradients, each over the nominal tokens of its batch: over the true ones, of the shares that count
+        # Of sums that were each divided by the nominal tokens of a round: by the true ones, of the shares that count
         unscale = 1 / self._weighted if self._weighted else math.nan
         norm = math.sqrt(math.fsum(each * each for each in norms)) * unscale
-        rate, factor = self._plan.rate(step), 0.0
+        rate, factor = self._plan.rate(version), 0.0
         if math.isfinite(norm) and self._weighted:
             clip = self._plan.clip_norm
             factor = unscale * (clip / norm if 0 < clip < norm else 1.0)
@@ -258,13 +267,13 @@ class OrderingServer(FollowingServer):
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row > self._plan.max_skipped:
                 raise HvdlmError(
-                    f"a gradient is not finite at step {step + 1}, the last of {self._skipped_in_a_row} in a row: "
+                    f"a gradient is not finite at step {step}, the last of {self._skipped_in_a_row} in a row: "
                     "lower optimizer.lr, or resume from the last checkpoint with other settings"
                 )
-        self._order((Kind.STEP, step), torch.tensor([factor, rate], dtype=torch.float64))
+        self._order((Kind.STEP, version), torch.tensor([factor, rate], dtype=torch.float64))
         seconds, self._begun = time.monotonic() - self._begun, time.monotonic()
-        numbers = self._loss, self._tokens, rate, norm, self._dropped, self._ages / self._shares, len(self._living)
-        self._lines.append([step + 1, *numbers, seconds])
+        numbers = self._loss, self._tokens, norm, self._dropped, self._ages / self._shares, len(self._living)
+        self._lines.append([step, *numbers, seconds])
         self._begin_sum()
 
     def _order(self, header: tuple[int, ...], data: Tensor | None = None) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from hvdlm.config import Config
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import make_optimizer_of, named_state, set_learning_rate, state_kinds
+from hvdlm.strategies.optimizer import named_state, set_learning_rate
 from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.server.group import ServerGroup
 from hvdlm.strategies.server.parts import flat, in_order_of_reading, make_buckets, make_codecs, pieces_of_state
+from hvdlm.strategies.server.served_optimizer import make_served_optimizer, served_state_kinds
 from hvdlm.strategies.sharded.partition import free
+from hvdlm.strategies.update_loops import add_scaled_
 
 
 class OwnedParameters:
@@ -22,12 +24,14 @@ class OwnedParameters:
 
     def __init__(self, model: Transformer, config: Config, group: ServerGroup) -> None:
         """`model`: names and shapes, and the dtype of its products. All is zero until it is loaded."""
-        self._settings, self._servers, self._server = config.optimizer, group.servers, group.own_server
+        self._servers, self._server = group.servers, group.own_server
+        self._is_local = bool(config.local_steps.every)  # workers push differences of parameters
+        self._settings, self._outer_lr = config.optimizer, config.local_steps.lr
         self._buckets = make_buckets(model, config, group)
         self._codecs = make_codecs(self._buckets, config)
         self.order = in_order_of_reading(model, self._buckets)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._kinds = state_kinds(config.optimizer, shapes)
+        self._kinds = served_state_kinds(config, shapes)
         self._sums: list[Tensor] = []
         self._before: list[Tensor] = []  # parameters by bucket, before the last step; none if nothing is predicted
         self._pieces: dict[str, nn.Parameter] = {}
@@ -44,7 +48,7 @@ class OwnedParameters:
                 free(unused)
         self._decaying = [piece for name, piece in self._pieces.items() if len(shapes[name]) >= 2]
         others = [piece for name, piece in self._pieces.items() if len(shapes[name]) < 2]
-        self._optimizer = make_optimizer_of(self._decaying, others, config.optimizer)
+        self._optimizer = make_served_optimizer(self._decaying, others, config)
         self._state = named_state(self._optimizer, self._pieces)
 
     @property
@@ -68,15 +72,24 @@ class OwnedParameters:
             each.zero_()
 
     def add(self, bucket: int, message: Tensor) -> None:
-        """Adds to the sums what a worker has pushed of a bucket, (n,) uint8."""
-        self._codecs[bucket].add_message_(message, self._sums[bucket], self._server, self._servers)
+        """Adds to the sums what a worker has pushed of a bucket, (n,) uint8; parameters move along differences."""
+        codec, total = self._codecs[bucket], self._sums[bucket]
+        if not self._is_local:
+            codec.add_message_(message, total, self._server, self._servers)
+            return
+        difference = torch.zeros_like(total)
+        codec.add_message_(message, difference, self._server, self._servers)
+        total.add_(difference)
+        add_scaled_(self._buckets[bucket].partition.master, difference, self._outer_lr)
 
-    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """The same for gradients of this process's own, by the names of parameters, all of which this server keeps."""
-        for name, gradient in gradients.items():
-            own = self._pieces[name].grad
-            assert own is not None
-            own.add_(gradient.reshape(-1))
+    def add_own(self, pushed: Mapping[str, Tensor]) -> None:
+        """The same for what this process has made itself, by the names of parameters, all of which it keeps."""
+        for name, each in pushed.items():
+            piece = self._pieces[name]
+            assert piece.grad is not None
+            piece.grad.add_(each.reshape(-1))
+            if self._is_local:
+                add_scaled_(piece.data, each.reshape(-1), self._outer_lr)
 
     def scale_(self, factor: float) -> None:
         """Multiplies the sums."""
@@ -90,7 +103,8 @@ class OwnedParameters:
     def step(self, factor: float, rate: float) -> None:
         """The optimizer's step on `factor` times the sums, with learning rate `rate`."""
         self.scale_(factor)
-        add_penalties_(self._decaying, self._settings)
+        if not self._is_local:
+            add_penalties_(self._decaying, self._settings)
         set_learning_rate(self._optimizer, rate)
         for number, before in enumerate(self._before):
             before.copy_(self._buckets[number].partition.master)

@@ -49,7 +49,9 @@ def make_buckets(model: Transformer, config: Config, group: ServerGroup) -> list
     for each in groups:
         cpu, ranks = torch.device("cpu"), group.servers
         partition = Partition(each, cpu, torch.float32, owner, ranks, is_kept=True, is_rounded=group.is_server)
-        rounds = config.server.pull == "bf16" or (model.dtype != torch.float32 and of_layers.keys() >= each.keys())
+        # A worker's own steps move float32 numbers by less than a rounding
+        only_products_read = model.dtype != torch.float32 and not config.local_steps.every
+        rounds = config.server.pull == "bf16" or (only_products_read and of_layers.keys() >= each.keys())
         own_layers = dict.fromkeys(layers[of_layers[name]] for name in each if name in of_layers)
         made.append(ServedBucket(partition, torch.bfloat16 if rounds else torch.float32, [*own_layers]))
     return made

@@ -33,6 +33,7 @@ class ServedModel(Strategy):
         self.owned = OwnedParameters(model, config, group)
         self._parameters = dict(model.named_parameters())
         self._step = 0  # of the last boundary
+        self._is_local = bool(config.local_steps.every)
         for name, kept in self.owned.parameters.items():
             kept.copy_(self._parameters[name].detach().reshape(-1))
             self._parameters[name].data = kept.view(self._parameters[name].shape)
@@ -112,7 +113,7 @@ class ServedModel(Strategy):
 
     @property
     def ranks_are_equal(self) -> bool:
-        return True
+        return not self._is_local  # workers have moments of their own
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self._parameters)

@@ -28,10 +28,10 @@ from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.sync import Traffic, traffic_of
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.optimizer import state_kinds
 from hvdlm.strategies.server.exchange import PushedCodec, ServerExchange
 from hvdlm.strategies.server.group import NONE, Kind, ServerGroup, ServerLetters
 from hvdlm.strategies.server.parts import compute_with, flat, make_buckets, make_codecs, pieces_of_state
+from hvdlm.strategies.server.served_optimizer import served_state_kinds
 from hvdlm.strategies.sharded.gradients import ShardedGradients
 from hvdlm.strategies.sharded.parameters import ShardedParameters
 from hvdlm.strategies.sharded.partitions import readers_of
@@ -55,7 +55,8 @@ class ServedWorker(Strategy):
         """Takes over the parameters of `model` and their `.grad`. Collective among workers."""
         self.communicator, self._group = workers, group
         self._parameters = dict(model.named_parameters())
-        self._kinds = state_kinds(config.optimizer, {name: tuple(p.shape) for name, p in self._parameters.items()})
+        shapes = {name: tuple(each.shape) for name, each in self._parameters.items()}
+        self._kinds = served_state_kinds(config, shapes)
         self._buckets = make_buckets(model, config, group)
         self._partitions = [each.partition for each in self._buckets]
         codecs = make_codecs(self._buckets, config)

@@ -1,7 +1,7 @@
-"""Which worker trains on what, where the first server hands it out: shares of global batches, each once.
+"""Which worker trains on what, where the first server hands it out: shares of rounds (rounds.py), each once.
 
-Task n is share n % `shares` of batch n // `shares`. What a worker has not done when it dies, and what came too late, is
-handed out again before anything new.
+Task n is share n % `shares` of round n // `shares`: that share of each of its batches. What a worker has not done when
+it dies, and what came too late, is handed out again before anything new.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import heapq
 class Tasks:
     """Numbers of tasks, in order, but for those that come back."""
 
-    def __init__(self, step: int, shares: int) -> None:
-        """Begins with the first share of batch `step`."""
-        self._shares, self._next = shares, step * shares
+    def __init__(self, version: int, shares: int) -> None:
+        """Begins with the first share of the round that begins with this version of parameters."""
+        self._shares, self._next = shares, version * shares
         self._returned: list[int] = []
         self.held: dict[int, int] = {}  # by worker
 
     def hand_out(self, worker: int, end: int) -> int | None:
-        """A task for a worker that holds none, of a batch before `end`; None if there is none for now."""
+        """A task for a worker that holds none, of a round before `end`; None if there is none for now."""
         if self._returned:
             task = heapq.heappop(self._returned)
         elif self._next < end * self._shares:
@@ -41,6 +41,6 @@ class Tasks:
         return task
 
     @property
-    def batches_begun(self) -> int:
-        """Batches of which some share has been handed out, and all before."""
+    def rounds_begun(self) -> int:
+        """Rounds of which some share has been handed out, and all before."""
         return -(-self._next // self._shares)
