@@ -73,6 +73,7 @@ def step_plan(config: Config, shares: int) -> StepPlan:
         rate=rate,
         boundary_after=boundary_after,
         seconds_between=config.checkpoint.seconds_between or math.inf,
+        moves_at_once=is_local,
         clip_norm=0.0 if is_local else config.optimizer.clip_norm,
         max_skipped=config.train.max_skipped,
     )

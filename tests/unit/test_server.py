@@ -10,13 +10,15 @@ from torch import nn
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs.registry import codec_factory
+from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.strategies.server.tasks import Tasks
+from hvdlm.training.due import recurs
 
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("local_steps.every", "4", "two ways for ranks to combine their work"),
+        ("local_steps.every", "4", "set server.max_staleness above 0 with it"),
         ("parallel.shard", "1", "it does not go with [parallel]"),
         ("parallel.tensor", "2", "it does not go with [parallel]"),
         ("comm.elastic", "true", "server.ranks does not go with comm.elastic = true"),
@@ -71,11 +73,28 @@ def test_what_owners_add_and_what_is_left_are_the_gradients(codec: str, owners: 
 # ---- who trains on what
 
 
+def test_rounds_of_local_steps() -> None:
+    """Of 10 batches, 4 each: 0-3, 4-7, 8-9; a job that goes on from step 6 begins within the second one."""
+    rounds = ServedRounds(4, 10)
+    assert rounds.count == 3
+    assert [rounds.end(version) for version in range(4)] == [0, 4, 8, 10]
+    assert [rounds.version_after(batches) for batches in (0, 3, 4, 6, 9, 10)] == [0, 0, 1, 1, 2, 3]
+    assert [rounds.first_after(batches) for batches in (1, 4, 5, 9, 99)] == [1, 1, 2, 3, 3]
+    assert [[*rounds.batches_from(first)] for first in (0, 6, 8)] == [[0, 1, 2, 3], [6, 7], [8, 9]]
+
+
+def test_what_is_due_in_a_round() -> None:
+    """Every 6 steps, in rounds of 4 steps: where a round ends that has step 6, 12 or 18, or the last, shorter one."""
+    assert [step for step in (4, 8, 12, 16, 20, 22) if recurs(step, 6, 4)] == [8, 12, 20]
+    assert [step for step in range(1, 13) if recurs(step, 6)] == [6, 12]
+    assert not recurs(4, 0, 4)
+
+
 def test_tasks_are_handed_out_once_and_in_order() -> None:
     """Batches 2 and 3 of two shares each, to three workers."""
     tasks = Tasks(2, 2)
     assert [tasks.hand_out(worker, end=4) for worker in (0, 1, 2)] == [4, 5, 6]
-    assert tasks.batches_begun == 4
+    assert tasks.rounds_begun == 4
     assert tasks.done(1) == 5
     assert [tasks.hand_out(1, end=4), tasks.held] == [7, {0: 4, 1: 7, 2: 6}]
     assert tasks.done(2) == 6
@@ -89,7 +108,7 @@ def test_what_a_worker_gives_back_comes_first() -> None:
     assert tasks.give_back(0) == 0
     assert tasks.give_back(0) is None
     assert [tasks.hand_out(worker, end=9) for worker in (3, 4, 5)] == [0, 2, 3]
-    assert tasks.batches_begun == 2
+    assert tasks.rounds_begun == 2
 
 
 @pytest.mark.parametrize(
@@ -104,6 +123,21 @@ def test_what_a_worker_gives_back_comes_first() -> None:
 def test_what_does_not_go_with_workers_that_do_not_meet(words: list[str], sentence: str) -> None:
     assert sentence in refusal("--server.ranks", "1", "--server.max_staleness", "4", *words)
     assert configure("--server.ranks", "1", *words).server.max_staleness == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--local_steps.every", "auto"], "with server.ranks set it to a number"),
+        (["--local_steps.every", "4", "--server.predict", "true"], "is not tried with local_steps.every"),
+        (
+            ["--local_steps.every", "4", "--local_steps.overlap", "1", "--local_steps.by", "seconds"],
+            "every, lr and momentum go with server.ranks: leave out local_steps.by, local_steps.overlap",
+        ),
+    ],
+)
+def test_what_local_steps_of_workers_do_not_go_with(words: list[str], sentence: str) -> None:
+    assert sentence in refusal("--server.ranks", "1", "--server.max_staleness", "4", *words)
 
 
 def test_settings_of_late_gradients() -> None:

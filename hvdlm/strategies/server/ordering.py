@@ -48,6 +48,7 @@ class StepPlan:
     rate: Callable[[int], float]  # by which servers make the version after this one
     boundary_after: Callable[[int], int]  # the first version after this one that all workers wait for
     seconds_between: float  # after which all workers are to wait for one another in any case
+    moves_at_once: bool  # parameters move along what is pushed when it comes, and not along the mean of a version's
     clip_norm: float  # 0: what is pushed is not clipped
     max_skipped: int  # rounds in a row that may be left out
 
@@ -257,6 +258,8 @@ class OrderingServer(FollowingServer):
                 self._aside.append(letter)
         # Of sums that were each divided by the nominal tokens of a round: by the true ones, of the shares that count
         unscale = 1 / self._weighted if self._weighted else math.nan
+        if self._plan.moves_at_once:
+            unscale = 1.0
         norm = math.sqrt(math.fsum(each * each for each in norms)) * unscale
         rate, factor = self._plan.rate(version), 0.0
         if math.isfinite(norm) and self._weighted:
