@@ -32,8 +32,8 @@ class ServerSection(Section):
         0,
         ge=0,
         description="0: all workers train on their part of each batch, and wait for one another; otherwise each trains "
-        "at its own pace on what the first server hands out, and gradients of parameters that are more steps old do "
-        "not count, and are made again",
+        "at its own pace on what the first server hands out, and gradients of parameters that are more steps old, or "
+        "with local_steps.every more rounds, do not count, and are made again",
     )
     warmup_steps: int = Field(
         0,

@@ -50,6 +50,8 @@ def forecast_servers(model: PerformanceModel, scenario: Scenario) -> ServerForec
     """Forecasts the step of a scenario whose last ranks are servers. Raises HvdlmError for a codec or a network that
     was not measured, and where no worker is left.
     """
+    if scenario.local_steps:
+        raise HvdlmError("local steps against servers are not forecast: leave out local_steps.every, or server.ranks")
     servers, workers = scenario.config.server.ranks, workers_of(scenario)
     is_asynchronous, has_hosts = scenario.config.server.max_staleness > 0, scenario.hosts > 1
     network = measured_network(model.between, "between hosts") if has_hosts else None

@@ -226,6 +226,10 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         ({"overrides": ["--optimizer.algorithm", "dion"]}, "'dion' has no forecast"),
         ({"overrides": ["--optimizer.algorithm", "muon"]}, "'muon' has no forecast"),
         ({"overrides": ["--server.ranks", "2"], "search": True}, "server.ranks is forecast from measured ranks"),
+        (
+            {"overrides": ["--server.ranks", "2", "--server.max_staleness", "4", "--local_steps.every", "8"]},
+            "local steps against servers are not forecast",
+        ),
         ({"overrides": ["--server.ranks", "8"]}, "server.ranks = 8 of 8 ranks leaves none to train"),
     ):
         with pytest.raises(HvdlmError, match=sentence):
