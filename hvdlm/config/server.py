@@ -141,7 +141,7 @@ def server_misfits(config: Config) -> dict[str, bool]:
         "leave it out": is_asynchronous and train.balance,
         "data.on_corrupt = 'skip' is not counted by workers that do not meet: set it to 'fail' "
         f"{without_waiting}": is_asynchronous and config.data.on_corrupt == "skip",
-        no_messages_to_owners(codec, name): is_used and codec in ("auto", "topk", "topk2", "powersgd"),
+        no_messages_to_owners(codec, name): is_used and codec == "auto",
         "compression.hierarchical = true sums gradients within a node, which workers send to servers: leave it out "
         f"with {name}": is_used and config.compression.hierarchical,
         f"train.precision = 'fp16' changes the scale of the loss: with {name} set it to bf16 or fp32": (
@@ -177,5 +177,5 @@ def no_messages_to_owners(codec: str, name: str = "server.ranks") -> str:
     """
     return (
         f"compression.codec = {codec!r} cannot send gradients to servers: with {name} set it to none, fp16, bf16, "
-        "int8, int4 or int2"
+        "int8, int4, int2, topk, topk2 or powersgd"
     )

@@ -96,7 +96,14 @@ def _record_push(codec: str, shapes: tuple[tuple[int, ...], ...], settings: Comp
     if not made.has_messages_to_owners:
         raise HvdlmError(no_messages_to_owners(codec))
     # As if there were one server: parts have the bytes of the whole, but for what fills up the last one
-    return (Message("push", sum(len(each) for each in made.messages_to_owners(bucket.buffer, 1)), 1, 0),)
+    return (
+        Message(
+            "push",
+            sum(len(each) for each in made.messages_to_owners(bucket.buffer, 1, 2 * settings.warmup_steps + 1)),
+            1,
+            0,
+        ),
+    )
 
 
 def _random_bucket(shapes: tuple[tuple[int, ...], ...]) -> Bucket:

@@ -54,8 +54,8 @@ class ShareTraining:
         strategy = self._trainer.strategy
         assert isinstance(strategy, ServedWorker)
         _, task, version, first = order.header
-        share = task % self._shares
-        strategy.begin_task(task)
+        round_, share = divmod(task, self._shares)
+        strategy.begin_task(task, round_)
         if isinstance(strategy, LocalServedWorker):
             local = LocalRound(self._trainer, strategy.optimizer, first)
             loss, tokens = local.train(lambda batch: self.make(batch, share, before_pass))

@@ -47,9 +47,9 @@ def log_to(path: Path) -> None:
         write("load", bucket, is_state, message.clone())
         load(own, bucket, is_state, message)
 
-    def logged_add(own: OwnedParameters, bucket: int, message: Tensor) -> None:
+    def logged_add(own: OwnedParameters, bucket: int, message: Tensor, step: int) -> None:
         write("add", bucket, message.clone())
-        add(own, bucket, message)
+        add(own, bucket, message, step)
 
     def logged_step(own: OwnedParameters, factor: float, rate: float) -> None:
         write("step", factor, rate)

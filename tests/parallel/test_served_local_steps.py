@@ -63,10 +63,11 @@ def test_killed_and_resumed(ranks: Ranks, small_data: Path, tmp_path: Path) -> N
     assert result.status == 0, result.output
     assert "step_00000014, step 14" in result.output
     assert_bit_identical(whole, broken)
-    for size, changed in ((2, LOCAL), (1, {"optimizer__lr": 0.001})):
+    alike = {"optimizer__lr": 0.001, "model__dropout": 0.1}
+    for size, changed in ((2, {**LOCAL, **alike}), (1, alike)):
         other = tmp_path / str(size)
         as_if_killed(whole, other, 17)
         result = ranks.train(size, small_data, other, "--resume", "latest", **changed)
         assert result.status == 0, result.output
         final = [float(str(records(run, "eval")[-1]["loss"])) for run in (whole, other)]
-        assert abs(final[1] / final[0] - 1) < 0.03, final
+        assert abs(final[1] / final[0] - 1) < 0.05, final

@@ -101,7 +101,7 @@ def check_steps_against_plain_pytorch(comm: Communicator, servers: int) -> None:
     comm.barrier()
 
 
-@check(sizes=[3], codec=["bf16", "int8", "int4", "int2"])
+@check(sizes=[3], codec=["bf16", "int8", "int4", "int2", "topk", "powersgd"])
 def check_nothing_is_lost(comm: Communicator, codec: str) -> None:
     """What SGD has applied and what residuals hold are together the gradients of all steps that were not left out."""
     config = served_config(codec, servers=1, clip_norm=0.0)

@@ -24,7 +24,6 @@ from hvdlm.training.due import recurs
         ("comm.elastic", "true", "server.ranks does not go with comm.elastic = true"),
         ("optimizer.algorithm", "muon", "optimizer.algorithm = 'muon' needs whole matrices"),
         ("optimizer.algorithm", "dion", "optimizer.algorithm = 'dion' needs whole matrices"),
-        ("compression.codec", "topk", "compression.codec = 'topk' cannot send gradients to servers"),
         ("compression.codec", "auto", "compression.codec = 'auto' cannot send gradients to servers"),
         ("compression.hierarchical", "true", "leave it out with server.ranks"),
         ("train.precision", "fp16", "with server.ranks set it to bf16 or fp32"),
@@ -43,10 +42,16 @@ def test_settings() -> None:
     assert "server.ranks = -1" in refusal("--server.ranks", "-1")
 
 
-@pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "int4", "int2"])
+# Most bytes of a message for each number
+BYTES = {"none": 4, "fp16": 2.1, "bf16": 2.1, "int8": 1.1, "int4": 0.6, "int2": 0.35, "topk": 0.2, "topk2": 0.15}
+
+
+@pytest.mark.parametrize("codec", [*BYTES, "powersgd"])
 @pytest.mark.parametrize("owners", [1, 3])
 def test_what_owners_add_and_what_is_left_are_the_gradients(codec: str, owners: int) -> None:
-    """Of three steps of two ranks. The buffer is as long as a multiple of the owners; a bias and a matrix."""
+    """Of three steps of two ranks. The buffer is as long as a multiple of the owners, of whom one gets rows of a matrix
+    in part; a bias and a matrix.
+    """
     generator = torch.Generator().manual_seed(1)
     matrix, bias = nn.Parameter(torch.zeros(96, 100)), nn.Parameter(torch.zeros(96))
     settings = CompressionSection(codec=codec)
@@ -56,18 +61,56 @@ def test_what_owners_add_and_what_is_left_are_the_gradients(codec: str, owners: 
     length = len(buckets[0].buffer)
     assert length % owners == 0
     total, delivered = torch.zeros(length, dtype=torch.float64), torch.zeros(length)
-    for _ in range(3):
+    for step in range(3):
         for sender in senders:
             gradients = torch.randn(length, generator=generator)
             total += gradients
-            messages = sender.messages_to_owners(gradients, owners)
-            assert sum(map(len, messages)) <= length * {"none": 4, "fp16": 2.1, "bf16": 2.1}.get(codec, 1.1)
+            messages = sender.messages_to_owners(gradients, owners, step)
+            assert sum(map(len, messages)) <= length * BYTES.get(codec, 1.0)
             for owner, message in enumerate(messages):
                 part = delivered.split(length // owners)[owner]
-                receiver.add_message_(message.clone(), part, owner, owners)
+                receiver.add_message_(message.clone(), part, owner, owners, step)
     left = [flat.double() for sender in senders for flat in sender.state().values()]
     assert torch.allclose(delivered.double() + sum(left), total, atol=1e-5)
     assert codec == "none" or max(each.abs().max() for each in left) > 1e-4
+
+
+@pytest.mark.parametrize("codec", ["topk", "topk2", "powersgd"])
+def test_all_is_sent_at_first(codec: str) -> None:
+    """In the warm-up of a codec owners get all gradients, bit for bit, and what is taken back stays with the sender."""
+    matrix = nn.Parameter(torch.zeros(96, 100))
+    sender, receiver = (
+        codec_factory(codec)(Bucket({"matrix": matrix}), CompressionSection(codec=codec, warmup_steps=2)) for _ in "ab"
+    )
+    gradients = torch.randn(9600, generator=torch.Generator().manual_seed(1))
+    (residual,) = sender.state().values()
+    residual.fill_(0.5)
+    delivered = torch.zeros(9600)
+    sent = gradients.clone()
+    for owner, message in enumerate(sender.messages_to_owners(sent, 3, step=1)):
+        receiver.add_message_(message, delivered[3200 * owner :][:3200], owner, 3, step=1)
+    assert delivered.equal(gradients + 0.5)
+    assert not residual.any()
+    if sender.can_take_back(sent):
+        sender.take_back_(sent, 3)
+        assert (residual == 0.5).all()
+
+
+def test_rows_of_low_rank_matrices_by_hand() -> None:
+    """A matrix of rank 1 is delivered whole by PowerSGD of rank 2, to owners that divide its rows between columns."""
+    column, row = (torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (128, 96))
+    gradients = torch.outer(column, row).flatten()
+    settings = CompressionSection(codec="powersgd", matrix_rank=2)
+    sender, receiver = (
+        codec_factory("powersgd")(Bucket({"m": nn.Parameter(torch.zeros(128, 96))}), settings) for _ in "ab"
+    )
+    delivered = torch.zeros(12288)
+    messages = sender.messages_to_owners(gradients.clone(), 3, 0)
+    # 4096 numbers are 42 2/3 rows: 43 of the first owner, 44 of the second and 43 of the last, and 96 columns for each
+    assert [len(message) for message in messages] == [4 * 2 * (rows + 96) for rows in (43, 44, 43)]
+    for owner, message in enumerate(messages):
+        receiver.add_message_(message, delivered[4096 * owner :][:4096], owner, 3, 0)
+    assert torch.allclose(delivered, gradients, atol=1e-5)
 
 
 # ---- who trains on what

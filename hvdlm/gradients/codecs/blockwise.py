@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hvdlm.comm.communicator import part_lengths
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs.codec import Codec, uses_loops
+from hvdlm.gradients.codecs.codec import Codec, dense_messages_, uses_loops
 from hvdlm.gradients.exchange import Exchange
 
 # An index within a block is sent as one byte.
@@ -198,6 +198,14 @@ class BlockwiseCodec(Codec):
         self._own_before = None
         parts = self._split_evenly(owners)
         return [self._encode(encoding, part, message_bytes(encoding, part), gradients) for part in parts]
+
+    def dense_messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+        """The same without encoding."""
+        if not self.settings.error_feedback:
+            self._residual.zero_()
+        self._own_before = None
+        self._split_evenly(owners)
+        return dense_messages_(gradients, self._residual, owners)
 
     def add_message_by_(self, encoding: BlockEncoding, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
         """`Codec.add_message_`."""

@@ -128,14 +128,14 @@ class Cast(Codec):
             residual.zero_()
         self._sum_at_owner_(gradients.split(len(gradients) // exchange.size), exchange)
 
-    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+    def messages_to_owners(self, gradients: Tensor, owners: int, step: int) -> list[Tensor]:
         length, residual = len(gradients) // owners, self._residual.values
         residuals = [None] * owners if residual is None else [*residual.split(length)]
         nbytes = self._segments.nbytes(length)
         pairs = zip(gradients.split(length), residuals, strict=True)
         return [self._encoded(part, error, nbytes) for part, error in pairs]
 
-    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int, step: int) -> None:
         decoded = torch.empty_like(own)
         self._segments.decode(message, decoded)
         own.add_(decoded)

@@ -47,10 +47,10 @@ class Codec(ABC):
         """
         raise NotImplementedError
 
-    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+    def messages_to_owners(self, gradients: Tensor, owners: int, step: int) -> list[Tensor]:
         """What a rank that owns nothing sends to each of some ranks that own as many of `gradients`: uint8.
 
-        They call `add_message_`. A codec that has no such messages is refused with server.ranks.
+        They call `add_message_` with the same `step`. A codec that has no such messages is refused with server.ranks.
         """
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class Codec(ABC):
         """Whether there are any."""
         return type(self).messages_to_owners is not Codec.messages_to_owners
 
-    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int, step: int) -> None:
         """Adds what one rank has sent of the part of `owner`, which is `own`, by `messages_to_owners`."""
         raise NotImplementedError
 
@@ -133,3 +133,18 @@ def reduce_dense_(gradients: Tensor, residual: Tensor, exchange: Exchange) -> No
     exchange.all_reduce_(gradients)
     if has_residual and gradients.isfinite().all():
         residual.zero_()
+
+
+def dense_messages_(gradients: Tensor, residual: Tensor, owners: int) -> list[Tensor]:
+    """For `Codec.messages_to_owners`: all of `gradients`, to which `residual` is added, as float32. The residual is
+    then zero, and what it was is in `gradients`.
+    """
+    intended = gradients + residual
+    gradients.copy_(residual)
+    residual.zero_()
+    return [part.view(torch.uint8) for part in intended.split(len(gradients) // owners)]
+
+
+def add_dense_message_(message: Tensor, own: Tensor) -> None:
+    """For `Codec.add_message_`: adds what `dense_messages_` has made for this owner."""
+    own.add_(message.view(torch.float32))

@@ -60,10 +60,10 @@ class Integer(BlockwiseCodec):
     def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         self.reduce_to_owners_by_(self._encoding, gradients, exchange)
 
-    def messages_to_owners(self, gradients: Tensor, owners: int) -> list[Tensor]:
+    def messages_to_owners(self, gradients: Tensor, owners: int, step: int) -> list[Tensor]:
         return self.messages_to_owners_by(self._encoding, gradients, owners)
 
-    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int) -> None:
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int, step: int) -> None:
         self.add_message_by_(self._encoding, message, own, owner, owners)
 
 

@@ -29,7 +29,7 @@ from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast, integer
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
-from hvdlm.gradients.codecs.codec import reduce_dense_, uses_loops
+from hvdlm.gradients.codecs.codec import add_dense_message_, reduce_dense_, uses_loops
 from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
@@ -70,6 +70,19 @@ class TopK(BlockwiseCodec):
             reduce_dense_(gradients, self._residual, exchange)
         else:
             self.reduce_by_(_TopKEncoding(kept, self._bits), gradients, exchange)
+
+    def messages_to_owners(self, gradients: Tensor, owners: int, step: int) -> list[Tensor]:
+        kept = self._kept_at(step)
+        if kept == self._block:
+            return self.dense_messages_to_owners(gradients, owners)
+        return self.messages_to_owners_by(_TopKEncoding(kept, self._bits), gradients, owners)
+
+    def add_message_(self, message: Tensor, own: Tensor, owner: int, owners: int, step: int) -> None:
+        kept = self._kept_at(step)
+        if kept == self._block:
+            add_dense_message_(message, own)
+        else:
+            self.add_message_by_(_TopKEncoding(kept, self._bits), message, own, owner, owners)
 
     def _kept_at(self, step: int) -> int:
         """Elements of a block to send: all for `compression.warmup_steps`, then exponentially fewer for as many."""

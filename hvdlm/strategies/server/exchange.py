@@ -22,13 +22,15 @@ class ServerExchange(Exchange):
         super().__init__(workers, None, ())
         self.rank = self.size = group.servers
         self._group, self._letters, self._buckets = group, letters, buckets
+        self.task: int | None = None  # of which all that is pushed is; None: of a step
         self._numbers = {each.partition.weights.data_ptr(): number for number, each in enumerate(buckets)}
 
     def push(self, bucket: int, messages: Sequence[Tensor], step: int) -> None:
         """Sends each server its message about the gradients of a bucket, (n,) uint8."""
         with self.counted("push"):
             for server, message in zip(self._group.server_ranks, messages, strict=True):
-                self._group.mailbox.post([server], (Kind.PUSH, bucket, step), message)
+                about = step if self.task is None else self.task
+                self._group.mailbox.post([server], (Kind.PUSH, bucket, about, step), message)
                 self.count(len(message))
             self._group.mailbox.flush()
 
@@ -55,7 +57,7 @@ class PushedCodec(Codec):
 
     def reduce_to_owners_(self, gradients: Tensor, exchange: Exchange, step: int) -> None:
         assert isinstance(exchange, ServerExchange)
-        exchange.push(self._number, self._codec.messages_to_owners(gradients, exchange.size), step)
+        exchange.push(self._number, self._codec.messages_to_owners(gradients, exchange.size, step), step)
 
     def can_take_back(self, gradients: Tensor) -> bool:
         return self._codec.can_take_back(gradients)

@@ -74,7 +74,7 @@ class FollowingServer(Server):
         kind, first, second, _ = order.header
         if kind == Kind.ADD:
             for bucket, letter in sorted(self._pushed.pop((second, first)).items()):
-                self._owned.add(bucket, letter.data)
+                self._owned.add(bucket, letter.data, letter.header[3])
         elif kind == Kind.DROP:
             self._pushed.pop((second, first), None)
         elif kind == Kind.SUM:

@@ -20,7 +20,8 @@ class Kind(IntEnum):
     """Of a letter; in brackets, the numbers in its header, then what it carries."""
 
     # From workers
-    PUSH = 1  # (bucket, step): a server's part of the gradients of a bucket, as the codec encodes it
+    # (bucket, step or task, step of the codec): a server's part of the gradients of a bucket, as the codec encodes it
+    PUSH = 1
     APPLY = 2  # (step): what gradients are to be multiplied by, and the learning rate, float64
     SKIP = 3  # (step): the gradients of this step are of no use
     LOAD = 4  # (bucket, is_state): a server's part of parameters, or of the optimizer's state, float32

@@ -44,8 +44,8 @@ class LocalServedWorker(ServedWorker):
             self._letters.is_patient = False
 
     @torch.no_grad()
-    def begin_task(self, task: int) -> None:
-        super().begin_task(task)
+    def begin_task(self, task: int, round_: int) -> None:
+        super().begin_task(task, round_)
         self.arrive()
         for given, partition in zip(self._given, self._partitions, strict=True):
             given.copy_(partition.weights)

@@ -71,14 +71,17 @@ class OwnedParameters:
         for each in self._sums:
             each.zero_()
 
-    def add(self, bucket: int, message: Tensor) -> None:
-        """Adds to the sums what a worker has pushed of a bucket, (n,) uint8; parameters move along differences."""
+    def add(self, bucket: int, message: Tensor, step: int) -> None:
+        """Adds to the sums what a worker has pushed of a bucket, (n,) uint8; parameters move along differences.
+
+        `step`: as the worker's codec has counted it.
+        """
         codec, total = self._codecs[bucket], self._sums[bucket]
         if not self._is_local:
-            codec.add_message_(message, total, self._server, self._servers)
+            codec.add_message_(message, total, self._server, self._servers, step)
             return
         difference = torch.zeros_like(total)
-        codec.add_message_(message, difference, self._server, self._servers)
+        codec.add_message_(message, difference, self._server, self._servers, step)
         total.add_(difference)
         add_scaled_(self._buckets[bucket].partition.master, difference, self._outer_lr)
 

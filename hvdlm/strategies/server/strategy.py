@@ -190,10 +190,10 @@ class ServedWorker(Strategy):
         """Tells a server that is a process of its own that this worker does not do what it may have been given."""
         self._group.mailbox.post(self._group.server_ranks, (Kind.DONE, NONE, NONE, 1))
 
-    def begin_task(self, task: int) -> None:
-        """What is pushed from now on, by the hooks of a step, is of this task."""
+    def begin_task(self, task: int, round_: int) -> None:
+        """What is pushed from now on, by the hooks of a step, is of this task, of a round of this number."""
         self._gradients.begin_step()
-        self._gradients.step = task
+        self._gradients.step, self._exchange.task = round_, task
 
     def end_task(self) -> None:
         """Returns when all gradients are on their way. Those that are not finite leave no residual."""

@@ -79,7 +79,7 @@ class SynchronousServer(Server):
         waiting = self._pushed[bucket]
         waiting[letter.source] = letter
         while (worker := self._added[bucket]) in waiting:
-            self._owned.add(bucket, waiting.pop(worker).data)
+            self._owned.add(bucket, waiting.pop(worker).data, step)
             self._added[bucket] += 1
         if min(self._added) == self._group.workers:
             norm = torch.tensor(self._owned.norm(), dtype=torch.float64)
