@@ -64,10 +64,11 @@ def test_killed_and_resumed(ranks: Ranks, small_data: Path, tmp_path: Path) -> N
     assert "step_00000014, step 14" in result.output
     assert_bit_identical(whole, broken)
     alike = {"optimizer__lr": 0.001, "model__dropout": 0.1}
-    for size, changed in ((2, {**LOCAL, **alike}), (1, alike)):
+    # Every step has no outer momentum to go on by
+    for size, changed, apart in ((2, {**LOCAL, **alike}, 0.01), (1, alike, 0.1)):
         other = tmp_path / str(size)
         as_if_killed(whole, other, 17)
         result = ranks.train(size, small_data, other, "--resume", "latest", **changed)
         assert result.status == 0, result.output
         final = [float(str(records(run, "eval")[-1]["loss"])) for run in (whole, other)]
-        assert abs(final[1] / final[0] - 1) < 0.05, final
+        assert abs(final[1] / final[0] - 1) < apart, final
