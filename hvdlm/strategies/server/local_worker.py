@@ -1,8 +1,8 @@
 """A worker that trains by an optimizer of its own for a round, and pushes what it has learned: asynchronous DiLoCo.
 
 Liu et al., "Asynchronous Local-SGD Training for Language Modeling", arXiv:2401.09135; what servers make of it is in
-served_optimizer.py. Parameters come from servers at the beginning of each round, and moments stay with
-the worker from one to the next.
+served_optimizer.py. Parameters come from servers at the beginning of each round, and moments stay with the worker from
+one to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hvdlm.strategies.strategy import RankState
 
 
 class LocalServedWorker(ServedWorker):
-    """What it pushes is a sum over its tokens as gradients are: weighted by tokens over those of a round."""
+    """What it pushes has its tokens over those of the round as weight: the shares of a round have 1 together."""
 
     def __init__(
         self,

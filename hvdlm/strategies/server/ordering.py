@@ -2,11 +2,11 @@
 
 A step adds as many shares as a global batch has, whichever come first: so batch size, schedule and number of steps are
 those of synchronous training (Dutta et al., "Slow and Stale Gradients Can Win the Race", AISTATS 2018: K-batch-async).
-With local steps the same is true of rounds (rounds.py): an outer step follows as many shares as a round has (Nguyen et
-al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022).
-A share that was computed with parameters more than `server.max_staleness` versions old does not count, and is trained
-on again. At a boundary, where a checkpoint or a validation is due, all tasks of the rounds before have been done and no
-other: there the run is one that any ranks can go on with.
+With local steps the same is true of rounds (rounds.py), but that parameters move along each share when it comes: a step
+then moves them along the momentum (served_optimizer.py). A share that was computed with parameters more than
+`server.max_staleness` versions old does not count, and is trained on again. At a boundary, where a checkpoint or a
+validation is due, all tasks of the rounds before have been done and no other: there the run is one that any ranks can
+go on with.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ class OrderingServer(FollowingServer):
                 self._aside.append(letter)
         # Of sums that were each divided by the nominal tokens of a round: by the true ones, of the shares that count
         unscale = 1 / self._weighted if self._weighted else math.nan
-        if self._plan.moves_at_once:
+        if self._plan.moves_at_once:  # with the weights that they had then
             unscale = 1.0
         norm = math.sqrt(math.fsum(each * each for each in norms)) * unscale
         rate, factor = self._plan.rate(version), 0.0
