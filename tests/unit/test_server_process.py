@@ -173,7 +173,8 @@ class FakeRun:
         self.boundaries: list[tuple[int, bool]] = []
         self.trained: list[int] = []
 
-    def train_on(self, task: int) -> tuple[float, int]:
+    def train_on(self, task: int, first: int) -> tuple[float, int]:
+        assert first == task // 2  # the batch of a share
         self.trained.append(task)
         return 1.0, 1
 
@@ -424,7 +425,7 @@ def test_settings() -> None:
         (["--server.shares", "2"], "set server.max_staleness with it"),
         (["--server.address", "host:7", "--train.max_time", "1h"], "with server.address leave them out"),
         ([*SETTINGS, "--optimizer.algorithm", "muon"], "adam, sgd or lion with server.listen"),
-        (["--server.address", "host:7", "--compression.codec", "topk"], "with server.address set it to none, fp16"),
+        (["--server.address", "host:7", "--compression.codec", "auto"], "with server.address set it to none, fp16"),
         ([*SETTINGS, "--parallel.shard", "1"], "server.listen needs the whole model on every worker"),
         (["--server.address", "host:7", "--train.ema", "0.9"], "it does not go with server.address"),
         ([*SETTINGS, "--comm.elastic", "true"], "server.listen does not go with comm.elastic = true"),
