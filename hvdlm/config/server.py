@@ -25,7 +25,7 @@ class ServerSection(Section):
     pull: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="numbers by which workers get parameters; those that products with train.precision = 'bf16' round "
-        "anyway always come in 16 bits",
+        "anyway always come in 16 bits, unless workers make local steps",
     )
 
     max_staleness: int = Field(
