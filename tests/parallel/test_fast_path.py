@@ -99,8 +99,9 @@ def plain_losses(seed: int, dtype: torch.dtype) -> list[float]:
 
 
 def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does() -> None:
-    """Over 300 steps; the distance between fp32 and PyTorch's own bf16 is what bf16 is known to cost. Of one seed: those
-    of benchmarks/fast_path.py are three.
+    """Over 300 steps; the distance between fp32 and PyTorch's own bf16 is what bf16 is known to cost.
+
+    Of one seed; benchmarks/fast_path.py trains with three.
     """
     exact, cast, fast = plain_losses(0, torch.float32), plain_losses(0, torch.bfloat16), fast_losses(0)
     assert exact[-1] < 0.6 * exact[0]  # it learned something
