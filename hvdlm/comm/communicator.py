@@ -283,13 +283,15 @@ class Communicator(Primitives):
         Prints `reason` to stderr, unless it is empty.
         """
 
-    def regroup_(self) -> None:
+    def regroup_(self, revokes: bool = True) -> None:
         """Leaves out the ranks that have died; the others keep their order. For each of these, after a DeadRankError.
 
-        Operations under way end by that error, and groups that were split off are gone. Raises it again if another rank
-        dies meanwhile; LostRankError if one neither answers nor dies; LeftOutError if this one is to end.
+        Operations under way end by that error, and groups that were split off are gone. `revokes` False: operations of
+        other ranks end as they do, where none waits for a dead one. Raises it again if another rank dies meanwhile;
+        LostRankError if one neither answers nor dies; LeftOutError if this one is to end.
         """
-        self.revoke()
+        if revokes:
+            self.revoke()
         while self._groups:
             self._groups.pop()._abandon()
         self._regroup()

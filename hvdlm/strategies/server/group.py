@@ -96,8 +96,8 @@ class ServerGroup:
     def leave(self, have_died: bool) -> None:
         """At the end of each rank. If some have died, the others leave them out, to end together."""
         self.mailbox.close()
-        if have_died:
-            self.everyone.regroup_()
+        if have_died:  # another worker may be about to return from the last barrier
+            self.everyone.regroup_(revokes=False)
 
 
 def join_server_group(
