@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "data": EVERYONE,
     "model": EVERYONE,
     "parallel": {*EVERYONE, "comm", "model"},
+    "privacy": {*EVERYONE, "model"},
     "strategies": {*EVERYONE, "comm", "gradients", "model", "parallel"},
     "scoring": {*EVERYONE, "comm", "data", "model"},
     "training": {
         *(*EVERYONE, "config_reader", "devices", "comm", "gradients", "strategies", "scoring", "data", "model"),
-        "parallel",
+        *("parallel", "privacy"),
     },
     "scaling": {*EVERYONE, "config_reader", "devices", "comm", "gradients", "strategies", "model"},
     "cluster": {*EVERYONE, "config_reader", "comm", "gradients", "data", "model"},
