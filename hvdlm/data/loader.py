@@ -18,6 +18,7 @@ import torch
 from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.mixture import Mixture
+from hvdlm.data.poisson import Excerpts, PoissonBatches, PoissonSampler, sequences_of
 from hvdlm.data.rank_parts import RankParts, Sequences
 from hvdlm.data.sampler import MixtureSampler, Sampler, rank_part
 from hvdlm.data.shard import DataSet
@@ -58,7 +59,7 @@ class SequenceReader:
         self,
         data: DataSet,
         context_length: int,
-        batch_sizes: BatchSizes,
+        batch_sizes: BatchSizes | PoissonBatches,
         seed: int,
         pin_memory: bool = False,
         skip_unreadable: bool = False,
@@ -68,27 +69,31 @@ class SequenceReader:
         self._split, self._end_of_text = data.train, data.eos_id
         self._token_dropout, self._vocab_size = token_dropout, data.vocab_size
         self._context_length, self._seed = context_length, seed
-        self._sampler = training_sampler(data, context_length, batch_sizes, seed)
+        self._sampler: Sampler | MixtureSampler | PoissonSampler
+        if isinstance(batch_sizes, PoissonBatches):
+            self._sampler = PoissonSampler(data.train, context_length, batch_sizes)
+        else:
+            self._sampler = training_sampler(data, context_length, batch_sizes, seed)
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
 
     def read(self, index: int, own: Sequences) -> Batch:
         """The sequences `own`, as a batch of this number. Raises HvdlmError if their shards cannot be read."""
-        batches = {each: self._sampler.batch(each) for each in sorted({batch for batch, _ in own})}
-        length = self._context_length
-        rows = np.empty((len(own), length + 1), dtype=np.int64)
-        unread, errors = [], []
+        batches = {each: self._excerpts(each) for each in sorted({batch for batch, _ in own})}
+        rows = np.full((len(own), self._context_length + 1), self._end_of_text, dtype=np.int64)
+        ends = np.zeros(len(own), dtype=np.int64)  # of what has been read of each row
+        errors = []
         for number, (batch, place) in enumerate(own):
-            shards, windows = batches[batch]
+            shard, start, count, after_end = (int(column[place]) for column in batches[batch])
             try:
-                rows[number] = self._split.read(int(shards[place]), int(windows[place]) * length, length + 1)
+                rows[number, after_end : after_end + count] = self._split.read(shard, start, count)
+                ends[number] = after_end + count
             except HvdlmError as error:
                 if not self._skip_unreadable or (isinstance(error, UnreadableFileError) and not error.is_gone):
                     raise
-                rows[number] = self._end_of_text
-                unread.append(number)
                 errors.append(str(error))
         inputs, targets = _tensor(rows[:, :-1]), _tensor(rows[:, 1:])
-        targets[unread] = IGNORE
+        for row, end in zip(targets, ends.tolist(), strict=True):
+            row[max(end - 1, 0) :] = IGNORE
         if self._token_dropout:
             for row, (of_batch, place_in_batch) in zip(inputs.numpy(), own, strict=True):
                 key = (self._seed, of_batch, place_in_batch)
@@ -96,6 +101,13 @@ class SequenceReader:
         if self._pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return Batch(index, inputs, targets, tuple(errors))
+
+    def _excerpts(self, batch: int) -> Excerpts:
+        if isinstance(self._sampler, PoissonSampler):
+            return self._sampler.excerpts(batch)
+        shards, windows = self._sampler.batch(batch)
+        length = self._context_length
+        return Excerpts(shards, windows * length, np.full_like(windows, length + 1), np.zeros_like(windows, dtype=bool))
 
 
 class Loader:
@@ -184,7 +196,7 @@ def training_sampler(
     data: DataSet, context_length: int, batch_sizes: BatchSizes, seed: int
 ) -> Sampler | MixtureSampler:
     """The sample order of the training split. Raises HvdlmError if it, or one of its sources, is too small."""
-    windows = [max(shard.n_tokens - 1, 0) // context_length for shard in data.train.shards]
+    windows = [sequences_of(shard.n_tokens, context_length) for shard in data.train.shards]
     if not data.sources:
         return Sampler(windows, batch_sizes, seed, data.fingerprint)
     rest = iter(windows)

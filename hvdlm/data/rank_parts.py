@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hvdlm.config.batch_sizes import BatchSizes
+from hvdlm.data.poisson import PoissonBatches
 from hvdlm.data.sampler import rank_part
 from hvdlm.data.shares import shares_by_cost
 
@@ -31,7 +32,7 @@ class RankParts:
     own.
     """
 
-    def __init__(self, batch_sizes: BatchSizes, ranks: int) -> None:
+    def __init__(self, batch_sizes: BatchSizes | PoissonBatches, ranks: int) -> None:
         """`ranks`: as many as there are at the start."""
         self.batch_sizes = batch_sizes
         self.known = ranks  # numbers that have been given
@@ -59,6 +60,8 @@ class RankParts:
     def _part(self, batch: int, place: int) -> range:
         """The indices of the rank in that place among those that share a batch."""
         _, ranks, costs = self._members_at(batch)
+        if isinstance(self.batch_sizes, PoissonBatches) and self.batch_sizes.fixed_parts:
+            return self.batch_sizes.part(batch, place, len(ranks))
         size = self.batch_sizes.size(batch)
         if not costs or size < len(ranks):
             return rank_part(size, place, len(ranks))
