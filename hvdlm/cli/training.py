@@ -1,11 +1,11 @@
-"""`hvdlm new`, `hvdlm train`, `hvdlm serve`, `hvdlm verify` and `hvdlm report`."""
+"""`hvdlm new`, `hvdlm train`, `hvdlm privacy`, `hvdlm serve`, `hvdlm verify` and `hvdlm report`."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from hvdlm.arguments import count, path, path_text
+from hvdlm.arguments import count, finite, path, path_text
 from hvdlm.cli.shared import SETTINGS_EPILOG
 from hvdlm.errors import HvdlmError
 
@@ -30,6 +30,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
     train.add_argument("--ranks", type=count, metavar="N", help="of --dry-run (default: those that were started)")
     train.set_defaults(run=_train)
+
+    privacy = commands.add_parser(
+        "privacy",
+        help="which noise and batch a run takes for a budget of differential privacy",
+        epilog=SETTINGS_EPILOG,
+        allow_abbrev=False,
+    )
+    privacy.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    privacy.add_argument("--epsilon", type=_above_0, required=True, metavar="EPSILON", help="the budget")
+    privacy.add_argument("--delta", type=_probability, metavar="DELTA", help="at which (default: privacy.delta)")
+    privacy.add_argument(
+        "--units", type=count, metavar="N", help="sequences or documents (default: those of the run's data set)"
+    )
+    privacy.set_defaults(run=_privacy)
 
     serve = commands.add_parser(
         "serve",
@@ -73,6 +87,28 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if config.server.listen:
         raise HvdlmError("server.listen is of hvdlm serve: start that, and its workers with server.address")
     return train(config, options.resume, options.config)
+
+
+def _privacy(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.training.privacy_plan import plan
+    from hvdlm.training.run import read_config
+
+    plan(read_config(options.config, overrides), options.epsilon, options.delta, options.units)
+    return 0
+
+
+def _above_0(text: str) -> float:
+    number = finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+    return number
+
+
+def _probability(text: str) -> float:
+    number = finite(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number between 0 and 1")
+    return number
 
 
 def _work(config: Config, resume: str | None) -> int:

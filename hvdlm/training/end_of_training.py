@@ -26,6 +26,7 @@ class EndOfTraining:
         self._before = 0.0  # seconds of earlier starts
         self._begun: float | None = None
         self._first_step = 0  # of this start
+        self._budget_is_spent = False  # of privacy, by the last step
 
     @property
     def seconds(self) -> float:
@@ -41,13 +42,23 @@ class EndOfTraining:
         """Training begins now; not at all if it has ended before. Collective."""
         trainer = self._trainer
         self._begun, self._first_step = time.monotonic(), trainer.step
+        self.keep_to_budget()
         if self._before >= self._limit:
             self.end_by_time()
         self.end_if_not_better(steps_later=0)
         if trainer.step >= self.last_step and trainer.communicator.rank == 0:
             limits = "train.max_tokens, train.max_time or train.patience"
+            if self._budget_is_spent:
+                limits = "privacy.target_epsilon"
             what = limits if trainer.step < self._settings.steps else "train.steps"
             logger.info("all %d steps are done: nothing to train; raise %s to go on", self.last_step, what)
+
+    def keep_to_budget(self) -> None:
+        """The last step is one within `privacy.target_epsilon`, if there is one. Collective."""
+        privacy = self._trainer.privacy
+        if privacy:
+            planned, self.last_step = self.last_step, privacy.last_step(self.last_step)
+            self._budget_is_spent |= self.last_step < planned
 
     def asks(self) -> bool:
         """Whether this rank, rank 0, asks all to end with the step under way."""
@@ -81,4 +92,7 @@ class EndOfTraining:
         """Says why training has ended before `train.steps`, if it has."""
         if self.last_step <= self._trainer.step < self._settings.steps and not self._trainer.stop:
             why = self._trainer.due.end or f"train.max_tokens = {self._settings.max_tokens:,} is reached"
+            if self._budget_is_spent and not self._trainer.due.end:
+                budget = self._trainer.config.privacy.target_epsilon
+                why = f"another step would spend more than privacy.target_epsilon = {budget:g}"
             self._trainer.write("event", message=f"training ends here: {why}", ended=True)

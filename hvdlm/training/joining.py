@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hvdlm.comm.algorithm_probe import AlgorithmCost
 from hvdlm.comm.replicas import broadcast_tensors
+from hvdlm.privacy.accountant import Phase
 from hvdlm.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class SharedState(NamedTuple):
     skipped_in_a_row: int
     unread: int
     seconds: float
+    private_steps: list[Phase]
 
 
 def share_state(trainer: Trainer, root: int) -> SharedState:
@@ -36,12 +38,16 @@ def share_state(trainer: Trainer, root: int) -> SharedState:
         trainer.skipped.in_a_row,
         trainer.unread,
         trainer.ending.seconds,
+        trainer.privacy.history if trainer.privacy else [],
     )
     shared = trainer.communicator.broadcast_object(own, root)
     trainer.loss_scale.load_state_dict(shared.loss_scale)
     trainer.skipped.in_a_row = shared.skipped_in_a_row
     trainer.unread = shared.unread
     trainer.ending.restore(shared.seconds)
+    if trainer.privacy:
+        trainer.privacy.go_on(shared.private_steps)
+        trainer.ending.keep_to_budget()
     return shared
 
 

@@ -12,13 +12,14 @@ import torch
 
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mesh import Mesh
-from hvdlm.config import Config, ParallelSection
+from hvdlm.config import Config, ParallelSection, PrivacySection
 from hvdlm.errors import HvdlmError
 from hvdlm.model.loss import token_loss
 from hvdlm.model.transformer import Transformer, document_ids
 from hvdlm.parallel.pipeline.stage_model import StageModel, TensorParallelStageModel
 from hvdlm.parallel.pipeline.stages import blocks_by_cost, divide, flops
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
+from hvdlm.privacy.model import RecordedTransformer
 from hvdlm.training.compile_cache import (
     avoid_precompiled_headers,
     avoid_unusable_cache,
@@ -69,7 +70,8 @@ def check_deterministic(config: Config, device: torch.device) -> None:
     small = {"layers": 1, "width": width, "mlp_width": width, "context_length": 32}
     train = config.train.model_copy(update={"compile": False})
     model_section = config.model.model_copy(update=small)
-    sections = {"model": model_section, "train": train, "parallel": ParallelSection()}
+    whole = {"parallel": ParallelSection(), "privacy": PrivacySection()}
+    sections = {"model": model_section, "train": train, **whole}
     model = make_model(config.model_copy(update=sections), 64, device)
     tokens = torch.arange(32, device=device)[None]
     documents = document_ids(tokens, 16) if config.model.document_mask else None
@@ -109,6 +111,8 @@ def make_model(config: Config, vocab_size: int, device: torch.device, mesh: Mesh
             model: Transformer = _stages(config, vocab_size, mesh, tensor_ranks, device)
         elif tensor_ranks is not None and tensor_ranks.size > 1:
             model = TensorParallelTransformer(config.model, vocab_size, tensor_ranks, config.parallel.sequence)
+        elif config.privacy.is_used:
+            model = RecordedTransformer(config.model, vocab_size)
         else:
             model = Transformer(config.model, vocab_size)
     if not config.parallel.shard:

@@ -183,6 +183,13 @@ def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab
     fixed = [("model", name) for name in now["model"] if name not in ("preset", "from")]
     of_batches = ("global_batch_size", "batch_ramp_start", "batch_ramp_increment", "batch_ramp_steps")
     fixed += [("train", name) for name in ("seed", *of_batches)]
+    if now["privacy"]["clip_norm"]:
+        if not saved["privacy"]["clip_norm"]:
+            raise HvdlmError(
+                f"{state['path']} was trained without privacy.clip_norm, and no epsilon holds for what it has learned: "
+                "begin a new run in another train.run_dir"
+            )
+        fixed.append(("privacy", "unit"))
     for section, name in fixed:
         if saved[section][name] != now[section][name]:
             raise HvdlmError(
@@ -196,7 +203,9 @@ def _check_resumable(state: dict[str, Any], config: Config, data: DataSet, vocab
 def _changed_settings(state: dict[str, Any], config: Config) -> list[str]:
     """A sentence for each setting of the mathematics of training that differs from the checkpoint's."""
     saved, now = _settings(state), config.model_dump()
-    names = [(section, name) for section in ("optimizer", "compression", "local_steps") for name in now[section]]
+    names = [
+        (section, name) for section in ("optimizer", "compression", "local_steps", "privacy") for name in now[section]
+    ]
     names += [("train", name) for name in ("steps", "max_tokens", "ema", "precision")] + [("data", "token_dropout")]
     return [
         f"{section}.{name} is {now[section][name]}, and was {saved[section][name]} up to here"

@@ -39,6 +39,8 @@ def restore(trainer: Trainer, source: Checkpoint | None, state: dict[str, Any]) 
     loss_scale.load_state_dict(state["loss_scale"])
     trainer.unread = state.get("unread", 0)
     trainer.ending.restore(state.get("seconds", 0.0))
+    if trainer.privacy:
+        trainer.privacy.go_on(state["privacy"]["history"])
     if "parts" in state:
         end = trainer.ending.last_step
         balance = trainer.config.train.balance
@@ -78,6 +80,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "unread": trainer.unread,
         "seconds": trainer.ending.seconds,
         "parts": trainer.parts.state_dict(),
+        **({"privacy": trainer.privacy.state_dict()} if trainer.privacy else {}),
         "ranks_are_equal": trainer.strategy.ranks_are_equal,
         "config": trainer.config.model_dump(),
         "vocab_size": trainer.model.vocab_size,

@@ -23,6 +23,8 @@ class StepLog:
         trainer = self._trainer
         loss = trainer.elastic.loss() if trainer.elastic else trainer.own_loss()
         numbers = {**trainer.step_metrics.collect(*loss), **trainer.strategy.log_numbers()}
+        if trainer.privacy and trainer.metrics is not None and trainer.config.privacy.has_noise:
+            numbers["epsilon"] = trainer.privacy.epsilon(trainer.step)
         trainer.write("train", lr=rate, grad_norm=float(trainer.norm), tokens=trainer.tokens_done, **numbers)
         if score := self._loss_spikes.add(numbers["loss"]):
             batch = trainer.step - 1

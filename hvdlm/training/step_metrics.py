@@ -78,7 +78,7 @@ class StepMetrics:
         whole, data, compute, exposed, codec, memory = map(max, zip(*times, strict=True))
         tokens_per_second = sum(all_tokens) / whole
         return {
-            "loss": sum(losses) / sum(counts),
+            "loss": sum(losses) / sum(counts) if any(counts) else math.nan,
             "mean_loss": sum(all_losses) / sum(all_tokens) if any(all_tokens) else math.nan,
             "tokens_per_second": tokens_per_second,
             "utilisation": _utilisation(self._flops_per_token * tokens_per_second, peaks),

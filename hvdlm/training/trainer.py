@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ from hvdlm.training.end_of_training import EndOfTraining
 from hvdlm.training.hardware import seconds_alive
 from hvdlm.training.metrics import FIRST_STEP, MetricsLog
 from hvdlm.training.micro_batches import MicroBatch, divide
-from hvdlm.training.model import make_model, seed_dropout
+from hvdlm.training.model import make_model
 from hvdlm.training.moving_average import MovingAverage
+from hvdlm.training.passes import Passes
 from hvdlm.training.pipeline import PipelinePasses
 from hvdlm.training.precision import LossScale
 from hvdlm.training.preemption import Preemption
+from hvdlm.training.private_training import PrivatePasses, PrivateTraining
 from hvdlm.training.replica_check import ReplicaCheck
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
@@ -101,7 +103,9 @@ class Trainer:
         self.due, self._has_done_a_step = Due(), False
         self.stop = False  # whether some rank was asked to stop: training ends after this step
         self.open_metrics: Callable[[int], MetricsLog] | None = None  # for a rank that becomes rank 0
-        self.parts = RankParts(self.batch_sizes, self.readers.size)
+        self.privacy = PrivateTraining(self) if config.privacy.is_used else None
+        self._passes = PrivatePasses(self, self.privacy) if self.privacy else Passes(self)
+        self.parts = RankParts(self.privacy.batches if self.privacy else self.batch_sizes, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
         self.balance = Balance(self) if config.train.balance and can_change else None
@@ -222,10 +226,10 @@ class Trainer:
         factor = self.loss_scale.factor / self.nominal_tokens
         micro_batches = self._micro_batches(batch)
         if self.pipeline:
-            tokens = self._wait_for(status)  # before a rank waits for another that could not read
+            tokens = self.wait_for(status)  # before a rank waits for another that could not read
             losses = self.pipeline.train(micro_batches, factor)
         else:
-            losses, tokens = self._passes(micro_batches, factor, status)
+            losses, tokens = self._passes.train(micro_batches, factor, status)
         activity.begin_wait(f"the gradients of step {step}")
         self.strategy.wait()
         if self.pipeline:
@@ -238,32 +242,6 @@ class Trainer:
         self.complete_step(norm * self._unscale() if tokens else torch.tensor(math.nan))
         self._report_step()
         return self.stop
-
-    def _passes(
-        self, micro_batches: Sequence[MicroBatch], factor: float, status: Work[int]
-    ) -> tuple[list[Tensor], int]:
-        """The losses of this rank's micro-batches, whose gradients are added up, and the tokens of all ranks."""
-        activity, timer, step = self.communicator.activity, self.timer, self.step + 1
-        # Ranks that share a sequence draw alike, unless each has other tokens of it
-        divided = self.communicator if self.config.parallel.sequence else self.readers
-        seed_dropout(self.config.train.seed, self.step, divided.rank)
-        losses: list[Tensor] = []
-        tokens: int | None = None
-        for number, (inputs, targets) in enumerate(micro_batches, start=1):
-            activity.begin(f"computes micro-batch {number} of step {step}")
-            loss = self.micro_batch_loss(inputs, targets, factor)
-            losses.append(loss.detach())
-            timer.end_phase("forward")
-            if number == len(micro_batches):
-                tokens = self._wait_for(status)
-                self.strategy.set_last_micro_batch()  # gradients are final from here on: they are sent when ready
-            (loss * factor).backward()
-            self.strategy.end_pass()
-            timer.end_phase("backward")
-        if tokens is None:  # this rank has no sequences, and contributes zeros
-            tokens = self._wait_for(status)
-            self.strategy.set_last_micro_batch()
-        return losses, tokens
 
     def complete_step(self, norm: Tensor) -> None:
         """Applies the gradients, which all have arrived, and ends the step. `norm`: of those of the mean loss."""
@@ -336,7 +314,7 @@ class Trainer:
         most = -(-self.parts.most(self.step) // size) if self.strategy.passes_are_collective else 0
         return divide(batch, size, self.device, most)
 
-    def _wait_for(self, status: Work[int]) -> int:
+    def wait_for(self, status: Work[int]) -> int:
         """The tokens over whose mean loss gradients are; raises UnreadableBatchError on all ranks if some could not."""
         self.communicator.activity.begin_wait(f"the other ranks in step {self.step + 1}")
         tokens = status.wait()
@@ -385,7 +363,7 @@ class Trainer:
             self.data,
             self.config.model.context_length,
             self.parts,
-            self.config.train.seed,
+            self.privacy.seed if self.privacy else self.config.train.seed,
             self.elastic.number if self.elastic else self.readers.rank,
             self.config.data.read_ahead,
             start=self.step,

@@ -105,6 +105,16 @@ def test_while_updates_of_muon_are_gathered(small_data: Path, tmp_path: Path, un
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING, **muon), deaths=3, relative=2e-3)
 
 
+def test_with_differential_privacy(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
+    """The step under way is made again of the same batch, with one whole noise."""
+    private: dict[str, object] = {"privacy__clip_norm": 0.5, "privacy__noise_multiplier": 0.3, "privacy__delta": 1e-6}
+    private |= {"privacy__secure": "false", "privacy__accountant": "rdp", "train__steps": 12}
+    result = train(3, "forward:5:0,bucket:9:2", small_data, tmp_path / "run", **private)
+    assert_goes_on(result, tmp_path / "run", undisturbed(**private), deaths=2)
+    spent = [[each["epsilon"] for each in records(run)] for run in (tmp_path / "run", undisturbed(**private))]
+    assert spent[0] == spent[1]
+
+
 def test_a_rank_that_is_stuck_ends_alone(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """By SIGKILL: mpirun ends all ranks when one exits with an error."""
     result = train(3, "stuck:7:1", small_data, tmp_path / "run", comm__timeout=6, **SAVING)

@@ -16,6 +16,7 @@ import mpi_body
 import muon_body
 import pipeline_body
 import pipeline_training_body
+import privacy_body
 import pytest
 import ring_body
 import scoring_body
@@ -104,6 +105,7 @@ CASES = [
         ],
     ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
+    *cases_of(privacy_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
     *cases_of(dion_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
     *cases_of(
@@ -154,8 +156,8 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(layouts_body, mesh_body, muon_body, pipeline_body, pipeline_training_body, scoring_body, sharded_body),
-        *(sharded_memory_body, sharded_steps_body, tensor_body),
+        *(layouts_body, mesh_body, muon_body, pipeline_body, pipeline_training_body, privacy_body, scoring_body),
+        *(sharded_body, sharded_memory_body, sharded_steps_body, tensor_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

@@ -71,8 +71,8 @@ def test_a_name_unlike_any_other_lists_the_valid_ones() -> None:
         "unknown key log.xyzzyx (valid: log.every, log.tensorboard, log.wandb)"
     )
     assert (
-        "valid: checkpoint, comm, compression, data, local_steps, log, model, optimizer, parallel, server, train"
-        in refusal("--xyzzyx.q", "3")
+        "valid: checkpoint, comm, compression, data, local_steps, log, model, optimizer, parallel, privacy, server, "
+        "train" in refusal("--xyzzyx.q", "3")
     )
 
 
@@ -494,3 +494,30 @@ def test_stages_of_a_pipeline() -> None:
 )
 def test_what_does_not_fit_a_pipeline(settings: list[str], sentence: str) -> None:
     assert sentence in refusal("--parallel.pipeline", "2", *settings)
+
+
+# ---- privacy
+
+PRIVATE = ("--privacy.clip_norm", "1.0", "--privacy.noise_multiplier", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (("--train.precision", "fp16"), "train.precision = 'fp16' leaves out steps"),
+        (
+            ("--train.batch_ramp_start", "8", "--train.batch_ramp_steps", "50"),
+            "train.batch_ramp_start changes the chance",
+        ),
+        (("--train.balance", "true"), "train.balance = true deals out batches that all have the same size"),
+        (("--optimizer.algorithm", "dion"), "factors of its own momentum"),
+        (("--local_steps.every", "4"), "local_steps.every has ranks tell one another"),
+        (("--parallel.shard", "1"), "it does not go with [parallel]"),
+        (("--parallel.tensor", "2"), "it does not go with [parallel]"),
+        (("--server.ranks", "1"), "it does not go with [server]"),
+        (("--privacy.clip_norm", "0"), "need gradients of bounded norm"),
+    ],
+)
+def test_what_breaks_privacy_is_refused(overrides: tuple[str, ...], part: str) -> None:
+    assert configure(*PRIVATE).privacy.is_used
+    assert part in refusal(*PRIVATE, *overrides)

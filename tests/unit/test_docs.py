@@ -232,4 +232,6 @@ def test_fields_of_a_line_of_metrics_are_those_that_are_written() -> None:
     written = metrics.collect(1.0, 1)
     local_steps = {"rounds", "drift", "left_out"}  # tests/parallel/test_local_steps.py sees these
     asynchronous = {"dropped", "staleness"}  # tests/faults/test_asynchronous.py sees these
-    assert described == {"kind", "step", "lr", "grad_norm", "tokens", *written, *local_steps, *asynchronous}
+    private = {"epsilon"}  # tests/parallel/test_private_training.py sees it
+    own = {"kind", "step", "lr", "grad_norm", "tokens"}
+    assert described == {*own, *written, *local_steps, *asynchronous, *private}
