@@ -48,6 +48,7 @@ def tokens_per_second(options: argparse.Namespace, cluster: Cluster, servers: in
     launcher[launcher.index("-np") + 1] = str(ranks)
     settings = {"data.path": options.data, "train.run_dir": run_dir, "log.every": 1, "server.ranks": servers}
     settings |= {"train.steps": options.steps, "train.evaluate_sequences": 1, "comm.engine": "mpi"}
+    settings["optimizer.warmup_steps"] = 0  # so few steps have none
     program = [str(SIMULATED_TRAIN), ",".join([str(options.simulate)] * ranks)] if options.simulate else ["-m", "hvdlm"]
     words = [sys.executable, *program, "train", str(options.config), *options.settings, *as_overrides(settings)]
     result = subprocess.run([*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_DEADLINE)
