@@ -138,7 +138,10 @@ def check_fifty_steps(comm: Communicator, schedule: str, name: str) -> None:
     settings = settings_of(comm, schedule, split=",".join(map(str, counts)))
     model, plain = make_stages(comm, config, settings), make_whole(config)
     pipeline = Pipeline(model, comm, settings)
-    ours, expected = (torch.optim.AdamW(each.parameters(), lr=1e-3, weight_decay=0.1) for each in (model, plain))
+    # With eps = 1e-8 gradients that are nearly 0 make whole steps: the norm of step 18 is then 8e-5 off that of float64
+    # in plain PyTorch, too
+    steps = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-6}
+    ours, expected = (torch.optim.AdamW(each.parameters(), **steps) for each in (model, plain))
     clipped = 0
     for step in range(50):
         ours.zero_grad()
@@ -157,7 +160,7 @@ def check_fifty_steps(comm: Communicator, schedule: str, name: str) -> None:
         plain_norm = float(nn.utils.clip_grad_norm_(plain.parameters(), 0.6))
         expected.step()
         clipped += plain_norm > 0.6
-        assert abs(norm / plain_norm - 1) < 5e-4, (step, norm, plain_norm)  # rounding, grown by 50 steps of AdamW
+        assert abs(norm / plain_norm - 1) < 1e-4, (step, norm, plain_norm)
         assert abs(float(mean) / float(loss) - 1) < 1e-6, (step, float(mean), float(loss))
     assert 0 < clipped < 50
     assert float(loss) < 3.9  # it has learned something: it began at log 61, 4.11
