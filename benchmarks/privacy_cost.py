@@ -26,27 +26,27 @@ import torch
 from common.conditions import describe_run, describe_settings
 from common.processes import environment
 from common.results import markdown_table, write_results, write_text
-from common.script import RESULTS, absolute_path, run_script
+from common.script import RESULTS, absolute_path, as_overrides, run_script
 from hvdlm.config import Config
 from hvdlm.config_reader import load
 from hvdlm.errors import HvdlmError, check_installed
 from hvdlm.model.presets import PRESETS
-from privacy_cost.systems import SYSTEMS, make_step
+from privacy_cost.private_systems import SYSTEMS, make_step
 
 _FORMS = {"seconds": ("{:.3f}", 1.0), "memory": ("{:,.0f}", 2.0**20)}
 _WARM_UP = 2  # steps
 _DEADLINE = 900  # seconds of a system
-_FIXED = ["--privacy.clip_norm", "1.0", "--privacy.noise_multiplier", "1.0", "--privacy.secure", "false"]
-_FIXED += [
-    "--privacy.delta",
-    "1e-9",
-    "--log.every",
-    str(10**6),
-    "--train.check_replicas_every",
-    "0",
-    "--model.position",
-    "learned",
-]
+_FIXED = as_overrides(
+    {
+        "privacy.clip_norm": 1.0,
+        "privacy.noise_multiplier": 1.0,
+        "privacy.secure": "false",
+        "privacy.delta": 1e-9,
+        "log.every": 10**6,
+        "train.check_replicas_every": 0,
+        "model.position": "learned",
+    }
+)
 
 
 def measure_one(name: str, config: Config, vocab_size: int, steps: int) -> None:

@@ -39,7 +39,7 @@ class PlainGPT(nn.Module):
             raise HvdlmError("the plain reference is a GPT-2: give a model of that design, or leave out its rows")
         self.tokens = nn.Embedding(vocab_size, model.width)
         self.positions = nn.Embedding(model.context_length, model.width)
-        self.blocks = nn.ModuleList(_Block(model.width, model.heads, approximate) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(PlainBlock(model.width, model.heads, approximate) for _ in range(model.layers))
         self.norm = nn.LayerNorm(model.width)
         self.output = nn.Linear(model.width, vocab_size, bias=False)
         self.output.weight = self.tokens.weight
@@ -73,7 +73,9 @@ class PlainGPT(nn.Module):
         self.load_state_dict({**weights, "output.weight": model.output_weight})
 
 
-class _Block(nn.Module):
+class PlainBlock(nn.Module):
+    """(B, T, D) to (B, T, D)."""
+
     def __init__(self, width: int, heads: int, approximate: str) -> None:
         super().__init__()
         self.heads = heads

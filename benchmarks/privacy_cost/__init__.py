@@ -1,0 +1,1 @@
+"""The parts of privacy_cost.py: the systems that take its steps."""

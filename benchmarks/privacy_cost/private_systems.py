@@ -14,7 +14,7 @@ from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config, PrivacySection
 from hvdlm.data.loader import Batch
 from hvdlm.training.trainer import Trainer
-from privacy_cost.plain_gpt import PlainGPT
+from privacy_cost.untied_gpt import UntiedGPT
 
 Step = Callable[[], None]
 
@@ -35,7 +35,7 @@ def make_step(name: str, config: Config, vocab_size: int) -> Step:
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     if SYSTEMS[name] == HVDLM:
         return _hvdlm(config, vocab_size, inputs, targets, is_private=name != HVDLM)
-    model = PlainGPT(config.model, vocab_size)
+    model = UntiedGPT(config.model, vocab_size)
     parts = list(zip(*(each.split(config.train.micro_batch_size) for each in (inputs, targets)), strict=True))
     if name == TORCH:
         return _torch(model, config, parts)
