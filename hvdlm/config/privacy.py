@@ -86,7 +86,5 @@ def privacy_misfits(config: Config) -> dict[str, bool]:
         "privacy.clip_norm needs the gradients that a sequence has of the whole model on one rank: it does not go with "
         "[parallel]": config.parallel.is_used,
         "privacy.clip_norm divides by the sequences that a batch is expected to have, and servers by those that "
-        "workers have trained on: it does not go with [server]": (
-            config.server.ranks > 0 or bool(config.server.listen or config.server.address)
-        ),
+        "workers have trained on: it does not go with [server]": (config.server.is_used),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hvdlm.errors import HvdlmError, check_installed
@@ -43,11 +44,7 @@ class Accountant:
 
     def epsilon(self, phases: Sequence[Phase]) -> float:
         """Of all steps together; infinite if some are without noise."""
-        accountant = self._make()
-        for phase in phases:
-            if phase.steps:
-                accountant.compose(_event(phase), phase.steps)
-        return float(accountant.get_epsilon(self._delta))
+        return _epsilon(self._name, self._delta, tuple(phases))
 
     def noise_multiplier(self, epsilon: float, rate: float, steps: int) -> float:
         """The least for so many steps, to within a thousandth; 0.25 if that or less is enough.
@@ -70,7 +67,7 @@ class Accountant:
 
         return float(
             calibrate_dp_mechanism(
-                self._make,
+                partial(_make, self._name),
                 lambda noise: SelfComposedDpEvent(_event(Phase(steps, noise, rate)), steps),
                 epsilon,
                 self._delta,
@@ -92,14 +89,33 @@ class Accountant:
                 too_many = middle
         return most
 
-    def _make(self) -> PrivacyAccountant:
-        if self._name == "rdp":
-            from dp_accounting.rdp import RdpAccountant
 
-            return RdpAccountant()
-        from dp_accounting.pld import PLDAccountant
+@lru_cache(maxsize=1)  # half a second by pld: a line of the log and a checkpoint ask for that of one step
+def _epsilon(name: AccountantName, delta: float, phases: tuple[Phase, ...]) -> float:
+    accountant = _make(name)
+    for phase in phases:
+        if phase.steps:
+            accountant.compose(_event(phase), phase.steps)
+    return float(accountant.get_epsilon(delta))
 
-        return PLDAccountant(value_discretization_interval=1e-3)
+
+def _make(name: AccountantName) -> PrivacyAccountant:
+    if name == "rdp":
+        from dp_accounting.rdp import RdpAccountant
+
+        return RdpAccountant()
+    from dp_accounting.pld import PLDAccountant
+
+    return PLDAccountant(value_discretization_interval=1e-3)
+
+
+def check_delta(name: str, delta: float, units: int, unit: str) -> None:
+    """Raises HvdlmError, which calls delta `name`, if one of the units might be published for certain."""
+    if delta * units >= 1:
+        raise HvdlmError(
+            f"{name} = {delta:g} would allow for one of the {units:,} {unit}s to be published: set it below "
+            f"{1 / units:.1g}"
+        )
 
 
 def _event(phase: Phase) -> DpEvent:

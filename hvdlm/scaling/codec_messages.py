@@ -85,7 +85,7 @@ def _record_messages(
     codec: str, shapes: tuple[tuple[int, ...], ...], ranks: int, settings: CompressionSection
 ) -> tuple[Message, ...]:
     bucket, exchange = _random_bucket(shapes), _RecordingExchange(ranks)
-    codec_factory(codec)(bucket, settings).reduce_(bucket.buffer, exchange, 2 * settings.warmup_steps + 1)
+    codec_factory(codec)(bucket, settings).reduce_(bucket.buffer, exchange, _after_warmup(settings))
     return tuple(exchange.messages)
 
 
@@ -96,14 +96,13 @@ def _record_push(codec: str, shapes: tuple[tuple[int, ...], ...], settings: Comp
     if not made.has_messages_to_owners:
         raise HvdlmError(no_messages_to_owners(codec))
     # As if there were one server: parts have the bytes of the whole, but for what fills up the last one
-    return (
-        Message(
-            "push",
-            sum(len(each) for each in made.messages_to_owners(bucket.buffer, 1, 2 * settings.warmup_steps + 1)),
-            1,
-            0,
-        ),
-    )
+    messages = made.messages_to_owners(bucket.buffer, 1, _after_warmup(settings))
+    return (Message("push", sum(map(len, messages)), 1, 0),)
+
+
+def _after_warmup(settings: CompressionSection) -> int:
+    """A step in which a codec sends no more than in any later one."""
+    return 2 * settings.warmup_steps + 1
 
 
 def _random_bucket(shapes: tuple[tuple[int, ...], ...]) -> Bucket:

@@ -125,6 +125,11 @@ def sent_bytes(optimizer: torch.optim.Optimizer) -> int:
     return optimizer.sent_bytes if isinstance(optimizer, MuonAdamW) else 0
 
 
+def clip_factor(norm: float, most: float) -> float:
+    """By what gradients of this norm are multiplied, for it to be `most` at most; 0: any norm will do."""
+    return most / norm if 0 < most < norm else 1.0
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the rate of all parameter groups."""
     for group in optimizer.param_groups:

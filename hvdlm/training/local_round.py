@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hvdlm.errors import HvdlmError
-from hvdlm.strategies.optimizer import set_learning_rate
+from hvdlm.strategies.optimizer import clip_factor, set_learning_rate
 from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.training.schedule import learning_rate
@@ -59,8 +59,7 @@ class LocalRound:
             if trainer.skipped.error:
                 raise HvdlmError(trainer.skipped.error)
             return
-        clip = config.optimizer.clip_norm
-        factor = unscale * (clip / float(norm) if 0 < clip < norm else 1.0)
+        factor = unscale * clip_factor(float(norm), config.optimizer.clip_norm)
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
         add_penalties_((each for each in self._parameters if each.dim() >= 2), config.optimizer)

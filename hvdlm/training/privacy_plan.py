@@ -8,7 +8,7 @@ from hvdlm.config import Config
 from hvdlm.data.poisson import units_of
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
-from hvdlm.privacy.accountant import Accountant
+from hvdlm.privacy.accountant import Accountant, check_delta
 from hvdlm.privacy.plan import plans, print_plans
 
 
@@ -25,11 +25,7 @@ def plan(config: Config, epsilon: float, delta: float | None, units: int | None)
     if batch > units:
         raise HvdlmError(f"train.global_batch_size = {batch} is more than the {units:,} {privacy.unit}s: lower it")
     delta = privacy.delta if delta is None else delta
-    if delta * units >= 1:
-        raise HvdlmError(
-            f"delta = {delta:g} would allow for one of the {units:,} {privacy.unit}s to be published: set it below "
-            f"{1 / units:.1g}"
-        )
+    check_delta("delta", delta, units, privacy.unit)
     steps = config.planned_steps
     print(
         f"epsilon {epsilon:g} at delta {delta:g}, by {privacy.accountant}: {steps:,} steps over {units:,} "

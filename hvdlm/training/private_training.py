@@ -18,7 +18,7 @@ from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.comm.work import Work
 from hvdlm.data.poisson import PoissonBatches, units_of
 from hvdlm.errors import HvdlmError
-from hvdlm.privacy.accountant import Accountant, Phase
+from hvdlm.privacy.accountant import Accountant, Phase, check_delta
 from hvdlm.privacy.model import RecordedTransformer
 from hvdlm.privacy.noise import Noise
 from hvdlm.training.micro_batches import MicroBatch
@@ -75,11 +75,8 @@ class PrivateTraining:
                 f"train.global_batch_size = {train.global_batch_size} is more than the {what} of the training split, "
                 "of which privacy.clip_norm draws each at most once: lower it"
             )
-        if settings.has_noise and settings.delta * self.units >= 1:
-            raise HvdlmError(
-                f"privacy.delta = {settings.delta:g} would allow for one of the {what} to be published: set it below "
-                f"{1 / self.units:.1g}"
-            )
+        if settings.has_noise:
+            check_delta("privacy.delta", settings.delta, self.units, settings.unit)
         key = os.urandom(32).hex() if settings.secure else f"{trainer.data.fingerprint} {train.seed}"
         multiplier = settings.noise_multiplier
         if self._accountant and not multiplier:

@@ -24,7 +24,7 @@ from hvdlm.errors import HvdlmError, JobError
 from hvdlm.model.size import flops_per_token
 from hvdlm.model.transformer import document_ids
 from hvdlm.strategies import make_strategy
-from hvdlm.strategies.optimizer import make_optimizer
+from hvdlm.strategies.optimizer import clip_factor, make_optimizer
 from hvdlm.strategies.server.group import ServerGroup
 from hvdlm.strategies.strategy import Report, UnreadableBatchError
 from hvdlm.targets import IGNORE
@@ -343,8 +343,7 @@ class Trainer:
         if norm.is_cuda:  # the host does not wait for the norm
             self.strategy.scale_(unscale * (clip_norm / norm).clamp(max=1.0) if clip_norm else unscale)
             return
-        length = float(norm)
-        factor = unscale * (clip_norm / length if 0 < clip_norm < length else 1.0)
+        factor = unscale * clip_factor(float(norm), clip_norm)
         if factor != 1.0:
             self.strategy.scale_(factor)
 

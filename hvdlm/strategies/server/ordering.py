@@ -25,6 +25,7 @@ from hvdlm.comm.failure import wait_until
 from hvdlm.comm.mailbox import Letter
 from hvdlm.config import ServerSection
 from hvdlm.errors import HvdlmError
+from hvdlm.strategies.optimizer import clip_factor
 from hvdlm.strategies.server.following import FollowingServer
 from hvdlm.strategies.server.group import NONE, Kind, ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
@@ -263,8 +264,7 @@ class OrderingServer(FollowingServer):
         norm = math.sqrt(math.fsum(each * each for each in norms)) * unscale
         rate, factor = self._plan.rate(version), 0.0
         if math.isfinite(norm) and self._weighted:
-            clip = self._plan.clip_norm
-            factor = unscale * (clip / norm if 0 < clip < norm else 1.0)
+            factor = unscale * clip_factor(norm, self._plan.clip_norm)
             self._skipped_in_a_row = 0
         else:
             self._skipped_in_a_row += 1
