@@ -95,7 +95,7 @@ def serve(pipe: Connection, config: Config, is_plain: bool) -> None:
     device = choose_device(config.train.device, SoloCommunicator())
     vocab_size = config.model.vocab_size or data.vocab_size
     loader = open_loader(config, data, SoloCommunicator())
-    base = libraries_bytes() if device.type == "cpu" else 0
+    base = libraries_bytes(has_compiler=True) if device.type == "cpu" else 0
     if is_plain:
         step = plain_step(PlainGPT(config, vocab_size).to(device), config, loader, device)
     else:

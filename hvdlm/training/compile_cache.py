@@ -52,14 +52,6 @@ def check_compile_cache() -> Path:
     return directory
 
 
-def avoid_unusable_cache() -> None:
-    """For where nothing is compiled: PyTorch makes the directory all the same, when it makes the first optimizer."""
-    try:
-        _cache_directory().mkdir(parents=True, exist_ok=True)
-    except (OSError, HvdlmError):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/"  # it is there, and nothing will be written
-
-
 def try_compiler(compiler: str, directory: Path) -> None:
     """Makes, loads and removes a library in `directory`. Raises HvdlmError if the compiler or the loader fails."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:

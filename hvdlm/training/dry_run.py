@@ -58,7 +58,8 @@ def print_dry_run(config: Config, vocab_size: int, launch: Launch) -> None:
     moments = memory.moments if is_local or not servers else 0
     moving_average = memory.parameters if train.ema else 0
     scored = memory.double_precision if split_names(train.evaluate_tasks) else 0
-    libraries = libraries_bytes() if device == "cpu" else 0
+    has_compiler = train.compile or train.activation_checkpointing or config.parallel.tensor > 1
+    libraries = libraries_bytes(has_compiler) if device == "cpu" else 0
     state = {
         "weights": memory.parameters,
         "weights to compute with": memory.working_parameters,

@@ -17,7 +17,6 @@ from hvdlm.comm.gpus import deal_gpus, shared_gpus, visible_gpus
 from hvdlm.comm.rank_errors import raise_on_all_ranks
 from hvdlm.cores import usable_cores
 from hvdlm.errors import JobError
-from hvdlm.training.compile_cache import avoid_unusable_cache
 
 # mallopt's names of settings (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -129,12 +128,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def libraries_bytes() -> int:
-    """Host memory that this process holds before it has a model, with all libraries loaded that training loads."""
-    avoid_unusable_cache()
-    weight = torch.zeros(1)
-    weight.grad = torch.zeros(1)
-    torch.optim.AdamW([weight], fused=True).step()  # imports further libraries
+def libraries_bytes(has_compiler: bool) -> int:
+    """Host memory that this process holds before it has a model, with all libraries loaded that training loads.
+
+    `has_compiler`: whether torch.compile's are among them.
+    """
+    if has_compiler:
+        import torch._dynamo
     return int(psutil.Process().memory_info().rss)
 
 

@@ -20,12 +20,8 @@ from hvdlm.parallel.pipeline.stage_model import StageModel, TensorParallelStageM
 from hvdlm.parallel.pipeline.stages import blocks_by_cost, divide, flops
 from hvdlm.parallel.tensor.model import TensorParallelTransformer
 from hvdlm.privacy.model import RecordedTransformer
-from hvdlm.training.compile_cache import (
-    avoid_precompiled_headers,
-    avoid_unusable_cache,
-    check_compile_cache,
-    try_compiler,
-)
+from hvdlm.training.compile_cache import avoid_precompiled_headers, check_compile_cache, try_compiler
+from hvdlm.training.compiler_import import leave_compiler_out
 from hvdlm.training.precision import DTYPES
 
 
@@ -35,7 +31,7 @@ def check_compiler(config: Config, device: torch.device) -> None:
     That is a cache in which code can be written and executed, and for the CPU a compiler that works.
     """
     if not config.train.compile:
-        avoid_unusable_cache()
+        leave_compiler_out()
         return
     if device.type != "cpu":
         check_compile_cache()

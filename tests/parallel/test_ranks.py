@@ -139,7 +139,8 @@ CASES.sort(key=lambda case: (case.group.engine, case.group.launcher, case.group.
 def marks(case: Case) -> list[pytest.MarkDecorator]:
     """The ranks of one engine and launcher serve one worker of pytest-xdist."""
     group = pytest.mark.xdist_group(f"{case.group.engine} {case.group.launcher}")
-    return [group, pytest.mark.timing] if case.is_timing else [group]
+    has = {"timing": case.is_timing, "thorough": case.is_thorough}
+    return [group, *(getattr(pytest.mark, name) for name in has if has[name])]
 
 
 PARAMETERS = [pytest.param(case, marks=marks(case), id=str(case)) for case in CASES]

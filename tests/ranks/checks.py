@@ -93,6 +93,7 @@ class Case:
     group: Group
     keywords: Mapping[str, Any]
     is_timing: bool
+    is_thorough: bool  # other cases have its size and each of its values, though not together
 
     def __str__(self) -> str:
         values = [Path(str(value)).name.replace(":", ".") for value in self.keywords.values()]
@@ -110,7 +111,8 @@ def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
     """Every check of a body on the groups that it is for.
 
     On the groups of one engine and launcher every two values of keywords meet, and each meets every size: not all
-    products of three and more, which for some checks are 36, and take minutes.
+    products of three and more, which for some checks are 36, and take minutes. Those that bring no new value or size,
+    but two that have not met, are `thorough`.
     """
     assert body.__file__ is not None
     found = []
@@ -118,8 +120,8 @@ def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
         for name, function in checks_of(body).items():
             limits: _Limits = getattr(function, "limits", _Limits())
             fitting = [group for group in alike if limits.allow(group)]
-            for group, keywords in _pairwise(function, limits, fitting):
-                found.append(Case(Path(body.__file__), name, group, keywords, limits.is_timing))
+            for group, keywords, is_thorough in _pairwise(function, limits, fitting):
+                found.append(Case(Path(body.__file__), name, group, keywords, limits.is_timing, is_thorough))
     return found
 
 
@@ -138,8 +140,9 @@ def _alike(groups: Sequence[Group]) -> list[list[Group]]:
 
 def _pairwise(
     function: Callable[..., Any], limits: _Limits, groups: Sequence[Group]
-) -> Iterator[tuple[Group, dict[str, Any]]]:
-    """Groups that differ in nothing but their sizes, and the keywords of each run of a check on them."""
+) -> Iterator[tuple[Group, dict[str, Any], bool]]:
+    """Groups that differ in nothing but their sizes, and the keywords of each run of a check on them; and whether those
+    before have had each size and each value of this one."""
     if not groups:
         return
     wanted = list(inspect.signature(function).parameters)[1:]
@@ -150,9 +153,13 @@ def _pairwise(
     free = {name: values for name, values in limits.values.items() if name not in given}
     ranges = [range(len(values)) for values in (groups, *free.values())]
     chosen = AllPairs(ranges) if len(ranges) > 1 else itertools.product(*ranges)
-    for first, *others in chosen:
+    had: set[tuple[int, int]] = set()
+    for indices in chosen:
+        new = set(enumerate(indices)) - had
+        had |= new
+        first, *others = indices
         values = (values[index] for values, index in zip(free.values(), others, strict=True))
-        yield groups[first], {**own, **dict(zip(free, values, strict=True))}
+        yield groups[first], {**own, **dict(zip(free, values, strict=True))}, not new
 
 
 def assert_every_check_runs(body: ModuleType, cases: Sequence[Case]) -> None:

@@ -75,11 +75,12 @@ class TensorParallelAttention(Attention):
         self.qkv = ColumnParallelLinear(config.width, rows, config.bias or config.qkv_bias, ranks)
         self.output = RowParallelLinear(self.heads * self.head_width, config.width, config.bias, ranks)
         self._rank = ranks.rank
+        self._attend_uncompiled = torch.compiler.disable(_attend_with_own_dropout)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         if not dropout:
             return super().attend(queries, keys, values, mask, dropout)
-        attended: Tensor = _attend_with_own_dropout(queries, keys, values, mask, dropout, self._rank)
+        attended: Tensor = self._attend_uncompiled(queries, keys, values, mask, dropout, self._rank)
         return attended
 
 
@@ -100,7 +101,6 @@ def own_rows(tokens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     return (tokens - rows.start).clamp(0, rows.stop - rows.start - 1), is_here
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_with_own_dropout(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float, rank: int
 ) -> Tensor:
