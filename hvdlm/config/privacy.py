@@ -65,7 +65,7 @@ class PrivacySection(Section):
 
 def privacy_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
-    privacy, train = config.privacy, config.train
+    privacy, train, local_steps = config.privacy, config.train, config.local_steps
     if not privacy.is_used:
         return {
             "privacy.noise_multiplier and privacy.target_epsilon need gradients of bounded norm: set "
@@ -81,8 +81,11 @@ def privacy_misfits(config: Config) -> dict[str, bool]:
         ),
         "optimizer.algorithm = 'dion' has each rank send factors of its own momentum, in which there is only a part of "
         "the noise: with privacy.clip_norm set it to another one": config.optimizer.algorithm == "dion",
-        "local_steps.every has ranks tell one another of tokens and of steps of their own, in which there is only a "
-        "part of the noise: with privacy.clip_norm leave it out": bool(config.local_steps.every),
+        "local_steps.by = 'seconds' and local_steps.every = 'auto' go by how long steps take, which tells how large "
+        "batches were: with privacy.clip_norm name a number of steps": local_steps.by == "seconds"
+        or (local_steps.every == "auto"),
+        "with local_steps.every and comm.elastic = true those who are left train on what a dead rank has trained on: "
+        "with privacy.clip_norm leave out one of them": bool(local_steps.every) and config.comm.elastic,
         "privacy.clip_norm needs the gradients that a sequence has of the whole model on one rank: it does not go with "
         "[parallel]": config.parallel.is_used,
         "privacy.clip_norm divides by the sequences that a batch is expected to have, and servers by those that "

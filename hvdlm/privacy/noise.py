@@ -9,11 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 2**16  # numbers
+
+
+class Sharers(NamedTuple):
+    """The ranks that share one draw of noise, the whole of which is in the sum of their gradients."""
+
+    rank: int  # of this one among them
+    size: int
+    of: str = ""  # tells it from the other draws of a step, if there are several
 
 
 class Noise:
@@ -23,20 +32,15 @@ class Noise:
         """`seed`: None for random numbers of the operating system, which nobody can draw again."""
         self.deviation, self._seed = deviation, seed
 
-    def add_(self, flat: Tensor, step: int, parameter: int, rank: int) -> None:
-        """Adds noise that is the rank's own. Arguments as of `add_part_`."""
-        for number, block in enumerate(flat.split(BLOCK)):
-            name = f"{step} {parameter} {number} of rank {rank}"
-            block.add_(self._block(len(block), flat.device, name), alpha=self.deviation)
-
-    def add_part_(self, flat: Tensor, step: int, parameter: int, rank: int, size: int) -> None:
-        """Adds what is the part of `rank` of `size` ranks in one draw.
+    def add_part_(self, flat: Tensor, step: int, parameter: int, sharers: Sharers) -> None:
+        """Adds what is this rank's part of a draw.
 
         flat: (n,) float32. parameter: its number in the model.
         """
         for number, block in enumerate(flat.split(BLOCK)):
-            if (parameter + number) % size == rank:
-                block.add_(self._block(len(block), flat.device, f"{step} {parameter} {number}"), alpha=self.deviation)
+            if (parameter + number) % sharers.size == sharers.rank:
+                name = f"{step} {parameter} {number}{sharers.of}"
+                block.add_(self._block(len(block), flat.device, name), alpha=self.deviation)
 
     def _block(self, count: int, device: torch.device, name: str) -> Tensor:
         """(count,) float32 of N(0, 1)."""

@@ -54,6 +54,11 @@ class Report(NamedTuple):
         flags = [int(self.error is not None), int(self.end)]
         return torch.tensor([self.tokens, int(self.stop), int(self.save), self.unread, *flags])
 
+    def joined_with(self, later: Report) -> Report:
+        """What a rank tells of this step and a later one at once, but for tokens and pace."""
+        save, unread = self.save or later.save, self.unread + later.unread
+        return Report(0, self.stop or later.stop, save, unread, self.error or later.error, self.end or later.end)
+
     @staticmethod
     def unread_of(messages: Tensor) -> int:
         """The sequences that ranks have left out, by the sum of their messages."""
@@ -83,6 +88,13 @@ class RankState:
     def tensors(self) -> dict[str, Tensor]:
         """All of them."""
         return {**self.summed, **self.averaged, **self.dropped}
+
+
+class Group(NamedTuple):
+    """Ranks that step together."""
+
+    ranks: Communicator
+    number: int  # among the groups
 
 
 class UnreadableBatchError(JobError):
@@ -194,12 +206,19 @@ class Strategy(ABC):
     def close(self) -> None:
         """Closes what was opened for messages between ranks. Collective."""
 
-    # ---- after a rank has died (training/elastic.py)
+    # ---- local steps
 
     @property
     def is_local(self) -> bool:
-        """Whether no rank waits for another in the next step."""
+        """Whether no rank, or group of ranks, waits for another in the next step."""
         return False
+
+    @property
+    def group(self) -> Group:
+        """The ranks over which gradients are summed in the next step."""
+        return Group(self.communicator, 0)
+
+    # ---- after a rank has died (training/elastic.py)
 
     @abstractmethod
     def abandon(self) -> None:

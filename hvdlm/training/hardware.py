@@ -134,7 +134,7 @@ def libraries_bytes(has_compiler: bool) -> int:
     `has_compiler`: whether torch.compile's are among them.
     """
     if has_compiler:
-        import torch._dynamo
+        import torch._dynamo  # noqa: F401
     return int(psutil.Process().memory_info().rss)
 
 

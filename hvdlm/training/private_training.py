@@ -20,7 +20,7 @@ from hvdlm.data.poisson import PoissonBatches, units_of
 from hvdlm.errors import HvdlmError
 from hvdlm.privacy.accountant import Accountant, Phase, check_delta
 from hvdlm.privacy.model import RecordedTransformer
-from hvdlm.privacy.noise import Noise
+from hvdlm.privacy.noise import Noise, Sharers
 from hvdlm.training.micro_batches import MicroBatch
 from hvdlm.training.model import seed_dropout
 from hvdlm.training.passes import Passes
@@ -51,12 +51,11 @@ class PrivateTraining:
             make = partial(Accountant, settings.accountant, settings.delta)
             self._accountant = on_all_ranks(trainer.communicator, make)
         draw = on_rank_0(trainer.communicator, self._draw)
-        # Codecs deliver of each rank's part what is no function of the sum: each part then has the whole noise, and
-        # depends on no unit that another rank has
-        self.noise_on_each_rank = trainer.config.compression.codec != "none"
-        self.batches = PoissonBatches(
-            draw.key, settings.unit, self.units, train.global_batch_size, fixed_parts=self.noise_on_each_rank
-        )
+        # Codecs deliver of each rank's part what is no function of the sum; so do groups that step on their own. Each
+        # part then has the whole noise, and depends on no unit that another rank has
+        self._codes_parts = trainer.config.compression.codec != "none"
+        fixed_parts = self._codes_parts or bool(trainer.config.local_steps.every)
+        self.batches = PoissonBatches(draw.key, settings.unit, self.units, train.global_batch_size, fixed_parts)
         self.noise_multiplier = draw.noise_multiplier
         self._before: list[Phase] = []  # of the run, with other settings
         self._first_step = 0  # with these
@@ -97,9 +96,26 @@ class PrivateTraining:
         return self._settings.clip_norm / self._trainer.config.train.global_batch_size
 
     def noise(self) -> Noise:
-        """Of the sum of all ranks' gradients, as the passes make them; or of each rank's."""
+        """Of a sum of gradients, as the passes make them, over those who are `sharers`."""
         seed = None if self._settings.secure else self._trainer.config.train.seed
         return Noise(self.noise_multiplier * self.clip_norm, seed)
+
+    def sharers(self) -> Sharers:
+        """Who shares a draw of noise in the step under way."""
+        trainer = self._trainer
+        if trainer.strategy.is_local:  # codecs deliver differences of parameters, which are made from noised sums
+            group = trainer.strategy.group
+            return Sharers(group.ranks.rank, group.ranks.size, f" of group {group.number}")
+        communicator = trainer.communicator
+        if self._codes_parts:
+            return Sharers(0, 1, f" of rank {communicator.rank}")
+        return Sharers(communicator.rank, communicator.size)
+
+    @property
+    def told_tokens(self) -> int:
+        """What each rank tells of the tokens of its part of a batch, in place of their number: the others are not to
+        know that, which has no noise."""
+        return self._trainer.nominal_tokens // self._trainer.communicator.size
 
     # ---- what is spent
 
@@ -156,10 +172,16 @@ class PrivateTraining:
         ]
         if not settings.has_noise:
             return [*said, "without noise nothing is kept secret: set privacy.target_epsilon or noise_multiplier"]
-        if self.noise_on_each_rank and self._trainer.communicator.size > 1:
+        config, ranks = self._trainer.config, self._trainer.communicator.size
+        if config.local_steps.every and ranks > 1:
+            said.append(
+                "with local_steps.every the sum of each rank's, or node's, part of a batch has the whole noise, for a "
+                "batch that is as many times smaller"
+            )
+        elif self._codes_parts and ranks > 1:
             said.append(
                 "with compression.codec the part of each rank has the whole noise, so that their sum has "
-                f"{self._trainer.communicator.size**0.5:.2f} times as much"
+                f"{ranks**0.5:.2f} times as much"
             )
         if not settings.secure:
             said.append("privacy.secure = false: whoever knows train.seed can take the noise away again")
@@ -182,9 +204,9 @@ class PrivatePasses(Passes):
         }
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float, status: Work[int]) -> tuple[list[Tensor], int]:
-        """The tokens are those that a batch is expected to have, whatever it has."""
-        losses, _ = super().train(micro_batches, factor, status)
-        return losses, self._trainer.nominal_tokens
+        """The tokens are those that a batch, or a group's part of it, is expected to have, whatever it has."""
+        losses, told = super().train(micro_batches, factor, status)
+        return losses, told if self._trainer.strategy.is_local else self._trainer.nominal_tokens
 
     def _seed_dropout(self) -> None:
         # Which sequence gets which mask depends on the others of the batch: nobody is to know the masks
@@ -207,10 +229,6 @@ class PrivatePasses(Passes):
     def _add(self, parameter: Tensor, gradient: Tensor, with_noise: bool) -> None:
         """To `.grad`, as autograd does: what it calls when it has, is called."""
         if with_noise and self._noise.deviation:
-            flat, number, step = gradient.view(-1), self._number[parameter], self._trainer.step
-            communicator = self._trainer.communicator
-            if self._privacy.noise_on_each_rank:
-                self._noise.add_(flat, step, number, communicator.rank)
-            else:
-                self._noise.add_part_(flat, step, number, communicator.rank, communicator.size)
+            number, step = self._number[parameter], self._trainer.step
+            self._noise.add_part_(gradient.view(-1), step, number, self._privacy.sharers())
         torch.autograd.backward(parameter, gradient)

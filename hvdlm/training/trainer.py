@@ -219,7 +219,8 @@ class Trainer:
         asks, ends, unread = self.saver.is_due_by_time(), self.ending.asks(), len(batch.errors) if counts else 0
         error = error or self.skipped.error
         pace = self.balance.pace() if self.balance else None
-        status = self.strategy.begin_step(Report(self._own_tokens, stop_here, asks, unread, error, ends, pace))
+        told = self.privacy.told_tokens if self.privacy else self._own_tokens
+        status = self.strategy.begin_step(Report(told, stop_here, asks, unread, error, ends, pace))
         if self.elastic:
             self.elastic.begin_step()
         # The loss is a sum over tokens: it is divided by their nominal number, to keep gradients in range

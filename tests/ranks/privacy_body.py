@@ -17,7 +17,7 @@ from hvdlm.config import Config
 from hvdlm.data.loader import Batch
 from hvdlm.data.sampler import rank_part
 from hvdlm.model.transformer import Transformer
-from hvdlm.privacy.noise import Noise
+from hvdlm.privacy.noise import Noise, Sharers
 from hvdlm.targets import IGNORE
 from hvdlm.training.trainer import Trainer
 
@@ -103,14 +103,15 @@ def no_noise(config: Config) -> list[Tensor]:
     return [torch.zeros(sum(each.numel() for each in model.parameters())) for _ in SIZES]
 
 
-def whole_noise(config: Config) -> list[Tensor]:
-    """Of each step, as one rank draws it."""
+def whole_noise(config: Config, of: str = "") -> list[Tensor]:
+    """Of each step, as one rank draws it; `of`: for whom."""
+    sharers = Sharers(0, 1, of)
     noise = Noise(config.privacy.noise_multiplier * config.privacy.clip_norm, config.train.seed)
     drawn = []
     for step in range(len(SIZES)):
         of_parameters = [torch.zeros(each.numel()) for each in Transformer(config.model, VOCABULARY).parameters()]
         for number, each in enumerate(of_parameters):
-            noise.add_part_(each, step, number, 0, 1)
+            noise.add_part_(each, step, number, sharers)
         drawn.append(torch.cat(of_parameters))
     return drawn
 
@@ -142,6 +143,48 @@ def check_steps(comm: Communicator, noise_multiplier: float) -> None:
         assert epsilons == sorted(epsilons) and epsilons[0] > 0
         found = (after[2] - after[1]).std() / (RATE / EXPECTED * CLIP_NORM)  # of the step without sequences
         assert abs(float(found) / noise_multiplier - 1) < 0.02, found
+
+
+def plain_local_steps(config: Config, ranks: int) -> list[list[Tensor]]:
+    """Parameters of each rank after each step: each steps by its own sum, with a noise of its own, and after every
+    second step all take the mean."""
+    models = [Transformer(config.model, VOCABULARY) for _ in range(ranks)]
+    for model in models:
+        model.initialise(config.train.seed)
+    noise = [whole_noise(config, f" of group {rank}") for rank in range(ranks)]
+    expected = LENGTH * EXPECTED // ranks / LENGTH  # sequences of a part
+    after: list[list[Tensor]] = []
+    for step in range(len(SIZES)):
+        inputs, targets = global_batch(step)
+        for rank, model in enumerate(models):
+            total = noise[rank][step].clone()
+            part = rank_part(len(inputs), rank, ranks)
+            for index in range(part.start, part.stop):
+                model.zero_grad()
+                logits = functional.linear(model(inputs[index][None])[0], model.token_embedding.weight)
+                loss = functional.cross_entropy(logits, targets[index], ignore_index=IGNORE, reduction="sum")
+                (loss / LENGTH).backward()
+                own = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+                total += own * min(1.0, CLIP_NORM / float(own.norm()))
+            nn.utils.vector_to_parameters(flat(model) - RATE * total / expected, model.parameters())
+        if step % 2:
+            mean = torch.stack([flat(model) for model in models]).mean(0)
+            for model in models:
+                nn.utils.vector_to_parameters(mean.clone(), model.parameters())
+        after.append([flat(model) for model in models])
+    return after
+
+
+@check(sizes=[1, 2, 3])
+def check_local_steps(comm: Communicator) -> None:
+    """Between two averages each rank steps by its own clipped sum, in which there is a whole noise of its own."""
+    config = make_config(noise_multiplier=0.1)
+    config = config.model_copy(update={"local_steps": config.local_steps.model_copy(update={"every": 2})})
+    after, _ = steps(comm, config)
+    begin = flat(make_trainer(comm, config).model)
+    for step, (own, expected) in enumerate(zip(after, plain_local_steps(config, comm.size), strict=True)):
+        other = expected[comm.rank]
+        assert (own - other).norm() <= 1e-5 * (other - begin).norm(), (step, (own - other).norm())
 
 
 @check(sizes=[2])

@@ -12,7 +12,7 @@ from scipy import integrate, stats
 
 from hvdlm.errors import HvdlmError
 from hvdlm.privacy.accountant import Accountant, Phase
-from hvdlm.privacy.noise import BLOCK, Noise
+from hvdlm.privacy.noise import BLOCK, Noise, Sharers
 
 # Of Opacus's tests of its accountants: sigma 1.5, q 0.04, 90 epochs, delta 1e-5
 TABLE = Phase(steps=2250, noise_multiplier=1.5, rate=0.04)
@@ -80,7 +80,7 @@ def test_no_noise() -> None:
 @pytest.mark.parametrize("seed", [3, None], ids=["seed", "system"])
 def test_noise_is_normal(seed: int | None) -> None:
     numbers = torch.zeros(5 * BLOCK + 11)
-    Noise(3.0, seed).add_part_(numbers, 0, 0, 0, 1)
+    Noise(3.0, seed).add_part_(numbers, 0, 0, Sharers(0, 1))
     distance = stats.kstest(numbers.double().numpy() / 3.0, "norm").statistic
     assert distance < 1.95 / len(numbers) ** 0.5  # exceeded with probability 0.001
     blocks = torch.stack(numbers[: 5 * BLOCK].split(BLOCK))
@@ -90,14 +90,14 @@ def test_noise_is_normal(seed: int | None) -> None:
 def test_parts_of_ranks_are_one_draw() -> None:
     parts = torch.zeros(3, 2 * BLOCK + 5)
     for rank, part in enumerate(parts):
-        Noise(1.0, 7).add_part_(part, 4, 1, rank, 3)
+        Noise(1.0, 7).add_part_(part, 4, 1, Sharers(rank, 3))
     assert ((parts != 0).sum(dim=0) == 1).all()
     whole = torch.zeros(2 * BLOCK + 5)
-    Noise(1.0, 7).add_part_(whole, 4, 1, 0, 1)
+    Noise(1.0, 7).add_part_(whole, 4, 1, Sharers(0, 1))
     assert torch.equal(parts.sum(dim=0), whole)
     for step, parameter, seed in ((5, 1, 7), (4, 2, 7), (4, 1, 8)):
         other = torch.zeros(2 * BLOCK + 5)
-        Noise(1.0, seed).add_part_(other, step, parameter, 0, 1)
+        Noise(1.0, seed).add_part_(other, step, parameter, Sharers(0, 1))
         assert (other != whole).float().mean() > 0.99
 
 

@@ -35,7 +35,7 @@ from hvdlm.strategies.local_steps.rounds import split_into_fragments
 from hvdlm.strategies.local_steps.warmup import with_warmup_codec
 from hvdlm.strategies.optimizer import deal_out_among, optimizer_tensors
 from hvdlm.strategies.replaced_parameters import parameters_replaced
-from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy, raise_if_unreadable
+from hvdlm.strategies.strategy import Group, RankState, Report, StepEnd, Strategy, raise_if_unreadable
 
 
 class LocalSteps(Strategy):
@@ -94,6 +94,10 @@ class LocalSteps(Strategy):
         """Whether the next step is a local one."""
         return self._step >= self._rounds.warmup_steps
 
+    @property
+    def group(self) -> Group:
+        return Group(self._groups.own, self._groups.index) if self.is_local else super().group
+
     # ---- one step
 
     def takes_part(self) -> bool:
@@ -108,9 +112,7 @@ class LocalSteps(Strategy):
         if not self._has_begun:
             self._begin_local_steps()
         # What ranks tell of errors and ask for, they tell in a round
-        kept = self._own
-        stop, save, unread = kept.stop or own.stop, kept.save or own.save, kept.unread + own.unread
-        self._own = Report(0, stop, save, unread, kept.error or own.error, kept.end or own.end)
+        self._own = self._own.joined_with(own)
         self._measure_traffic()
         return self._every_step.begin_step(Report(own.tokens)).then(self._count)
 
@@ -359,7 +361,7 @@ class LocalSteps(Strategy):
             fragment.began_at = fragment.delivered = step
         self._goes_on = as_saved and saved is not None
         self._arrived = saved["under_way"] if saved is not None else []
-        if not self._goes_on or saved is None:
+        if saved is None or not self._goes_on:
             return
         if self._pace and saved["pace"]:
             self._pace.load_state_dict(saved["pace"])
@@ -381,12 +383,11 @@ class LocalSteps(Strategy):
     def rank_state(self) -> RankState:
         if self.ranks_are_equal:
             return self._every_step.rank_state()
-        states = [fragment.rank_state() for fragment in self.fragments]
-        return RankState(
-            summed={name: tensor for state in states for name, tensor in state.summed.items()},
-            averaged=optimizer_tensors(self._optimizer, self._model),
-            dropped={name: tensor for state in states for name, tensor in state.dropped.items()},
-        )
+        summed, dropped = dict[str, Tensor](), dict[str, Tensor]()
+        for state in (fragment.rank_state() for fragment in self.fragments):
+            summed.update(state.summed)
+            dropped.update(state.dropped)
+        return RankState(summed, averaged=optimizer_tensors(self._optimizer, self._model), dropped=dropped)
 
     def restored(self, residual_factor: float) -> None:
         if not self.ranks_are_equal and not self._goes_on:
