@@ -22,7 +22,7 @@ from hvdlm.config.optimizer import Algorithm, OptimizerSection
 from hvdlm.config.output import CheckpointSection, LogSection
 from hvdlm.config.parallel import ParallelSection
 from hvdlm.config.parallel_misfits import parallel_misfits
-from hvdlm.config.privacy import PrivacySection, privacy_misfits
+from hvdlm.config.privacy import PrivacySection, masking_misfits, privacy_misfits
 from hvdlm.config.section import Section
 from hvdlm.config.server import ServerSection, server_misfits
 from hvdlm.config.train import Precision, TrainSection
@@ -106,6 +106,7 @@ class Config(Section):
             **balance_misfits(self),
             **parallel_misfits(self),
             **server_misfits(self),
+            **masking_misfits(self),
             **privacy_misfits(self),
             f"optimizer.dion_rank = {optimizer.dion_rank:g} is more than model.width = {self.model.width}": (
                 is_dion and optimizer.dion_rank > self.model.width

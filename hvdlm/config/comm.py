@@ -45,7 +45,8 @@ class CompressionSection(Section):
 
     codec: str = Field(
         "none",
-        description="none, fp16, bf16, int8, int4, int2, topk, topk2, powersgd, auto, or FILE.py:CLASS of your own",
+        description="none, fp16, bf16, int8, int4, int2, topk, topk2, powersgd, auto, or FILE.py:CLASS of your own; "
+        "masked: with local steps, so that no rank learns what another one has",
     )
     weights: Literal["none", "int8", "int4", "int2"] = Field(
         "none",

@@ -63,6 +63,22 @@ class PrivacySection(Section):
         return self.noise_multiplier > 0 or self.target_epsilon > 0
 
 
+def masking_misfits(config: Config) -> dict[str, bool]:
+    """The same of codec `masked`."""
+    is_masked, local_steps = config.compression.codec == "masked", config.local_steps
+    sentences = {
+        "compression.codec = 'masked' is for differences of parameters, and too coarse for gradients: set "
+        "local_steps.every": not local_steps.every,
+        "the gradients of local_steps.warmup_steps, as of those that local_steps.every = 'auto' times, are not masked: "
+        "with compression.codec = 'masked' leave them out": local_steps.warmup_steps > 0 or local_steps.every == "auto",
+        "a rank that dies takes along its masks, without which the sum of the others cannot be read: "
+        "compression.codec = 'masked' does not go with comm.elastic": config.comm.elastic,
+        "servers are sent the differences of one worker at a time: compression.codec = 'masked' does not go with "
+        "[server]": config.server.is_used,
+    }
+    return {sentence: is_masked and is_wrong for sentence, is_wrong in sentences.items()}
+
+
 def privacy_misfits(config: Config) -> dict[str, bool]:
     """Sentences, and whether they are true of the settings."""
     privacy, train, local_steps = config.privacy, config.train, config.local_steps

@@ -70,6 +70,31 @@ def test_documents_and_noise_of_the_system(ranks: Ranks, small_data: Path, tmp_p
     assert 9.9 < float(str(spent["epsilon"])) <= 10.0 and spent["unit"] == "document"
 
 
+LOCAL = {"local_steps__every": 4, "local_steps__lr": 0.7, "local_steps__momentum": 0.9, "local_steps__fragments": 2}
+
+
+def test_local_steps_under_masks(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """The curve is that without masks, up to rounding to 2^-24; after a stop, with other keys, bit for bit."""
+    settings = {**SETTINGS, **LOCAL, "local_steps__overlap": 1}
+    masked = {**settings, "compression__codec": "masked"}
+    for name, own in (("plain", settings), ("masked", masked)):
+        result = ranks.train(3, small_data, tmp_path / name, **own)
+        assert result.status == 0, result.output
+    assert "of each rank's, or node's, part of a batch has the whole noise" in result.output
+    assert losses(tmp_path / "masked") != losses(tmp_path / "plain")
+    assert_same_curve(losses(tmp_path / "masked"), losses(tmp_path / "plain"), 1e-4)
+    assert ranks.train(3, small_data, tmp_path / "stopped", stop_after=22, **masked).status == 75
+    assert ranks.train(3, small_data, tmp_path / "stopped", "--resume", "latest", **masked).status == 0
+    assert_same_curve(losses(tmp_path / "stopped"), losses(tmp_path / "masked"), 0.0)
+    assert epsilon_of(tmp_path / "stopped", 50) == epsilon_of(tmp_path / "plain", 50)
+
+
+def test_masks_of_two_ranks_are_refused(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    result = ranks.train(2, small_data, tmp_path / "run", local_steps__every=4, compression__codec="masked")
+    assert result.status == 1
+    assert "hides nothing where two average: each knows the other's differences by the sum" in result.output
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

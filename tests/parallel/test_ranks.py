@@ -11,6 +11,7 @@ import dion_body
 import gradients_body
 import layouts_body
 import local_steps_body
+import masked_body
 import mesh_body
 import mpi_body
 import muon_body
@@ -104,6 +105,14 @@ CASES = [
             *groups("horovod", GLOO, [3], pool=3),
         ],
     ),
+    *cases_of(
+        masked_body,
+        [
+            *groups("mpi", "mpirun", [1, 2, 3, 4]),
+            *groups("torch", "torchrun", [3]),
+            *groups("horovod", GLOO, [3], pool=3),
+        ],
+    ),
     *cases_of(training_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(privacy_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(local_steps_body, groups("mpi", "mpirun", [1, 2, 3, 4])),
@@ -157,8 +166,8 @@ def test_check(case: Case, pools: Pools) -> None:
     "body",
     [
         *(communicator_body, ring_body, gradients_body, codecs_body, training_body, local_steps_body, dion_body),
-        *(layouts_body, mesh_body, muon_body, pipeline_body, pipeline_training_body, privacy_body, scoring_body),
-        *(sharded_body, sharded_memory_body, sharded_steps_body, tensor_body),
+        *(layouts_body, masked_body, mesh_body, muon_body, pipeline_body, pipeline_training_body, privacy_body),
+        *(scoring_body, sharded_body, sharded_memory_body, sharded_steps_body, tensor_body),
     ],
 )
 def test_every_check_runs(body: ModuleType) -> None:

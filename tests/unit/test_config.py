@@ -511,7 +511,9 @@ PRIVATE = ("--privacy.clip_norm", "1.0", "--privacy.noise_multiplier", "1.0")
         ),
         (("--train.balance", "true"), "train.balance = true deals out batches that all have the same size"),
         (("--optimizer.algorithm", "dion"), "factors of its own momentum"),
-        (("--local_steps.every", "4"), "local_steps.every has ranks tell one another"),
+        (("--local_steps.every", "auto"), "go by how long steps take"),
+        (("--local_steps.every", "4", "--local_steps.by", "seconds"), "go by how long steps take"),
+        (("--local_steps.every", "4", "--comm.elastic", "true"), "train on what a dead rank has trained on"),
         (("--parallel.shard", "1"), "it does not go with [parallel]"),
         (("--parallel.tensor", "2"), "it does not go with [parallel]"),
         (("--server.ranks", "1"), "it does not go with [server]"),
@@ -521,3 +523,19 @@ PRIVATE = ("--privacy.clip_norm", "1.0", "--privacy.noise_multiplier", "1.0")
 def test_what_breaks_privacy_is_refused(overrides: tuple[str, ...], part: str) -> None:
     assert configure(*PRIVATE).privacy.is_used
     assert part in refusal(*PRIVATE, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (("--local_steps.every", "0"), "too coarse for gradients: set local_steps.every"),
+        (("--local_steps.warmup_steps", "5"), "are not masked"),
+        (("--local_steps.every", "auto"), "are not masked"),
+        (("--comm.elastic", "true"), "takes along its masks"),
+        (("--server.ranks", "1"), "servers are sent the differences of one worker at a time"),
+    ],
+)
+def test_what_masks_do_not_go_with(overrides: tuple[str, ...], part: str) -> None:
+    masked = ("--compression.codec", "masked", "--local_steps.every", "4")
+    assert configure(*masked).local_steps.every == 4
+    assert part in refusal(*masked, *overrides)

@@ -16,6 +16,7 @@ from hvdlm.gradients.codecs.cast import Cast
 from hvdlm.gradients.codecs.codec import Codec
 from hvdlm.gradients.codecs.dense import Dense
 from hvdlm.gradients.codecs.integer import Integer
+from hvdlm.gradients.codecs.masked import Masked
 from hvdlm.gradients.codecs.powersgd import PowerSGD
 from hvdlm.gradients.codecs.topk import TopK
 
@@ -34,6 +35,7 @@ CODECS: dict[str, CodecFactory] = {
     "topk": partial(TopK, 16),
     "topk2": partial(TopK, 2),
     "powersgd": PowerSGD,
+    "masked": Masked,
 }
 
 # MiB of a bucket where `comm.bucket_mb` is 0 (benchmarks/LOG.md). Large buckets take fewer operations; small ones are

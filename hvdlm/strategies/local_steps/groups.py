@@ -10,6 +10,7 @@ from torch import Tensor
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
+from hvdlm.errors import JobError
 from hvdlm.gradients.channel import Channel, open_channels
 
 
@@ -55,9 +56,16 @@ def make_groups(
 ) -> Groups:
     """The groups that `local_steps.hierarchical` asks for; `channels`: among all ranks. Collective.
 
-    `largest`: elements of the largest bucket.
+    `largest`: elements of the largest bucket. Raises JobError on all ranks for masks among two groups.
     """
-    if not config.local_steps.hierarchical or communicator.node_count == communicator.size:
+    is_each_alone = not config.local_steps.hierarchical or communicator.node_count == communicator.size
+    count = communicator.size if is_each_alone else communicator.node_count
+    if config.compression.codec == "masked" and count == 2:
+        raise JobError(
+            "compression.codec = 'masked' hides nothing where two average: each knows the other's differences by the "
+            f"sum; start three or more {'ranks' if is_each_alone else 'nodes'}, or set it to another one"
+        )
+    if is_each_alone:
         return each_alone(communicator, channels)
     own = communicator.split(communicator.node_rank, communicator.rank)
     leaders = communicator.split(int(own.rank > 0), communicator.rank)
