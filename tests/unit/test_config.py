@@ -532,7 +532,10 @@ def test_what_breaks_privacy_is_refused(overrides: tuple[str, ...], part: str) -
         (("--local_steps.warmup_steps", "5"), "are not masked"),
         (("--local_steps.every", "auto"), "are not masked"),
         (("--comm.elastic", "true"), "takes along its masks"),
-        (("--server.ranks", "1"), "servers are sent the differences of one worker at a time"),
+        (
+            ("--server.ranks", "1", "--server.max_staleness", "2"),
+            "servers are sent the differences of one worker at a time",
+        ),
     ],
 )
 def test_what_masks_do_not_go_with(overrides: tuple[str, ...], part: str) -> None:
