@@ -28,7 +28,7 @@ endif
 KIT_PYTHON ?= 3.12
 KIT_MACHINE ?= x86_64
 
-.PHONY: help setup data train test quick lint types unit faults parallel integration gpu gpu-kit clean distclean
+.PHONY: help setup data train test thorough quick lint types unit faults parallel integration gpu gpu-kit clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,10 @@ train: setup data ## set up, prepare data, train examples/quickstart.toml on RAN
 
 quick: lint types unit ## lint, check types, run the tests of single functions and modules
 
-test: quick gpu faults parallel integration ## set up, then lint, check types and run all tests
+test: quick gpu faults parallel integration ## set up, then lint, check types and run the tests
+
+thorough: CHOSEN := # all
+thorough: test ## the same with tests that are like another one, with other values: two hours more
 
 lint: $(VENV)/test.stamp ## check style with ruff
 	@echo "== Lint"
@@ -67,10 +70,11 @@ unit: $(VENV)/test.stamp ## run the tests of single functions and modules, two a
 # them. Tests of hosts and Slurm wait for half of their time, so there is one more worker than cores of a small machine.
 faults parallel: WORKERS := 2
 integration: WORKERS := 3
+CHOSEN := -m "not thorough"
 # A test of several processes that fails runs once more; those that then pass are listed (-r R), to be looked into.
 faults parallel integration: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
-	@python -m pytest tests/$@ --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --reruns 1 -r R
+	@python -m pytest tests/$@ --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --reruns 1 -r R $(CHOSEN)
 
 gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"

@@ -73,12 +73,12 @@ def _cell(change: Change) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Makes the page on rank 0. Collective. Raises HvdlmError if a checkpoint was not read as it was written."""
-    from layout_changes import all_changes  # which starts MPI
+    from layout_changes import changes as changes_of  # which starts MPI
 
     with job("auto", 300, options.precision) as communicator:
         if communicator.size != RANKS:
             raise HvdlmError(f"start {RANKS} ranks, not {communicator.size}: mpirun -np {RANKS}")
-        changes = list(all_changes(communicator, options.precision))
+        changes = list(changes_of(communicator, options.precision))
         wrong: list[str] = []
         if communicator.rank == 0:
             options.output.mkdir(parents=True, exist_ok=True)

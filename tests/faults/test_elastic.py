@@ -11,6 +11,7 @@ import pytest
 import torch
 from jobs import assert_same_curve, command, losses, records
 from launcher import Result, run
+from thorough import thorough
 from undisturbed import made_once
 
 DYING = Path(__file__).with_name("dying.py")
@@ -71,6 +72,7 @@ def test_rank_0_and_those_that_follow_it(small_data: Path, tmp_path: Path, undis
     assert records(tmp_path / "run")[-1]["world_size"] == 1
 
 
+@pytest.mark.thorough
 def test_while_the_batch_grows(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """2 sequences in batches 0 to 2, 4 in 3 to 5, ..., 16 from 21 on: two ranks have none at first."""
     ramp: dict[str, object] = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 21}
@@ -97,6 +99,7 @@ def test_a_rank_that_is_one_step_behind(small_data: Path, tmp_path: Path, undist
     assert_goes_on(result, tmp_path / "run", undisturbed(**SAVING), deaths=2)
 
 
+@pytest.mark.thorough
 def test_while_updates_of_muon_are_gathered(small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]) -> None:
     """Those that wait for a dead rank's share complete the step alone; so does one that has not got the norm."""
     muon: dict[str, object] = {"optimizer__algorithm": "muon", "train__check_replicas_every": 1}
@@ -133,7 +136,7 @@ def test_too_few_are_left(small_data: Path, tmp_path: Path, undisturbed: Callabl
     assert_same_curve(losses(run_dir), losses(undisturbed(**SAVING)), relative=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, thorough(3)])
 def test_without_comm_elastic_a_death_ends_the_job(ranks: int, small_data: Path, tmp_path: Path) -> None:
     """With a status that says so, also where one rank is left."""
     result = train(ranks, "backward:7:1", small_data, tmp_path / "run", comm__elastic="false")
@@ -149,7 +152,7 @@ def test_without_mpirun_s_tolerance(small_data: Path, tmp_path: Path) -> None:
     assert result.output.count("start the job by mpirun --with-ft ulfm and engine mpi, or by") == 1, result.output
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd"])
+@pytest.mark.parametrize("codec", ["int4", thorough("topk"), thorough("powersgd")])
 def test_a_mirrored_residual_outlives_its_rank(codec: str, small_data: Path, tmp_path: Path) -> None:
     """Before a step all ranks have not delivered as much as, after a death in it, those that are left."""
     plan = ",".join(f"saves_residuals:12:{rank}" for rank in range(3)) + ",codec:12:1"
@@ -168,7 +171,7 @@ def test_a_mirrored_residual_outlives_its_rank(codec: str, small_data: Path, tmp
         torch.testing.assert_close(after[0][name] + after[1][name], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk", "powersgd", "dion"])
+@pytest.mark.parametrize("codec", [thorough("int4"), thorough("topk"), "powersgd", thorough("dion")])
 def test_what_survivors_have_not_delivered_stays(
     codec: str, small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:
@@ -186,6 +189,7 @@ def test_what_survivors_have_not_delivered_stays(
     assert re.search(r"; a residual of norm \d[\d.e-]*, when it was logged last, is lost", said), said
 
 
+@pytest.mark.thorough
 def test_the_moving_average_of_weights_goes_on(
     small_data: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from jobs import assert_same_curve, command, losses, records, wait_for
 from launcher import Job, Result, run, start
+from thorough import thorough
 from undisturbed import made_once
 
 DYING = Path(__file__).with_name("dying.py")
@@ -123,6 +124,7 @@ def test_rank_0_of_horovodrun_and_those_that_follow_it(fleet: Fleet, undisturbed
     assert "00000020" <= second < "00000024"  # the others may train on while it dies
 
 
+@pytest.mark.thorough
 def test_a_rank_of_horovodrun_that_is_one_step_behind(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """Some have completed the step of a death, others have not: those are told the norm."""
     plan = "update:7:3,kept_from_the_norm:7:0,update:12:1,kept_from_the_norm:12:2"
@@ -130,6 +132,7 @@ def test_a_rank_of_horovodrun_that_is_one_step_behind(fleet: Fleet, undisturbed:
     assert_goes_on(result, fleet, undisturbed(**SAVING), deaths=2)
 
 
+@pytest.mark.thorough
 def test_all_ranks_of_a_host_leave_with_one_that_dies(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     result = fleet.run("forward:8:1", ["localhost:2", "127.0.0.1:2"], **SAVING)
     assert_goes_on(result, fleet, undisturbed(**SAVING), deaths=2)
@@ -161,6 +164,7 @@ def test_a_host_comes_back(fleet: Fleet, undisturbed: Callable[..., Path]) -> No
     assert [records(fleet.run_dir)[step]["world_size"] for step in (0, 29)] == [3, 3]
 
 
+@pytest.mark.thorough
 def test_the_first_host_is_taken_away(fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """Another one takes over log and checkpoints, and no rank counts as dead."""
     fleet.set_hosts(*on_own_hosts(3))
@@ -181,7 +185,7 @@ def test_too_few_are_left_under_horovodrun(fleet: Fleet) -> None:
     assert [each.name for each in (fleet.run_dir / "checkpoints").glob("step_*")] == ["step_00000007"]
 
 
-@pytest.mark.parametrize("fault", ["unfit", "preparing"])
+@pytest.mark.parametrize("fault", ["unfit", thorough("preparing")])
 def test_a_process_that_cannot_join(fault: str, fleet: Fleet, undisturbed: Callable[..., Path]) -> None:
     """It has another version of hvdlm, or dies before it has joined: the others go on without it."""
     fleet.set_hosts(*on_own_hosts(2))
@@ -195,7 +199,7 @@ def test_a_process_that_cannot_join(fault: str, fleet: Fleet, undisturbed: Calla
         assert result.output.count("ranks differ in hvdlm: rank 0 on") == 1, result.output
 
 
-@pytest.mark.parametrize("codec", ["int4", "powersgd", "dion"])
+@pytest.mark.parametrize("codec", ["int4", thorough("powersgd"), thorough("dion")])
 def test_what_ranks_have_not_delivered_stays_when_others_join(
     codec: str, fleet: Fleet, undisturbed: Callable[..., Path]
 ) -> None:

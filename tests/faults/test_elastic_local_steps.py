@@ -13,6 +13,7 @@ from jobs import assert_same_curve, command, losses, records
 from launcher import Result, run
 from test_elastic import DYING, MPIRUN, SAVING
 from test_elastic import SETTINGS as EVERY_STEP
+from thorough import thorough
 
 STEPS, BATCH = 30, 16
 SETTINGS = {
@@ -67,8 +68,8 @@ def steps_not_sent(said: str) -> int:
     ("place", "step", "sent"),
     [
         ("forward", 12, 10),
-        ("begin_round", 14, 10),  # after the 15th step
-        ("codec", 14, 10),
+        thorough("begin_round", 14, 10),  # after the 15th step
+        thorough("codec", 14, 10),
         ("merge", 14, 15),  # all that are left have the sums, and so what the dead rank has learned
     ],
 )
@@ -80,6 +81,7 @@ def test_no_sequence_is_lost_or_repeated(place: str, step: int, sent: int, small
     assert trained_on(tmp_path, {2: sent}) == ONCE
 
 
+@pytest.mark.thorough
 def test_while_the_batch_grows(small_data: Path, tmp_path: Path) -> None:
     """2 sequences in batches 0 to 2, 4 in 3 to 5, ..., 16 from 21 on."""
     sizes = [min(16, 2 + 2 * (batch // 3)) for batch in range(STEPS)]
@@ -92,7 +94,8 @@ def test_while_the_batch_grows(small_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "step", "sent"), [("forward", 11, {8, 10}), ("forward", 14, {10, 13}), ("merge", 16, {15})]
+    ("place", "step", "sent"),
+    [("forward", 11, {8, 10}), thorough("forward", 14, {10, 13}), thorough("merge", 16, {15})],
 )
 def test_rounds_that_overlap(place: str, step: int, sent: set[int], small_data: Path, tmp_path: Path) -> None:
     """One fragment's rounds begin after steps 8, 13, 18, 23, the other's after 10, 15, 20, 25, and end two steps later.
@@ -107,6 +110,7 @@ def test_rounds_that_overlap(place: str, step: int, sent: set[int], small_data: 
     assert trained_on(tmp_path, {1: own}) == ONCE
 
 
+@pytest.mark.thorough
 def test_one_after_the_other(small_data: Path, tmp_path: Path) -> None:
     """In the warm-up, where local steps begin, and then where some have ended a round and others have not."""
     plan = "forward:3:1,begin_local_steps:5:2,merge:9:3,kept_from_the_barrier:9:0,codec:14:4,round_residuals:14:5"

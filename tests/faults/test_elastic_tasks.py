@@ -34,6 +34,7 @@ def assert_scores(result: Result, run_dir: Path, whole: Path, deaths: int) -> No
         assert one["text/byte_perplexity"] == pytest.approx(other["text/byte_perplexity"], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_before_and_in_the_tasks(
     small_data: Path, tmp_path: Path, settings: dict[str, object], undisturbed: Callable[..., Path]
 ) -> None:

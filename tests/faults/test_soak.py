@@ -8,6 +8,7 @@ import pytest
 from soak import INTERVAL, soak
 
 
+@pytest.mark.thorough
 @pytest.mark.needs_root
 def test_a_job_under_faults(small_data: Path, tmp_path: Path) -> None:
     """A fault every 20 s: the last step is reached, with every step once and the curve of an undisturbed run."""

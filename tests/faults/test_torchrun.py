@@ -9,11 +9,14 @@ import pytest
 from jobs import assert_same_curve, command, losses
 from launcher import run
 from test_elastic import DYING
+from thorough import thorough
 
 C10D = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 
 
-@pytest.mark.parametrize(("options", "keeps_its_store", "rank"), [([], "0", 0), (C10D, "0", 1), (C10D, "1", 0)])
+@pytest.mark.parametrize(
+    ("options", "keeps_its_store", "rank"), [thorough([], "0", 0), (C10D, "0", 1), thorough(C10D, "1", 0)]
+)
 def test_all_ranks_are_started_anew(
     options: list[str], keeps_its_store: str, rank: int, small_data: Path, tmp_path: Path
 ) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import assert_same_curve, command, losses, records
+from thorough import thorough
 
 DYING = Path(__file__).parents[1] / "faults" / "dying.py"
 
 
 @pytest.mark.needs_root
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [0, thorough(3)])
 def test_a_rank_of_one_host_dies(
     rank: int, cluster: Cluster, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
 ) -> None:

@@ -15,6 +15,7 @@ from cluster import Cluster
 from jobs import SETTINGS, assert_same_curve, losses
 from launcher import BIN, Result
 from small_study import write_study
+from thorough import thorough
 from waiting import wait_for
 
 from hvdlm.cluster.fabric import programs
@@ -243,7 +244,7 @@ def test_too_few_ranks_of_an_elastic_job_are_left(
     assert_same_curve(losses(run_dir), curve_alone, relative=1e-4)
 
 
-@pytest.mark.parametrize("option", ["--kill-on-bad-exit=1", "--kill-on-bad-exit=0"])
+@pytest.mark.parametrize("option", ["--kill-on-bad-exit=1", thorough("--kill-on-bad-exit=0")])
 def test_a_rank_under_srun_dies(
     option: str, queue: Queue, small_data: Path, tmp_path: Path, curve_alone: dict[int, float]
 ) -> None:
@@ -266,7 +267,7 @@ def test_another_version_of_hvdlm(queue: Queue, small_data: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+@pytest.mark.parametrize("launcher", ["mpirun", thorough("srun")])
 def test_cancelled(launcher: str, queue: Queue, small_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = write(small_data, run_dir, "--launcher", launcher, train__steps=100000, log__every=1, **SLOW)
@@ -307,7 +308,7 @@ def test_a_job_that_is_there_is_not_overwritten_and_can_be_submitted_again(
     assert "invalid partition specified: gpu" in unknown.output
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", [1, 2]), ("srun", [2])])
+@pytest.mark.parametrize(("launcher", "ranks"), [thorough("mpirun", [1, 2]), ("srun", [2])])
 def test_a_scaling_study_in_an_allocation(
     launcher: str, ranks: list[int], queue: Queue, small_data: Path, tmp_path: Path
 ) -> None:

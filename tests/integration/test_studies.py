@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from small_study import write_study
+from thorough import thorough
 
 from hvdlm.scaling.point import read_points
 
 pytestmark = pytest.mark.needs_root
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", [1, 2]), ("horovodrun", [2])])
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", [1, 2]), thorough("horovodrun", [2])])
 def test_a_study_on_a_host_list(
     launcher: str, ranks: list[int], cluster: Cluster, small_data: Path, tmp_path: Path
 ) -> None:

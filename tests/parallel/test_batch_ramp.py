@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records
+from thorough import thorough
 
 # 2 sequences in batches 0 to 7, 4 in 8 to 15, ..., 16 from 56 on; one of three ranks has none at first
 RAMP = {"train__batch_ramp_start": 2, "train__batch_ramp_steps": 56}
@@ -27,7 +28,7 @@ def test_one_curve_on_any_number_of_ranks(ranks: Ranks, small_data: Path, tmp_pa
     assert losses(tmp_path / "constant") != losses(tmp_path / "1")
 
 
-@pytest.mark.parametrize("kind", ["every step", "local steps"])
+@pytest.mark.parametrize("kind", ["every step", thorough("local steps")])
 def test_resumed_in_the_ramp(kind: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     settings = {**RAMP, "compression__codec": "int4", **(LOCAL if kind == "local steps" else {})}
     assert ranks.train(2, small_data, tmp_path / "whole", **settings).status == 0

@@ -57,6 +57,7 @@ def test_compare_on_one_host(small_data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "compare.png").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.needs_root
 def test_compare_on_two_hosts(small_data: Path, tmp_path: Path) -> None:
     options = [
@@ -96,6 +97,7 @@ class Frail(Dense):
 """
 
 
+@pytest.mark.thorough
 def test_a_system_that_crashes(small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "frail.py").write_text(FRAIL)
     codec = f"{tmp_path / 'frail.py'}:Frail"
@@ -129,6 +131,7 @@ def test_compare_refuses(options: list[str], sentence: str, small_data: Path, tm
     assert len(result.output.strip().splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_convergence_goes_on_where_it_was(small_data: Path, tmp_path: Path) -> None:
     first = converge(small_data, tmp_path, "--codecs", "none", "--seeds", "1")
     assert first.status == 0, first.output

@@ -9,6 +9,7 @@ from jobs import Ranks, assert_same_curve, losses, records
 from safetensors.torch import load_file
 from test_local_steps import assert_same_weights
 from test_resume import as_if_killed
+from thorough import thorough
 
 DION = {
     "optimizer__algorithm": "dion", "optimizer__dion_rank": 8, "optimizer__dion_lr_ratio": 2.0, "model__width": 64,
@@ -17,7 +18,7 @@ DION = {
 SAVING = {"checkpoint__every": 7, "checkpoint__keep": 9}
 
 
-@pytest.mark.parametrize(("precision", "codec"), [("bf16", "none"), ("fp16", "int4")])
+@pytest.mark.parametrize(("precision", "codec"), [thorough("bf16", "none"), ("fp16", "int4")])
 def test_resumed_exactly(precision: str, codec: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """On as many ranks bit for bit, dropout and all; fp16: steps before and after the checkpoint overflow."""
     settings = {**DION, **SAVING, "train__precision": precision, "compression__codec": codec, "model__dropout": 0.1}

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from jobs import Ranks
 from launcher import BIN, Result, environment, launcher_command, run
+from thorough import thorough
 
 from hvdlm.cluster.doctor.software import installed_software
 
@@ -39,9 +40,9 @@ def lines(result: Result, beginning: str) -> list[str]:
     [
         ("none", 1, "solo"),
         ("mpirun", 4, "mpi"),
-        ("torchrun", 2, "torch"),
+        thorough("torchrun", 2, "torch"),
         ("horovodrun --gloo", 2, "horovod"),
-        ("horovodrun --mpi", 2, "horovod"),
+        thorough("horovodrun --mpi", 2, "horovod"),
     ],
 )
 def test_healthy_ranks(launcher: str, ranks: int, engine: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Ranks, losses, records
+from thorough import thorough
 
 TOKENS = 16 * 32  # of a step
 STANDS_STILL = {"optimizer__algorithm": "sgd", "optimizer__momentum": 0.0, "optimizer__lr": 1e-30}
@@ -65,9 +66,9 @@ def test_time(every: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> Non
     ("more", "last"),
     [
         ({}, 9),
-        ({"log__every": 100}, 9),
+        thorough({"log__every": 100}, 9),
         ({"checkpoint__keep_best": "true"}, 9),
-        ({"local_steps__every": 3}, 10),
+        thorough({"local_steps__every": 3}, 10),
         ({"local_steps__every": 5, "local_steps__fragments": 2, "local_steps__overlap": 2}, 10),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from jobs import Ranks, command, records, start_training
 from launcher import Result, launcher_command, run
 from pool import Pools
+from thorough import thorough
 
 from hvdlm.comm.connect import connect
 from hvdlm.errors import HvdlmError
@@ -118,7 +119,7 @@ def test_replicas_that_drift_apart(small_data: Path, tmp_path: Path) -> None:
     assert_said_once(result, "after step 15 the parameters of rank 1 on", "differ")
 
 
-@pytest.mark.parametrize(("ranks", "odd", "good"), [(3, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(("ranks", "odd", "good"), [(3, 0, 1), thorough(2, 1, 0)])
 def test_a_flipped_bit_is_healed(ranks: int, odd: int, good: int, small_data: Path, tmp_path: Path) -> None:
     """Of three ranks from the two that agree, of two from rank 0; all go on with equal parameters and moments."""
     words = command(small_data, tmp_path / "run", train__check_replicas_every=5, train__heal_replicas="true")[1:]
@@ -146,7 +147,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("stderr", ["read", "not read"])
+@pytest.mark.parametrize("stderr", ["read", thorough("not read")])
 def test_a_rank_that_is_stuck(stderr: str, small_data: Path, tmp_path: Path) -> None:
     """It says what it does and for how long, with every thread's stack, and ends the job, even if nobody reads that."""
     words = command(small_data, tmp_path / "run", comm__timeout=5)[1:]
@@ -161,6 +162,7 @@ def test_a_rank_that_is_stuck(stderr: str, small_data: Path, tmp_path: Path) -> 
         assert "hvdlm-watchdog" in result.output or "_watch" in result.output
 
 
+@pytest.mark.thorough
 def test_a_file_system_that_is_stuck(small_data: Path, tmp_path: Path) -> None:
     """Ten times comm.timeout is what a checkpoint may take."""
     result = sabotaged("stuck_file_system", 0, small_data, tmp_path / "run", checkpoint__every=10, comm__timeout=3)
@@ -326,9 +328,9 @@ def test_gradients_of_local_steps_that_are_not_finite(ranks: Ranks, small_data: 
     ("engine", "launcher", "algorithm"),
     [
         ("mpi", "mpirun", "ring"),
-        ("mpi", "mpirun", "engine"),
-        ("torch", "mpirun", "ring"),
-        ("horovod", "mpirun", "auto"),
+        thorough("mpi", "mpirun", "engine"),
+        thorough("torch", "mpirun", "ring"),
+        thorough("horovod", "mpirun", "auto"),
         ("horovod", "horovodrun --gloo", "auto"),
     ],
 )

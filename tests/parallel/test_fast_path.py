@@ -98,6 +98,7 @@ def plain_losses(seed: int, dtype: torch.dtype) -> list[float]:
     return losses
 
 
+@pytest.mark.thorough
 def test_the_curve_differs_from_fp32_s_no_more_than_autocast_s_does() -> None:
     """Over 300 steps; the distance between fp32 and PyTorch's own bf16 is what bf16 is known to cost.
 

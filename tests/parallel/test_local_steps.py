@@ -9,6 +9,7 @@ from jobs import Ranks, assert_same_curve, losses, records, start_training
 from safetensors.torch import load_file
 from test_errors import sabotaged
 from test_resume import as_if_killed, wait_for_step
+from thorough import thorough
 
 SETTINGS = {"checkpoint__every": 7, "train__check_replicas_every": 1, "model__dropout": 0.1}
 # After step 14 a fragment is under way, and the other is between two rounds
@@ -75,6 +76,7 @@ def test_killed_with_a_round_under_way(small_data: Path, tmp_path: Path) -> None
     assert_same_weights(whole, broken)
 
 
+@pytest.mark.thorough
 def test_resumed_on_another_number_of_ranks_or_otherwise(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """It goes on from the last averages, and says so."""
     settings = {**SETTINGS, **STREAMING, "model__dropout": 0, "checkpoint__keep": 9}
@@ -146,7 +148,7 @@ def test_a_resumed_run_times_its_first_steps(before: object, ranks: Ranks, small
     assert records(run_dir, "train")[-1]["rounds"] > 1
 
 
-@pytest.mark.parametrize("overlap", [0, 2])
+@pytest.mark.parametrize("overlap", [thorough(0), 2])
 def test_a_slow_rank_leaves_out_steps(overlap: int, small_data: Path, tmp_path: Path) -> None:
     """Rank 1 sleeps 200 ms in a step. What each has trained on is its weight: the averages stay equal on both."""
     settings = {**SETTINGS, **STREAMING, "local_steps__overlap": overlap, "local_steps__by": "seconds"}

@@ -36,6 +36,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.thorough
 def test_by_hand_and_everywhere_one(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Decays of 1/10, 2/11, ... up to 6/10, from the parameters with which training begins."""
     run = tmp_path / "run"

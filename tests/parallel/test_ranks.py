@@ -31,10 +31,12 @@ from checks import Case, Group, assert_every_check_runs, cases_of
 from pool import Pools
 
 
-def groups(engine: str, launcher: str, sizes: list[int], pool: int = 4, **keywords: object) -> list[Group]:
+def groups(
+    engine: str, launcher: str, sizes: list[int], pool: int = 4, is_thorough: bool = False, **keywords: object
+) -> list[Group]:
     """Groups of a pool."""
     pool_size = {"none": 1}.get(launcher, pool)
-    return [Group(engine, launcher, n, pool_size, keywords=keywords) for n in sizes]
+    return [Group(engine, launcher, n, pool_size, keywords, is_thorough) for n in sizes]
 
 
 # Of Horovod's pools all ranks are Horovod's; parts are groups over our own TCP connections, or over MPI, unless Horovod
@@ -50,28 +52,30 @@ CASES = [
             *groups("solo", "none", [1]),
             *groups("torch", "none", [1]),
             *groups("mpi", "mpirun", [1, 2, 3, 4]),
-            *groups("torch", "mpirun", [2, 4]),
+            *groups("torch", "mpirun", [2, 4], is_thorough=True),
             *groups("torch", "torchrun", [1, 2, 3, 4]),
             *groups("horovod", GLOO, [1, 2, 3], pool=3),
-            *groups("horovod", WITH_PROCESS_SETS, [3, 4]),
-            *groups("horovod", OVER_MPI, [1], pool=1),
-            *groups("horovod", OVER_MPI, [2], pool=2),
+            *groups("horovod", WITH_PROCESS_SETS, [3, 4], is_thorough=True),
+            *groups("horovod", OVER_MPI, [1], pool=1, is_thorough=True),
+            *groups("horovod", OVER_MPI, [2], pool=2, is_thorough=True),
         ],
     ),
-    *cases_of(sharded_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2, 4])]),
+    *cases_of(
+        sharded_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2, 4], is_thorough=True)]
+    ),
     *cases_of(sharded_steps_body, groups("mpi", "mpirun", [2, 3, 4])),
     *cases_of(sharded_memory_body, groups("mpi", "mpirun", [2, 4])),
     *cases_of(layouts_body, groups("mpi", "mpirun", [4])),
-    *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4])]),
+    *cases_of(mesh_body, [*groups("mpi", "mpirun", [4]), *groups("torch", "mpirun", [4], is_thorough=True)]),
     *cases_of(mpi_body, groups("mpi", "mpirun", [1, 2, 3])),
     *cases_of(
         ring_body,
         [
             *groups("solo", "none", [1]),
             *groups("mpi", "mpirun", [2, 3, 4]),
-            *groups("torch", "mpirun", [3]),
+            *groups("torch", "mpirun", [3], is_thorough=True),
             *groups("horovod", GLOO, [3], pool=3),
-            *groups("horovod", OVER_MPI, [2], pool=2),
+            *groups("horovod", OVER_MPI, [2], pool=2, is_thorough=True),
         ],
     ),
     *cases_of(
@@ -80,12 +84,12 @@ CASES = [
             *groups("solo", "none", [1], algorithm="engine"),
             *groups("mpi", "mpirun", [2, 4], algorithm="engine"),
             *groups("mpi", "mpirun", [2, 3, 4], algorithm="ring"),
-            *groups("torch", "mpirun", [2], algorithm="engine"),
-            *groups("torch", "mpirun", [3], algorithm="ring"),
+            *groups("torch", "mpirun", [2], algorithm="engine", is_thorough=True),
+            *groups("torch", "mpirun", [3], algorithm="ring", is_thorough=True),
             *groups("horovod", GLOO, [3], pool=3, algorithm="engine"),
             *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
-            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
-            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring"),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine", is_thorough=True),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="ring", is_thorough=True),
         ],
     ),
     *cases_of(
@@ -93,8 +97,8 @@ CASES = [
         [
             *groups("mpi", "mpirun", [2, 4], algorithm="ring"),
             *groups("mpi", "mpirun", [2], algorithm="engine"),
-            *groups("horovod", GLOO, [3], pool=3, algorithm="ring"),
-            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine"),
+            *groups("horovod", GLOO, [3], pool=3, algorithm="ring", is_thorough=True),
+            *groups("horovod", OVER_MPI, [2], pool=2, algorithm="engine", is_thorough=True),
         ],
     ),
     *cases_of(
@@ -124,21 +128,21 @@ CASES = [
             *groups("mpi", "mpirun", [2, 3]),
             *groups("torch", "torchrun", [2]),
             *groups("horovod", GLOO, [3], pool=3),
-            *groups("horovod", OVER_MPI, [2], pool=2),
+            *groups("horovod", OVER_MPI, [2], pool=2, is_thorough=True),
         ],
     ),
     *cases_of(
         pipeline_body,
         [
             *groups("mpi", "mpirun", [2, 4]),
-            *groups("torch", "mpirun", [2, 4], recomputes=False),
+            *groups("torch", "mpirun", [2, 4], recomputes=False, is_thorough=True),
             *groups("horovod", GLOO, [2], pool=3, recomputes=False),
-            *groups("horovod", OVER_MPI, [2], pool=2, recomputes=False),
+            *groups("horovod", OVER_MPI, [2], pool=2, recomputes=False, is_thorough=True),
         ],
     ),
     *cases_of(pipeline_training_body, groups("mpi", "mpirun", [2, 4])),
-    *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2])]),
-    *cases_of(tensor_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2])]),
+    *cases_of(muon_body, [*groups("mpi", "mpirun", [1, 2, 3, 4]), *groups("torch", "mpirun", [2], is_thorough=True)]),
+    *cases_of(tensor_body, [*groups("mpi", "mpirun", [2, 4]), *groups("torch", "mpirun", [2], is_thorough=True)]),
 ]
 
 # One pool after the other, so that each starts once.
@@ -149,7 +153,8 @@ def marks(case: Case) -> list[pytest.MarkDecorator]:
     """The ranks of one engine and launcher serve one worker of pytest-xdist."""
     group = pytest.mark.xdist_group(f"{case.group.engine} {case.group.launcher}")
     has = {"timing": case.is_timing, "thorough": case.is_thorough}
-    return [group, *(getattr(pytest.mark, name) for name in has if has[name])]
+    timeout = pytest.mark.timeout(case.deadline + 60)
+    return [group, timeout, *(getattr(pytest.mark, name) for name in has if has[name])]
 
 
 PARAMETERS = [pytest.param(case, marks=marks(case), id=str(case)) for case in CASES]
@@ -159,7 +164,7 @@ PARAMETERS = [pytest.param(case, marks=marks(case), id=str(case)) for case in CA
 def test_check(case: Case, pools: Pools) -> None:
     group = case.group
     pool = pools.get(group.engine, group.launcher, group.pool)
-    pool.run(case.body, case.function, group.size, **case.keywords)
+    pool.run(case.body, case.function, group.size, case.deadline, **case.keywords)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_every_example_is_tested() -> None:
     assert {file.stem for file in EXAMPLES.glob("*.toml")} == {*RECIPES, *ELSEWHERE}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_in_small(name: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     settings = SMALL | {"data.path": small_data, "train.run_dir": tmp_path / "run"}

@@ -15,6 +15,7 @@ import pytest
 from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records, start_training
 from launcher import Job
 from safetensors.torch import load_file
+from thorough import thorough
 
 from hvdlm.config.batch_sizes import BatchSizes
 from hvdlm.data.sampler import Sampler
@@ -51,7 +52,7 @@ def as_if_killed(whole: Path, broken: Path, step: int) -> None:
     (broken / "checkpoints" / "latest").write_text(f"{latest.name}\n")
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [thorough(1), 2])
 def test_killed_and_resumed(size: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """kill -9 of one rank; the launcher ends the rest; steps after the checkpoint are run again, with dropout."""
     whole = uninterrupted(ranks, size, small_data, tmp_path)
@@ -66,8 +67,8 @@ def test_killed_and_resumed(size: int, ranks: Ranks, small_data: Path, tmp_path:
     assert_bit_identical(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize(("launcher", "which"), [("mpirun", 0), ("mpirun", 1), ("horovodrun --gloo", 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, thorough(signal.SIGINT), thorough(signal.SIGHUP)])
+@pytest.mark.parametrize(("launcher", "which"), [thorough("mpirun", 0), ("mpirun", 1), ("horovodrun --gloo", 1)])
 def test_signal_to_any_rank(
     number: signal.Signals, launcher: str, which: int, small_data: Path, tmp_path: Path
 ) -> None:
@@ -94,8 +95,8 @@ def test_stopped_by_a_signal_and_resumed(ranks: Ranks, small_data: Path, tmp_pat
     assert_bit_identical(whole, stopped)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("codec", ["fp16", "int4", "topk", "powersgd"])
+@pytest.mark.parametrize("precision", ["fp32", thorough("fp16")])
+@pytest.mark.parametrize("codec", [thorough("fp16"), "int4", thorough("topk"), "powersgd"])
 def test_residuals_are_resumed_exactly(
     codec: str, precision: str, ranks: Ranks, small_data: Path, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_disk_that_stays_full(ranks: Ranks, small_disk: Path, small_data: Path
     assert max(losses(tmp_path / "run")) == 50
 
 
+@pytest.mark.thorough
 @pytest.mark.needs_root
 def test_a_disk_that_is_full_for_a_while(small_disk: Path, small_data: Path, tmp_path: Path) -> None:
     """Training goes on, saves again when there is room, and ends with what it would have ended with."""
@@ -96,6 +97,7 @@ def test_a_last_checkpoint_that_cannot_be_written(ranks: Ranks, small_disk: Path
     assert steps(small_disk / "run") == [40]
 
 
+@pytest.mark.thorough
 def test_those_of_a_multiple_and_the_best_are_kept(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """A learning rate that is too high makes the loss rise after it has fallen."""
     run_dir = tmp_path / "run"
@@ -126,6 +128,7 @@ def test_by_time(small_data: Path, tmp_path: Path) -> None:
     assert steps(run_dir) == made(run_dir)
 
 
+@pytest.mark.thorough
 def test_hosts_that_do_not_share_the_directory(small_data: Path, tmp_path: Path) -> None:
     """Rank 0 receives and writes what the others have of their own: the files are those of ranks that share it."""
     options = {**SAVING, "compression__codec": "int4", "train__threads": 1}

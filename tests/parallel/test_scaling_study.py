@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from launcher import Result, launcher_command, run, start
 from scripts import run_here, script_command
+from thorough import thorough
 
 from hvdlm.scaling.point import read_points
 
@@ -57,6 +58,7 @@ def report(directory: Path) -> Result:
     return run_here("report.py", str(directory))
 
 
+@pytest.mark.thorough
 def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
     command = write_study(small_data, tmp_path, "fp16")
     points = tmp_path / "small-weak"
@@ -93,6 +95,7 @@ def test_a_killed_study_goes_on_where_it_stopped(small_data: Path, tmp_path: Pat
     assert (points / "throughput.png").exists()
 
 
+@pytest.mark.thorough
 def test_local_steps_are_measured_in_whole_rounds(small_data: Path, tmp_path: Path) -> None:
     """Beside a codec of every step; the fit knows what a round takes, and forecasts from it."""
     result = run_here(*write_study(small_data, tmp_path, "int4/4/2/1", repetitions=1))
@@ -109,6 +112,7 @@ def test_local_steps_are_measured_in_whole_rounds(small_data: Path, tmp_path: Pa
     assert json.loads(fit.read_text(encoding="utf-8"))["codecs"].keys() == {"int4", "none"}
 
 
+@pytest.mark.thorough
 def test_a_rank_that_sums_wrongly_makes_its_point_invalid(small_data: Path, tmp_path: Path) -> None:
     codec = tmp_path / "wrong.py"
     codec.write_text(WRONG_SUM, encoding="utf-8")
@@ -185,7 +189,9 @@ def test_a_trace_has_every_bucket_of_every_rank(small_data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("ranks", "settings"), [(3, ["--server.ranks", "1"]), (2, ["--parallel.shard", "2"])], ids=["server", "shard"]
+    ("ranks", "settings"),
+    [thorough(3, ["--server.ranks", "1"]), (2, ["--parallel.shard", "2"])],
+    ids=["server", "shard"],
 )
 def test_a_trace_of_parameters_that_others_keep(
     ranks: int, settings: list[str], small_data: Path, tmp_path: Path

@@ -9,6 +9,7 @@ import pytest
 from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records, start_training, train
 from safetensors.torch import load_file
 from test_resume import as_if_killed, wait_for_step
+from thorough import thorough
 
 SAVING = {"checkpoint__every": 7, "checkpoint__keep": 9, "model__dropout": 0.1}
 SLOW = {"optimizer__lr": 0.001}  # at which one rounding does not grow into another curve
@@ -21,6 +22,7 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.thorough
 def test_the_curve_of_all_reduce(small_data: Path, tmp_path: Path) -> None:
     """4 workers and 2 servers: 50 steps within 1e-6, the same validation, the same files but for rounding."""
     served, plain = tmp_path / "served", tmp_path / "plain"
@@ -39,7 +41,7 @@ def test_the_curve_of_all_reduce(small_data: Path, tmp_path: Path) -> None:
         assert worst < 1e-3, worst
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*map(thorough, list(KINDS)[:-1]), list(KINDS)[-1]])
 def test_killed_and_resumed(kind: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Bit for bit, with dropout; then on other numbers of workers and servers, and without any, on the same curve."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -73,6 +75,7 @@ def test_from_all_reduce_to_servers(ranks: Ranks, small_data: Path, tmp_path: Pa
     assert_same_curve(losses(other), losses(whole), relative=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_signal(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """All ranks, servers too, exit with 75; the run goes on."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -82,7 +85,7 @@ def test_a_signal(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     assert_bit_identical(whole, stopped)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2], ids=["first worker", "worker", "server"])
+@pytest.mark.parametrize("victim", [thorough(0), thorough(1), 2], ids=["first worker", "worker", "server"])
 def test_kill_of_a_rank(victim: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """By SIGKILL: the launcher ends the rest, and the run goes on as if nothing had been."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -123,7 +126,7 @@ def test_more_servers_than_ranks(ranks: Ranks, small_data: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "horovodrun --gloo"])
+@pytest.mark.parametrize("launcher", [thorough("torchrun"), "horovodrun --gloo"])
 def test_over_tcp(launcher: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Engines that have no probes: letters go over connections of their own, and the curve is that over MPI."""
     result = train(launcher, 3, small_data, tmp_path / "run", server__ranks=1, **SLOW)
@@ -132,6 +135,7 @@ def test_over_tcp(launcher: str, ranks: Ranks, small_data: Path, tmp_path: Path)
     assert_same_curve(losses(tmp_path / "run"), losses(tmp_path / "other"), relative=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_codec_of_ones_own(small_data: Path, tmp_path: Path) -> None:
     """That has no messages for owners: refused at the start, by one sentence."""
     sign = f"{Path(__file__).parents[2] / 'examples' / 'custom_codec' / 'sign.py'}:Sign"

@@ -22,14 +22,16 @@ from launcher import launcher_command, run
 from safetensors.torch import load_file
 from test_resume import as_if_killed, wait_for_step
 from test_saving import made, steps
+from thorough import thorough
 
 SAVING = {"checkpoint__every": 7, "model__dropout": 0.1}
 STAGES = [1, 2, 3]
+SOME_STAGES = [thorough(1), thorough(2), 3]  # the last has the most to keep
 CODECS = {"none": "fp32", "int8": "bf16"}  # and the precision to try it in
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("codec", [thorough("none"), "int8"])
+@pytest.mark.parametrize("stage", SOME_STAGES)
 def test_killed_and_resumed(stage: int, codec: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Bit for bit, with dropout and an average, and the same curve as ranks that each have all."""
     settings = {**SAVING, "checkpoint__keep": 9, "model__width": 64, "optimizer__lr": 0.002, "train__ema": 0.9}
@@ -64,7 +66,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object], int]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*map(thorough, list(LAYOUTS)[:-1]), list(LAYOUTS)[-1]])
 def test_kill_of_a_rank(layout: str, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """By SIGKILL: the launcher ends the rest, and the run goes on as if nothing had been, with dropout."""
     size, parallel, victim = LAYOUTS[layout]
@@ -83,7 +85,7 @@ def test_kill_of_a_rank(layout: str, ranks: Ranks, small_data: Path, tmp_path: P
     assert_bit_identical(whole, broken)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SOME_STAGES)
 def test_a_signal(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     settings = {**SAVING, "parallel__shard": stage}
     assert ranks.train(2, small_data, tmp_path / "whole", **settings).status == 0
@@ -96,6 +98,7 @@ def test_a_signal(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) ->
     assert_bit_identical(tmp_path / "whole", stopped)
 
 
+@pytest.mark.thorough
 def test_hosts_that_do_not_share_the_directory(small_data: Path, tmp_path: Path) -> None:
     """Rank 0 receives and writes what the others have: the files are those of ranks that share it."""
     options = {"checkpoint__every": 10, "compression__codec": "int4", "train__threads": 1, "parallel__shard": 3}
@@ -132,6 +135,7 @@ def test_a_rank_that_cannot_write_its_part(small_data: Path, tmp_path: Path) -> 
     assert result.output.count("hvdlm: error:") == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.needs_root
 def test_a_disk_that_stays_full(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Room is asked for before anything is written: the checkpoint before is whole, and can be gone on from."""
@@ -157,6 +161,7 @@ BEGINNINGS: list[tuple[int, dict[str, object]]] = [
 ]
 
 
+@pytest.mark.thorough
 def test_weights_to_begin_with(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """`model.from`: the first losses are those of one rank, in any layout, of a vocabulary with more tokens."""
     start = tmp_path / "start"
@@ -184,7 +189,7 @@ def test_useless_weights(ranks: Ranks, small_data: Path, tmp_path: Path) -> None
     assert result.output.count("hvdlm: error:") == 1, result.output
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [thorough(1), thorough(3)])
 def test_under_horovodrun(stage: int, ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """Messages go over the communicator that engine horovod has beside Horovod: the curve is that under mpirun."""
     settings = {"parallel__shard": stage, "checkpoint__every": 25, "compression__codec": "int8"}
@@ -210,6 +215,7 @@ def test_a_codec_of_ones_own(ranks: Ranks, small_data: Path, tmp_path: Path) -> 
     assert result.output.count("cannot send gradients to their owners, as parallel.shard wants it") == 1
 
 
+@pytest.mark.thorough
 def test_a_model_that_one_rank_cannot_hold() -> None:
     """Of 60 million parameters, whose weights, gradients and moments take 910 MiB: four ranks with 600 MiB each train
     it, one rank cannot.

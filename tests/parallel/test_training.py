@@ -11,6 +11,7 @@ import commands
 import pytest
 from jobs import Ranks, assert_bit_identical, assert_same_curve, losses, records, train
 from pool import Pools
+from thorough import thorough
 
 from hvdlm.data.prepare import prepare
 
@@ -54,10 +55,10 @@ def assert_same_run(run_dir: Path, alone: Path, ranks: int) -> None:
         ("mpirun", "auto", "engine mpi, because mpirun started this job and it computes on CPUs"),
         ("torchrun", "auto", "engine torch, because torchrun started this job"),
         ("horovodrun --gloo", "auto", "engine horovod, because horovodrun started this job"),
-        ("horovodrun --mpi", "auto", "engine horovod, because horovodrun started this job"),
-        ("mpirun", "torch", "engine torch, because comm.engine says so"),
-        ("mpirun", "horovod", "engine horovod, because comm.engine says so"),
-        ("horovodrun --gloo", "torch", "engine torch, because comm.engine says so"),
+        thorough("horovodrun --mpi", "auto", "engine horovod, because horovodrun started this job"),
+        thorough("mpirun", "torch", "engine torch, because comm.engine says so"),
+        thorough("mpirun", "horovod", "engine horovod, because comm.engine says so"),
+        thorough("horovodrun --gloo", "torch", "engine torch, because comm.engine says so"),
     ],
 )
 def test_every_launcher_and_engine(
@@ -77,7 +78,7 @@ def test_every_launcher_and_engine(
     assert_bit_identical(tmp_path / "run", by_mpirun("none"))
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "horovodrun --mpi"])
+@pytest.mark.parametrize("launcher", [thorough("horovodrun --gloo"), thorough("horovodrun --mpi")])
 def test_a_codec_under_horovodrun_is_that_under_mpirun(
     launcher: str, small_data: Path, by_mpirun: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -119,7 +120,7 @@ def test_a_run_leaves_everything_it_promises(alone: Path) -> None:
     assert parts == pytest.approx(float(str(last["step_seconds"])))  # of one rank, so they add up
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", thorough("fp16")])
 def test_low_precision_follows_fp32(
     precision: str, ranks: Ranks, small_data: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def compiled_graphs(ranks: Ranks) -> int:
     return int(answer.value)
 
 
+@pytest.mark.thorough
 def test_compiled_blocks_give_the_same_curve(ranks: Ranks, small_data: Path, alone: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     before = compiled_graphs(ranks)

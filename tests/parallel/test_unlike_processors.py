@@ -10,6 +10,7 @@ import pytest
 import torch
 from jobs import command, losses, records
 from launcher import Result, launcher_command, run
+from thorough import thorough
 
 pytestmark = pytest.mark.skipif(
     "AVX" not in torch.backends.cpu.get_cpu_capability(), reason="PyTorch has one kind of loops here"
@@ -23,6 +24,7 @@ def train_on_unlike_ranks(data: Path, run_dir: Path, **settings: Any) -> Result:
     return run([*first, ":", "-np", "1", "env", "ATEN_CPU_CAPABILITY=default", *words])
 
 
+@pytest.mark.thorough
 def test_200_steps(small_data: Path, tmp_path: Path) -> None:
     """With what every rank computes for itself: clipping, penalties, decay, warm-up and a falling rate."""
     settings = {"optimizer__clip_norm": 0.5, "optimizer__l1": 1e-4, "optimizer__l2": 1e-3}
@@ -36,12 +38,12 @@ def test_200_steps(small_data: Path, tmp_path: Path) -> None:
     "settings",
     [
         {"optimizer__algorithm": "muon", "compression__codec": "int4"},
-        {"optimizer__algorithm": "dion", "compression__codec": "topk"},
-        {"optimizer__algorithm": "lion", "compression__codec": "powersgd"},
-        {"optimizer__algorithm": "sgd", "compression__codec": "bf16", "train__ema": 0.9},
-        {"optimizer__algorithm": "adam", "compression__codec": "topk2"},
-        {"optimizer__freeze_variance_after": 5, "compression__codec": "int8", "train__precision": "fp16"},
-        {"local_steps__every": 4, "compression__codec": "int2"},
+        thorough({"optimizer__algorithm": "dion", "compression__codec": "topk"}),
+        thorough({"optimizer__algorithm": "lion", "compression__codec": "powersgd"}),
+        thorough({"optimizer__algorithm": "sgd", "compression__codec": "bf16", "train__ema": 0.9}),
+        thorough({"optimizer__algorithm": "adam", "compression__codec": "topk2"}),
+        thorough({"optimizer__freeze_variance_after": 5, "compression__codec": "int8", "train__precision": "fp16"}),
+        thorough({"local_steps__every": 4, "compression__codec": "int2"}),
         {"parallel__shard": 2, "compression__codec": "fp16"},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),

@@ -117,6 +117,7 @@ def test_what_it_cannot_be_told_ends_nothing(offline: None, tmp_path: Path, capl
     assert [each.getMessage().partition(":")[0] for each in ours] == ["Weights & Biases gets no more"]
 
 
+@pytest.mark.thorough
 def test_a_service_that_has_gone_ends_nothing(offline: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     view = WeightsAndBiases(tmp_path, Config(log=LogSection(wandb="mine")))
     (service,) = [each for each in psutil.Process().children() if "wandb-core" in " ".join(each.cmdline())]
@@ -128,6 +129,7 @@ def test_a_service_that_has_gone_ends_nothing(offline: None, tmp_path: Path, cap
     assert [each.getMessage().partition(":")[0] for each in ours] == ["Weights & Biases gets no more"]
 
 
+@pytest.mark.thorough
 def test_without_the_package_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_weights_and_biases(LogSection())

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from allpairspy import AllPairs
 
+DEADLINE = 240.0  # seconds of a check
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Of each engine, as communicator_body.check_capabilities finds them on its ranks; tcp: of parts of Horovod's job.
@@ -37,6 +39,7 @@ class Group:
     size: int
     pool: int  # ranks of the pool
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    is_thorough: bool = False  # other ranks of this engine, or another engine, do much the same
 
     @property
     def capabilities(self) -> set[str]:
@@ -52,6 +55,8 @@ class _Limits:
     needs: str | None = None
     lacks: str | None = None
     is_timing: bool = False
+    is_thorough: bool = False
+    deadline: float = DEADLINE
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def allow(self, group: Group) -> bool:
@@ -67,18 +72,21 @@ def check(
     needs: str | None = None,
     lacks: str | None = None,
     is_timing: bool = False,
+    is_thorough: bool = False,
+    deadline: float = DEADLINE,
     **values: Sequence[Any],
 ) -> Callable[[Function], Function]:
     """Limits a check to groups of some sizes and engines, that have one capability and have not another.
 
-    `is_timing`: it compares clocks, so its items are marked `timing`.
+    `is_timing`: it compares clocks, so its items are marked `timing`. `is_thorough`: another check does nearly the
+    same in less time. `deadline`: seconds.
 
     `values`: of keywords, all of which run: see `cases_of`. If the group has a value of its own for the keyword, the
     check runs on that group if it is one of them.
     """
 
     def mark(function: Function) -> Function:
-        function.limits = _Limits(sizes, engines, needs, lacks, is_timing, values)  # type: ignore[attr-defined]
+        function.limits = _Limits(sizes, engines, needs, lacks, is_timing, is_thorough, deadline, values)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -94,6 +102,7 @@ class Case:
     keywords: Mapping[str, Any]
     is_timing: bool
     is_thorough: bool  # other cases have its size and each of its values, though not together
+    deadline: float
 
     def __str__(self) -> str:
         values = [Path(str(value)).name.replace(":", ".") for value in self.keywords.values()]
@@ -120,8 +129,10 @@ def cases_of(body: ModuleType, groups: Sequence[Group]) -> list[Case]:
         for name, function in checks_of(body).items():
             limits: _Limits = getattr(function, "limits", _Limits())
             fitting = [group for group in alike if limits.allow(group)]
-            for group, keywords, is_thorough in _pairwise(function, limits, fitting):
-                found.append(Case(Path(body.__file__), name, group, keywords, limits.is_timing, is_thorough))
+            for group, keywords, has_nothing_new in _pairwise(function, limits, fitting):
+                is_thorough = group.is_thorough or limits.is_thorough or has_nothing_new
+                case = Path(body.__file__), name, group, keywords, limits.is_timing, is_thorough, limits.deadline
+                found.append(Case(*case))
     return found
 
 

@@ -24,9 +24,13 @@ from hvdlm.training.saved_state import restore
 from hvdlm.training.trainer import Trainer
 
 
-def all_changes(comm: Communicator, precision: str, algorithm: str = "adamw") -> Iterator[Change]:
+def changes(
+    comm: Communicator, precision: str, algorithm: str = "adamw", readings: int | None = None
+) -> Iterator[Change]:
     """On rank 0, every layout that goes with an optimizer by every other, itself among them; nothing on other ranks.
     Collective on `RANKS` ranks, all of which have to go through it.
+
+    `readings`: by how many layouts each one is read, instead of all.
     """
     layouts = {name: each for name, each in LAYOUTS.items() if algorithm == "adamw" or name in OF_MUON}
     folder = Path(comm.broadcast_object(tempfile.mkdtemp() if comm.rank == 0 else None))
@@ -47,7 +51,10 @@ def all_changes(comm: Communicator, precision: str, algorithm: str = "adamw") ->
         if comm.rank < ranks:
             config = _configured(parallel, precision, algorithm, folder / f"again {number}", 0)
             trainer = _make_trainer(groups[ranks], config)
-            for name, path in paths.items():
+            names = list(paths)
+            for place in range(number, number + (readings or len(names))):
+                name = names[place % len(names)]
+                path = paths[name]
                 again = _read_and_save(trainer, path)
                 if comm.rank == 0:
                     is_equal = _are_equal(_contents(again), _contents(path))

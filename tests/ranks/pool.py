@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from checks import DEADLINE
 from launcher import Job, launcher_command, start
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -77,7 +78,7 @@ class RankPool:
         self._processes: dict[int, int] = {}  # identifiers, by rank
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, module: Path, function: str, size: int, deadline: float = 240, **keywords: Any) -> list[Answer]:
+    def run(self, module: Path, function: str, size: int, deadline: float = DEADLINE, **keywords: Any) -> list[Answer]:
         """Runs a function of a module on the first `size` ranks and returns what each has answered, by rank.
 
         Raises RanksFailed unless all of them answer within `deadline` seconds that all went well; the ranks are then
@@ -242,8 +243,8 @@ def _accept(listener: Listener, count: int, arrived: queue.Queue[Connection]) ->
 class Pools:
     """The pools of a session, by engine, launcher and size.
 
-    Ranks wait for requests without computing, but for Horovod's: it looks for work a thousand times a second. So a
-    pool of Horovod's is closed when another one is asked for.
+    Ranks of MPI wait for requests without computing. Those of others do not: Horovod looks for work a thousand times a
+    second, and Gloo a hundred times for each group that a check has split off. So they end when others are asked for.
     """
 
     def __init__(self) -> None:
@@ -253,7 +254,7 @@ class Pools:
         """The pool of these ranks, which start at the first request."""
         key = (engine, launcher, size)
         for other, pool in self._pools.items():
-            if other != key and pool.engine == "horovod":
+            if other != key and pool.engine in ("horovod", "torch"):
                 pool.close()
         return self._pools.setdefault(key, RankPool(engine, launcher, size))
 

@@ -161,7 +161,7 @@ def check_activation_checkpointing(comm: Communicator, precision: str) -> None:
     assert torch.equal(parameters, theirs)
 
 
-@check(sizes=[2], precision=["fp32", "bf16"])
+@check(is_thorough=True, sizes=[2], precision=["fp32", "bf16"])
 def check_compiled_blocks(comm: Communicator, precision: str) -> None:
     """Their weights are freed and gathered again between passes."""
     config = make_config("gpt2", 3, precision=precision)

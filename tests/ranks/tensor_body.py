@@ -230,7 +230,7 @@ def check_dropout(comm: Communicator, sequence: bool) -> None:
     ranks.close()
 
 
-@check(sizes=[2], engines=["mpi"], shape=["gpt2", "llama"], sequence=[False, True])
+@check(is_thorough=True, sizes=[2], engines=["mpi"], shape=["gpt2", "llama"], sequence=[False, True])
 def check_compiled_blocks(comm: Communicator, shape: str, sequence: bool) -> None:
     """Each block is one graph, collectives included."""
     ranks = tensor_ranks(comm)

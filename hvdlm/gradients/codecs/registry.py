@@ -35,8 +35,10 @@ CODECS: dict[str, CodecFactory] = {
     "topk": partial(TopK, 16),
     "topk2": partial(TopK, 2),
     "powersgd": PowerSGD,
-    "masked": Masked,
 }
+
+# Of differences of parameters alone, with local steps
+_OF_DIFFERENCES: dict[str, CodecFactory] = {"masked": Masked}
 
 # MiB of a bucket where `comm.bucket_mb` is 0 (benchmarks/LOG.md). Large buckets take fewer operations; small ones are
 # sent sooner, which matters where much is sent over slow links.
@@ -74,13 +76,14 @@ def candidate_codecs(
 
 
 def codec_factory(name: str) -> CodecFactory:
-    """The constructor of the codec `name`, one of `CODECS` or FILE.py:CLASS. Raises HvdlmError if it is unknown."""
-    if name in CODECS:
-        return CODECS[name]
+    """The constructor of codec `name`, one of these or FILE.py:CLASS. Raises HvdlmError if it is unknown."""
+    own = {**CODECS, **_OF_DIFFERENCES}
+    if name in own:
+        return own[name]
     path, colon, class_name = name.rpartition(":")
     if not colon:
         raise HvdlmError(
-            f"compression.codec = {name!r} is unknown: it is one of {', '.join([*CODECS, AUTO])}, "
+            f"compression.codec = {name!r} is unknown: it is one of {', '.join([*own, AUTO])}, "
             "or FILE.py:CLASS of your own"
         )
     if not Path(path).is_file():
