@@ -29,6 +29,9 @@ class TrainSection(Section):
     patience: int = Field(
         0, ge=0, description="training ends when so many validations in a row were no better than the best; 0: never"
     )
+    ranks: int = Field(
+        0, ge=0, description="a job of another number of ranks is refused: a launcher may start fewer; 0: none is"
+    )
     global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
     batch_ramp_start: int = Field(
         0, ge=0, description="sequences of a step at first, where they then grow to global_batch_size; 0: they do not"

@@ -52,6 +52,7 @@ def start_rank(config: Config, communicator: Communicator) -> RankStart:
 
     Raises JobError on all ranks if some rank cannot train as configured, or differs.
     """
+    _check_ranks(config, communicator)
     data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
     check_data_matches(communicator, data)
     vocab_size = vocabulary_size(config, data)
@@ -60,6 +61,18 @@ def start_rank(config: Config, communicator: Communicator) -> RankStart:
     on_all_ranks(communicator, lambda: check_deterministic(config, device))
     check_devices_match(communicator, device, config)
     return RankStart(data, vocab_size, device, share_cores(config.train.threads, communicator))
+
+
+def _check_ranks(config: Config, communicator: Communicator) -> None:
+    """Raises JobError on all ranks if there are not as many as `train.ranks`, but where they come and go."""
+    wanted, size = config.train.ranks, communicator.size
+    if not wanted or size == wanted or communicator.supports("join"):
+        return
+    started = "1 process was started" if size == 1 else f"{size} ranks were started, on {communicator.node_count} nodes"
+    raise JobError(
+        f"train.ranks = {wanted}, but {started}: name as many to the launcher, and all hosts (mpirun -np {wanted} "
+        "--hostfile FILE), or set train.ranks to 0"
+    )
 
 
 def vocabulary_size(config: Config, data: DataSet) -> int:

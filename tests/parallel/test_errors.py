@@ -347,6 +347,16 @@ def test_rank_that_stopped(engine: str, launcher: str, algorithm: str, small_dat
     assert "Traceback" not in result.output or launcher.startswith("horovodrun"), result.output  # horovodrun's own
 
 
+@pytest.mark.parametrize(("count", "started"), [(1, "1 process was started"), (2, "2 ranks were started, on 1 nodes")])
+def test_fewer_ranks_than_were_asked_for(
+    count: int, started: str, ranks: Ranks, small_data: Path, tmp_path: Path
+) -> None:
+    result = ranks.train(count, small_data, tmp_path / "run", train__ranks=3)
+    assert_said_once(result, f"train.ranks = 3, but {started}: name as many to the launcher")
+    assert not (tmp_path / "run").exists()
+    assert ranks.train(count, small_data, tmp_path / "run", train__ranks=count, train__steps=5).status == 0
+
+
 def test_data_set_too_small(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
     """And the corrected command finds the run directory free."""
     result = ranks.train(2, small_data, tmp_path / "run", model__context_length=500_000)

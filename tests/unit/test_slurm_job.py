@@ -120,6 +120,7 @@ def test_gpus_and_a_chosen_lead(folder: Path) -> None:
         (["--time", "1", "--sbatch=--signal=B:USR1@60"], "cannot save 60 s before its limit"),
         (["--comm.elastic", "true", "--launcher", "srun"], "comm.elastic = true goes with --launcher mpirun"),
         (["--comm.elastic", "true", "--comm.min_ranks", "7"], "comm.min_ranks = 7, but the job has 6 ranks"),
+        (["--train.ranks", "8"], "train.ranks = 8, but the job has 6 ranks"),
         (["--output", "."], "exists: submit the job in it by `sbatch"),
     ],
 )

@@ -76,6 +76,7 @@ def write_job(
     if min(nodes, ranks_per_node) < 1:
         raise HvdlmError(f"--nodes {nodes} --ranks-per-node {ranks_per_node} is no rank at all: give 1 or more of each")
     _check_device(settings, gpus_per_rank)
+    _check_ranks(settings, nodes * ranks_per_node)
     _check_elastic(settings, launcher, nodes * ranks_per_node)
     lead = _lead(sbatch, limit_seconds(time))
     if submit:
@@ -134,6 +135,11 @@ def _check_device(settings: Config, gpus_per_rank: int) -> None:
     if (device, gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
         other = "set train.device = 'auto'" if gpus_per_rank else "add --gpus-per-rank 1"
         raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {gpus_per_rank}: {other}")
+
+
+def _check_ranks(settings: Config, ranks: int) -> None:
+    if settings.train.ranks not in (0, ranks):
+        raise HvdlmError(f"train.ranks = {settings.train.ranks}, but the job has {ranks} ranks: give as many")
 
 
 def _check_elastic(settings: Config, launcher: str, ranks: int) -> None:
