@@ -37,7 +37,7 @@ _CANARY = 24  # letters: random, so that nothing but having seen one makes it li
 _WORDS, _WORDS_A_DOCUMENT = 200, 8  # of the other documents
 _CONFIDENCE = 0.95
 _SHARES = (0.1, 0.5, 1.0)  # of the canaries about which something is guessed
-_DEADLINE = 900  # seconds of a training
+_DEADLINE = 3600  # seconds of a training
 
 _SETTINGS = {
     "model.layers": 2,
