@@ -17,9 +17,10 @@ def balance_misfits(config: Config) -> dict[str, bool]:
         "train.balance = true deals out steps in which all ranks wait for all: with local_steps.every leave it out, "
         "and set local_steps.by = 'seconds', by which a slow rank leaves out steps": bool(config.local_steps.every),
         "train.balance = true gives ranks unequal numbers of passes, which must be equal where ranks share a model: it "
-        "goes with parallel.shard = 1, and neither with 2 or 3 nor with parallel.tensor or parallel.pipeline": (
-            parallel.shard > 1 or parallel.tensor > 1 or parallel.pipeline > 1
-        ),
+        "goes with parallel.shard = 1 and parallel.pipeline, and neither with parallel.shard 2 or 3 nor with "
+        "parallel.tensor": (parallel.shard > 1 or parallel.tensor > 1),
+        "train.balance = true gives the stages of a pipeline blocks by the speeds of their ranks: leave out "
+        "parallel.split": bool(parallel.split),
         "train.balance = true has the order of additions depend on measured times, and train.deterministic = true "
         "wants the same bits each time: leave out one of them": train.deterministic,
     }

@@ -122,7 +122,7 @@ def train(config: Config, resume: str | None, config_file: Path | None = None) -
                 threads,
             )
             trainer.metrics = open_log(config, trainer.ending.last_step, trainer.step)
-            sentences += trainer.privacy.sentences() if trainer.privacy else []
+            sentences += trainer.sentences + (trainer.privacy.sentences() if trainer.privacy else [])
             for sentence in [*run_directory.changed_settings, *sentences]:
                 trainer.metrics.write("event", trainer.step, message=sentence)
         try:

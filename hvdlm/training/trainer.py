@@ -47,6 +47,7 @@ from hvdlm.training.replica_check import ReplicaCheck
 from hvdlm.training.saver import Saver
 from hvdlm.training.schedule import learning_rate
 from hvdlm.training.skipped_steps import SkippedSteps
+from hvdlm.training.stage_speeds import with_stages_by_speed
 from hvdlm.training.step_log import StepLog
 from hvdlm.training.step_metrics import StepMetrics
 from hvdlm.training.task_evaluation import TaskScores
@@ -68,9 +69,13 @@ class Trainer:
         servers: ServerGroup | None = None,
     ) -> None:
         """`servers`: where other processes than the ranks of `communicator` are parameter servers, or this one is."""
-        self.config, self.communicator, self.data, self.device = config, communicator, data, device
         shape = on_all_ranks(communicator, lambda: mesh_shape(config.parallel, communicator.size))
         self.mesh = Mesh(communicator, shape)
+        self.sentences: list[str] = []  # of what was decided here, for who begins the run
+        if config.train.balance and config.parallel.pipeline > 1:
+            config, sentence = with_stages_by_speed(config, vocab_size, self.mesh, device)
+            self.sentences.append(sentence)
+        self.config, self.communicator, self.data, self.device = config, communicator, data, device
         # Who read parts of a batch of their own: ranks that share a model read the same
         self.readers = self.mesh.group("data", "shard") if config.parallel.is_used else communicator
         self.model = make_model(config, vocab_size, device, self.mesh)
@@ -108,7 +113,8 @@ class Trainer:
         self.parts = RankParts(self.privacy.batches if self.privacy else self.batch_sizes, self.readers.size)
         can_change = communicator.size > 1 or communicator.supports("join")
         self.elastic = Elastic(self) if config.comm.elastic and can_change else None
-        self.balance = Balance(self) if config.train.balance and can_change else None
+        has_shares = config.train.balance and config.parallel.pipeline == 1
+        self.balance = Balance(self) if has_shares and can_change else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -82,6 +82,31 @@ def check_steps_of_sgd(comm: Communicator, schedule: str) -> None:
     assert all(torch.equal(replicas[0], each) for each in replicas)
 
 
+@check(sizes=[2, 4], schedule=["1f1b", "interleaved"])
+def check_stages_by_speed(comm: Communicator, schedule: str) -> None:
+    """The last rank of the first stage is three times slower than all others: its stage has fewer blocks, in every
+    pipeline, and steps are those of plain PyTorch."""
+    config = pipeline_config(schedule)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"balance": True})})
+    slow = comm.size // 2 - 1
+    with patch("hvdlm.training.stage_speeds.seconds_of_block", lambda *_: 0.3 if comm.rank == slow else 0.1):
+        trainer = make_trainer(comm, config)
+    own = len({name.split(".")[1] for name, _ in trainer.model.named_parameters() if name.startswith("blocks.")})
+    counts = comm.all_gather_object(own)
+    assert counts == [1] * (comm.size // 2) + [3] * (comm.size // 2), counts
+    assert f"on rank {slow}, on {comm.hosts[slow]}" in trainer.sentences[0], trainer.sentences
+    plain, batches = make_plain_model(config), Batches(trainer.readers, 0, ignored=True)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=RATE)
+    begin = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    for step in range(2):
+        trainer.train_step(batches, False)
+        optimizer.zero_grad()
+        plain_loss(plain, step, ignored=True).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+        optimizer.step()
+    assert distance(trainer, begin, plain) <= 1e-5
+
+
 @check(sizes=[2, 4], stage=[0, 1])
 def check_gradients_that_are_not_finite(comm: Communicator, stage: int) -> None:
     """Of one stage: no stage steps, and the next step is that of plain PyTorch."""

@@ -95,9 +95,9 @@ def test_what_does_not_go_with_tensor_parallelism(setting: str, value: str, said
     ("setting", "value", "said"),
     [
         ("local_steps.every", "4", "with local_steps.every leave it out, and set local_steps.by = 'seconds'"),
-        ("parallel.shard", "2", "it goes with parallel.shard = 1, and neither with 2 or 3 nor with"),
+        ("parallel.shard", "2", "it goes with parallel.shard = 1 and parallel.pipeline, and neither"),
         ("parallel.tensor", "2", "train.balance = true gives ranks unequal numbers of passes"),
-        ("parallel.pipeline", "2", "train.balance = true gives ranks unequal numbers of passes"),
+        ("parallel.split", "3,3", "by the speeds of their ranks: leave out parallel.split"),
         ("train.deterministic", "true", "train.deterministic = true wants the same bits each time"),
         ("train.balance_every", "4", "train.balance_every"),
     ],

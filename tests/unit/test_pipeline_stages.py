@@ -73,14 +73,17 @@ def test_models_of_stages_begin_as_the_whole_model_does(config: ModelSection, ch
 @pytest.mark.parametrize("layers", [1, 2, 5, 7])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("costs", [Costs(0, 1, 0), Costs(0, 1, 2.5), Costs(1.5, 1, 3), Costs(0, 1, 9)], ids=str)
-def test_blocks_by_cost_are_the_best_of_all(layers: int, stages: int, costs: Costs) -> None:
+@pytest.mark.parametrize("slowness", [(), (1.0, 2.0, 0.7)], ids=["equally fast", "not"])
+def test_blocks_by_cost_are_the_best_of_all(
+    layers: int, stages: int, costs: Costs, slowness: tuple[float, ...]
+) -> None:
     def of_each(counts: tuple[int, ...]) -> list[float]:
         own = [count * costs.block for count in counts]
         own[0] += costs.embedding
         own[-1] += costs.loss
-        return own
+        return [cost * factor for cost, factor in zip(own, slowness or (1.0,) * stages, strict=False)]
 
-    counts = tuple(blocks_by_cost(layers, stages, costs))
+    counts = tuple(blocks_by_cost(layers, stages, costs, slowness[:stages]))
     every = [each for each in itertools.product(range(layers + 1), repeat=stages) if sum(each) == layers]
     least = min(max(of_each(each)) for each in every)
     assert sum(counts) == layers

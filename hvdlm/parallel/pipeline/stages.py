@@ -54,16 +54,17 @@ def divide(counts: Sequence[int]) -> list[Stage]:
     ]
 
 
-def blocks_by_cost(layers: int, stages: int, costs: Costs) -> list[int]:
+def blocks_by_cost(layers: int, stages: int, costs: Costs, slowness: Sequence[float] = ()) -> list[int]:
     """How many blocks each stage has, so that the costliest stage costs least, and then all cost as much as possible
     the same.
 
+    `slowness`: of each stage's rank, by which its costs are multiplied; empty: all are equally fast.
     A stage at an end may have none, where embedding or loss alone cost more than others with all blocks.
     """
 
     def cost(stage: int, count: int) -> float:
         ends = costs.embedding * (stage == 0) + costs.loss * (stage == stages - 1)
-        return count * costs.block + ends
+        return (count * costs.block + ends) * (slowness[stage] if slowness else 1.0)
 
     limit, _ = _least(layers, stages, cost, max)
     _, counts = _least(
