@@ -7,6 +7,10 @@ the time. In turns, all ranks train blocks of steps: each for itself, which give
 balanced. Prints, of the medians of rounds, tokens a second beside the sum of the ranks' own speeds and beside the
 integer optimum, which is found by trying every split. Then, in how many steps after a change of speed shares are within
 5% of that optimum. Any setting can be overridden as for `hvdlm train`, by --section.key value.
+
+With --parallel.pipeline 2 the ranks are the stages of a pipeline, whose blocks are dealt out evenly or by speed. The
+optimum is the best of all divisions of blocks, without the time in which stages wait for the first and the last
+micro-batch.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import JobError
 from hvdlm.model.presets import PRESETS
+from hvdlm.parallel.pipeline.stages import flops
 from hvdlm.training.hardware import choose_device, keep_memory, share_cores
 from hvdlm.training.job import job
 from hvdlm.training.trainer import Trainer
@@ -110,6 +115,15 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
         if communicator.size != 2:
             raise JobError(f"two ranks are compared: start 2 instead of {communicator.size}")
         share_cores(config.train.threads, communicator)
+
+        def say(sentence: object) -> None:
+            if communicator.rank == 0:
+                print(sentence, flush=True)
+
+        say(describe_run())
+        if config.parallel.pipeline > 1:
+            run_pipeline(config, communicator, options, say)
+            return
         balance = config.train.model_copy(update={"balance": True})
         half = config.train.model_copy(update={"global_batch_size": batch // 2})
         systems = {
@@ -118,12 +132,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             "balanced": System(config.model_copy(update={"train": balance}), communicator),
         }
         balanced = systems["balanced"]
-
-        def say(sentence: object) -> None:
-            if communicator.rank == 0:
-                print(sentence, flush=True)
-
-        say(describe_run())
         for speed in _SPEEDS:
             rounds: list[dict[str, float]] = []
             with running_at(speed, communicator):
@@ -155,6 +163,44 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
             say(f"  from {before} at full speed to {after}: {found}")
         for system in systems.values():
             system.close()
+
+
+def run_pipeline(
+    config: Config, communicator: Communicator, options: argparse.Namespace, say: Callable[[object], None]
+) -> None:
+    """Stages are dealt out when training begins, so all systems begin with each speed."""
+    balance = config.train.model_copy(update={"balance": True})
+    alone = config.parallel.model_copy(update={"pipeline": 1})
+    for speed in _SPEEDS:
+        with running_at(speed, communicator):
+            systems = {
+                "own": System(config.model_copy(update={"parallel": alone}), SoloCommunicator()),
+                "even": System(config, communicator),
+                "balanced": System(config.model_copy(update={"train": balance}), communicator),
+            }
+            rounds: list[dict[str, float]] = []
+            for number in range(options.blocks + 1):
+                found = {}
+                for name in sorted(systems, reverse=bool(number % 2)):
+                    communicator.barrier()
+                    found[name] = communicator.all_gather_object(systems[name].tokens_per_second(options.steps))
+                joint = {name: min(found[name]) for name in ("even", "balanced")}
+                optimum = fastest_pipeline(config, systems["own"].trainer.model.output_weight.shape[0], found["own"])
+                rounds.append({**joint, "sum": sum(found["own"]), "optimum": optimum})
+        trainer = systems["balanced"].trainer
+        say(f"the last rank runs for {speed:.0%} of the time; {trainer.sentences[0]}")
+        for name, reference in (("balanced", "optimum"), ("balanced", "sum"), ("even", "sum")):
+            say(f"  {name} / {reference}: {interval([each[name] / each[reference] for each in rounds[1:]])}")
+        for system in systems.values():
+            system.close()
+
+
+def fastest_pipeline(config: Config, vocab_size: int, speeds: Sequence[float]) -> float:
+    """Tokens a second of the best division of blocks. speeds: tokens a second of each rank with the whole model."""
+    layers, costs = config.model.layers, flops(config.model, vocab_size)
+    whole = layers * costs.block + costs.loss
+    stages = [(own * costs.block, (layers - own) * costs.block + costs.loss) for own in range(layers + 1)]
+    return max(min(speed * whole / max(cost, 1) for speed, cost in zip(speeds, each, strict=True)) for each in stages)
 
 
 def is_near(shares: Sequence[int], speeds: Sequence[float]) -> bool:
