@@ -92,8 +92,9 @@ def privacy_misfits(config: Config) -> dict[str, bool]:
         "that sequence: with privacy.clip_norm set it to bf16 or fp32": train.precision == "fp16",
         "train.batch_ramp_start changes the chance of a sequence to be in a batch from step to step: with "
         "privacy.clip_norm leave it out": train.batch_ramp_start > 0,
-        "train.balance = true deals out batches that all have the same size: with privacy.clip_norm leave it out": (
-            train.balance
+        "with compression.codec a sequence is always in the part of the same rank, however slow that is, as "
+        "privacy.clip_norm needs it: leave out train.balance, or set the codec to none": (
+            train.balance and config.compression.codec != "none"
         ),
         "optimizer.algorithm = 'dion' has each rank send factors of its own momentum, in which there is only a part of "
         "the noise: with privacy.clip_norm set it to another one": config.optimizer.algorithm == "dion",

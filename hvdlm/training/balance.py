@@ -82,6 +82,8 @@ class Balance:
         trainer, costs = self._trainer, [pace.picoseconds for pace in paces]
         parts = trainer.parts.shared_by(costs, trainer.step)
         old, new = trainer.parts.shares(trainer.step), parts.shares(trainer.step)
+        if not any(old):  # by Poisson sampling a batch may be empty
+            return False
         gain = 1 - seconds_of(new, costs) / seconds_of(old, costs)
         if gain < max(_LEAST_GAIN, *(_ERRORS * pace.error / pace.picoseconds for pace in paces)):
             return False

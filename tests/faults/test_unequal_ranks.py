@@ -53,6 +53,19 @@ def test_shares_follow_speeds_and_the_curve_stays(small_data: Path, tmp_path: Pa
     assert "straggler" not in result.output.partition("step 30/60")[0]
 
 
+def test_shares_of_private_batches(small_data: Path, tmp_path: Path) -> None:
+    """Poisson sampling gives them unlike sizes, of which a slow rank has its share; the curve is that of even ones."""
+    private: dict[str, object] = {"privacy__clip_norm": 0.5, "privacy__noise_multiplier": 0.3, "privacy__delta": 1e-6}
+    private |= {"privacy__secure": "false", "privacy__accountant": "rdp", "train__steps": 30}
+    result = train(2, "slow:0:0,slower:0:1", small_data, tmp_path / "run", **private)
+    assert result.status == 0, result.output
+    (first, *_) = changes(tmp_path / "run")
+    assert first["shares"][0] > 1.5 * first["shares"][1]
+    even = train(2, "", small_data, tmp_path / "even", **{**private, "train__balance": "false"})
+    assert even.status == 0, even.output
+    assert_same_curve(losses(tmp_path / "run"), losses(tmp_path / "even"), 1e-4)
+
+
 def test_a_run_that_goes_on_keeps_its_shares(small_data: Path, tmp_path: Path) -> None:
     """Nobody rests any more when it is resumed, and balance_every is longer than what is left."""
     run_dir = tmp_path / "run"

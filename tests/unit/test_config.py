@@ -509,7 +509,7 @@ PRIVATE = ("--privacy.clip_norm", "1.0", "--privacy.noise_multiplier", "1.0")
             ("--train.batch_ramp_start", "8", "--train.batch_ramp_steps", "50"),
             "train.batch_ramp_start changes the chance",
         ),
-        (("--train.balance", "true"), "train.balance = true deals out batches that all have the same size"),
+        (("--train.balance", "true", "--compression.codec", "int4"), "always in the part of the same rank"),
         (("--optimizer.algorithm", "dion"), "factors of its own momentum"),
         (("--local_steps.every", "auto"), "go by how long steps take"),
         (("--local_steps.every", "4", "--local_steps.by", "seconds"), "go by how long steps take"),
