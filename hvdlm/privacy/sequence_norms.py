@@ -14,18 +14,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FEWEST_ROWS = 64  # of a block of tokens, or of a part of a matrix: fewer make slow products
+# Of a block of tokens, by bytes of a number: fewer make slow products, of slices in 16 bits above all
+_FEWEST_TOKENS = {2: 512, 4: 128}
 _BLOCKS = 8  # of tokens
+_FEWEST_ROWS = 64  # of a part of a matrix
 _PARTS = 4  # of a matrix at least, so that none is made whole
+_SLOWNESS_OF_PARTS = {2: 2, 4: 1}  # beside pairs of tokens, for as much arithmetic
 _NUMBERS = 2**20  # of such a part, of all sequences
 
 
 def of_matrix(inputs: Tensor, grads: Tensor) -> Tensor:
     """Of W in y = x W^T. inputs: x, (b, T, I). grads: of y, (b, T, O)."""
     length, width, outputs = inputs.shape[1], inputs.shape[2], grads.shape[2]
-    blocks = _blocks(length)
+    blocks = _blocks(length, inputs.itemsize)
     pairs = sum((end - start) * end for start, end in blocks)
-    if pairs * (width + outputs) <= length * width * outputs:
+    if pairs * (width + outputs) <= _SLOWNESS_OF_PARTS[inputs.itemsize] * length * width * outputs:
         return _by_pairs(inputs, grads, blocks)
     return _by_parts(inputs, grads)
 
@@ -53,8 +56,8 @@ def product_with_embedding(logit_grads: Tensor, inputs: Tensor, grads: Tensor) -
     return (logit_grads.float() * (inputs @ grads.to(inputs.dtype).mT).float()).sum(dim=(1, 2))
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    rows = max(_FEWEST_ROWS, -(-length // _BLOCKS))
+def _blocks(length: int, itemsize: int) -> list[tuple[int, int]]:
+    rows = max(_FEWEST_TOKENS[itemsize], -(-length // _BLOCKS))
     return [(start, min(start + rows, length)) for start in range(0, length, rows)]
 
 
