@@ -45,7 +45,7 @@ def check_sums(comm: Communicator) -> None:
     codec = make_codec()
     generators = [torch.Generator().manual_seed(rank) for rank in range(comm.size)]
     made, delivered = torch.zeros(COUNT, dtype=torch.float64), torch.zeros(COUNT, dtype=torch.float64)
-    for step in range(8):
+    for step in range(22):
         everyone = [torch.randn(COUNT, generator=generator) * 0.01 for generator in generators]
         for values in everyone:
             values[7] = 300.0 if step == 0 else 0.0  # more than a rank may send at once

@@ -5,7 +5,7 @@ them to its numbers, the other subtracts them: they cancel in the sum (Bonawitz 
 for Privacy-Preserving Machine Learning", CCS 2017, section 4, without its recovery from users that drop out). Numbers
 are multiples of 2^-24 in words of 32 bits that wrap around, so that masks cancel to the last bit, and each word that is
 sent is uniformly distributed, whatever the number. That is for differences of parameters, which are of the size of
-weights, and below 128 over all ranks; what is smaller or larger stays in the residual.
+weights, and up to 64 over all ranks; what is smaller or larger stays in the residual.
 
 It holds against ranks, and whoever reads the wire, that do as they should and remember what they see. Nobody signs the
 keys: who changes messages on their way is not kept out. Of two ranks each would know the other's numbers by the sum.
@@ -13,6 +13,7 @@ keys: who changes messages on their way is not kept out. Of two ranks each would
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +66,7 @@ class Masked(Codec):
                 f"{self.bucket.names[0]} or a parameter beside it has become infinite or NaN, which "
                 "compression.codec = 'masked' cannot send: lower optimizer.lr, or resume from an earlier checkpoint"
             )
-        largest = _LARGEST_SUM // ranks
+        largest = 2 ** int(math.log2(_LARGEST_SUM // ranks))  # by a power of two float32 subtracts exactly
         return (gradients.double() / _UNIT).round_().clamp_(-largest, largest).to(torch.int32)
 
     def _mask_(self, words: Tensor, own_rank: int) -> None:
