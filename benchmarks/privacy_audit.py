@@ -173,11 +173,11 @@ def _train_and_score(
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--canaries", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--documents", type=int, default=800, help="beside them (default: %(default)s)")
-    parser.add_argument("--epsilon", type=float, nargs="*", default=[2.0, 8.0], help="default: 2 8")
+    parser.add_argument("--canaries", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--documents", type=int, default=100, help="beside them (default: %(default)s)")
+    parser.add_argument("--epsilon", type=float, nargs="*", default=[1.0, 2.0, 8.0], help="default: 1 2 8")
     parser.add_argument("--delta", type=float, default=1e-5, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1200, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=3e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of coins and runs (default: %(default)s)")
     parser.add_argument("--output", type=absolute_path, default=RESULTS, metavar="DIR")
