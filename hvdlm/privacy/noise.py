@@ -9,15 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from hvdlm.arrays import as_array
 
 BLOCK = 2**16  # numbers
 
@@ -42,27 +37,10 @@ class Noise:
 
         flat: (n,) float32. parameter: its number in the model.
         """
-        own = [
-            (block, f"{step} {parameter} {number}{sharers.of}")
-            for number, block in enumerate(flat.split(BLOCK))
-            if (parameter + number) % sharers.size == sharers.rank
-        ]
-        threads = min(torch.get_num_threads(), len(own)) if flat.is_cpu else 1
-        if threads > 1:
-            list(_threads(threads).map(self._add_block_, own))
-            return
-        for each in own:
-            self._add_block_(each)
-
-    def _add_block_(self, own: tuple[Tensor, str]) -> None:
-        block, name = own
-        noise = self._block(len(block), block.device, name)
-        if not block.is_cpu:
-            block.add_(noise, alpha=self.deviation)
-            return
-        numbers = as_array(noise)  # NumPy starts no threads of its own
-        numbers *= np.float32(self.deviation)
-        as_array(block)[:] += numbers
+        for number, block in enumerate(flat.split(BLOCK)):
+            if (parameter + number) % sharers.size == sharers.rank:
+                name = f"{step} {parameter} {number}{sharers.of}"
+                block.add_(self._block(len(block), flat.device, name), alpha=self.deviation)
 
     def _block(self, count: int, device: torch.device, name: str) -> Tensor:
         """(count,) float32 of N(0, 1)."""
@@ -71,11 +49,6 @@ class Noise:
         digest = hashlib.blake2b(f"{self._seed} noise {name}".encode(), digest_size=8).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") % 2**63)
         return torch.randn(count, generator=generator, device=device)
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="hvdlm-noise")
 
 
 def _system_normal(count: int) -> Tensor:
