@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Of a block of tokens, by bytes of a number: fewer make slow products, of slices in 16 bits above all
-_FEWEST_TOKENS = {2: 512, 4: 128}
+_FEWEST_TOKENS = {2: 512, 4: 64}
 _BLOCKS = 8  # of tokens
 _FEWEST_ROWS = 64  # of a part of a matrix
 _PARTS = 4  # of a matrix at least, so that none is made whole
