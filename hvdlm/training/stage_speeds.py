@@ -58,12 +58,15 @@ def seconds_of_block(config: Config, device: torch.device) -> float:
     model.set_compute_dtype(DTYPES[config.train.precision])
     shape = config.train.micro_batch_size, section.context_length
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-    for passes in (1, _FEWEST):  # the first ones make what later ones find
-        count, begin = 0, time.perf_counter()
-        while count < passes or (passes > 1 and time.perf_counter() - begin < _SECONDS):
-            model(tokens).float().sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            count += 1
-        seconds = (time.perf_counter() - begin) / count
-    return seconds
+
+    def make_passes() -> None:
+        model(tokens).float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    make_passes()  # makes what later ones find
+    count, begin = 0, time.perf_counter()
+    while count < _FEWEST or time.perf_counter() - begin < _SECONDS:
+        make_passes()
+        count += 1
+    return (time.perf_counter() - begin) / count

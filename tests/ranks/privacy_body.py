@@ -78,6 +78,14 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def plain_gradient(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Of one sequence, flat."""
+    model.zero_grad()
+    logits = functional.linear(model(tokens[None])[0], model.token_embedding.weight)
+    (functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / LENGTH).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+
+
 def plain_steps(config: Config, noise: list[Tensor]) -> tuple[list[Tensor], list[float]]:
     """Parameters after each step, and all norms of gradients of sequences before they were clipped."""
     model = Transformer(config.model, VOCABULARY)
@@ -86,10 +94,7 @@ def plain_steps(config: Config, noise: list[Tensor]) -> tuple[list[Tensor], list
     for step in range(len(SIZES)):
         total = noise[step].clone()
         for tokens, targets in zip(*global_batch(step), strict=True):
-            model.zero_grad()
-            logits = functional.linear(model(tokens[None])[0], model.token_embedding.weight)
-            (functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / LENGTH).backward()
-            own = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+            own = plain_gradient(model, tokens, targets)
             norms.append(float(own.norm()))
             total += own * min(1.0, CLIP_NORM / norms[-1])
         values = flat(model) - RATE * total / EXPECTED
@@ -160,11 +165,7 @@ def plain_local_steps(config: Config, ranks: int) -> list[list[Tensor]]:
             total = noise[rank][step].clone()
             part = rank_part(len(inputs), rank, ranks)
             for index in range(part.start, part.stop):
-                model.zero_grad()
-                logits = functional.linear(model(inputs[index][None])[0], model.token_embedding.weight)
-                loss = functional.cross_entropy(logits, targets[index], ignore_index=IGNORE, reduction="sum")
-                (loss / LENGTH).backward()
-                own = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
+                own = plain_gradient(model, inputs[index], targets[index])
                 total += own * min(1.0, CLIP_NORM / float(own.norm()))
             nn.utils.vector_to_parameters(flat(model) - RATE * total / expected, model.parameters())
         if step % 2:
