@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,12 @@ def small_data(small_texts: list[str], tmp_path_factory: pytest.TempPathFactory)
     return directory
 
 
+def _no_sshfs() -> str | None:
+    if not Path("/dev/fuse").exists():
+        return "no /dev/fuse here"
+    return _no_fabric(slurm=False) or (None if shutil.which("sshfs") else "sshfs is not installed")
+
+
 def _no_fabric(slurm: bool) -> str | None:
     try:
         require(slurm)
@@ -57,6 +64,7 @@ def _no_fabric(slurm: bool) -> str | None:
 _OBSTACLES: dict[str, Callable[[], str | None]] = {
     "needs_root": functools.cache(lambda: _no_fabric(slurm=False)),
     "needs_slurm": functools.cache(lambda: _no_fabric(slurm=True)),
+    "needs_sshfs": functools.cache(_no_sshfs),
     "needs_gpu": functools.cache(lambda: None if torch.cuda.is_available() else "no GPU here"),
 }
 
@@ -75,23 +83,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
+# What a machine of continuous integration may be without
+_MAY_BE_SKIPPED = ("needs_gpu: ", "no /dev/fuse")
+
+
 def _skipped(config: pytest.Config) -> list[str]:
-    """Tests that were skipped in continuous integration for any reason but the want of a GPU."""
+    """Tests that were skipped in continuous integration for any reason but the want of a GPU, or of FUSE."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if not os.environ.get("CI") or reporter is None:  # a worker of pytest-xdist reports to another process
         return []
     reports = reporter.stats.get("skipped", [])
-    return [report.nodeid for report in reports if "needs_gpu: " not in str(report.longrepr)]
+    return [report.nodeid for report in reports if not any(each in str(report.longrepr) for each in _MAY_BE_SKIPPED)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In continuous integration a skipped test is a failure, unless it needs a GPU."""
+    """In continuous integration a skipped test is a failure, unless it needs a GPU or FUSE."""
     if _skipped(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if names := _skipped(terminalreporter.config):
+        allowed = "where only needs_gpu may be, and what needs FUSE"
         terminalreporter.write_line(
-            f"failed: skipped in continuous integration, where only needs_gpu may be: {', '.join(names)}", red=True
+            f"failed: skipped in continuous integration, {allowed}: {', '.join(names)}", red=True
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 from hvdlm.data.file_errors import UnreadableFileError, unreadable
 from hvdlm.data.manifest import TOKENIZER, Manifest, ShardRecord
 from hvdlm.data.mixture import Mixture
-from hvdlm.data.shard import DataSet, Split, check_shard
+from hvdlm.data.shard import DataSet, check_contents, check_shard
 from hvdlm.errors import HvdlmError
 
 
@@ -100,22 +100,9 @@ def _find_damage(path: Path, manifest: Manifest) -> list[str]:
         for index, record in enumerate(shards):
             try:
                 check_shard(path, manifest, shards, index)
-                _check_contents(path, record)
+                check_contents(path, record)
             except UnreadableFileError:
                 raise  # that says nothing of what the file holds
             except HvdlmError as error:
                 damage.append(str(error))
     return damage
-
-
-def _check_contents(directory: Path, record: ShardRecord) -> None:
-    """Reads a whole shard. Raises HvdlmError if its tokens or document offsets are not those that were written."""
-    split = Split(directory, [record])
-    sha256 = hashlib.sha256()
-    for block in split.blocks(0):
-        sha256.update(block.tobytes())
-    if sha256.hexdigest() != record.tokens_sha256:
-        raise HvdlmError(f"{directory / record.file} has other tokens than were written")
-    offsets = split.document_offsets(0)
-    if offsets[0] != 0 or offsets[-1] != record.n_tokens or (offsets[1:] <= offsets[:-1]).any():
-        raise HvdlmError(f"{directory / record.file} has document offsets that do not fit its tokens")

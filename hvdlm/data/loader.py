@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hvdlm.config.batch_sizes import BatchSizes
+from hvdlm.data.cached_split import CachedSplit
 from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.mixture import Mixture
 from hvdlm.data.poisson import Excerpts, PoissonBatches, PoissonSampler, sequences_of
@@ -25,6 +26,9 @@ from hvdlm.data.shard import DataSet
 from hvdlm.data.token_replacement import replace_tokens
 from hvdlm.errors import HvdlmError
 from hvdlm.targets import IGNORE
+
+# Whose shards are copied to this host before they are read
+_BATCHES_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,12 @@ class SequenceReader:
         if self._pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return Batch(index, inputs, targets, tuple(errors))
+
+    def will_read(self, own: Sequences) -> None:
+        """Has the shards of the sequences `own` copied to this host before they are read, with `data.cache`."""
+        if isinstance(self._split, CachedSplit):
+            batches = {each: self._excerpts(each).shards for each in sorted({batch for batch, _ in own})}
+            self._split.will_read(dict.fromkeys(int(batches[batch][place]) for batch, place in own))
 
     def _excerpts(self, batch: int) -> Excerpts:
         if isinstance(self._sampler, PoissonSampler):
@@ -184,7 +194,10 @@ class Loader:
 
     def _read_ahead(self, start: int) -> None:
         try:
+            for index in range(start, start + _BATCHES_AHEAD):
+                self._reader.will_read(self._parts.own(index, self._rank))
             for index in itertools.count(start):
+                self._reader.will_read(self._parts.own(index + _BATCHES_AHEAD, self._rank))
                 self._queue.put(self._reader.read(index, self._parts.own(index, self._rank)))
                 if self._closed.is_set():
                     return

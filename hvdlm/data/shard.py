@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,19 +92,31 @@ class Split:
             begin = max(start - overlap, 0)
             yield self.read(shard, begin, min(start + BLOCK_TOKENS, n_tokens) - begin)
 
-    def _values(self, shard: int, name: str, part: slice, attempts: int = ATTEMPTS) -> npt.NDArray[Any]:
+    def _values(self, shard: int, name: str, part: slice) -> npt.NDArray[Any]:
         """A part of an HDF5 data set of a shard; after an error that may pass, it is opened and read again."""
-        try:
-            values: npt.NDArray[Any] = self._file(shard)[name][part]
-            return values
-        except (OSError, KeyError, RuntimeError) as error:
-            number = error_number(error)
-            if number not in TRANSIENT or attempts == 1:
-                raise
-            logger.warning("%s: %s; trying again", self.shards[shard].path, os.strerror(number))
-        self._close(shard)
-        time.sleep(PAUSE)
-        return self._values(shard, name, part, attempts - 1)
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self.values(shard, name, part)
+            except (OSError, KeyError, RuntimeError) as error:
+                number = error_number(error)
+                if number not in TRANSIENT:
+                    raise
+                logger.warning("%s: %s; trying again", self.shards[shard].path, os.strerror(number))
+            self.close(shard)
+            time.sleep(PAUSE)
+        return self.values(shard, name, part)
+
+    def values(self, shard: int, name: str, part: slice) -> npt.NDArray[Any]:
+        """A part of an HDF5 data set of a shard; raises OSError, KeyError or RuntimeError, as h5py does."""
+        values: npt.NDArray[Any] = self._file(shard)[name][part]
+        return values
+
+    def close(self, shard: int) -> None:
+        """Closes a shard's file, which is opened again by the next read."""
+        file = self._files.pop(shard, None)
+        if file is not None:
+            with contextlib.suppress(OSError, RuntimeError):  # its descriptor may be what does not work
+                file.close()
 
     def _file(self, shard: int) -> h5py.File:
         if self._process != os.getpid():
@@ -115,7 +128,7 @@ class Split:
     def _open(self, shard: int) -> h5py.File:
         most = _most_open_shards()
         while len(self._files) >= most:
-            self._close(next(iter(self._files)))
+            self.close(next(iter(self._files)))
         cache = max(CACHE_BYTES // min(len(self.shards), most), CHUNK_BYTES)
         while True:
             try:
@@ -125,13 +138,7 @@ class Split:
                     raise
                 # Something else in this process, or on this host, has more files open than there is room for
                 for least_used in list(self._files)[: len(self._files) // 2 + 1]:
-                    self._close(least_used)
-
-    def _close(self, shard: int) -> None:
-        file = self._files.pop(shard, None)
-        if file is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # its descriptor may be what does not work
-                file.close()
+                    self.close(least_used)
 
     def _read_error(self, shard: int, error: Exception, tokens: tuple[int, int] | None = None) -> HvdlmError:
         """The error of a shard that could not be read: at `tokens`, their start and count, or at its offsets."""
@@ -166,6 +173,7 @@ class DataSet:
         fingerprint: SHA-256 (hex) over all tokens and the tokenizer.
         vocab_size, eos_id: of the tokenizer.
         tokenizer_path: the data set's `tokenizer.json`.
+        manifest: its shards as they were written.
         train, validation: the two splits; validation has no shards if the data set was prepared without it.
         sources: those that have weights, in the order of their shards; none where all are drawn from by what they hold.
         validates_sources: whether each of several sources has a shard of the validation split, in the same order.
@@ -174,7 +182,7 @@ class DataSet:
     def __init__(self, path: Path) -> None:
         """Raises HvdlmError if `path` is not a data set, or is unfinished, damaged, or has shards of another one."""
         self.path = path
-        manifest = Manifest.load(path)
+        self.manifest = manifest = Manifest.load(path)
         for shards in (manifest.train, manifest.validation):
             for index in range(len(shards)):
                 check_shard(path, manifest, shards, index)
@@ -229,6 +237,24 @@ def check_shard(directory: Path, manifest: Manifest, shards: list[ShardRecord], 
                 f"{path} belongs elsewhere: its {name} is {found.get(name)} where the manifest says {value}, "
                 f"so shards were swapped or come from another data set; {again}"
             )
+
+
+def check_contents(directory: Path, record: ShardRecord, between: Callable[[], None] = lambda: None) -> None:
+    """Reads a whole shard, and calls `between` before each block of it.
+
+    Raises HvdlmError if its tokens or document offsets are not those that were written.
+    """
+    split = Split(directory, [record])
+    sha256 = hashlib.sha256()
+    for block in split.blocks(0):
+        between()
+        sha256.update(block.tobytes())
+    if sha256.hexdigest() != record.tokens_sha256:
+        raise HvdlmError(f"{directory / record.file} has other tokens than were written")
+    offsets = split.document_offsets(0)
+    split.close(0)
+    if offsets[0] != 0 or offsets[-1] != record.n_tokens or (offsets[1:] <= offsets[:-1]).any():
+        raise HvdlmError(f"{directory / record.file} has document offsets that do not fit its tokens")
 
 
 def _most_open_shards() -> int:

@@ -12,6 +12,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.launch import detect, leave_word_to_rank_0
 from hvdlm.comm.rank_errors import on_all_ranks
 from hvdlm.config import Config
+from hvdlm.data.cached_split import read_copies
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError, JobError
 from hvdlm.training.agreement import check_data_matches, check_devices_match
@@ -55,6 +56,8 @@ def start_rank(config: Config, communicator: Communicator) -> RankStart:
     _check_ranks(config, communicator)
     data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
     check_data_matches(communicator, data)
+    if config.data.cache:
+        on_all_ranks(communicator, lambda: read_copies(data, config.data.cache, communicator.local_rank == 0))
     vocab_size = vocabulary_size(config, data)
     device = choose_device(config.train.device, communicator)
     on_all_ranks(communicator, lambda: check_compiler(config, device))

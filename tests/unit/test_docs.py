@@ -232,6 +232,7 @@ def test_fields_of_a_line_of_metrics_are_those_that_are_written() -> None:
     written = metrics.collect(1.0, 1)
     local_steps = {"rounds", "drift", "left_out"}  # tests/parallel/test_local_steps.py sees these
     asynchronous = {"dropped", "staleness"}  # tests/faults/test_asynchronous.py sees these
+    cached = {"cache_hits"}  # tests/parallel/test_shard_cache.py sees it
     private = {"epsilon"}  # tests/parallel/test_private_training.py sees it
     own = {"kind", "step", "lr", "grad_norm", "tokens"}
-    assert described == {*own, *written, *local_steps, *asynchronous, *private}
+    assert described == {*own, *written, *local_steps, *asynchronous, *cached, *private}
