@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()
         options, rest = parser.parse_known_args(words)
-        takes_overrides = options.command in ("train", "privacy", "serve", "slurm", "predict")
+        takes_overrides = options.command in ("train", "privacy", "serve", "slurm", "kubernetes", "predict")
         if not takes_overrides and (overrides or rest):
             parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
         _set_up_logging(options.traceback)

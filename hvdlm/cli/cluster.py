@@ -1,4 +1,4 @@
-"""`hvdlm install-horovod`, `hvdlm doctor`, `hvdlm slurm` and `hvdlm fabric`."""
+"""`hvdlm install-horovod`, `hvdlm doctor`, `hvdlm slurm`, `hvdlm kubernetes` and `hvdlm fabric`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,38 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     slurm.add_argument("--output", type=path, metavar="DIR", help="the job's directory (default: RUN_DIR.slurm)")
     slurm.add_argument("--submit", action="store_true", help="submit it too")
     slurm.set_defaults(run=_slurm)
+
+    kubernetes = commands.add_parser(
+        "kubernetes",
+        help="write a job for the MPI Operator or Kubeflow Trainer",
+        epilog=SETTINGS_EPILOG,
+        allow_abbrev=False,
+    )
+    kubernetes.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job holds a copy")
+    kubernetes.add_argument("--image", required=True, help="of examples/kubernetes/Containerfile, or like it")
+    kubernetes.add_argument("--nodes", type=int, required=True, metavar="N", help="pods with ranks")
+    kubernetes.add_argument("--ranks-per-node", type=int, required=True, metavar="R")
+    kubernetes.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0")
+    kubernetes.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="default: 1")
+    kubernetes.add_argument("--memory", default="", metavar="SIZE", help="of a pod, as 64Gi (default: no limit)")
+    kubernetes.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="CLAIM:PATH",
+        help="a PersistentVolumeClaim that all pods see at PATH, for data and runs",
+    )
+    kubernetes.add_argument("--kind", default="mpijob", choices=["mpijob", "trainjob"], help="default: mpijob")
+    kubernetes.add_argument("--name", help="default: made of the run directory's name")
+    kubernetes.add_argument("--restarts", type=int, default=3, metavar="K", help="after failures (default: 3)")
+    kubernetes.add_argument(
+        "--bin",
+        default="/opt/hvdlm/.venv/bin",
+        metavar="DIR",
+        help="where the image has mpirun and hvdlm (default: %(default)s)",
+    )
+    kubernetes.add_argument("--output", type=path, metavar="FILE", help="default: stdout")
+    kubernetes.set_defaults(run=_kubernetes)
 
     fabric = commands.add_parser("fabric", help="an emulated cluster on this machine, for tests")
     fabric.add_argument(
@@ -98,6 +130,24 @@ def _slurm(options: argparse.Namespace, overrides: list[str]) -> int:
         sbatch=options.sbatch,
         output=options.output,
         submit=options.submit,
+        shape_of=_shape_of,
+    )
+    return 0
+
+
+def _kubernetes(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.cluster.kubernetes.job import write_job
+
+    of_pods = ("image", "bin", "nodes", "ranks_per_node", "gpus_per_rank", "cpus_per_rank", "memory")
+    write_job(
+        options.config,
+        overrides,
+        kind=options.kind,
+        name=options.name,
+        pods={name: getattr(options, name) for name in of_pods},
+        volumes=options.volume,
+        restarts=options.restarts,
+        output=options.output,
         shape_of=_shape_of,
     )
     return 0

@@ -32,6 +32,9 @@ class TrainSection(Section):
     ranks: int = Field(
         0, ge=0, description="a job of another number of ranks is refused: a launcher may start fewer; 0: none is"
     )
+    nodes: int = Field(
+        0, ge=0, description="a job on another number of hosts is refused: a launcher may not see all; 0: none is"
+    )
     global_batch_size: int = Field(32, gt=0, description="sequences per optimizer step, over all ranks")
     batch_ramp_start: int = Field(
         0, ge=0, description="sequences of a step at first, where they then grow to global_batch_size; 0: they do not"

@@ -67,15 +67,23 @@ def start_rank(config: Config, communicator: Communicator) -> RankStart:
 
 
 def _check_ranks(config: Config, communicator: Communicator) -> None:
-    """Raises JobError on all ranks if there are not as many as `train.ranks`, but where they come and go."""
-    wanted, size = config.train.ranks, communicator.size
-    if not wanted or size == wanted or communicator.supports("join"):
+    """Raises JobError on all ranks if they, or their hosts, are not as many as the settings say, but elastic ones."""
+    ranks, nodes = config.train.ranks, config.train.nodes
+    size, node_count = communicator.size, communicator.node_count
+    if communicator.supports("join"):
         return
-    started = "1 process was started" if size == 1 else f"{size} ranks were started, on {communicator.node_count} nodes"
-    raise JobError(
-        f"train.ranks = {wanted}, but {started}: name as many to the launcher, and all hosts (mpirun -np {wanted} "
-        "--hostfile FILE), or set train.ranks to 0"
-    )
+    on = f"{node_count} node" if node_count == 1 else f"{node_count} nodes"
+    started = "1 process was started" if size == 1 else f"{size} ranks were started, on {on}"
+    if ranks and size != ranks:
+        raise JobError(
+            f"train.ranks = {ranks}, but {started}: name as many to the launcher, and all hosts (mpirun -np {ranks} "
+            "--hostfile FILE), or set train.ranks to 0"
+        )
+    if nodes and node_count != nodes:
+        raise JobError(
+            f"train.nodes = {nodes}, but {started}: name all hosts to the launcher, and as many slots on each as it is "
+            "to have ranks (mpirun --hostfile FILE), or set train.nodes to 0"
+        )
 
 
 def vocabulary_size(config: Config, data: DataSet) -> int:

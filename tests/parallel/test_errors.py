@@ -347,7 +347,7 @@ def test_rank_that_stopped(engine: str, launcher: str, algorithm: str, small_dat
     assert "Traceback" not in result.output or launcher.startswith("horovodrun"), result.output  # horovodrun's own
 
 
-@pytest.mark.parametrize(("count", "started"), [(1, "1 process was started"), (2, "2 ranks were started, on 1 nodes")])
+@pytest.mark.parametrize(("count", "started"), [(1, "1 process was started"), (2, "2 ranks were started, on 1 node")])
 def test_fewer_ranks_than_were_asked_for(
     count: int, started: str, ranks: Ranks, small_data: Path, tmp_path: Path
 ) -> None:

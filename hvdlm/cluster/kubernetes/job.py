@@ -1,0 +1,138 @@
+"""`hvdlm kubernetes`: checks the settings of a job, and writes the objects that start it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from hvdlm.cluster.kubernetes.manifests import KINDS
+from hvdlm.cluster.kubernetes.pods import Pods, Volume
+from hvdlm.config import Config
+from hvdlm.config_reader import from_dict, load
+from hvdlm.errors import HvdlmError
+from hvdlm.model.presets import PRESETS
+
+# What Kubernetes takes: https://kubernetes.io/docs/concepts/overview/working-with-objects/names/, RFC 1035 labels. The
+# longest name of a pod or map that is made of it is 20 characters longer, and has at most 63.
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_LONGEST_NAME = 40
+
+
+class _Yaml(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
+    """Texts of several lines as they stand, and nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _as_block(dumper: _Yaml, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Yaml.add_representer(str, _as_block)
+
+
+def write_job(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    kind: str,
+    name: str | None,
+    pods: Mapping[str, Any],
+    volumes: Sequence[str],
+    restarts: int,
+    output: Path | None,
+    shape_of: Callable[[str], Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes the job to `output`, or to stdout without one.
+
+    Args:
+        config, overrides, shape_of: as for `hvdlm.config_reader.load`.
+        kind: of `manifests.KINDS`.
+        name: of the job; None: made of the run directory's.
+        pods: other fields of `Pods`.
+        volumes: CLAIM:PATH each.
+        restarts: how often mpirun is started again after it has failed.
+
+    Raises HvdlmError for an error in the settings or the options; then nothing is written.
+    """
+    settings = load(config, overrides, PRESETS, shape_of)
+    job = Pods(
+        name=_checked_name(name, settings),
+        volumes=tuple(_volume(text) for text in volumes),
+        **{**pods, "bin": PurePosixPath(pods["bin"])},
+    )
+    _check(job, settings, restarts)
+    objects = [job.settings_map(_of_job(settings, job).to_toml()), *KINDS[kind](job, restarts)]
+    text = yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise HvdlmError(f"{output} exists: remove it, or choose another --output") from None
+    except OSError as error:
+        raise HvdlmError(f"cannot write {output}: {error.strerror}") from None
+    start = f"kubectl apply -f {shlex.quote(str(output))}"
+    print(f"wrote {output}: {job.nodes} x {job.ranks_per_node} ranks; start it: {start}")
+
+
+def _checked_name(name: str | None, settings: Config) -> str:
+    if name is None:
+        name = (
+            re.sub(r"[^a-z0-9]+", "-", Path(settings.train.run_dir).name.lower()).strip("-")[:_LONGEST_NAME].strip("-")
+        )
+        name = name if _NAME.fullmatch(name) else f"run-{name}".strip("-")
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        raise HvdlmError(
+            f"--name {name!r}: give up to {_LONGEST_NAME} small letters, digits and -, the first a letter, the last "
+            "no -"
+        )
+    return name
+
+
+def _volume(text: str) -> Volume:
+    claim, _, path = text.partition(":")
+    if not _NAME.fullmatch(claim) or not path.startswith("/") or path == "/":
+        raise HvdlmError(f"--volume {text!r}: write CLAIM:PATH, a PersistentVolumeClaim and where pods are to see it")
+    return Volume(claim, PurePosixPath(path))
+
+
+def _check(job: Pods, settings: Config, restarts: int) -> None:
+    if min(job.nodes, job.ranks_per_node, job.cpus_per_rank) < 1 or restarts < 0:
+        raise HvdlmError("--nodes, --ranks-per-node and --cpus-per-rank are 1 or more, --restarts is 0 or more")
+    if job.gpus_per_rank not in (0, 1):
+        raise HvdlmError(f"--gpus-per-rank {job.gpus_per_rank}: a rank computes on one GPU; raise --ranks-per-node")
+    device = settings.train.device
+    if (device, job.gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
+        raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {job.gpus_per_rank}")
+    if settings.comm.elastic:
+        raise HvdlmError("comm.elastic: mpirun ends with a pod here, and is started again; leave it out")
+    for given, wanted, option in (
+        (settings.train.ranks, job.ranks, "ranks"),
+        (settings.train.nodes, job.nodes, "nodes"),
+    ):
+        if given not in (0, wanted):
+            raise HvdlmError(f"train.{option} = {given}, but the job has {wanted}: leave it out, or give as many")
+    for setting, path in (("data.path", settings.data.path), ("train.run_dir", settings.train.run_dir)):
+        if not any(PurePosixPath(path).is_relative_to(volume.path) for volume in job.volumes):
+            known = ", ".join(str(volume.path) for volume in job.volumes) or "none"
+            raise HvdlmError(
+                f"{setting} = {path!r} is on no volume ({known}), and what pods write elsewhere is lost with them: add "
+                "--volume CLAIM:PATH, or set it to a path below one"
+            )
+
+
+def _of_job(settings: Config, job: Pods) -> Config:
+    """Settings by which a job that comes up short is refused."""
+    whole = settings.model_dump()
+    whole["train"] |= {"ranks": job.ranks, "nodes": job.nodes}
+    return from_dict(whole, "the resolved configuration", PRESETS)
