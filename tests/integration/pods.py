@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from cluster import Cluster
 CHECKOUT = Path(__file__).parents[2]
 CONTAINERFILE = CHECKOUT / "examples/kubernetes/Containerfile"
 HOME = "/home/hvdlm"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as an image of Debian has it
 
 # What pods see of this machine where its root file system has another one mounted
 _PLACES = dict.fromkeys([str(CHECKOUT), sys.prefix, sys.base_prefix])
@@ -41,33 +43,41 @@ def steps() -> list[tuple[str, str]]:
 
 
 class Image:
-    """A file system over this machine's own, made by steps of the Containerfile."""
+    """A file system over this machine's own, made by steps of the Containerfile, a layer each."""
 
     def __init__(self, disk: Path, leave_out: Sequence[str] = ()) -> None:
         """`disk`: a directory on a file system of its own. `leave_out`: steps whose text has one of these words."""
-        self.disk, self.layer = disk, disk / "image"
+        self.disk = disk
+        self._layers: list[Path] = []  # the last one first
         self._leave_out_users()
-        for number, (instruction, text) in enumerate(steps()):
+        for instruction, text in steps():
             if not any(word in text for word in leave_out):
                 if instruction == "COPY":
                     self._copy(*(word for word in shlex.split(text) if not word.startswith("--")))
                 elif instruction == "RUN":
-                    self._run(number, text)
+                    self.run(text)
+
+    def _new_layer(self) -> Path:
+        layer = self.disk / f"layer{len(self._layers)}"
+        self._layers.insert(0, layer / "upper")
+        (layer / "upper").mkdir(parents=True)
+        return layer
 
     def _leave_out_users(self) -> None:
         """Those that this machine has, and an image of Debian has not."""
-        (self.layer / "etc").mkdir(parents=True)
+        there = self._new_layer() / "upper/etc"
+        there.mkdir()
         users = {line.split(":")[0] for line in _lines("passwd") if 1000 <= int(line.split(":")[2]) < 60000}
         for name in ("passwd", "shadow", "group"):
             kept = [line for line in _lines(name) if line.split(":")[0] not in users]
-            (self.layer / "etc" / name).write_text("\n".join(kept) + "\n")
-            shutil.copymode(Path("/etc", name), self.layer / "etc" / name)
+            (there / name).write_text("\n".join(kept) + "\n")
+            shutil.copymode(Path("/etc", name), there / name)
 
     def _copy(self, *words: str) -> None:
         *sources, target = words
-        there = self.layer / target.lstrip("/")
+        there = self._new_layer() / "upper" / target.lstrip("/")
         if target.endswith("/"):
-            there.mkdir(parents=True, exist_ok=True)
+            there.mkdir(parents=True)
         there.parent.mkdir(parents=True, exist_ok=True)
         for source in sources:
             whole = CHECKOUT / source
@@ -76,14 +86,15 @@ class Image:
             else:
                 shutil.copy(whole, there)
 
-    def _run(self, number: int, text: str) -> None:
-        """What a step changes goes to the image."""
-        here = self.disk / f"step{number}"
-        script = _in_a_root(here, self.layer) + f"exec chroot . /bin/sh -c {shlex.quote(text)}"
+    def run(self, text: str) -> None:
+        """What a shell's command changes is a layer, too."""
+        lower = self._lower()
+        script = _in_a_root(self._new_layer(), lower) + f"exec chroot . /bin/sh -c {shlex.quote(text)}"
         words = ["unshare", "--mount", "--propagation", "private", "bash", "-c", script]
-        subprocess.run(words, check=True, cwd="/")
-        shutil.copytree(here / "upper", self.layer, dirs_exist_ok=True, symlinks=True)
-        shutil.rmtree(here)
+        subprocess.run(words, env={**os.environ, "PATH": _PATH}, check=True, cwd="/")
+
+    def _lower(self) -> str:
+        return ":".join([*map(str, self._layers), "/"])
 
     def pod(
         self, cluster: Cluster, host: str, name: str, files: Path, volume: Path, command: Sequence[str]
@@ -93,7 +104,7 @@ class Image:
         `files`: what the operator mounts, by its place. `volume`: what all pods see as /shared.
         """
         here = self.disk / "pods" / name
-        script = _in_a_root(here, self.layer) + (
+        script = _in_a_root(here, self._lower()) + (
             f"cp -r {files}/. .\nmkdir -p shared\nmount --bind {volume} shared\nhostname {name}\n"
             f"exec chroot --userspec=1000:1000 --groups=1000 . /usr/bin/env -i HOME={HOME} PATH=/usr/bin:/bin "
             f"LANG=C.UTF-8 {shlex.join(command)}"
@@ -101,9 +112,9 @@ class Image:
         return cluster.inside(host, ["unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script])
 
 
-def _in_a_root(here: Path, image: Path) -> str:
+def _in_a_root(here: Path, lower: str) -> str:
     places = " ".join(map(shlex.quote, _PLACES))
-    return _IN_A_ROOT.format(here=here, lower=f"{image}:/", places=places)
+    return _IN_A_ROOT.format(here=here, lower=lower, places=places)
 
 
 def _lines(name: str) -> list[str]:
