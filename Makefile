@@ -16,7 +16,19 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --constraint $(CONSTRAINTS)
+
+# A folder that `hvdlm wheelhouse` has filled, on a machine without a network
+WHEELHOUSE ?=
+ifneq ($(WHEELHOUSE),)
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
+CONSTRAINTS := $(abspath $(WHEELHOUSE))/constraints.txt
+VENV_OPTIONS := $(shell test ! -s $(WHEELHOUSE)/have.txt || echo --system-site-packages)
+# Where PYTHON is one of a virtual environment itself, a new one does not see its packages unless it is told where they are
+SITE_PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+endif
 
 # Open MPI refuses to start as root, which in a container one often is
 ifeq ($(shell id -u),0)
@@ -100,8 +112,9 @@ $(VENV)/bin/python:
 	@echo "== Making a virtual environment in $(VENV)"
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH: name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) --version), but hvdlm needs Python 3.10 or newer: name one with make PYTHON=..." >&2; exit 1; }
-	@log=$$(mktemp); $(PYTHON) -m venv $(VENV) >"$$log" 2>&1 || { rm -rf $(VENV); tail -n 3 "$$log" >&2; rm -f "$$log"; \
+	@log=$$(mktemp); $(PYTHON) -m venv $(VENV_OPTIONS) $(VENV) >"$$log" 2>&1 || { rm -rf $(VENV); tail -n 3 "$$log" >&2; rm -f "$$log"; \
 		echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; rm -f "$$log"
+	@$(if $(VENV_OPTIONS),$(PYTHON) -c '$(SITE_PACKAGES)' >"$$($(VENV)/bin/python -c '$(SITE_PACKAGES)')/beside.pth",:)
 
 $(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== Installing hvdlm and what it needs"
@@ -110,7 +123,7 @@ $(VENV)/package.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_build/patches/*.patch)
 	@echo "== Installing Horovod"
-	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" hvdlm install-horovod
+	@PIP_CONSTRAINT="$(abspath $(CONSTRAINTS))" hvdlm install-horovod
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/horovod.stamp

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import hvdlm
 from hvdlm.arguments import split_overrides
-from hvdlm.cli import cluster, data, models, scaling, training
+from hvdlm.cli import cluster, data, launch, models, scaling, training
 from hvdlm.errors import HvdlmError
 from hvdlm.exit_status import INTERRUPTED
 from hvdlm.output import product_status, tolerant_output
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
         parser = _parser()
         options, rest = parser.parse_known_args(words)
-        takes_overrides = options.command in ("train", "privacy", "serve", "slurm", "kubernetes", "predict")
+        takes_overrides = options.command in ("train", "privacy", "serve", "slurm", "kubernetes", "launch", "predict")
         if not takes_overrides and (overrides or rest):
             parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
         _set_up_logging(options.traceback)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # Commands whose product is not what they print
-_PRINTS_ON_THE_WAY = ("new", "train", "serve", "prepare", "slurm", "install-horovod", "fabric")
+_PRINTS_ON_THE_WAY = ("new", "train", "serve", "prepare", "slurm", "install-horovod", "wheelhouse", "fabric", "launch")
 
 
 def _set_up_logging(show_tracebacks: bool) -> None:
@@ -65,4 +65,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for group in (training, data, models, cluster, scaling):
         group.add_commands(commands)
+    launch.add_command(commands)
     return parser

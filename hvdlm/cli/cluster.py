@@ -1,8 +1,10 @@
-"""`hvdlm install-horovod`, `hvdlm doctor`, `hvdlm slurm`, `hvdlm kubernetes` and `hvdlm fabric`."""
+"""`hvdlm install-horovod`, `hvdlm wheelhouse`, `hvdlm doctor`, `hvdlm slurm`, `hvdlm kubernetes` and `hvdlm fabric`."""
 
 from __future__ import annotations
 
 import argparse
+import platform
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,25 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     install = commands.add_parser("install-horovod", help="build Horovod for this PyTorch and MPI, install and test it")
     install.add_argument("--dry-run", action="store_true", help="print the plan; build nothing")
     install.set_defaults(run=_install_horovod)
+
+    wheelhouse = commands.add_parser(
+        "wheelhouse", help="gather what a machine without a network needs to install hvdlm"
+    )
+    wheelhouse.add_argument("folder", type=path, metavar="DIR", help="made by this")
+    wheelhouse.add_argument(
+        "--python",
+        default=".".join(map(str, sys.version_info[:2])),
+        metavar="VERSION",
+        help="of that machine, as 3.12 (default: %(default)s)",
+    )
+    wheelhouse.add_argument("--machine", default=platform.machine(), help="x86_64 or aarch64 (default: %(default)s)")
+    wheelhouse.add_argument(
+        "--have", nargs="+", default=[], metavar="PACKAGE", help="what it has, with all that these need, as torch"
+    )
+    wheelhouse.add_argument(
+        "--extra", action="append", default=[], metavar="EXTRA", help="of hvdlm, as test; may be given several times"
+    )
+    wheelhouse.set_defaults(run=_wheelhouse)
 
     doctor = commands.add_parser("doctor", help="say whether this machine, these ranks or these hosts can train")
     doctor.add_argument(
@@ -103,6 +124,13 @@ def _install_horovod(options: argparse.Namespace, _: list[str]) -> int:
     from hvdlm.cluster.horovod_build.build import install
 
     install(dry_run=options.dry_run)
+    return 0
+
+
+def _wheelhouse(options: argparse.Namespace, _: list[str]) -> int:
+    from hvdlm.cluster.wheelhouse import gather
+
+    gather(options.folder, options.python, options.machine, options.have, options.extra)
     return 0
 
 

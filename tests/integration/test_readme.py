@@ -26,6 +26,7 @@ PLACES = {
     "source ": "elsewhere",
     "salloc ": "elsewhere",
     "python benchmarks/scaling.py strong benchmarks/studies/slurm.toml": "elsewhere",
+    "hvdlm wheelhouse runs/wheelhouse$": "elsewhere",
     "hvdlm fabric ": "machine of the fabric",
     r"python benchmarks/(scaling|report)\.py ": "study",
     "hvdlm (fit|predict) ": "study",
@@ -41,6 +42,7 @@ ELSEWHERE = {
     "make test": "it is what runs this",
     "source ": "tests find the programs of their own environment",
     "salloc ": "it waits for a user; test_slurm.py has a study in an allocation",
+    "hvdlm wheelhouse runs/wheelhouse": "`make thorough` installs from it, without a network",
     "python benchmarks/scaling.py strong benchmarks/studies/slurm.toml": "the study of test_slurm.py is smaller",
 }
 

@@ -41,9 +41,10 @@ MAY_IMPORT = {
     "cluster": {*EVERYONE, "config_reader", "comm", "gradients", "data", "model"},
     "report": {*EVERYONE, "config_reader", "model", "training"},
     "hugging_face": {*EVERYONE, "config_reader", "data", "model", "training"},
+    "launch": {*EVERYONE, "config_reader", "model"},
     "cli": {
         *(*EVERYONE, "arguments", "config_reader", "output", "data", "model", "training"),
-        *("cluster", "scaling", "hugging_face", "report"),
+        *("cluster", "scaling", "hugging_face", "report", "launch"),
     },
     "__main__": {"cli"},
     "__init__": set(),

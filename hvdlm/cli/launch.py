@@ -1,0 +1,43 @@
+"""`hvdlm launch`: a job on a cluster of Ray or Spark."""
+
+from __future__ import annotations
+
+import argparse
+
+from hvdlm.arguments import path
+from hvdlm.cli.shared import SETTINGS_EPILOG
+from hvdlm.errors import HvdlmError
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    launch = commands.add_parser(
+        "launch", help="train on a cluster of Ray or Spark that is up", epilog=SETTINGS_EPILOG, allow_abbrev=False
+    )
+    launch.add_argument("cluster", choices=["ray", "spark"])
+    launch.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    launch.add_argument("--ranks", type=int, required=True, metavar="N")
+    launch.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="default: 1; with Ray")
+    launch.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0; with Ray")
+    launch.add_argument("--restarts", type=int, default=3, metavar="K", help="after failures (default: 3)")
+    launch.add_argument("--address", default="", help="of the cluster, as ray.init takes it, or a Spark master")
+    launch.set_defaults(run=_launch)
+
+
+def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
+    from hvdlm.launch.job import make_job
+
+    job = make_job(
+        options.config, overrides, options.ranks, options.cpus_per_rank, options.gpus_per_rank, options.restarts
+    )
+    try:
+        if options.cluster == "ray":
+            from hvdlm.launch import ray
+
+            return ray.train(job, options.address or "auto")
+        from hvdlm.launch import spark
+
+        return spark.train(job, options.address)
+    except ModuleNotFoundError as error:
+        remedy = f'pip install -c constraints.txt -e ".[{options.cluster}]"'
+        raise HvdlmError(f"{options.cluster} is not installed ({error}): {remedy}") from None

@@ -1,0 +1,1 @@
+"""Jobs on clusters of Ray and Spark that are up: `hvdlm launch`."""
