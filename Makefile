@@ -22,6 +22,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install -qq --constraint $(CONSTRAINTS)
 # A folder that `hvdlm wheelhouse` has filled, on a machine without a network
 WHEELHOUSE ?=
 ifneq ($(WHEELHOUSE),)
+$(if $(wildcard $(WHEELHOUSE)/constraints.txt),,$(error WHEELHOUSE=$(WHEELHOUSE) has no constraints.txt: name a folder that hvdlm wheelhouse has made))
 export PIP_NO_INDEX := 1
 export PIP_FIND_LINKS := $(abspath $(WHEELHOUSE))
 CONSTRAINTS := $(abspath $(WHEELHOUSE))/constraints.txt

@@ -76,8 +76,9 @@ def _main() -> None:
     parser.add_argument("data", type=absolute_path)
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="mpirun among them; default: all")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside mpirun; default: all")
     options, options.settings = parser.parse_known_args()
+    options.ways = list(dict.fromkeys(["mpirun", *options.ways]))
     measure(options)
 
 

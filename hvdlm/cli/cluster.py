@@ -28,7 +28,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="VERSION",
         help="of that machine, as 3.12 (default: %(default)s)",
     )
-    wheelhouse.add_argument("--machine", default=platform.machine(), help="x86_64 or aarch64 (default: %(default)s)")
+    wheelhouse.add_argument(
+        "--machine", default=platform.machine(), choices=["x86_64", "aarch64"], help="default: %(default)s"
+    )
     wheelhouse.add_argument(
         "--have", nargs="+", default=[], metavar="PACKAGE", help="what it has, with all that these need, as torch"
     )

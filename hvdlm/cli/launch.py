@@ -17,8 +17,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     launch.add_argument("cluster", choices=["ray", "spark"])
     launch.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
     launch.add_argument("--ranks", type=int, required=True, metavar="N")
-    launch.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="default: 1; with Ray")
-    launch.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0; with Ray")
+    launch.add_argument("--cpus-per-rank", type=int, metavar="C", help="default: 1; with Ray")
+    launch.add_argument("--gpus-per-rank", type=int, metavar="G", help="default: 0; with Ray")
     launch.add_argument("--restarts", type=int, default=3, metavar="K", help="after failures (default: 3)")
     launch.add_argument("--address", default="", help="of the cluster, as ray.init takes it, or a Spark master")
     launch.set_defaults(run=_launch)
@@ -26,18 +26,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _launch(options: argparse.Namespace, overrides: list[str]) -> int:
     from hvdlm.launch.job import make_job
+    from hvdlm.training.initial_weights import shape_of
 
-    job = make_job(
-        options.config, overrides, options.ranks, options.cpus_per_rank, options.gpus_per_rank, options.restarts
-    )
+    cpus, gpus = options.cpus_per_rank, options.gpus_per_rank
+    if options.cluster == "spark" and (cpus, gpus) != (None, None):
+        raise HvdlmError("--cpus-per-rank and --gpus-per-rank are for Ray: Spark has spark.task.cpus and its resources")
     try:
         if options.cluster == "ray":
-            from hvdlm.launch import ray
-
-            return ray.train(job, options.address or "auto")
-        from hvdlm.launch import spark
-
-        return spark.train(job, options.address)
+            from hvdlm.launch.ray import train
+        else:
+            from hvdlm.launch.spark import train
     except ModuleNotFoundError as error:
         remedy = f'pip install -c constraints.txt -e ".[{options.cluster}]"'
         raise HvdlmError(f"{options.cluster} is not installed ({error}): {remedy}") from None
+    numbers = options.ranks, 1 if cpus is None else cpus, 0 if gpus is None else gpus, options.restarts
+    job = make_job(options.config, overrides, *numbers, shape_of)
+    return train(job, options.address or ("auto" if options.cluster == "ray" else ""))

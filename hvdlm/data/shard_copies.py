@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from hvdlm.data.file_errors import UnreadableFileError
 from hvdlm.data.manifest import Manifest, ShardRecord
 from hvdlm.data.shard import check_contents, check_shard
 from hvdlm.data.staging import make_durable
@@ -55,15 +56,13 @@ class ShardCopies:
     Where one cannot be made, that is said, and shards are read from where they were copied from.
     """
 
-    def __init__(self, source: Path, directory: Path, manifest: Manifest, says_full: bool = True) -> None:
+    def __init__(self, source: Path, directory: Path, manifest: Manifest) -> None:
         """`directory`: of copies of this data set, of which another's do not lie there. It is made.
-
-        `says_full`: whether this process tells that the disk is full, as one of a host should.
 
         Raises HvdlmError if nothing can be written there.
         """
         self.directory = directory
-        self._source, self._manifest, self._says_full = source, manifest, says_full
+        self._source, self._manifest = source, manifest
         self._places = {
             record.file: _Place(shards, index)
             for shards in (manifest.train, manifest.validation)
@@ -164,11 +163,14 @@ class ShardCopies:
                 logger.warning("%s is not copied to %s (%s), and is read where it is", source, self.directory, error)
             elif not self._is_full:
                 self._is_full = True
-                if self._says_full:
-                    said = "data.cache: the disk of %s is full; shards that are not there yet are read from %s"
-                    logger.warning(said, self.directory, self._source)
+                said = "data.cache: the disk of %s is full; shards that are not there yet are read from %s"
+                logger.warning(said, self.directory, self._source)
         except HvdlmError as error:
-            logger.warning("%s is not copied to %s, and is read where it is: %s", source, self.directory, error)
+            if isinstance(error, UnreadableFileError):
+                logger.warning("%s is not copied to %s: %s", source, self.directory, error)
+            else:
+                said = "%s does not hold what its manifest says, is not copied to %s, and is read where it is"
+                logger.warning(said, source, self.directory)
         return True
 
     def _take(self, file: str) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hvdlm.config_reader import from_dict, load
 from hvdlm.errors import HvdlmError
@@ -34,20 +34,30 @@ class Job:
 
 
 def make_job(
-    config: Path, overrides: Sequence[str], ranks: int, cpus_per_rank: int, gpus_per_rank: int, restarts: int
+    config: Path,
+    overrides: Sequence[str],
+    ranks: int,
+    cpus_per_rank: int = 1,
+    gpus_per_rank: int = 0,
+    restarts: int = 3,
+    shape_of: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Job:
-    """Raises HvdlmError for an error in the settings or the numbers."""
+    """`config`, `overrides`, `shape_of`: as for `hvdlm.config_reader.load`.
+
+    Raises HvdlmError for an error in the settings or the numbers.
+    """
     if min(ranks, cpus_per_rank) < 1 or restarts < 0 or gpus_per_rank not in (0, 1):
         raise HvdlmError("--ranks and --cpus-per-rank are 1 or more, --gpus-per-rank is 0 or 1, --restarts 0 or more")
-    settings = load(config, overrides, PRESETS)
+    settings = load(config, overrides, PRESETS, shape_of)
     if settings.train.ranks not in (0, ranks):
         raise HvdlmError(f"train.ranks = {settings.train.ranks}, but --ranks {ranks}: give as many")
     if settings.comm.elastic:
         raise HvdlmError("comm.elastic: ranks that are started so cannot outlive one another; leave it out")
     whole = settings.model_dump()
     whole["train"]["ranks"] = ranks
-    for section, name in (("data", "path"), ("train", "run_dir")):
-        whole[section][name] = str(Path(whole[section][name]).absolute())
+    for section, name in (("data", "path"), ("train", "run_dir"), ("model", "from")):
+        if whole[section][name]:
+            whole[section][name] = str(Path(whole[section][name]).absolute())
     resolved = from_dict(whole, "the resolved configuration", PRESETS)
     return Job(resolved.to_toml(), ranks, cpus_per_rank, gpus_per_rank, restarts)
 
@@ -69,8 +79,14 @@ def run_attempts(job: Job, attempt: Callable[[], list[Outcome]]) -> int:
             if not failed:
                 return max(each.status for each in outcomes)
             if not killed:
-                last = "".join(outcomes[failed[0]].last.splitlines(keepends=True)[-1:]).strip()
-                raise HvdlmError(f"rank {failed[0]} ended with {outcomes[failed[0]].status}: {last}")
-            said = f"rank {killed[0]} was killed by {signal.Signals(-outcomes[killed[0]].status).name}"
+                first = min(failed, key=lambda rank: outcomes[rank].end)
+                raise HvdlmError(f"rank {first} ended with {outcomes[first].status}: {_sentence(outcomes[first].last)}")
+            said = f"rank {killed[0]} was killed by signal {-outcomes[killed[0]].status}"
         logger.warning("attempt %d of %d: %s", number + 1, job.restarts + 1, said)
     raise HvdlmError(f"the job was lost {job.restarts + 1} times (--restarts); the last time {said}")
+
+
+def _sentence(said: str) -> str:
+    """The error in what a rank has said last, or the last line."""
+    lines = said.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if line.startswith("hvdlm: error: ")), lines[-1])

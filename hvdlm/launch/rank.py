@@ -10,12 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LINES = 20  # of what a rank has said last
+
+_C = ctypes.CDLL(None)  # loaded now: after a fork the loader may be locked for ever
 
 
 class Place(NamedTuple):
@@ -29,6 +32,7 @@ class Place(NamedTuple):
 class Outcome(NamedTuple):
     """How a rank has ended."""
 
+    end: float  # seconds since the epoch, by its host's clock
     status: int  # below 0: minus the signal
     last: str  # what it has said last
 
@@ -67,6 +71,13 @@ def run_rank(settings: str, environment: dict[str, str]) -> Outcome:
         config = Path(temporary) / "config.toml"
         config.write_text(settings, encoding="utf-8")
         words = [sys.executable, "-m", "hvdlm", "train", str(config), "--resume", "latest"]
+        parent = os.getpid()
+
+        def end_with_parent() -> None:
+            _C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it has ended before that was heard
+                os._exit(1)
+
         process = subprocess.Popen(
             words,
             env={**os.environ, **environment},
@@ -75,7 +86,7 @@ def run_rank(settings: str, environment: dict[str, str]) -> Outcome:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         assert process.stdout is not None
         last = collections.deque[str](maxlen=_LINES)
@@ -83,8 +94,5 @@ def run_rank(settings: str, environment: dict[str, str]) -> Outcome:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 last.append(line)
-        return Outcome(process.wait(), "".join(last))
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        status = process.wait()
+        return Outcome(time.time(), status, "".join(last))

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -72,5 +72,7 @@ def _actor(job: Job, group: PlacementGroup, rank: int) -> Any:
 def _of_all(answers: list[Any]) -> list[Any]:
     try:
         return list(ray.get(answers))
-    except (RayActorError, RayTaskError) as error:
+    except RayTaskError as error:
+        raise HvdlmError(f"a rank could not be started: {error.cause}") from None
+    except RayError as error:
         raise RanksLostError(f"a worker of Ray has died ({str(error).splitlines()[0]})") from None

@@ -57,7 +57,7 @@ def start_rank(config: Config, communicator: Communicator) -> RankStart:
     data = on_all_ranks(communicator, lambda: DataSet(Path(config.data.path)))
     check_data_matches(communicator, data)
     if config.data.cache:
-        on_all_ranks(communicator, lambda: read_copies(data, config.data.cache, communicator.local_rank == 0))
+        on_all_ranks(communicator, lambda: read_copies(data, config.data.cache))
     vocab_size = vocabulary_size(config, data)
     device = choose_device(config.train.device, communicator)
     on_all_ranks(communicator, lambda: check_compiler(config, device))

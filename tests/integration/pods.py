@@ -49,7 +49,6 @@ class Image:
         """`disk`: a directory on a file system of its own. `leave_out`: steps whose text has one of these words."""
         self.disk = disk
         self._layers: list[Path] = []  # the last one first
-        self._leave_out_users()
         for instruction, text in steps():
             if not any(word in text for word in leave_out):
                 if instruction == "COPY":
@@ -62,16 +61,6 @@ class Image:
         self._layers.insert(0, layer / "upper")
         (layer / "upper").mkdir(parents=True)
         return layer
-
-    def _leave_out_users(self) -> None:
-        """Those that this machine has, and an image of Debian has not."""
-        there = self._new_layer() / "upper/etc"
-        there.mkdir()
-        users = {line.split(":")[0] for line in _lines("passwd") if 1000 <= int(line.split(":")[2]) < 60000}
-        for name in ("passwd", "shadow", "group"):
-            kept = [line for line in _lines(name) if line.split(":")[0] not in users]
-            (there / name).write_text("\n".join(kept) + "\n")
-            shutil.copymode(Path("/etc", name), there / name)
 
     def _copy(self, *words: str) -> None:
         *sources, target = words
@@ -115,7 +104,3 @@ class Image:
 def _in_a_root(here: Path, lower: str) -> str:
     places = " ".join(map(shlex.quote, _PLACES))
     return _IN_A_ROOT.format(here=here, lower=lower, places=places)
-
-
-def _lines(name: str) -> list[str]:
-    return Path("/etc", name).read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,8 @@ def test_a_train_job_is_what_its_trainer_takes(config: Path, words: tuple[str, .
     assert_is(kubeflow.TrainerV1alpha1TrainJob, job)
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
     assert runtime["spec"]["mlPolicy"]["mpi"]["numProcPerNode"] == 2
+    assert runtime["spec"]["mlPolicy"]["numNodes"] == 1  # which the trainer makes of the launcher
+    assert job["spec"]["trainer"]["numNodes"] == 3  # and of workers
     node, launcher = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     assert launcher["dependsOn"] == [{"name": node["name"], "status": "Ready"}]
     for each in (node, launcher):  # only in containers of this name the trainer puts keys and host list
@@ -139,6 +142,14 @@ def test_all_ranks_are_on_the_hosts_of_the_operator_s_list(config: Path) -> None
         (["--nodes", "0"], "--nodes, --ranks-per-node and --cpus-per-rank are 1 or more"),
         (["--gpus-per-rank", "2"], "--gpus-per-rank 2: a rank computes on one GPU"),
         (["--train.device", "cuda"], "train.device = 'cuda' does not go with --gpus-per-rank 0"),
+        (["--data.path", "/shared/../data"], "data.path = '/shared/../data' is on no volume (/shared)"),
+        (["--memory", "64GB"], "--memory '64GB': write it as Kubernetes does"),
+        (["--image", ""], "--image names an image"),
+        (["--bin", "bin"], "and --bin a directory in it, from its root on"),
+        (["--volume", "other:/shared/"], "two volumes are to be at one path"),
+        (["--volume", "other:/dev/shm"], "--volume 'other:/dev/shm': pods have files of their own there"),
+        (["--volume", "other:/home"], "--volume 'other:/home': pods have files of their own there"),
+        (["--volume", "Other:/o"], "--volume 'Other:/o': write CLAIM:PATH"),
         (["--volume", "shared"], "--volume 'shared': write CLAIM:PATH"),
         (["--name", "Mine"], "--name 'Mine': give up to 40 small letters"),
         (["--name", "m" * 41], "give up to 40 small letters"),
@@ -160,6 +171,18 @@ def test_an_output_that_is_there_is_kept(config: Path, tmp_path: Path) -> None:
     result = hvdlm("kubernetes", config, *OPTIONS, "--output", output, cwd=tmp_path)
     assert result.returncode == 1 and f"{output} exists" in result.stderr
     assert output.read_text() == before
+
+
+def test_an_output_that_cannot_be_is_one_sentence(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = hvdlm("kubernetes", config, *OPTIONS, "--output", tmp_path / "file" / "job.yaml", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith(f"hvdlm: error: cannot write {tmp_path}/file/job.yaml: ")
+
+
+def test_the_image_has_what_building_horovod_needs() -> None:
+    """What `hvdlm.cluster.horovod_build.toolchain` looks for: a C++ compiler, make and git."""
+    (packages,) = re.findall(r"apt-get install .*?&& rm", CONTAINERFILE.read_text(), flags=re.DOTALL)
+    assert {"g++", "make", "git", "python3-dev", "python3-venv", "openssh-server"} <= set(packages.split())
 
 
 def test_the_containerfile_is_clean() -> None:

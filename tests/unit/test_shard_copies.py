@@ -63,7 +63,7 @@ def cached(source: Path, tmp_path: Path) -> Iterator[Callable[..., CachedSplit]]
 
     def open_split(cache: Path = tmp_path / "cache") -> CachedSplit:
         data = DataSet(source)
-        read_copies(data, str(cache), says_full=True)
+        read_copies(data, str(cache))
         assert isinstance(data.train, CachedSplit)
         opened.append(data.train)
         return data.train
@@ -233,7 +233,7 @@ def copy_slowly(source: Path, cache: Path, pause: float) -> None:
 
     ShardCopies._check_open = wait  # type: ignore[assignment, method-assign]
     data = DataSet(source)
-    read_copies(data, str(cache), says_full=False)
+    read_copies(data, str(cache))
     assert isinstance(data.train, CachedSplit)
     data.train.will_read(range(SHARDS))
     wait_for_copies(data.train, *range(SHARDS))
@@ -290,15 +290,21 @@ def test_two_processes_make_each_copy_once(
 def test_the_directory_is_of_each_host(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_DISK", str(tmp_path / "local"))
     data = DataSet(source)
-    read_copies(data, "${LOCAL_DISK}/shards", says_full=True)
+    read_copies(data, "${LOCAL_DISK}/shards")
     assert isinstance(data.train, CachedSplit)
     data.train._copies.close()
     assert (tmp_path / "local/shards" / data.fingerprint[:16]).is_dir()
-    with pytest.raises(HvdlmError, match="holds a variable that is not set here"):
-        read_copies(data, "$NO_SUCH_DISK/shards", says_full=True)
+    monkeypatch.setenv("EMPTY", "")
+    for cache, why in (
+        ("$NO_SUCH_DISK/shards", "NO_SUCH_DISK is not set here"),
+        ("${EMPTY}/shards", "EMPTY is not set here"),
+        ("~nobody-of-that-name/shards", "begins with the home of a user who is not here"),
+    ):
+        with pytest.raises(HvdlmError, match=why):
+            read_copies(data, cache)
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HvdlmError, match=r"data.cache: nothing can be written to .* name a directory on a disk"):
-        read_copies(DataSet(source), str(tmp_path / "file"), says_full=True)
+        read_copies(DataSet(source), str(tmp_path / "file"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ RESOLVED = {
     ],
 )
 def test_what_is_needed_of_what_is_not_there(wanted: list[str], have: list[str], names: set[str]) -> None:
-    assert _needed([Requirement(each) for each in wanted], RESOLVED, have, TARGET) == names
+    asked: list[str] = []
+
+    def metadata(requirements: Iterable[Requirement]) -> dict[str, Any]:
+        asked.extend(each.name for each in requirements)
+        return {name: RESOLVED[name] for name in asked}
+
+    assert _needed([Requirement(each) for each in wanted], have, TARGET, metadata).keys() == names
+    assert sorted(asked) == sorted(names)  # each once, and nothing of what is there
 
 
 def test_constraints_are_those_of_the_target(tmp_path: Path) -> None:
@@ -76,3 +84,10 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr == "hvdlm: error: --python '3': give two numbers, as 3.12\n"
     assert not (tmp_path / "house").exists()
+    result = hvdlm("wheelhouse", tmp_path / "house", "--have", "torch,numpy", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith("hvdlm: error: --have 'torch,numpy': give names")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    result = hvdlm("wheelhouse", tmp_path / "full", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"hvdlm: error: {tmp_path}/full is there already: remove it, or name another directory\n"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import yaml
 
 from hvdlm.cluster.kubernetes.manifests import KINDS
-from hvdlm.cluster.kubernetes.pods import Pods, Volume
+from hvdlm.cluster.kubernetes.pods import HOME, HOSTFILE, SETTINGS, Pods, Volume
 from hvdlm.config import Config
 from hvdlm.config_reader import from_dict, load
 from hvdlm.errors import HvdlmError
@@ -21,6 +23,11 @@ from hvdlm.model.presets import PRESETS
 # longest name of a pod or map that is made of it is 20 characters longer, and has at most 63.
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME = 40
+_CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?")
+
+# Where pods have something else
+_TAKEN = (PurePosixPath("/dev/shm"), SETTINGS.parent, PurePosixPath(HOSTFILE).parent, PurePosixPath(HOME))
 
 
 class _Yaml(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
@@ -74,11 +81,14 @@ def write_job(
         print(text, end="")
         return
     try:
+        if output.exists():
+            raise HvdlmError(f"{output} exists: remove it, or choose another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("x", encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=output.parent, suffix=".yaml") as file:
             file.write(text)
-    except FileExistsError:
-        raise HvdlmError(f"{output} exists: remove it, or choose another --output") from None
+            file.flush()
+            Path(file.name).chmod(0o644)
+            output.hardlink_to(file.name)
     except OSError as error:
         raise HvdlmError(f"cannot write {output}: {error.strerror}") from None
     start = f"kubectl apply -f {shlex.quote(str(output))}"
@@ -101,14 +111,23 @@ def _checked_name(name: str | None, settings: Config) -> str:
 
 def _volume(text: str) -> Volume:
     claim, _, path = text.partition(":")
-    if not _NAME.fullmatch(claim) or not path.startswith("/") or path == "/":
+    place = PurePosixPath(posixpath.normpath(path))
+    if not _CLAIM.fullmatch(claim) or not path.startswith("/") or place == PurePosixPath("/"):
         raise HvdlmError(f"--volume {text!r}: write CLAIM:PATH, a PersistentVolumeClaim and where pods are to see it")
-    return Volume(claim, PurePosixPath(path))
+    if any(place.is_relative_to(taken) or taken.is_relative_to(place) for taken in _TAKEN):
+        raise HvdlmError(f"--volume {text!r}: pods have files of their own there: choose another path")
+    return Volume(claim, place)
 
 
 def _check(job: Pods, settings: Config, restarts: int) -> None:
     if min(job.nodes, job.ranks_per_node, job.cpus_per_rank) < 1 or restarts < 0:
         raise HvdlmError("--nodes, --ranks-per-node and --cpus-per-rank are 1 or more, --restarts is 0 or more")
+    if job.memory and not _QUANTITY.fullmatch(job.memory):
+        raise HvdlmError(f"--memory {job.memory!r}: write it as Kubernetes does, as 64Gi")
+    if not job.image or not job.bin.is_absolute():
+        raise HvdlmError("--image names an image, and --bin a directory in it, from its root on")
+    if len({volume.path for volume in job.volumes}) < len(job.volumes):
+        raise HvdlmError("--volume: two volumes are to be at one path: choose another for one of them")
     if job.gpus_per_rank not in (0, 1):
         raise HvdlmError(f"--gpus-per-rank {job.gpus_per_rank}: a rank computes on one GPU; raise --ranks-per-node")
     device = settings.train.device
@@ -122,8 +141,14 @@ def _check(job: Pods, settings: Config, restarts: int) -> None:
     ):
         if given not in (0, wanted):
             raise HvdlmError(f"train.{option} = {given}, but the job has {wanted}: leave it out, or give as many")
-    for setting, path in (("data.path", settings.data.path), ("train.run_dir", settings.train.run_dir)):
-        if not any(PurePosixPath(path).is_relative_to(volume.path) for volume in job.volumes):
+    places = {
+        "data.path": settings.data.path,
+        "train.run_dir": settings.train.run_dir,
+        "model.from": settings.model.from_,
+    }
+    for setting, path in places.items():
+        place = PurePosixPath(posixpath.normpath(path))
+        if path and not any(place.is_relative_to(volume.path) for volume in job.volumes):
             known = ", ".join(str(volume.path) for volume in job.volumes) or "none"
             raise HvdlmError(
                 f"{setting} = {path!r} is on no volume ({known}), and what pods write elsewhere is lost with them: add "

@@ -7,6 +7,8 @@ from typing import Any
 
 from hvdlm.cluster.kubernetes.pods import HOME, Pods
 
+# A launcher that fails is followed by a new one (restartPolicy Never) `backoffLimit` times, and its log stays. One that
+# is started again in its pod (OnFailure) is killed as it begins for the last time, and its log is lost.
 _KEYS = f"{HOME}/.ssh"
 _OPEN_MPI = "OpenMPI"
 
@@ -27,7 +29,7 @@ def mpi_job(pods: Pods, restarts: int) -> list[dict[str, Any]]:
                 "mpiReplicaSpecs": {
                     "Launcher": {
                         "replicas": 1,
-                        "restartPolicy": "OnFailure",
+                        "restartPolicy": "Never",
                         "template": {"spec": pods.launcher("launcher")},
                     },
                     "Worker": {
@@ -51,7 +53,7 @@ def train_job(pods: Pods, restarts: int) -> list[dict[str, Any]]:
             "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
             "spec": {
                 "backoffLimit": restarts,
-                "template": {"spec": {"restartPolicy": "OnFailure", **pods.launcher("node")}},
+                "template": {"spec": {"restartPolicy": "Never", **pods.launcher("node")}},
             },
         },
     }
@@ -62,7 +64,7 @@ def train_job(pods: Pods, restarts: int) -> list[dict[str, Any]]:
             "metadata": {"name": runtime},
             "spec": {
                 "mlPolicy": {
-                    "numNodes": pods.nodes,
+                    "numNodes": 1,  # of launchers; that of workers is the TrainJob's
                     "mpi": {
                         "numProcPerNode": pods.ranks_per_node,
                         "mpiImplementation": _OPEN_MPI,

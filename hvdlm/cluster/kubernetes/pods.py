@@ -19,6 +19,11 @@ SETTINGS = PurePosixPath("/etc/hvdlm/config.toml")
 # Of the first pods, names are known to DNS only a moment later
 _SSH_ARGUMENTS = "-o ConnectionAttempts=10"
 
+# What namespaces with Pod Security "restricted" want of a container
+_RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+_OF_LAUNCHER = {"cpu": "500m", "memory": "512Mi"}  # mpirun alone
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -71,7 +76,8 @@ class Pods:
 
     def launcher(self, container: str) -> dict[str, Any]:
         """The specification of the launcher's pod, whose container has this name."""
-        return self._pod({"name": container, "image": self.image, "command": self.command})
+        resources = {"requests": _OF_LAUNCHER, "limits": _OF_LAUNCHER}
+        return self._pod({"name": container, "image": self.image, "command": self.command, "resources": resources})
 
     def worker(self, container: str) -> dict[str, Any]:
         """The same of a worker's. It is ready when its sshd listens."""
@@ -104,7 +110,14 @@ class Pods:
             volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": volume.claim}})
             mounts.append({"name": f"volume-{number}", "mountPath": str(volume.path)})
         return {
-            "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
-            "containers": [{**container, "volumeMounts": mounts}],
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
+                "fsGroupChangePolicy": "OnRootMismatch",  # not file by file at each start
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [{**container, "securityContext": _RESTRICTED, "volumeMounts": mounts}],
             "volumes": volumes,
         }
