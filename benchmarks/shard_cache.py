@@ -10,7 +10,6 @@ job follow, as for `hvdlm train`. Writes shard_cache.json and .md.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from hvdlm.config_reader import load
 from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
+from hvdlm.training.metrics import read_metrics
 
 _DEADLINE = 1800  # seconds of a job
 _SFTP_SERVER = "/usr/lib/openssh/sftp-server"
@@ -48,7 +48,8 @@ def measure(options: argparse.Namespace) -> None:
                 print(rows[-1], flush=True)
         finally:
             _run(fabric, "umount", "-l", mounted)
-    size = sum(shard.size for split in _splits(options.data) for shard in split.shards)
+    data = DataSet(options.data)
+    size = sum(shard.size for split in (data.train, data.validation) for shard in split.shards)
     config = load(options.config, [*options.settings, "--data.path", str(options.data)], PRESETS)
     facts = {
         "ranks": options.ranks,
@@ -80,11 +81,6 @@ def measure(options: argparse.Namespace) -> None:
     print(text)
 
 
-def _splits(data: Path) -> list[Any]:
-    opened = DataSet(data)
-    return [opened.train, opened.validation]
-
-
 def _of_run(
     options: argparse.Namespace, fabric: Path, mounted: Path, cache: Path | str, run_dir: Path
 ) -> dict[str, Any]:
@@ -94,8 +90,7 @@ def _of_run(
     settings = {"data.path": mounted, "data.cache": cache, "train.run_dir": run_dir, "log.every": 1}
     program = [sys.executable, "-m", "hvdlm", "train", options.config]
     _run(fabric, *launcher, *program, *options.settings, *as_overrides(settings))
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    steps = [each for each in records if each["kind"] == "train"]
+    steps = [each for each in read_metrics(run_dir / "metrics.jsonl") if each["kind"] == "train"]
     waited = [each for each in steps if each["data_seconds"] > _LONG]
     last_half = steps[len(steps) // 2 :]
     return {

@@ -80,6 +80,25 @@ def from_dict(
         raise HvdlmError(f"{origin}: {'; '.join(_sentence(detail) for detail in error.errors())}") from None
 
 
+def with_values(config: Config, values: Mapping[str, Mapping[str, Any]], presets: Presets) -> Config:
+    """The same settings but for `values`, by section and name."""
+    settings = config.model_dump()
+    for section, own in values.items():
+        settings[section] |= own
+    return from_dict(settings, "the resolved configuration", presets)
+
+
+def with_absolute_paths(config: Config, presets: Presets) -> Config:
+    """The same settings for a job that starts in another directory."""
+    paths = {"data": {"path": config.data.path}, "train": {"run_dir": config.train.run_dir}}
+    paths["model"] = {"from": config.model.from_}
+    absolute = {
+        section: {name: str(Path(path).absolute()) for name, path in own.items() if path}
+        for section, own in paths.items()
+    }
+    return with_values(config, absolute, presets)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark at the beginning

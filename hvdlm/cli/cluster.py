@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvdlm.arguments import path, seconds
-from hvdlm.cli.shared import SETTINGS_EPILOG, add_engine
+from hvdlm.cli.shared import add_command_with_settings, add_config, add_engine
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,13 +47,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     doctor.add_argument("--timeout", type=seconds, default=20.0, metavar="SECONDS", help="for each wait (default: 20)")
     doctor.set_defaults(run=_doctor)
 
-    slurm = commands.add_parser(
-        "slurm",
-        help="write a Slurm job that trains, and goes on by itself after its time limit",
-        epilog=SETTINGS_EPILOG,
-        allow_abbrev=False,
+    slurm = add_command_with_settings(
+        commands, "slurm", help="write a Slurm job that trains, and goes on by itself after its time limit"
     )
-    slurm.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job keeps a copy")
+    add_config(slurm, "; the job keeps a copy")
     slurm.add_argument("--nodes", type=int, required=True, metavar="N")
     slurm.add_argument("--ranks-per-node", type=int, required=True, metavar="R")
     slurm.add_argument("--gpus-per-rank", type=int, default=0, metavar="G", help="default: 0, for training on CPUs")
@@ -66,13 +63,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     slurm.add_argument("--submit", action="store_true", help="submit it too")
     slurm.set_defaults(run=_slurm)
 
-    kubernetes = commands.add_parser(
-        "kubernetes",
-        help="write a job for the MPI Operator or Kubeflow Trainer",
-        epilog=SETTINGS_EPILOG,
-        allow_abbrev=False,
+    kubernetes = add_command_with_settings(
+        commands, "kubernetes", help="write a job for the MPI Operator or Kubeflow Trainer"
     )
-    kubernetes.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings; the job holds a copy")
+    add_config(kubernetes, "; the job holds a copy")
     kubernetes.add_argument("--image", required=True, help="of examples/kubernetes/Containerfile, or like it")
     kubernetes.add_argument("--nodes", type=int, required=True, metavar="N", help="pods with ranks")
     kubernetes.add_argument("--ranks-per-node", type=int, required=True, metavar="R")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from hvdlm.arguments import path
-from hvdlm.cli.shared import SETTINGS_EPILOG
+from hvdlm.cli.shared import add_command_with_settings, add_config
 from hvdlm.errors import HvdlmError
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    launch = commands.add_parser(
-        "launch", help="train on a cluster of Ray or Spark that is up", epilog=SETTINGS_EPILOG, allow_abbrev=False
-    )
+    launch = add_command_with_settings(commands, "launch", help="train on a cluster of Ray or Spark that is up")
     launch.add_argument("cluster", choices=["ray", "spark"])
-    launch.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    add_config(launch)
     launch.add_argument("--ranks", type=int, required=True, metavar="N")
     launch.add_argument("--cpus-per-rank", type=int, metavar="C", help="default: 1; with Ray")
     launch.add_argument("--gpus-per-rank", type=int, metavar="G", help="default: 0; with Ray")

@@ -7,7 +7,19 @@ import argparse
 from hvdlm.arguments import path
 
 # Below the help of a command that takes settings
-SETTINGS_EPILOG = "Any setting is overridden by --section.key value, as in --train.steps 500."
+_SETTINGS_EPILOG = "Any setting is overridden by --section.key value, as in --train.steps 500."
+
+
+def add_command_with_settings(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    """A command whose settings can be overridden."""
+    return commands.add_parser(name, help=help, description=description, epilog=_SETTINGS_EPILOG, allow_abbrev=False)
+
+
+def add_config(command: argparse.ArgumentParser, what_of_it: str = "") -> None:
+    """CONFIG, its settings."""
+    command.add_argument("config", type=path, metavar="CONFIG", help=f"TOML file of settings{what_of_it}")
 
 
 def add_checkpoint(command: argparse.ArgumentParser) -> None:

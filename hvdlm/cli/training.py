@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from hvdlm.arguments import count, finite, path, path_text
-from hvdlm.cli.shared import SETTINGS_EPILOG
+from hvdlm.cli.shared import add_command_with_settings, add_config
 from hvdlm.errors import HvdlmError
 
 if TYPE_CHECKING:
@@ -19,25 +19,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     new.add_argument("directory", type=path, metavar="DIR", help="to be made")
     new.set_defaults(run=_new)
 
-    train = commands.add_parser(
-        "train",
-        help="train a model; start it with horovodrun, mpirun or srun for more than one rank",
-        epilog=SETTINGS_EPILOG,
-        allow_abbrev=False,
+    train = add_command_with_settings(
+        commands, "train", help="train a model; start it with horovodrun, mpirun or srun for more than one rank"
     )
-    train.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    add_config(train)
     train.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
     train.add_argument("--dry-run", action="store_true", help="print settings, sizes and memory; do not train")
     train.add_argument("--ranks", type=count, metavar="N", help="of --dry-run (default: those that were started)")
     train.set_defaults(run=_train)
 
-    privacy = commands.add_parser(
-        "privacy",
-        help="which noise and batch a run takes for a budget of differential privacy",
-        epilog=SETTINGS_EPILOG,
-        allow_abbrev=False,
+    privacy = add_command_with_settings(
+        commands, "privacy", help="which noise and batch a run takes for a budget of differential privacy"
     )
-    privacy.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    add_config(privacy)
     privacy.add_argument("--epsilon", type=_above_0, required=True, metavar="EPSILON", help="the budget")
     privacy.add_argument("--delta", type=_probability, metavar="DELTA", help="at which (default: privacy.delta)")
     privacy.add_argument(
@@ -45,15 +39,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     privacy.set_defaults(run=_privacy)
 
-    serve = commands.add_parser(
+    serve = add_command_with_settings(
+        commands,
         "serve",
         help="a parameter server, for workers that join and leave: hvdlm train with server.address",
         description="Keeps the model, and trains it by the gradients of workers: `hvdlm train` with --server.address, "
         "on any host and at any time. Needs server.listen and server.max_staleness.",
-        epilog=SETTINGS_EPILOG,
-        allow_abbrev=False,
     )
-    serve.add_argument("config", type=path, metavar="CONFIG", help="TOML file of settings")
+    add_config(serve)
     serve.add_argument("--resume", type=path_text, metavar="latest|PATH", help="go on from a checkpoint of the run")
     serve.set_defaults(run=_serve)
 

@@ -195,12 +195,11 @@ class Loader:
 
     def _read_ahead(self, start: int) -> None:
         try:
+            announced = start
             for index in itertools.count(start):
-                if self._reader.reads_copies:
-                    for coming in range(
-                        index if index == start else index + _BATCHES_AHEAD, index + _BATCHES_AHEAD + 1
-                    ):
-                        self._reader.will_read(self._parts.own(coming, self._rank))
+                while self._reader.reads_copies and announced <= index + _BATCHES_AHEAD:
+                    self._reader.will_read(self._parts.own(announced, self._rank))
+                    announced += 1
                 self._queue.put(self._reader.read(index, self._parts.own(index, self._rank)))
                 if self._closed.is_set():
                     return

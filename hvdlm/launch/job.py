@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm.config_reader import from_dict, load
+from hvdlm.config_reader import load, with_absolute_paths, with_values
 from hvdlm.errors import HvdlmError
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.launch.rank import Outcome
@@ -53,12 +53,7 @@ def make_job(
         raise HvdlmError(f"train.ranks = {settings.train.ranks}, but --ranks {ranks}: give as many")
     if settings.comm.elastic:
         raise HvdlmError("comm.elastic: ranks that are started so cannot outlive one another; leave it out")
-    whole = settings.model_dump()
-    whole["train"]["ranks"] = ranks
-    for section, name in (("data", "path"), ("train", "run_dir"), ("model", "from")):
-        if whole[section][name]:
-            whole[section][name] = str(Path(whole[section][name]).absolute())
-    resolved = from_dict(whole, "the resolved configuration", PRESETS)
+    resolved = with_values(with_absolute_paths(settings, PRESETS), {"train": {"ranks": ranks}}, PRESETS)
     return Job(resolved.to_toml(), ranks, cpus_per_rank, gpus_per_rank, restarts)
 
 

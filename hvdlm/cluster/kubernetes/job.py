@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from hvdlm.cluster.job_checks import check_gpus, check_size
 from hvdlm.cluster.kubernetes.manifests import KINDS
 from hvdlm.cluster.kubernetes.pods import HOME, HOSTFILE, SETTINGS, Pods, Volume
 from hvdlm.config import Config
-from hvdlm.config_reader import from_dict, load
+from hvdlm.config_reader import load, with_values
 from hvdlm.errors import HvdlmError
 from hvdlm.model.presets import PRESETS
 
@@ -30,7 +31,7 @@ _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?")
 _TAKEN = (PurePosixPath("/dev/shm"), SETTINGS.parent, PurePosixPath(HOSTFILE).parent, PurePosixPath(HOME))
 
 
-class _Yaml(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
+class _Yaml(yaml.SafeDumper):  # type: ignore[misc]
     """Texts of several lines as they stand, and nothing by reference."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -75,7 +76,9 @@ def write_job(
         **{**pods, "bin": PurePosixPath(pods["bin"])},
     )
     _check(job, settings, restarts)
-    objects = [job.settings_map(_of_job(settings, job).to_toml()), *KINDS[kind](job, restarts)]
+    # By these a job that comes up short is refused
+    whole = with_values(settings, {"train": {"ranks": job.ranks, "nodes": job.nodes}}, PRESETS)
+    objects = [job.settings_map(whole.to_toml()), *KINDS[kind](job, restarts)]
     text = yaml.dump_all(objects, Dumper=_Yaml, sort_keys=False, width=120)
     if output is None:
         print(text, end="")
@@ -128,19 +131,10 @@ def _check(job: Pods, settings: Config, restarts: int) -> None:
         raise HvdlmError("--image names an image, and --bin a directory in it, from its root on")
     if len({volume.path for volume in job.volumes}) < len(job.volumes):
         raise HvdlmError("--volume: two volumes are to be at one path: choose another for one of them")
-    if job.gpus_per_rank not in (0, 1):
-        raise HvdlmError(f"--gpus-per-rank {job.gpus_per_rank}: a rank computes on one GPU; raise --ranks-per-node")
-    device = settings.train.device
-    if (device, job.gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
-        raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {job.gpus_per_rank}")
+    check_gpus(settings, job.gpus_per_rank)
+    check_size(settings, job.nodes, job.ranks)
     if settings.comm.elastic:
         raise HvdlmError("comm.elastic: mpirun ends with a pod here, and is started again; leave it out")
-    for given, wanted, option in (
-        (settings.train.ranks, job.ranks, "ranks"),
-        (settings.train.nodes, job.nodes, "nodes"),
-    ):
-        if given not in (0, wanted):
-            raise HvdlmError(f"train.{option} = {given}, but the job has {wanted}: leave it out, or give as many")
     places = {
         "data.path": settings.data.path,
         "train.run_dir": settings.train.run_dir,
@@ -154,10 +148,3 @@ def _check(job: Pods, settings: Config, restarts: int) -> None:
                 f"{setting} = {path!r} is on no volume ({known}), and what pods write elsewhere is lost with them: add "
                 "--volume CLAIM:PATH, or set it to a path below one"
             )
-
-
-def _of_job(settings: Config, job: Pods) -> Config:
-    """Settings by which a job that comes up short is refused."""
-    whole = settings.model_dump()
-    whole["train"] |= {"ranks": job.ranks, "nodes": job.nodes}
-    return from_dict(whole, "the resolved configuration", PRESETS)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import hvdlm
+from hvdlm.cluster.job_checks import check_gpus, check_size
 from hvdlm.cluster.slurm import commands
 from hvdlm.cluster.slurm.script import Script
 from hvdlm.cluster.slurm.start_log import newest_checkpoint_step
 from hvdlm.cluster.slurm.time_limit import default_lead, limit_seconds
 from hvdlm.config import Config
-from hvdlm.config_reader import from_dict, load
+from hvdlm.config_reader import load, with_absolute_paths
 from hvdlm.data.shard import DataSet
 from hvdlm.data.staging import staged
 from hvdlm.errors import HvdlmError
@@ -71,12 +72,12 @@ def write_job(
     Raises HvdlmError for an error in the settings, the data set or the options, if a program is missing, or if `output`
     exists; then nothing is written. If only sbatch fails, the directory stays.
     """
-    settings = _with_absolute_paths(load(config, overrides, PRESETS, shape_of))
+    settings = with_absolute_paths(load(config, overrides, PRESETS, shape_of), PRESETS)
     DataSet(Path(settings.data.path))
     if min(nodes, ranks_per_node) < 1:
         raise HvdlmError(f"--nodes {nodes} --ranks-per-node {ranks_per_node} is no rank at all: give 1 or more of each")
-    _check_device(settings, gpus_per_rank)
-    _check_ranks(settings, nodes * ranks_per_node)
+    check_gpus(settings, gpus_per_rank)
+    check_size(settings, nodes, nodes * ranks_per_node)
     _check_elastic(settings, launcher, nodes * ranks_per_node)
     lead = _lead(sbatch, limit_seconds(time))
     if submit:
@@ -117,29 +118,6 @@ def write_job(
         print(f"submitted as job {commands.submit(directory / 'job.sh')}; its log is {directory}/slurm-JOB.out")
     else:
         print(f"submit it: sbatch {shlex.quote(str(directory / 'job.sh'))}")
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """The settings with absolute paths, since the job starts in another directory."""
-    settings = config.model_dump()
-    for section, name in (("data", "path"), ("train", "run_dir"), ("model", "from")):
-        if settings[section][name]:
-            settings[section][name] = str(Path(settings[section][name]).absolute())
-    return from_dict(settings, "the resolved configuration", PRESETS)
-
-
-def _check_device(settings: Config, gpus_per_rank: int) -> None:
-    if gpus_per_rank not in (0, 1):
-        raise HvdlmError(f"--gpus-per-rank {gpus_per_rank}: a rank computes on one GPU; raise --ranks-per-node instead")
-    device = settings.train.device
-    if (device, gpus_per_rank) in (("cuda", 0), ("cpu", 1)):
-        other = "set train.device = 'auto'" if gpus_per_rank else "add --gpus-per-rank 1"
-        raise HvdlmError(f"train.device = {device!r} does not go with --gpus-per-rank {gpus_per_rank}: {other}")
-
-
-def _check_ranks(settings: Config, ranks: int) -> None:
-    if settings.train.ranks not in (0, ranks):
-        raise HvdlmError(f"train.ranks = {settings.train.ranks}, but the job has {ranks} ranks: give as many")
 
 
 def _check_elastic(settings: Config, launcher: str, ranks: int) -> None:
