@@ -57,6 +57,7 @@ def measure(options: argparse.Namespace) -> None:
         "bytes_of_shards": size,
         "settings": describe_settings(config),
     }
+    options.output.mkdir(parents=True, exist_ok=True)
     write_results(options.output / "shard_cache.json", {**describe_run(), **facts, "rows": rows})
     head = [
         "run",
