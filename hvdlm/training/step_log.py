@@ -27,7 +27,7 @@ class StepLog:
         numbers = {**trainer.step_metrics.collect(*loss), **trainer.strategy.log_numbers()}
         if trainer.privacy and trainer.metrics is not None and trainer.config.privacy.has_noise:
             numbers["epsilon"] = trainer.privacy.epsilon(trainer.step)
-        if isinstance(trainer.data.train, CachedSplit):
+        if trainer.config.data.cache and isinstance(trainer.data.train, CachedSplit):
             numbers["cache_hits"] = self._share_of_hits(trainer.data.train.count)
         trainer.write("train", lr=rate, grad_norm=float(trainer.norm), tokens=trainer.tokens_done, **numbers)
         if score := self._loss_spikes.add(numbers["loss"]):
