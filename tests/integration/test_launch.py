@@ -16,6 +16,7 @@ from launcher import Job, run, start
 from waiting import wait_for
 
 CLUSTERS = {"ray": "local", "spark": "local[2]"}
+WORKERS = {"ray": "worker of Ray", "spark": "task of Spark"}  # what has started a rank
 SECONDS = 200
 pytestmark = pytest.mark.timeout(2 * SECONDS)
 
@@ -55,24 +56,27 @@ def test_srun_has_them_too(cluster: Cluster, small_data: Path, tmp_path: Path, b
 
 
 @pytest.mark.parametrize("kind", CLUSTERS)
-def test_a_rank_that_is_killed(kind: str, small_data: Path, tmp_path: Path, by_mpirun: dict[int, float]) -> None:
-    """All are started again, from the last checkpoint: the same losses."""
+@pytest.mark.parametrize("what", ["rank", "worker"])
+def test_a_kill(kind: str, what: str, small_data: Path, tmp_path: Path, by_mpirun: dict[int, float]) -> None:
+    """Of a rank, or of the actor or task that has started it: all are started again, from the last checkpoint."""
     run_dir = tmp_path / "run"
     with start(words(kind, small_data, run_dir, checkpoint__every=10)) as job:
         wait_for(lambda: (run_dir / "checkpoints/latest").exists(), SECONDS, "checkpoint")
-        os.kill(rank_of(job, 1), signal.SIGKILL)
+        process = rank_of(job, 1)
+        os.kill(process.ppid() if what == "worker" else process.pid, signal.SIGKILL)
         result = job.finish(deadline=SECONDS)
     assert result.status == 0, result.output
-    assert "attempt 1 of 4: rank 1 was killed by signal 9" in result.output, result.output
+    said = "rank 1 was killed by signal 9" if what == "rank" else f"a {WORKERS[kind]} has died"
+    assert f"attempt 1 of 4: {said}" in result.output, result.output
     assert losses(run_dir) == by_mpirun
 
 
-def rank_of(job: Job, rank: int) -> int:
-    """The number of the process that is this rank."""
+def rank_of(job: Job, rank: int) -> psutil.Process:
+    """The process that is this rank."""
     for process in job.members():
         with contextlib.suppress(psutil.Error):
             if process.cmdline()[1:4] == ["-m", "hvdlm", "train"] and process.environ().get("RANK") == str(rank):
-                return int(process.pid)
+                return process
     pytest.fail(f"no rank {rank}")
 
 

@@ -1,0 +1,1 @@
+"""The rank of first_step.py."""
