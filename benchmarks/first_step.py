@@ -114,9 +114,14 @@ def median_of(jobs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str
 
 
 def line(medians: dict[int, dict[str, dict[str, float]]], phase: str) -> tuple[float, float]:
-    """Core seconds of rank 0 in a phase with no other rank, and what each more rank adds: least squares."""
-    ranks = list(medians)
-    slope, constant = np.polyfit(ranks, [medians[each][phase]["core_of_rank_0"] for each in ranks], 1)
+    """Core seconds of rank 0 in a phase with no other rank, and what each more rank adds: least squares.
+
+    The first phase, in which ranks do not know of each other, does not grow.
+    """
+    seconds = [each[phase]["core_of_rank_0"] for each in medians.values()]
+    if phase == next(iter(next(iter(medians.values())))):
+        return statistics.fmean(seconds), 0.0
+    slope, constant = np.polyfit(list(medians), seconds, 1)
     return float(constant), float(slope)
 
 
