@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,9 +38,15 @@ def _is_read_by_launcher(number: int) -> bool:
     if os.isatty(number):
         return True  # MPI's launchers may use terminals of their own
     own = Path(f"/proc/self/fd/{number}").readlink()
-    return own.name.startswith("pipe:") and any(
-        each.readlink() == own for process in launcher_processes() for each in Path(f"/proc/{process.pid}/fd").iterdir()
-    )
+    return own.name.startswith("pipe:") and any(own in _open_files(process.pid) for process in launcher_processes())
+
+
+def _open_files(process: int) -> Iterator[Path]:
+    """What a process has open; without what it closes meanwhile, as a launcher does that answers its ranks."""
+    with suppress(OSError):
+        for each in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(OSError):
+                yield each.readlink()
 
 
 def _lead(number: int, path: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from launcher import environment, launcher_command, run
 
+from hvdlm.comm.launcher_output import _open_files
+
 # Each rank joins a job and prints a line on either stream
 PROGRAM = """
 import os, sys
@@ -37,6 +39,28 @@ def test_rank_0_prints_where_horovodrun_does(launcher: str) -> None:
     assert [line.rpartition(">:")[2].strip() for line in (first, second)] == ["err 1", "out 1"]
     assert all(line.startswith("[") for line in (first, second))
     assert others == ["err 0", "out 0"]
+
+
+# Has its stdout open for ever, and others for a moment, as a launcher that answers its ranks
+BUSY = """
+import os
+os.write(1, b".")
+while True:
+    for each in [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]:
+        os.close(each)
+"""
+
+
+def test_a_launcher_that_closes_files_meanwhile() -> None:
+    """What has gone between listing and looking hides nothing that stays."""
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            pipe = Path(f"/proc/{process.pid}/fd/1").readlink()
+            assert all(pipe in list(_open_files(process.pid)) for _ in range(500))
+        finally:
+            process.kill()
 
 
 def test_in_a_terminal_too() -> None:
