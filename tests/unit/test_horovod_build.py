@@ -196,6 +196,11 @@ def test_cuda_and_nccl_are_found(
     (nccl / "lib").mkdir()
     (nccl / "lib" / "libnccl.so.2").touch()
     assert f"CUDA 13.0, {cuda}; NCCL 2.27.3" in install("--dry-run", **variables).stdout
+    # PyTorch of another environment has its NCCL beside it
+    theirs = Path(variables["PYTHONPATH"]) / "nvidia" / "nccl"
+    theirs.parent.mkdir()
+    nccl.rename(theirs)
+    assert f"CUDA 13.0, {cuda}; NCCL 2.27.3" in install("--dry-run", **variables).stdout
     # A script on the PATH that calls an nvcc elsewhere, as environment modules install them.
     wrapper = "echo '#$ TOP=/opt/cuda-13/bin/..'; echo 'Cuda compilation tools, release 13.0, V13.0.88'"
     script(cuda / "bin" / "nvcc", wrapper)

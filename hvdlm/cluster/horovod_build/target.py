@@ -98,16 +98,21 @@ def find_target() -> Target:
 
 def _torch() -> tuple[str, str | None]:
     """PyTorch's version and the CUDA version it is built for, read without importing it, which takes a second."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise HvdlmError(f"PyTorch is missing from {sys.prefix}: install it first (pip install torch)")
-    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    version = runpy.run_path(str(_torch_package() / "version.py"))
     if version.get("hip"):
         raise HvdlmError(
             f"PyTorch {version['__version__']} is a ROCm build, for which hvdlm builds no Horovod: "
             "train with --comm.engine torch, which needs none"
         )
     return str(version["__version__"]), version.get("cuda")
+
+
+def _torch_package() -> Path:
+    """Its directory, which may be of another environment than this Python's, beside which this one was made."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise HvdlmError(f"PyTorch is missing from {sys.prefix}: install it first (pip install torch)")
+    return Path(spec.origin).parent
 
 
 def _mpi() -> Mpi | None:
@@ -171,7 +176,9 @@ def _cuda_home(nvcc: Path) -> Path:
 def _nccl(cuda_home: Path) -> tuple[Path, Path]:
     """NCCL's header directory and shared library: from the user's variables, from PyTorch's wheels, or the system's."""
     homes = [Path(os.environ[name]) for name in ("HOROVOD_NCCL_HOME", "NCCL_HOME") if os.environ.get(name)]
-    homes += [Path(sysconfig.get_path("platlib"), "nvidia", "nccl"), cuda_home, Path("/usr/local"), Path("/usr")]
+    wheels = dict.fromkeys((_torch_package().parent, Path(sysconfig.get_path("platlib"))))
+    homes += [directory / "nvidia" / "nccl" for directory in wheels]
+    homes += [cuda_home, Path("/usr/local"), Path("/usr")]
     for home in homes:
         libraries = [
             library
