@@ -48,8 +48,8 @@ def measure(options: argparse.Namespace) -> None:
                 directory = Path(temporary) / f"{ranks}_{number}"
                 directory.mkdir()
                 found[ranks].append(notes_of_job(options, fabric, ranks, directory))
-                last = [max(rank["first step"][0] for rank in job) for job in found[ranks]]
-                print(f"{ranks} ranks: {last[-1]:.1f} s", flush=True)
+                last = max(rank["first step"][0] for rank in found[ranks][-1])
+                print(f"{ranks} ranks: {last:.1f} s", flush=True)
     rows = {ranks: [phases(job) for job in jobs] for ranks, jobs in found.items()}
     medians = {ranks: median_of(each) for ranks, each in rows.items()}
     lines = {phase: line(medians, phase) for phase in next(iter(medians.values()))}
