@@ -74,14 +74,19 @@ def run_attempts(job: Job, attempt: Callable[[], list[Outcome]]) -> int:
             if not failed:
                 return max(each.status for each in outcomes)
             if not killed:
-                first = min(failed, key=lambda rank: outcomes[rank].end)
+                # of an error that all have met, rank 0 alone speaks, and another may end before it
+                first = min(failed, key=lambda rank: (not _error(outcomes[rank].last), outcomes[rank].end))
                 raise HvdlmError(f"rank {first} ended with {outcomes[first].status}: {_sentence(outcomes[first].last)}")
             said = f"rank {killed[0]} was killed by signal {-outcomes[killed[0]].status}"
         logger.warning("attempt %d of %d: %s", number + 1, job.restarts + 1, said)
     raise HvdlmError(f"the job was lost {job.restarts + 1} times (--restarts); the last time {said}")
 
 
+def _error(said: str) -> str:
+    """The error in what a rank has said last; empty: none."""
+    return next((line for line in said.splitlines() if line.startswith("hvdlm: error: ")), "")
+
+
 def _sentence(said: str) -> str:
-    """The error in what a rank has said last, or the last line."""
-    lines = said.strip().splitlines() or ["it said nothing"]
-    return next((line for line in lines if line.startswith("hvdlm: error: ")), lines[-1])
+    """The error, or the last line."""
+    return _error(said) or (said.strip().splitlines() or ["it said nothing"])[-1]
