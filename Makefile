@@ -37,11 +37,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-# What `make gpu-kit` gathers packages for: the Python and the machine that will run benchmarks/gpu_check.sh
-KIT_PYTHON ?= 3.12
-KIT_MACHINE ?= x86_64
-
-.PHONY: help setup data train test thorough quick lint types unit faults parallel integration gpu gpu-kit clean distclean
+.PHONY: help setup data train test thorough quick lint types unit faults parallel integration gpu gpu-check clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,21 +89,21 @@ gpu: $(VENV)/test.stamp
 	@echo "== Tests in tests/$@"
 	@python -m pytest tests/$@
 
+gpu-check: $(VENV)/gpu-test.stamp ## check hvdlm on the GPUs of this machine, and print a table
+	@echo "== Checking GPUs"
+	@benchmarks/gpu_check.sh
+
 faults: ## run the tests of ranks that die
 parallel: ## run the tests of ranks and other processes on this machine
 integration: ## run the tests of hosts, Slurm, installation and faults
 gpu: ## run the tests that need a GPU
-
-gpu-kit: $(VENV)/package.stamp ## gather what a machine with GPUs but no network needs to be checked, in gpu-kit/
-	@echo "== Gathering gpu-kit for Python $(KIT_PYTHON) on $(KIT_MACHINE)"
-	@benchmarks/gpu_kit.sh gpu-kit $(KIT_PYTHON) $(KIT_MACHINE)
 
 clean: ## remove caches and build leftovers; leaves .venv, data and runs
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	@rm -rf $(VENV) .venv-gpu gpu-kit
+	@rm -rf $(VENV)
 
 $(VENV)/bin/python:
 	@echo "== Making a virtual environment in $(VENV)"
@@ -130,6 +126,11 @@ $(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_bu
 $(VENV)/test.stamp: $(VENV)/horovod.stamp
 	@echo "== Installing what the tests need"
 	@$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+$(VENV)/gpu-test.stamp: $(VENV)/package.stamp
+	@echo "== Installing what tests/gpu needs"
+	@$(PIP_INSTALL) --editable ".[gpu-test]"
 	@touch $@
 
 $(DATA)/manifest.json: | $(VENV)/horovod.stamp

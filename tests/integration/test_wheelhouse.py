@@ -75,10 +75,9 @@ def test_install_train_and_test(tmp_path: Path) -> None:
 @pytest.mark.timeout(2400)
 def test_a_machine_that_has_pytorch(tmp_path: Path) -> None:
     """Its packages stay as they are: only those that it lacks come from the wheelhouse, and Horovod is built for its
-    PyTorch."""
+    PyTorch. The check of GPUs has all that it needs but a GPU."""
     have = ["torch", "numpy", "h5py", "mpi4py"]
-    said = gather(tmp_path / "house", "--have", *have)
-    print(said)
+    print(gather(tmp_path / "house", "--extra", "gpu-test", "--have", *have))
     gathered = {path.name.split("-")[0] for path in (tmp_path / "house").glob("*.whl")}
     assert "pydantic" in gathered and not gathered & {"torch", "numpy", "h5py", "mpi4py", "sympy", "networkx"}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "theirs"], check=True)
@@ -89,8 +88,9 @@ def test_a_machine_that_has_pytorch(tmp_path: Path) -> None:
     shutil.move(tmp_path / "house", copy / "house")
     doctor = "mpirun -np 2 --bind-to none --oversubscribe hvdlm doctor"
     root = "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-    script = f"make setup PYTHON={python} WHEELHOUSE=house; PATH=$PWD/.venv/bin:$PATH {root} {doctor}"
-    without_a_network(copy, script)
+    there = f"PYTHON={python} WHEELHOUSE=house"
+    script = f"make setup {there}; PATH=$PWD/.venv/bin:$PATH {root} {doctor}; make gpu-check {there} || true"
+    assert "gpu_check.sh: error: PyTorch finds no GPU here" in without_a_network(copy, script)
     where = [copy / ".venv/bin/python", "-c", "import torch; print(torch.__file__)"]
     found = subprocess.run(where, capture_output=True, text=True, check=True).stdout
     assert found.startswith(str(tmp_path / "theirs"))
