@@ -176,7 +176,7 @@ def test_loops_and_torch_operations_agree(bits: int, block: int, length: int) ->
         assert residual[inside].abs().max() <= 0.5001 * scales.max()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@BITS
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 1000])
 def test_differences_are_rounded_as_by_two_steps(bits: int, length: int) -> None:
     """In one loop: bfloat16 weights from float32 numbers, by the message of their difference, rounded once more."""
@@ -187,10 +187,10 @@ def test_differences_are_rounded_as_by_two_steps(bits: int, length: int) -> None
     scales, integers = room(part, bits)
     error = torch.zeros_like(numbers)
     round_blocks_with_torch(part, bits, numbers - weights.float(), error, scales, integers)
-    message = torch.zeros(4 * len(scales) + len(integers) + 3, dtype=torch.uint8)
+    message = torch.zeros(scales.nbytes + len(integers) + 3, dtype=torch.uint8)
     round_differences(part, bits, numbers, weights, message)
-    assert message[: 4 * len(scales)].view(torch.float32).equal(scales)
-    assert message[4 * len(scales) : -3].equal(integers)
+    assert message[: scales.nbytes].view(scales.dtype).equal(scales)
+    assert message[scales.nbytes : -3].equal(integers)
 
     expected = weights.float()
     add_blocks_with_torch(part, bits, [(scales, integers)], expected, from_zero=False)
@@ -198,12 +198,13 @@ def test_differences_are_rounded_as_by_two_steps(bits: int, length: int) -> None
     assert weights.equal(expected.bfloat16())
 
 
-def test_differences_that_are_not_finite() -> None:
+@BITS
+def test_differences_that_are_not_finite(bits: int) -> None:
     """All ranks then have NaN for the block, and no other."""
     part = make_part(256, (0, 512))
     numbers, weights = torch.ones(512), torch.ones(512).bfloat16()
     numbers[300] = math.inf
-    message = torch.zeros(8 + 256, dtype=torch.uint8)
-    round_differences(part, 4, numbers, weights, message)
-    add_to_weights(part, 4, message, weights)
+    message = torch.zeros(8 + 64 * bits, dtype=torch.uint8)
+    round_differences(part, bits, numbers, weights, message)
+    add_to_weights(part, bits, message, weights)
     assert weights[:256].eq(1).all() and weights[256:].isnan().all()

@@ -2,18 +2,22 @@
 
 Numba keeps compiled code beside the source file or below the user's home, refuses to decorate a function where it can
 write to neither, and raises what reading or writing its files raises. A cache saves seconds and decides nothing else:
-where it fails, the code is compiled again.
+where it fails, the code is compiled again. Numba notices when the file of a function has changed; here a change of any
+file in its folder counts, since a loop may call those of other files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         dispatcher = numba.njit(nogil=True, **options)(function)
         try:
             # What cache=True does with Numba's own class
-            dispatcher._cache = _Cache(function)  # type: ignore[no-untyped-call]
+            dispatcher._cache = _Cache(function)
         except (RuntimeError, OSError) as error:
             logger.debug("%s", error)
         return dispatcher
@@ -46,8 +50,23 @@ def cache_problem() -> str | None:
     return None
 
 
+@lru_cache
+def _folder_stamp(folder: Path) -> str:
+    """What changes with any module in a folder."""
+    digest = hashlib.sha256()
+    for module in sorted(folder.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
 class _Cache(FunctionCache):
-    """Numba's cache of a function, but that what goes wrong with its files counts as not being there."""
+    """Numba's cache of a function, but that it depends on all modules in the function's folder, and that what goes
+    wrong with its files counts as not being there."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        stamp = _folder_stamp(Path(function.__code__.co_filename).parent)
+        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, stamp)  # type: ignore[no-untyped-call]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

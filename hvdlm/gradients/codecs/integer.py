@@ -12,12 +12,12 @@ is a large one, and of each block two levels, as bfloat16: the mean magnitude of
 large ones, a step of Lloyd's algorithm. Large is what lies above the mean magnitude by at least an eighth of the way to
 the largest one.
 
-Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU (integer_loops.py), and PyTorch
-operations for other devices. With `int8` and `int4` a number and its rounded value are within a factor of two of each
-other, or the latter is zero: so float32 holds their difference, and on one rank delivered + residual is the float32 sum
-gradient + old residual. Only as scales are rounded too, a last bit may be lost at the edge of that range. With `int2` a
-number may be less than half of its level: then their difference is rounded as any float32 addition is, by at most
-2**-24 of the level.
+Rounding has two implementations, equal bit for bit: loops compiled by Numba for the CPU (integer_loops.py,
+level_loops.py), and PyTorch operations for other devices. With `int8` and `int4` a number and its rounded value are
+within a factor of two of each other, or the latter is zero: so float32 holds their difference, and on one rank
+delivered + residual is the float32 sum gradient + old residual. Only as scales are rounded too, a last bit may be lost
+at the edge of that range. With `int2` a number may be less than half of its level: then their difference is rounded as
+any float32 addition is, by at most 2**-24 of the level.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch import Tensor
 from hvdlm.arrays import as_array
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
-from hvdlm.gradients.codecs import integer_loops as loops
+from hvdlm.gradients.codecs import integer_loops, level_loops
+from hvdlm.gradients.codecs.block_loops import TINY
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import uses_loops
 from hvdlm.gradients.exchange import Exchange
@@ -141,9 +142,9 @@ def round_blocks(part: Part, bits: int, gradients: Tensor, residual: Tensor, sca
     blocks = part.block, as_array(part.spans)
     arrays = as_array(gradients), as_array(residual)
     if bits == 2:
-        loops.round_to_levels(*blocks, *arrays, as_array(scales.view(torch.int16)), as_array(integers))
+        level_loops.round_to_levels(*blocks, *arrays, as_array(scales.view(torch.int16)), as_array(integers))
     else:
-        loops.round_to_integers(*blocks, bits, *arrays, as_array(scales), as_array(integers))
+        integer_loops.round_to_integers(*blocks, bits, *arrays, as_array(scales), as_array(integers))
 
 
 def add_blocks(
@@ -157,25 +158,31 @@ def add_blocks(
     integers = tuple(as_array(each) for _, each in messages)
     if bits == 2:
         levels = tuple(as_array(scales.view(torch.int16)) for scales, _ in messages)
-        loops.add_levels(*blocks, from_zero, levels, integers, as_array(target))
+        level_loops.add_levels(*blocks, from_zero, levels, integers, as_array(target))
     else:
-        loops.add_integers(
+        integer_loops.add_integers(
             *blocks, bits, from_zero, tuple(as_array(each) for each, _ in messages), integers, as_array(target)
         )
 
 
 def round_differences(part: Part, bits: int, numbers: Tensor, weights: Tensor, message: Tensor) -> None:
-    """Encodes the blocks of `numbers` (float32) - `weights` (bfloat16), on a CPU, by 4 or 8 bits, into `message`."""
+    """Encodes the blocks of `numbers` (float32) - `weights` (bfloat16), on a CPU, into `message`."""
     scales, integers = _sections(part, bits, message)
-    arrays = as_array(numbers), _bits_of(weights), as_array(scales), as_array(integers)
-    loops.round_differences(part.block, as_array(part.spans), bits, *arrays)
+    blocks, arrays = (part.block, as_array(part.spans)), (as_array(numbers), _bits_of(weights))
+    if bits == 2:
+        level_loops.round_level_differences(*blocks, *arrays, as_array(scales.view(torch.int16)), as_array(integers))
+    else:
+        integer_loops.round_differences(*blocks, bits, *arrays, as_array(scales), as_array(integers))
 
 
 def add_to_weights(part: Part, bits: int, message: Tensor, weights: Tensor) -> None:
     """Adds the decoded blocks of a message of `round_differences` to `weights`."""
     scales, integers = _sections(part, bits, message)
-    arrays = as_array(scales), as_array(integers), _bits_of(weights)
-    loops.add_to_weights(part.block, as_array(part.spans), bits, *arrays)
+    blocks, arrays = (part.block, as_array(part.spans)), (as_array(integers), _bits_of(weights))
+    if bits == 2:
+        level_loops.add_levels_to_weights(*blocks, as_array(scales.view(torch.int16)), *arrays)
+    else:
+        integer_loops.add_to_weights(*blocks, bits, as_array(scales), *arrays)
 
 
 def _bits_of(numbers: Tensor) -> np.ndarray:
@@ -205,7 +212,7 @@ def round_blocks_with_torch(
         rows = intended.view(-1, length)  # (blocks, length)
         largest = rows.abs().amax(1, keepdim=True)
         is_finite = largest < 2.0**127
-        is_used = (largest >= float(loops.TINY)) & is_finite
+        is_used = (largest >= float(TINY)) & is_finite
         round_rows = _round_to_levels if bits == 2 else _round_to_integers
         rounded, own_scales, own_codes = round_rows(rows, largest, is_used, bits)
         residual_block.copy_((rows - rounded).view(-1))
@@ -218,7 +225,7 @@ def _round_to_integers(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int
     top = torch.full_like(largest, 2 ** (bits - 1) - 1)  # a tensor from a number would be copied, and waited for
     scale = torch.where(is_used, largest / top, 0.0)
     inverse = torch.where(is_used, top / largest, 0.0)
-    rounding = float(loops.ROUNDING)
+    rounding = float(integer_loops.ROUNDING)
     rounded = torch.where(is_used, (rows * inverse + rounding) - rounding, 0.0)
     offset = 8 if bits == 4 else 0
     return rounded * scale, scale, (rounded.to(torch.int8) + offset).view(torch.uint8)
@@ -226,15 +233,15 @@ def _round_to_integers(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int
 
 def _round_to_levels(rows: Tensor, largest: Tensor, is_used: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """What `rows` are rounded to, the levels of each (blocks, 2), and codes: 1 for a large number, 2 for its sign."""
-    units = torch.where(is_used, torch.full_like(largest, loops.UNITS) / largest, 0.0)
+    units = torch.where(is_used, torch.full_like(largest, level_loops.UNITS) / largest, 0.0)
     in_units = torch.where(is_used, rows.abs() * units, 0.0).to(torch.int32)
     total = in_units.sum(1, keepdim=True)
     mean = total // rows.shape[1]
-    is_large = in_units >= mean + ((loops.UNITS - mean) >> loops.THRESHOLD_SHIFT)
+    is_large = in_units >= mean + ((level_loops.UNITS - mean) >> level_loops.THRESHOLD_SHIFT)
     count, large = is_large.sum(1, keepdim=True), (in_units * is_large).sum(1, keepdim=True)
     counts = torch.cat([rows.shape[1] - count, count], dim=1).clamp(min=1)
     means = torch.cat([total - large, large], dim=1).float() / counts.float()
-    levels = torch.where(is_used, means * (largest / loops.UNITS), 0.0).bfloat16().float()
+    levels = torch.where(is_used, means * (largest / level_loops.UNITS), 0.0).bfloat16().float()
     level = torch.where(is_large, levels[:, 1:], levels[:, :1])
     # An unused block stays as it is, the signs of its zeros too
     rounded = torch.where(is_used, level.copysign(rows), 0.0)

@@ -98,7 +98,7 @@ class RoundedWeights:
     def _has_loops(self, partition: Partition) -> bool:
         """Whether one loop makes differences and rounds them, and one adds them to weights."""
         is_bf16 = partition.weights.dtype == torch.bfloat16
-        return partition.is_kept and is_bf16 and self._bits > 2 and uses_loops(partition.weights)
+        return partition.is_kept and is_bf16 and uses_loops(partition.weights)
 
     def _layout(self, partition: Partition, ranks: int) -> _Layout:
         length = len(partition.own_slot)
