@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvdlm.arrays import as_array
 from hvdlm.comm.communicator import part_lengths
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
@@ -185,7 +186,7 @@ class BlockwiseCodec(Codec):
         own, residual = exchange.part_of(gradients), exchange.part_of(self._residual)
         # Of an earlier layout: an owner leaves none
         has_loops = uses_loops(gradients)
-        self._own_before = residual.clone() if has_loops and residual.any() else None
+        self._own_before = residual.clone() if has_loops and as_array(residual).any() else None
         if self._own_before is not None or not has_loops:
             own.add_(residual)
             residual.zero_()
