@@ -92,11 +92,13 @@ def cause_of_failure(log: Path) -> str:
     """The line of a failed job's log that most likely says why it failed.
 
     That is its first line with an error: later ones come from ranks that lost another rank, and from the launcher.
+    Without one it is the last line, or the last one before what mpirun says of it, between rules.
     """
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("[W")]  # of PyTorch
     errors = [line for line in lines if re.search(r"^[\w.]*(Error|Exception): |\berror: |what\(\):", line)]
-    return (errors or lines[-1:] or ["it printed nothing"])[0]
+    rule = next((index for index, line in enumerate(lines) if index and set(line) == {"-"}), len(lines))
+    return (errors or lines[rule - 1 : rule] or ["it printed nothing"])[0]
 
 
 def _end_with_parent() -> None:

@@ -242,6 +242,9 @@ def test_the_cause_of_a_failure(tmp_path: Path) -> None:
     ]
     assert cause(lines).startswith("what():  [enforce fail")
     assert cause(["Killed", ""]) == "Killed"
+    mpirun = ["-" * 74, "prterun detected that one or more processes exited with non-zero status", "-" * 74]
+    assert cause(["hvdlm: engine mpi", "ranks differ in h5py", *mpirun]) == "ranks differ in h5py"
+    assert cause(mpirun).startswith("prterun detected")
     assert cause([]) == "it printed nothing"
 
 
