@@ -8,15 +8,38 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from cluster import Cluster
+from jobs import SETTINGS
+from launcher import BIN, Result, run, start
+from waiting import wait_for
+
+from hvdlm.cluster.fabric.network import address
 
 CHECKOUT = Path(__file__).parents[2]
 CONTAINERFILE = CHECKOUT / "examples/kubernetes/Containerfile"
 HOME = "/home/hvdlm"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as an image of Debian has it
+
+# Names of a launcher and two workers, as each operator makes them for a job called "rehearsal"
+NAMES = {
+    "mpijob": ["rehearsal-launcher", "rehearsal-worker-0", "rehearsal-worker-1"],
+    "trainjob": ["rehearsal-launcher-0-0", "rehearsal-node-0-0", "rehearsal-node-0-1"],
+}
+DOMAINS = {"mpijob": ".rehearsal.default.svc", "trainjob": ".rehearsal"}
+
+# What both put into the launcher's environment
+VARIABLES = [
+    "OMPI_MCA_orte_default_hostfile=/etc/mpi/hostfile",
+    "OMPI_MCA_orte_keep_fqdn_hostnames=true",
+    "OMPI_MCA_orte_set_default_slots=2",
+    "OMPI_MCA_plm_rsh_args=-o ConnectionAttempts=10",
+]
 
 # What pods see of this machine where its root file system has another one mounted
 _PLACES = dict.fromkeys([str(CHECKOUT), sys.prefix, sys.base_prefix])
@@ -104,3 +127,91 @@ class Image:
 def _in_a_root(here: Path, lower: str) -> str:
     places = " ".join(map(shlex.quote, _PLACES))
     return _IN_A_ROOT.format(here=here, lower=lower, places=places)
+
+
+class PodJob:
+    """The pods of a job, of which workers are up."""
+
+    def __init__(self, kind: str, image: Image, bin: Path, hosts: Cluster, volume: Path, stack: ExitStack) -> None:
+        """`bin`: where the image has mpirun and hvdlm. `volume`: /shared of the pods, with data."""
+        self._kind, self._image, self._hosts, self._volume, self._stack = kind, image, hosts, volume, stack
+        self._bin = bin
+        self.files = image.disk / kind
+        self.command: list[str] = []
+
+    def write(self) -> None:
+        """The objects, and what an operator makes of them."""
+        settings = {
+            **SETTINGS,
+            "train.steps": 20,
+            "data.path": "/shared/data",
+            "train.run_dir": f"/shared/{self._kind}",
+        }
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        (self._volume / "empty.toml").touch()
+        options = ["--image", "hvdlm", "--nodes", "2", "--ranks-per-node", "2", "--volume", "shared:/shared"]
+        options += ["--kind", self._kind, "--name", "rehearsal", "--bin", str(self._bin)]
+        result = subprocess.run(
+            [BIN / "hvdlm", "kubernetes", self._volume / "empty.toml", *options, *words], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        found = {each["kind"]: each for each in yaml.safe_load_all(result.stdout)}
+        launcher, worker = self._pods(found)
+        self.command = launcher["containers"][0]["command"]
+        self._sshd = worker["containers"][0]["command"]
+        names, domain = NAMES[self._kind], DOMAINS[self._kind]
+        addresses = [address(host) for host in self._hosts.hosts]
+        self._put(
+            "etc/hosts",
+            "127.0.0.1 localhost\n"
+            + "".join(f"{address} {name}{domain} {name}\n" for address, name in zip(addresses, names, strict=True)),
+        )
+        self._put("etc/mpi/hostfile", "".join(f"{name}{domain} slots=2\n" for name in names[1:]))
+        self._put("etc/hvdlm/config.toml", found["ConfigMap"]["data"]["config.toml"])
+        keys = self.files / HOME.lstrip("/") / ".ssh"
+        keys.mkdir(parents=True)
+        words = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-m", "PEM", "-N", "", "-f", str(keys / "id_rsa")]
+        subprocess.run(words, check=True)
+        shutil.copy(keys / "id_rsa.pub", keys / "authorized_keys")
+        (keys / "id_rsa").chmod(0o644)  # of root: ssh does not mind who may read it
+
+    def _pods(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._kind == "mpijob":
+            replicas = found["MPIJob"]["spec"]["mpiReplicaSpecs"]
+            return [replicas[name]["template"]["spec"] for name in ("Launcher", "Worker")]
+        by_name = {
+            each["name"]: each for each in found["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
+        }
+        return [by_name[name]["template"]["spec"]["template"]["spec"] for name in ("launcher", "node")]
+
+    def _put(self, place: str, text: str) -> None:
+        (self.files / place).parent.mkdir(parents=True, exist_ok=True)
+        (self.files / place).write_text(text)
+
+    def _inside(self, host: str, name: str, command: list[str]) -> list[str]:
+        return self._image.pod(self._hosts, host, name, self.files, self._volume, command)
+
+    def start_workers(self) -> None:
+        for host, name in zip(self._hosts.hosts[1:], NAMES[self._kind][1:], strict=True):
+            self._stack.enter_context(start(self._inside(host, name, self._sshd)))
+        for host in self._hosts.hosts[1:]:
+            probe = self._hosts.inside(host, ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/2222"])
+            wait_for(lambda probe=probe: subprocess.run(probe, capture_output=True).returncode == 0, 30, "sshd")  # type: ignore[misc]
+
+    def launch(self, command: list[str]) -> Result:
+        return run(self._inside("h1", NAMES[self._kind][0], ["/usr/bin/env", *VARIABLES, *command]), deadline=200)
+
+
+@contextmanager
+def pod_job(kind: str, image: Image, bin: Path, hosts: Cluster, data: Path, volume: Path) -> Iterator[PodJob]:
+    """A job that trains on a copy of `data`, whose workers are up within."""
+    shutil.copytree(data, volume / "data")
+    with ExitStack() as stack:
+        made = PodJob(kind, image, bin, hosts, volume, stack)
+        made.write()
+        shutil.chown(volume, 1000, 1000)
+        made.start_workers()
+        yield made
+        hosts.end_jobs(patience=0)
+    for left in (image.disk / "pods", made.files):
+        shutil.rmtree(left)
