@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 from typing import Any
 
 import ray
@@ -15,6 +17,7 @@ from hvdlm.launch.job import Job, RanksLostError, run_attempts
 from hvdlm.launch.rank import Outcome, Place, environment_of, own_place, run_rank
 
 _SECONDS_FOR_PLACES = 300.0  # until the cluster has room for all ranks
+_SECONDS_TO_CONNECT = 10.0  # to its head; Ray by itself goes on trying for more than a minute
 
 
 class _Rank:
@@ -34,8 +37,10 @@ def train(job: Job, address: str = "auto") -> int:
     failed too often.
     """
     try:
+        if head := re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/]+?)\]?:(?P<port>\d+)", address):
+            socket.create_connection((head["host"], int(head["port"])), _SECONDS_TO_CONNECT).close()
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise HvdlmError(f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`") from None
     return run_attempts(job, lambda: _attempt(job))
 

@@ -80,6 +80,15 @@ def rank_of(job: Job, rank: int) -> psutil.Process:
     pytest.fail(f"no rank {rank}")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379"])
+def test_no_cluster_at_an_address(address: str, small_data: Path, tmp_path: Path) -> None:
+    hvdlm, *rest = words("ray", small_data, tmp_path / "run")
+    rest[rest.index("--address") + 1] = address
+    result = run([hvdlm, *rest], deadline=40)
+    assert result.status == 1
+    assert f"hvdlm: error: no Ray cluster at '{address}' (" in result.output, result.output
+
+
 @pytest.mark.parametrize("kind", CLUSTERS)
 def test_an_error_is_not_tried_again(kind: str, tmp_path: Path) -> None:
     result = run(words(kind, tmp_path / "nothing", tmp_path / "run"), deadline=SECONDS)
