@@ -55,6 +55,7 @@ def test_one_healthy_rank(ranks: Ranks) -> None:
 
 def assert_healthy(result: Result, launcher: str, ranks: int, engine: str) -> None:
     assert result.status == 0, result.output
+    assert not re.search(r"^\[(1,)?0\]<", result.output, re.MULTILINE)  # horovodrun's, of rank 0
     name = launcher.split()[0].replace("none", "itself")
     assert lines(result, f"{ranks} rank{'s' if ranks > 1 else ''} on 1 node, started by {name}, engine {engine}")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines(result, "│")]

@@ -27,6 +27,7 @@ from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.connect import connect
 from hvdlm.comm.interfaces import own_interfaces
 from hvdlm.comm.launch import detect
+from hvdlm.comm.launcher_output import print_as_launcher
 from hvdlm.errors import HvdlmError
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK
 
@@ -47,6 +48,7 @@ def examine_ranks(engine: str, timeout: float) -> int:
     `timeout`: seconds that a rank waits for another. Raises HvdlmError on a rank that cannot join the job.
     """
     launch = detect(os.environ)
+    print_as_launcher(launch)
     variables = interface_variables(os.environ)
     shared_memory = psutil.disk_usage("/dev/shm").free
     torch.set_num_threads(1)  # by default each rank has a thread for every core, which slows down all of them
