@@ -124,13 +124,10 @@ $(VENV)/horovod.stamp: $(VENV)/package.stamp $(wildcard hvdlm/cluster/horovod_bu
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/horovod.stamp
-	@echo "== Installing what the tests need"
-	@$(PIP_INSTALL) --editable ".[test]"
-	@touch $@
-
 $(VENV)/gpu-test.stamp: $(VENV)/package.stamp
-	@echo "== Installing what tests/gpu needs"
-	@$(PIP_INSTALL) --editable ".[gpu-test]"
+$(VENV)/test.stamp $(VENV)/gpu-test.stamp:
+	@echo "== Installing what the tests need"
+	@$(PIP_INSTALL) --editable ".[$(basename $(@F))]"
 	@touch $@
 
 $(DATA)/manifest.json: | $(VENV)/horovod.stamp

@@ -3,9 +3,9 @@
 #
 #   make gpu-check, or, where hvdlm is installed, benchmarks/gpu_check.sh [OPTIONS OF PYTEST]
 #
-# Takes six minutes on one H100 and does not stop at a failure. Runs in .venv, or else with the python3 on the PATH, which
-# then has hvdlm and what tests/gpu needs. Where nvcc is, Horovod is built with NCCL meanwhile. Checks run side by side,
-# then the speed of one rank is measured alone. The table is also written to runs/gpu_check/table.md, or to
+# Takes six minutes on one H100 and does not stop at a failure. Runs in .venv, or else with the python3 on the PATH,
+# which then has hvdlm and what tests/gpu needs. Where nvcc is, Horovod is built with NCCL meanwhile. Checks run side by
+# side, then the speed of one rank is measured alone. The table is also written to runs/gpu_check/table.md, or to
 # HVDLM_GPU_RESULTS. HVDLM_GPU_SECONDS: after so many no further check begins.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -14,7 +14,7 @@ mkdir -p "$HVDLM_GPU_RESULTS"
 rm -f "$HVDLM_GPU_RESULTS/horovod.status" "$HVDLM_GPU_RESULTS/table.md"
 
 if [ -x .venv/bin/python ]; then export PATH=$PWD/.venv/bin:$PATH; fi
-if ! (cd / && python3 -c 'import hvdlm.config, pytest, pytest_rerunfailures, pytest_timeout, xdist') 2>/dev/null; then
+if ! python3 -m pytest tests/gpu --collect-only >/dev/null 2>&1; then
   echo "gpu_check.sh: error: $(command -v python3) has no hvdlm or not what its tests need: run" \
     "'make gpu-check', which installs them; docs/no-network.md says how without a network" >&2
   exit 1

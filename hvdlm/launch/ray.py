@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -37,12 +37,21 @@ def train(job: Job, address: str = "auto") -> int:
     failed too often.
     """
     try:
-        if head := re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/]+?)\]?:(?P<port>\d+)", address):
-            socket.create_connection((head["host"], int(head["port"])), _SECONDS_TO_CONNECT).close()
+        _refuse_silence(address)
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
-    except (OSError, OverflowError, ValueError) as error:
+    except (ConnectionError, ValueError) as error:
         raise HvdlmError(f"no Ray cluster at {address!r} ({error}); start one with `ray start --head`") from None
     return run_attempts(job, lambda: _attempt(job))
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises ConnectionError if nothing listens at an address that names a host and a port."""
+    head = urlsplit(f"//{address.removeprefix('ray://')}")
+    if head.hostname and head.port:
+        try:
+            socket.create_connection((head.hostname, head.port), _SECONDS_TO_CONNECT).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
 
 
 def _attempt(job: Job) -> list[Outcome]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from cluster import Cluster
-from jobs import SETTINGS
+from jobs import SETTINGS, assert_same_curve, losses
 from launcher import BIN, Result, run, start
 from waiting import wait_for
 
@@ -136,6 +136,7 @@ class PodJob:
         """`bin`: where the image has mpirun and hvdlm. `volume`: /shared of the pods, with data."""
         self._kind, self._image, self._hosts, self._volume, self._stack = kind, image, hosts, volume, stack
         self._bin = bin
+        self.run_dir = volume / kind
         self.files = image.disk / kind
         self.command: list[str] = []
 
@@ -200,6 +201,14 @@ class PodJob:
 
     def launch(self, command: list[str]) -> Result:
         return run(self._inside("h1", NAMES[self._kind][0], ["/usr/bin/env", *VARIABLES, *command]), deadline=200)
+
+
+def assert_trains_on_workers(job: PodJob, curve: dict[int, float]) -> None:
+    """The job's own command does, by the losses of one process alone."""
+    result = job.launch(job.command)
+    assert result.status == 0, result.output
+    assert "4 ranks on 2 nodes" in result.output
+    assert_same_curve(losses(job.run_dir), curve, relative=1e-4)
 
 
 @contextmanager

@@ -45,7 +45,8 @@ def copy_padded(values: np.ndarray, padded: np.ndarray) -> None:
 
 
 @compiled()
-def float_of_bf16(bits: np.uint16) -> np.float32:
+def float_of_bf16(bits: int) -> np.float32:
+    """Of the bits of a bfloat16, an integer of at least 16 bits."""
     return np.int32(np.int32(bits) << np.int32(16)).view(np.float32)
 
 

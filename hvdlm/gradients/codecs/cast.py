@@ -24,11 +24,11 @@ from hvdlm.comm.communicator import part_lengths
 from hvdlm.comm.ring import SEGMENT
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
+from hvdlm.gradients.codecs.block_loops import MAGNITUDE, bf16_bits, float_of_bf16
 from hvdlm.gradients.codecs.codec import Codec, Residual, uses_loops
 from hvdlm.gradients.codecs.compiled import compiled
 from hvdlm.gradients.exchange import Exchange
 
-_MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 _INFINITE = 0x7F800000  # bits of infinity; NaN stands above
 _NONE = np.empty(0, np.float32)
 
@@ -251,7 +251,7 @@ def _add_residual(values: np.ndarray, residual: np.ndarray) -> np.float32:
     bits = values.view(np.int32)
     for index in range(len(bits)):
         # Over integers, whose maximum does not depend on the order of comparison: the loop is vectorised
-        largest = max(largest, np.int32(bits[index] & _MAGNITUDE))
+        largest = max(largest, np.int32(bits[index] & MAGNITUDE))
     return np.int32(largest).view(np.float32)
 
 
@@ -261,12 +261,12 @@ def _narrow(
 ) -> None:
     for index in range(len(values)):
         bits = np.float32(values[index] * scale).view(np.int32)
-        numbers[index] = _fp16_bits(bits) if is_fp16 else _bf16_bits(bits)
+        numbers[index] = _fp16_bits(bits) if is_fp16 else bf16_bits(bits)
     for index in range(len(errors)):
         number = np.int32(numbers[index])
-        wide = _float_of_fp16(number) if is_fp16 else _float_of_bf16(number)
+        wide = _float_of_fp16(number) if is_fp16 else float_of_bf16(number)
         error = np.float32(values[index] - np.float32(wide * factor))
-        is_finite = (error.view(np.int32) & _MAGNITUDE) < _INFINITE
+        is_finite = (error.view(np.int32) & MAGNITUDE) < _INFINITE
         errors[index] = error if is_finite else np.float32(0)
 
 
@@ -274,14 +274,14 @@ def _narrow(
 def _widen(numbers: np.ndarray, factor: np.float32, is_fp16: bool, values: np.ndarray) -> None:
     for index in range(len(values)):
         number = np.int32(numbers[index])
-        wide = _float_of_fp16(number) if is_fp16 else _float_of_bf16(number)
+        wide = _float_of_fp16(number) if is_fp16 else float_of_bf16(number)
         values[index] = np.float32(wide * factor)
 
 
 @compiled()
 def _fp16_bits(bits: np.int32) -> np.uint16:
     """IEEE 754 binary16 nearest to a float32 of these bits, ties to even."""
-    magnitude = np.int32(bits & _MAGNITUDE)
+    magnitude = np.int32(bits & MAGNITUDE)
     # The exponent's bias is 112 less; half of the last bit that stays, less one if that bit is zero, carries into it
     normal = (magnitude - np.int32(0x38000000) + np.int32(0xFFF) + ((magnitude >> 13) & np.int32(1))) >> np.int32(13)
     # Below 2**-14 numbers are multiples of 2**-24, as float32 numbers are from 1/2 on: adding 1/2 rounds
@@ -299,19 +299,6 @@ def _float_of_fp16(number: np.int32) -> np.float32:
     scaled = np.float32(magnitude.view(np.float32) * np.float32(2.0**112)).view(np.int32)
     scaled = magnitude | np.int32(_INFINITE) if magnitude >= 0x0F800000 else scaled
     return np.int32(scaled | ((number & np.int32(0x8000)) << np.int32(16))).view(np.float32)
-
-
-@compiled()
-def _bf16_bits(bits: np.int32) -> np.uint16:
-    """The nearest number that is the upper half of a float32, ties to even."""
-    rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
-    is_nan = (bits & _MAGNITUDE) > _INFINITE
-    return np.uint16(np.int32(0x7FC0) if is_nan else rounded)
-
-
-@compiled()
-def _float_of_bf16(number: np.int32) -> np.float32:
-    return np.int32(number << np.int32(16)).view(np.float32)
 
 
 def power_of_two(top: float, largest: float) -> float:

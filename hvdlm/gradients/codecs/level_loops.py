@@ -84,8 +84,8 @@ def add_levels(
                 values[:] = 0
             for message in range(len(codes)):
                 own, pair = codes[message][first : first + nbytes], levels[message]
-                small = np.int32(np.int32(pair[2 * number]) << np.int32(16)).view(np.float32)
-                large = np.int32(np.int32(pair[2 * number + 1]) << np.int32(16)).view(np.float32)
+                small = float_of_bf16(pair[2 * number])
+                large = float_of_bf16(pair[2 * number + 1])
                 if len(values) % 4:
                     copy_padded(values, padded)
                     _add_quarters(own, small, large, padded[: 4 * nbytes])
@@ -141,8 +141,8 @@ def add_levels_to_weights(
         for start in range(spans[span, 0], end, block):
             own = weights[start : min(start + block, end)]
             coded = codes[first : first + (len(own) + 3) // 4]
-            small = np.int32(np.int32(levels[2 * number]) << np.int32(16)).view(np.float32)
-            large = np.int32(np.int32(levels[2 * number + 1]) << np.int32(16)).view(np.float32)
+            small = float_of_bf16(levels[2 * number])
+            large = float_of_bf16(levels[2 * number + 1])
             for index in range(len(own)):
                 values[index] = float_of_bf16(own[index])
             _add_quarters(coded, small, large, values[: 4 * len(coded)])

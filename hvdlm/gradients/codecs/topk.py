@@ -28,6 +28,7 @@ from hvdlm.arrays import as_array
 from hvdlm.config import CompressionSection
 from hvdlm.gradients.bucket import Bucket
 from hvdlm.gradients.codecs import cast, integer
+from hvdlm.gradients.codecs.block_loops import MAGNITUDE
 from hvdlm.gradients.codecs.blockwise import LONGEST_BLOCK, BlockEncoding, BlockwiseCodec, Part
 from hvdlm.gradients.codecs.codec import add_dense_message_, reduce_dense_, uses_loops
 from hvdlm.gradients.codecs.compiled import compiled
@@ -39,10 +40,8 @@ _NUMBERS: dict[int, cast.CastEncoding | integer.NumbersEncoding] = {
     2: integer.NumbersEncoding(2),
 }
 
-# Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity.
-_MAGNITUDE = 0x7FFFFFFF
-
-# The greatest key (magnitude x 256 + 255 - index) is that of the largest magnitude, at the smallest index among equals.
+# Without its sign bit a float32 is ordered by magnitude when read as an integer; NaN stands above infinity. The
+# greatest key (magnitude x 256 + 255 - index) is that of the largest magnitude, at the smallest index among equals.
 _LAST_INDEX = LONGEST_BLOCK - 1
 
 
@@ -188,7 +187,7 @@ def _choose(
                 intended = np.float32(gradient_block[index] + residual_block[index])
                 gradient_block[index] = residual_block[index]
                 residual_block[index] = intended
-                magnitude = np.int64(intended.view(np.int32) & _MAGNITUDE)
+                magnitude = np.int64(intended.view(np.int32) & MAGNITUDE)
                 keys[index] = magnitude * LONGEST_BLOCK + _LAST_INDEX - index
             for _ in range(min(kept, len(residual_block))):
                 # Over integers, whose maximum does not depend on the order of comparison: the loop is vectorised
@@ -226,7 +225,7 @@ def choose_with_torch(
         residual_block.copy_(intended)
         rows = intended.view(-1, length)  # (blocks, length)
         descending = torch.arange(_LAST_INDEX, _LAST_INDEX - length, -1, device=rows.device)
-        keys = (rows.view(torch.int32) & _MAGNITUDE).long() * LONGEST_BLOCK + descending
+        keys = (rows.view(torch.int32) & MAGNITUDE).long() * LONGEST_BLOCK + descending
         chosen = _LAST_INDEX - (keys.topk(min(kept, length), dim=1).values & _LAST_INDEX)
         values[entries] = rows.gather(1, chosen).view(-1)
         indices[entries] = chosen.view(-1).to(torch.uint8)
