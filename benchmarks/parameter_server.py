@@ -33,7 +33,7 @@ from common.script import absolute_path, as_overrides, run_script
 from hvdlm.errors import HvdlmError
 
 _PERIOD = 0.1  # seconds of one stop and one go
-_DEADLINE = 900  # seconds of a job
+_DEADLINE = 3600  # seconds of a job
 
 # Ways of correcting what is late
 CORRECTIONS = ("none", "warm-up", "prediction", "both")
