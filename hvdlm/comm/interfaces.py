@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 import psutil
 
@@ -57,3 +57,17 @@ def interface_towards(host_or_address: str) -> Interface | None:
             return None
         own = probe.getsockname()[0]
     return next((each for each in own_interfaces() if str(each.address.ip) == own), None)
+
+
+def address_beside(host: str) -> str | None:
+    """This host's IPv4 address on the network of another one's; None if it has none there.
+
+    An empty name and 0.0.0.0, which are of any host, come back as they are.
+    """
+    try:
+        other = IPv4Address(socket.gethostbyname(host))
+    except (OSError, UnicodeError):  # it does not resolve, or is an IPv6 address
+        return None
+    if other.is_unspecified:
+        return host
+    return next((str(each.address.ip) for each in own_interfaces() if other in each.address.network), None)

@@ -1,11 +1,11 @@
 """The mailbox of a server that is a process of its own: workers connect to it and leave at any time.
 
-Each worker that connects gets the next number, which no other has had before.
+A worker has a number that no other has had before, the same on all servers, which come after all workers. Letters
+between servers go by a mailbox of their own.
 """
 
 from __future__ import annotations
 
-import itertools
 import queue
 import socket
 import threading
@@ -21,7 +21,7 @@ from hvdlm.comm.letter_connection import LetterConnection, end_when_dead
 from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
 from hvdlm.errors import HvdlmError
 
-# The server's number: workers have those below
+# The number of the first server: workers have those below
 SERVER = 2**31
 
 # Connections that are looked at at a time, of whom none needs to be a worker
@@ -35,29 +35,31 @@ _SECONDS_TO_END = 5.0
 
 
 class ServerMailbox(Mailbox):
-    """Letters to and from workers, who are told apart by their numbers."""
+    """Letters to and from workers, and other servers."""
 
-    def __init__(self, host: str, port: int, timeout: float) -> None:
+    def __init__(self, host: str, port: int, timeout: float, servers: Mailbox | None = None) -> None:
         """Listens; workers are not answered before `open`. Raises HvdlmError if it cannot.
 
-        `timeout`: seconds after which a worker has died whose host does not answer.
+        `timeout`: seconds after which a worker has died whose host does not answer. `servers`: of all servers, if
+        there are several; it is closed with this one.
         """
         super().__init__(timeout)
-        self.rank, self.size = SERVER, SERVER + 1
+        self._servers = servers
+        self.rank, self.size = (SERVER + servers.rank, SERVER + servers.size) if servers else (SERVER, SERVER + 1)
         try:
             family, _, _, _, address = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             self._listener = socket.create_server(address, family=family, backlog=4096)
-        except OSError as error:
-            reason = (error.strerror or str(error)).partition(" (while")[0]
+        except (OSError, OverflowError) as error:  # the latter of a port that is too high
+            reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
             raise HvdlmError(
                 f"cannot listen at server.listen = {host}:{port}: {reason}; give an address of this host, with a port "
                 "that is free"
             ) from None
+        self.address: str = self._listener.getsockname()[0]
         self.port: int = self._listener.getsockname()[1]
         self.sent_bytes = 0
-        self._numbers = itertools.count()
         self._arrived: queue.SimpleQueue[Letter] = queue.SimpleQueue()
         self._workers: dict[int, LetterConnection] = {}
         self._addresses: dict[int, str] = {}  # also of those that have gone
@@ -65,12 +67,13 @@ class ServerMailbox(Mailbox):
         self._lock = threading.Lock()
         self._strangers = threading.BoundedSemaphore(_MOST_STRANGERS)
 
-    def open(self, token: str, shares: int, refusal: Callable[[dict[str, Any]], str | None]) -> None:
-        """Takes workers from now on that know the `token`, and are told the `shares` of a batch.
+    def open(self, token: str, answer: Callable[[dict[str, Any]], Admission | str | None]) -> None:
+        """Takes workers from now on that know the `token`.
 
-        `refusal`: why one is not wanted that says so much of itself; None if it is. Threads call it.
+        `answer`: to one that says so much of itself: what it is told, or why it is not wanted; None: nothing. Threads
+        call it.
         """
-        self._token, self._shares, self._refusal = token, shares, refusal
+        self._token, self._answer = token, answer
         threading.Thread(target=self._accept, name="hvdlm-server-accept", daemon=True).start()
 
     def name_of(self, worker: int) -> str:
@@ -85,13 +88,17 @@ class ServerMailbox(Mailbox):
             found.cut()
 
     def take(self) -> Letter | None:
+        found = self._servers.take() if self._servers else None
+        if found is not None:
+            return found._replace(source=SERVER + found.source)
         try:
             return self._arrived.get_nowait()
         except queue.Empty:
             return None
 
     def has_sent(self) -> bool:
-        return all(each.has_sent() for each in self._connected())
+        has_told_servers = self._servers is None or self._servers.has_sent()
+        return has_told_servers and all(each.has_sent() for each in self._connected())
 
     def dead(self) -> Collection[int]:
         with self._lock:
@@ -108,12 +115,15 @@ class ServerMailbox(Mailbox):
         end = time.monotonic() + _SECONDS_TO_END
         while self._connected() and time.monotonic() < end:
             time.sleep(0.01)
-        self.close()
+        for each in self._connected():
+            each.cut()
 
     def close(self) -> None:
         self._stop_listening()
         for each in self._connected():
             each.cut()
+        if self._servers is not None:
+            self._servers.close()
 
     def _connected(self) -> list[LetterConnection]:
         with self._lock:
@@ -125,6 +135,8 @@ class ServerMailbox(Mailbox):
         self._listener.close()
 
     def _post(self, message: Tensor, destinations: Sequence[int]) -> None:
+        if self._servers is not None:
+            self._servers._post(message, [each - SERVER for each in destinations if each >= SERVER])
         for destination in destinations:
             with self._lock:
                 found = self._workers.get(destination)
@@ -151,22 +163,25 @@ class ServerMailbox(Mailbox):
         try:
             with suppress(OSError):
                 said = introduction(connection, self._token)
-                if said is not None and (reason := self._refusal(said)):
-                    refuse(connection, reason)
-                elif said is not None:
-                    self._admit(connection, address)
+                answer = None if said is None else self._answer(said)
+                if isinstance(answer, str):
+                    refuse(connection, answer)
+                elif answer is not None and self._admit(connection, address, answer):
                     return
             connection.close()
         finally:
             self._strangers.release()
 
-    def _admit(self, connection: socket.socket, address: str) -> None:
+    def _admit(self, connection: socket.socket, address: str, admission: Admission) -> bool:
+        """Returns whether it is let in: not under a number that another has had. Raises OSError."""
         end_when_dead(connection, self._timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = admission.number
         with self._lock:
-            number = next(self._numbers)
+            if number in self._addresses or number >= SERVER:
+                return False
             self._addresses[number] = address
-        admit(connection, Admission(number, self._shares))
+        admit(connection, admission)
         with self._lock:
             self._workers[number] = LetterConnection(
                 connection,
@@ -174,6 +189,7 @@ class ServerMailbox(Mailbox):
                 lambda message: self._arrived.put(letter_of(message, number)),
                 lambda reason: self._note_end(number),
             )
+        return True
 
     def _note_end(self, worker: int) -> None:
         with self._lock:

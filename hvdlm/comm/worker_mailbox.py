@@ -1,4 +1,4 @@
-"""The mailbox of a worker that is a process of its own: letters to and from its server alone."""
+"""The mailbox of a worker that is a process of its own: letters to and from its servers alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
 from hvdlm.comm.server_mailbox import SERVER
 from hvdlm.errors import HvdlmError
 
-# Seconds for the server to read that this worker leaves
+# Seconds for servers to read that this worker leaves
 _SECONDS_TO_LEAVE = 5.0
 
 
@@ -28,28 +29,34 @@ class ServerGoneError(HvdlmError):
 
 
 class WorkerMailbox(Mailbox):
-    """It waits for the server as long as that lives: others may be at work, or it validates."""
+    """It waits for servers as long as they live: others may be at work, or servers validate."""
 
     def __init__(
         self,
-        connection: socket.socket,
+        connections: Sequence[socket.socket],
         number: int,
         server: str,
         timeout: float,
         stop_requested: Callable[[], bool],
     ) -> None:
-        """`connection`: with the `server`, of that name, which has given this worker its `number`. `timeout`: seconds
-        after which the server has died if its host does not answer.
+        """`connections`: with all servers, of which the first, at the address `server`, has given this worker its
+        `number`. `timeout`: seconds after which a server has died if its host does not answer.
         """
         super().__init__(math.inf)
-        self.rank, self.size = number, SERVER + 1
+        self.rank, self.size = number, SERVER + len(connections)
         self._server, self._stop_requested = server, stop_requested
         self._arrived: queue.SimpleQueue[Letter] = queue.SimpleQueue()
-        self._lost: str | None = None
-        self._has_ended = threading.Event()
+        self._lost: str | None = None  # why no more can come of one of them
+        self._ends = [threading.Event() for _ in connections]
+        self._connections = [self._open(index, each, timeout) for index, each in enumerate(connections)]
+
+    def _open(self, index: int, connection: socket.socket, timeout: float) -> LetterConnection:
         end_when_dead(connection, timeout)
-        self._connection = LetterConnection(
-            connection, "server", lambda message: self._arrived.put(letter_of(message, SERVER)), self._note_end
+        return LetterConnection(
+            connection,
+            f"server-{index}",
+            lambda message: self._arrived.put(letter_of(message, SERVER + index)),
+            lambda reason: self._note_end(index, reason),
         )
 
     def take(self) -> Letter | None:
@@ -68,20 +75,25 @@ class WorkerMailbox(Mailbox):
             return None
 
     def has_sent(self) -> bool:
-        return self._connection.has_sent()
+        return all(each.has_sent() for each in self._connections)
 
     def dead(self) -> Collection[int]:
         return ()
 
     def close(self) -> None:
-        """Returns when the server has read all that was posted, and closes the connection; or after some seconds."""
-        self._connection.end()
-        self._has_ended.wait(_SECONDS_TO_LEAVE)
-        self._connection.cut()
+        """Returns when servers have read all that was posted, and closes the connections; or after some seconds."""
+        for each in self._connections:
+            each.end()
+        end = time.monotonic() + _SECONDS_TO_LEAVE
+        for has_ended in self._ends:
+            has_ended.wait(max(0.0, end - time.monotonic()))
+        for each in self._connections:
+            each.cut()
 
     def _post(self, message: Tensor, destinations: Sequence[int]) -> None:
-        self._connection.post(message)
+        for destination in destinations:
+            self._connections[destination - SERVER].post(message)
 
-    def _note_end(self, reason: str) -> None:
-        self._lost = reason
-        self._has_ended.set()
+    def _note_end(self, index: int, reason: str) -> None:
+        self._lost = reason if index == 0 else f"server {index} has ended its connection ({reason})"
+        self._ends[index].set()

@@ -1,4 +1,4 @@
-"""The table of `hvdlm predict` for parameter servers, beside an all-reduce among the same workers."""
+"""The table of `hvdlm predict` for parameter servers, beside what the same workers do without servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def server_table(
     kind = "asynchronous " if scenarios[0].config.server.max_staleness else ""
     columns = ("ranks", "workers", "tokens/s", "95% interval", "efficiency", "step, ms", "pushing, ms", "pulling, ms")
     title = f"codec {codec}, {servers} {kind}parameter server{'s' if servers > 1 else ''}"
-    table = Table(*columns, "update, ms", "of all-reduce", title=title, title_justify="left")
+    without = "of all-reduce"
+    if every := scenarios[0].config.local_steps.every:
+        title, without = f"{title}, local_steps.every = {every}", "of averages"
+    table = Table(*columns, "update, ms", without, title=title, title_justify="left")
     for scenario in scenarios:
         step, workers = forecast_servers(model, scenario), workers_of(scenario)
         speed, factor = workers * scenario.tokens / step.seconds, interval(model, scenario.ranks)

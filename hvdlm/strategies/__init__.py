@@ -34,9 +34,10 @@ def make_strategy(
     """The strategy that `config` asks for. Takes over `.grad` of all trainable parameters. Collective.
 
     `optimizer`: over them; None with `parallel.shard`, where each rank has one over what it owns, and with `servers`
-    unless this is a worker that makes local steps. `servers`: the parameter servers of the job, if it has some, or the
-    one server that is a process of its own, of which this one may be the process. `mesh`: of the job's ranks, but for
-    servers. `algorithm_costs`: what chooses between ring and engine, where that has been measured already.
+    unless this is a worker that makes local steps. `servers`: the parameter servers of the job, if it has some, or
+    those that are processes of their own, of which this one may be one. `mesh`: of the job's ranks, but for servers,
+    or of servers that are ranks of one job. `algorithm_costs`: what chooses between ring and engine, where that has
+    been measured already.
     """
     if servers is not None and servers.is_server:
         return ServedModel(model, mesh.everyone, servers, config)

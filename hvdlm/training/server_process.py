@@ -1,27 +1,40 @@
-"""`hvdlm serve`: a parameter server that is a process of its own, from settings to exit status."""
+"""`hvdlm serve`: parameter servers that are processes of their own, one or the ranks of a job, to exit status."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
+from hvdlm.comm.admission import Admission, Entrance, number_in
 from hvdlm.comm.communicator import Communicator
+from hvdlm.comm.interfaces import address_beside, own_interfaces
+from hvdlm.comm.launch import detect
+from hvdlm.comm.mailbox import open_mailbox
+from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
 from hvdlm.comm.server_mailbox import SERVER, ServerMailbox
+from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.config import Config
+from hvdlm.data.shard import DataSet
 from hvdlm.errors import HvdlmError
 from hvdlm.exit_status import STOPPED_EARLY
 from hvdlm.model.size import parameter_count
 from hvdlm.strategies.server.group import Kind, ServerGroup, check_on_cpu
 from hvdlm.strategies.server.independent import IndependentServer
+from hvdlm.strategies.server.independent_follower import IndependentFollower
 from hvdlm.strategies.server.served_model import ServedModel
 from hvdlm.training.boundary import do_what_is_due
 from hvdlm.training.hardware import keep_memory
 from hvdlm.training.job import job
 from hvdlm.training.out_of_memory import out_of_memory_errors
 from hvdlm.training.preemption import Preemption
-from hvdlm.training.rank_start import begin, refuse_other_ranks, start_rank
+from hvdlm.training.rank_start import begin, start_rank
 from hvdlm.training.run_directory import RunDirectory
 from hvdlm.training.run_log import draw_at_end, open_log
 from hvdlm.training.served_steps import write_step
@@ -46,25 +59,64 @@ def run_server(config: Config, resume: str | None, config_file: Path | None = No
     """
     if not config.server.listen or config.server.address:
         raise HvdlmError("hvdlm serve needs server.listen, HOST:PORT where it waits for workers, and no server.address")
-    refuse_other_ranks("hvdlm serve")
     keep_memory()
     run_directory = RunDirectory(Path(config.train.run_dir))
+    engine = config.comm.engine if detect(os.environ).size > 1 else "solo"
     with (
         closing(run_directory),
         Preemption(config.train.stop_signals.split(",")) as preemption,
-        job("solo", config.comm.timeout, config.digest()) as communicator,
+        job(engine, config.comm.timeout, config.digest()) as communicator,
     ):
-        check_tensorboard(config.log)
-        check_weights_and_biases(config.log)
-        mailbox = ServerMailbox(*config.server.endpoint, config.comm.timeout)
-        status = 1
+        preemption.renew()
+        for check in (check_tensorboard, check_weights_and_biases):
+            on_all_ranks(communicator, partial(check, config.log))
+        mailbox = _open_mailbox(config, communicator)
         try:
             with out_of_memory_errors(_LESS_MEMORY):
                 finished = _serve(config, communicator, mailbox, run_directory, preemption, resume, config_file)
-            status = 0 if finished else STOPPED_EARLY
-        finally:
+        except BaseException:
+            mailbox.end((Kind.END, 1))
+            raise
+        status = 0 if finished else STOPPED_EARLY
+        if communicator.rank == 0:
             mailbox.end((Kind.END, status))
+        communicator.barrier()  # other servers end once workers have read that the first one does
+        mailbox.close()
     return status
+
+
+def _open_mailbox(config: Config, communicator: Communicator) -> ServerMailbox:
+    """That of this server, which listens: on other hosts on the network of the first. Collective.
+
+    Raises JobError on all ranks if one cannot.
+    """
+    timeout, (host, port) = config.comm.timeout, config.server.endpoint
+    servers = open_mailbox(communicator, timeout) if communicator.size > 1 else None
+    own_port = port + communicator.rank if port else 0
+
+    def listen() -> ServerMailbox:
+        own = host if _is_on_first_host(communicator) else address_beside(host)
+        if own is None:
+            raise HvdlmError(
+                f"server.listen = {config.server.listen}: {communicator.hosts[communicator.rank]} has no address on "
+                "that network, by which workers could reach the server there: give 0.0.0.0, or another network"
+            )
+        return ServerMailbox(own, own_port, timeout, servers)
+
+    return on_all_ranks(communicator, listen)
+
+
+def _is_on_first_host(communicator: Communicator) -> bool:
+    return communicator.hosts[communicator.rank] == communicator.hosts[0]
+
+
+def _entrance(config: Config, communicator: Communicator, mailbox: ServerMailbox) -> Entrance:
+    """Where workers find this server."""
+    if _is_on_first_host(communicator):
+        return Entrance((), mailbox.port)
+    if ip_address(mailbox.address).is_unspecified:
+        return Entrance([str(each.address.ip) for each in own_interfaces()], mailbox.port)
+    return Entrance([mailbox.address], mailbox.port)
 
 
 def _serve(
@@ -80,43 +132,72 @@ def _serve(
     data, vocab_size, device, threads = start_rank(config, communicator)
     check_on_cpu(device)
     shares = config.server.shares_of_a_process
-    trainer = Trainer(config, communicator, data, vocab_size, device, ServerGroup(mailbox, SERVER, 1, communicator))
+    group = ServerGroup(mailbox, SERVER, communicator.size, SoloCommunicator())
+    trainer = Trainer(config, communicator, data, vocab_size, device, group)
     run = _Run(trainer, mailbox, shares, preemption)
-    state = run_directory.open(config, config_file, resume, data, vocab_size)
-    sentences = [*begin(trainer, state), *run_directory.changed_settings]
-    token = make_token(run_directory.path)
-    plan = step_plan(config, shares)
-    server = IndependentServer(
-        run.strategy.owned,
-        ServerGroup(mailbox, SERVER, 1, communicator),
-        communicator.activity,
-        config.server,
-        plan,
-        lambda: preemption.requested,
-        run,
-        config.comm.timeout * plan.rounds.every,
-    )
+    state = on_rank_0(communicator, lambda: run_directory.open(config, config_file, resume, data, vocab_size))
+    sentences = begin(trainer, state)
+    token = on_rank_0(communicator, lambda: make_token(run_directory.path))
+    server = _make_server(config, communicator, group, run, shares, preemption)
     trainer.tokenizer = data.tokenizer_path.read_bytes()
-    trainer.metrics = open_log(config, trainer.ending.last_step, trainer.step)
+    if communicator.rank == 0:
+        trainer.metrics = open_log(config, trainer.ending.last_step, trainer.step)
     try:
-        for sentence in sentences:
+        for sentence in [*run_directory.changed_settings, *sentences]:
             run.tell(sentence)
         trainer.ending.begin()
         if trainer.validation.was_cut_off(trainer.step):
             trainer.validation.run(preemption)
-        mailbox.open(token, shares, partial(difference, config, data))
-        logger.info("%s parameters, %d CPU threads", f"{parameter_count(config.model, vocab_size):,}", threads)
+        entrances = communicator.all_gather_object(_entrance(config, communicator, mailbox))
+        mailbox.open(token, _first_answer(config, data, shares, entrances[1:]) if not communicator.rank else _answer)
+        communicator.barrier()  # all servers let workers in, of whom the first one tells
         host, _ = config.server.endpoint
+        if communicator.rank == 0:
+            parameters = f"{parameter_count(config.model, vocab_size):,}"
+            logger.info("%s parameters, %d servers, %d CPU threads each", parameters, communicator.size, threads)
         run.tell(f"listens at {host}:{mailbox.port}; workers need the token in {run_directory.path / FILE}")
         finished = server.serve(trainer.step)
         trainer.ending.tell()
     finally:
-        trainer.metrics.close()
-    if finished:
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+    if finished and communicator.rank == 0:
         draw_at_end(run_directory.path)
-    else:
+    elif communicator.rank == 0:
         logger.warning("stopped after step %d; go on with --resume latest", trainer.step)
     return finished
+
+
+def _make_server(
+    config: Config, communicator: Communicator, group: ServerGroup, run: _Run, shares: int, preemption: Preemption
+) -> IndependentServer | IndependentFollower:
+    owned, activity, plan = run.strategy.owned, communicator.activity, step_plan(config, shares)
+    settings, patience = config.server, config.comm.timeout * plan.rounds.every
+
+    def stops() -> bool:
+        return preemption.requested
+
+    if communicator.rank:
+        return IndependentFollower(owned, group, activity, settings, plan.rounds, stops, run)
+    return IndependentServer(owned, group, activity, settings, plan, stops, run, patience)
+
+
+def _first_answer(
+    config: Config, data: DataSet, shares: int, others: Sequence[Entrance]
+) -> Callable[[dict[str, Any]], Admission | str]:
+    """What the first server tells a worker, or why it does not want it."""
+    numbers = itertools.count()
+
+    def answer(said: dict[str, Any]) -> Admission | str:
+        return difference(config, data, said) or Admission(next(numbers), shares, others)
+
+    return answer
+
+
+def _answer(said: dict[str, Any]) -> Admission | None:
+    """What another server tells it, which the first one has let in."""
+    number = number_in(said)
+    return None if number is None else Admission(number)
 
 
 class _Run:
@@ -130,12 +211,12 @@ class _Run:
         self._sent_bytes = 0  # up to the last step
 
     def train_on(self, task: int, first: int) -> tuple[float, int]:
-        trainer, parameters = self._trainer, self.strategy.parameters()
+        trainer = self._trainer
         with self.strategy.evaluation_parameters():
             pushed, loss, tokens = self._shares.make_on_server(task, first)
         trainer.communicator.activity.idle()
         self.strategy.owned.add_own(pushed)
-        for each in parameters.values():
+        for each in trainer.model.parameters():
             each.grad = None
         return loss, tokens
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-from hvdlm.comm.admission import Admission, join
+from hvdlm.comm.admission import Admission, join_all
 from hvdlm.comm.communicator import Communicator
 from hvdlm.comm.mailbox import Letter
 from hvdlm.comm.server_mailbox import SERVER
@@ -50,9 +50,9 @@ def run_worker(config: Config) -> int:
     ):
         start = start_rank(config, communicator)
         check_on_cpu(start.device)
-        connection, admission = join(host, port, token, description(config, start.data), config.comm.timeout)
+        connections, admission = join_all(host, port, token, description(config, start.data), config.comm.timeout)
         mailbox = WorkerMailbox(
-            connection, admission.number, f"{host}:{port}", config.comm.timeout, lambda: preemption.requested
+            connections, admission.number, f"{host}:{port}", config.comm.timeout, lambda: preemption.requested
         )
         try:
             with out_of_memory_errors(_LESS_MEMORY):
@@ -70,7 +70,7 @@ def _work(
     preemption: Preemption,
 ) -> int:
     """Returns the exit status."""
-    group = ServerGroup(mailbox, SERVER, 1, communicator)
+    group = ServerGroup(mailbox, SERVER, 1 + len(admission.others), communicator)
     trainer = Trainer(config, communicator, start.data, start.vocab_size, start.device, group)
     strategy, shares = trainer.strategy, ShareTraining(trainer, admission.shares)
     assert isinstance(strategy, ServedWorker)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jobs import command, records, wait_for
-from launcher import Job, start
+from launcher import Job, launcher_command, start
 
 LOGGED = Path(__file__).with_name("logged_servers.py")
 SHARES = 3
@@ -20,15 +21,18 @@ DEADLINE = 120.0
 class Served:
     """A server whose run directory is `run` in a folder. It logs what counts, in `log`."""
 
-    def __init__(self, folder: Path, data: Path, *options: str, **settings: object) -> None:
-        """`settings`: of the server, and unless `worker` is told others also of its workers."""
+    def __init__(self, folder: Path, data: Path, *options: str, servers: int = 1, **settings: object) -> None:
+        """`settings`: of the server, and unless `worker` is told others also of its workers. With several `servers`
+        mpirun starts them.
+        """
         self.folder, self.run, self._data, self._settings = folder, folder / "run", data, settings
         (folder / "log").mkdir(parents=True, exist_ok=True)
         (folder / "worker").mkdir(exist_ok=True)
         own: dict[str, object] = {"server__listen": "127.0.0.1:0", "server__max_staleness": 4, "server__shares": SHARES}
         words = command(data, self.run, *options, **{**settings, **own})[2:]
         said = len(self._listens())
-        self.job = start([sys.executable, str(LOGGED), str(folder / "log"), "-", "serve", *words])
+        launcher = launcher_command("mpirun", servers) if servers > 1 else []
+        self.job = start([*launcher, sys.executable, str(LOGGED), str(folder / "log"), "-", "serve", *words])
         self.wait_for_events("listens at", said + 1)
 
     def __enter__(self) -> Served:
@@ -42,6 +46,15 @@ class Served:
         found = re.search(r"listens at (\S+);", self._listens()[-1])
         assert found
         return found[1]
+
+    def process(self, server: int) -> int:
+        """The process of a server."""
+        mine = psutil.Process(self.job.process.pid)
+        for each in [mine, *mine.children(recursive=True)]:
+            environment = each.environ()
+            if each.name().startswith("python") and environment.get("OMPI_COMM_WORLD_RANK", "0") == str(server):
+                return each.pid
+        raise AssertionError(f"there is no server {server}")
 
     def _listens(self) -> list[str]:
         return self.events("listens at") if (self.run / "metrics.jsonl").exists() else []
@@ -72,9 +85,9 @@ class Served:
         if self.job.process.poll() is not None:
             raise AssertionError(f"the server has ended:\n{self.job.finish(DEADLINE).output}")
 
-    def log(self) -> Iterator[tuple[Any, ...]]:
-        """What the server has done: records of logged_servers.py."""
-        with (self.folder / "log" / "0").open("rb") as file:
+    def log(self, server: int = 0) -> Iterator[tuple[Any, ...]]:
+        """What a server has done: records of logged_servers.py."""
+        with (self.folder / "log" / str(server)).open("rb") as file:
             while file.peek(1):
                 yield pickle.load(file)
 

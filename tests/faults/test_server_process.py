@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -53,9 +54,10 @@ def assert_ends(result: Result, status: int, sentence: str) -> None:
     assert result.output.count(sentence) == 1, result.output
 
 
-def test_the_curve_of_one_worker(small_data: Path, tmp_path: Path, alone: Path) -> None:
-    """Is that of training alone, which then goes on from the server's last checkpoint; validations too."""
-    with Served(tmp_path, small_data, **SETTINGS) as served:
+@pytest.mark.parametrize("servers", [1, 2])
+def test_the_curve_of_one_worker(servers: int, small_data: Path, tmp_path: Path, alone: Path) -> None:
+    """Is that of training alone, which then goes on from the servers' last checkpoint; validations too."""
+    with Served(tmp_path, small_data, servers=servers, **SETTINGS) as served:
         with served.worker() as worker:
             assert_ends(worker.finish(DEADLINE), 0, "training is finished")
         result = served.job.finish(DEADLINE)
@@ -73,9 +75,12 @@ def test_the_curve_of_one_worker(small_data: Path, tmp_path: Path, alone: Path) 
     assert_curve_of(alone, served.run, STEPS + 10, 1e-5)
 
 
-def test_workers_come_and_go(small_data: Path, tmp_path: Path) -> None:
-    """The first one is killed in the midst of a push; of the next two one is asked to stop; the last comes late."""
-    with Served(tmp_path, small_data, **SETTINGS) as served:
+@pytest.mark.parametrize("servers", [1, 3])
+def test_workers_come_and_go(servers: int, small_data: Path, tmp_path: Path) -> None:
+    """The first one is killed in the midst of a push; of the next two one is asked to stop; the last comes late. All
+    servers add the same shares in one order.
+    """
+    with Served(tmp_path, small_data, servers=servers, **SETTINGS) as served:
         with served.worker("0:7") as killed:
             assert killed.finish(DEADLINE).status == -signal.SIGKILL
         served.wait_for_events("has gone, and a share of batch 2 is handed out again: 0 workers")
@@ -92,17 +97,24 @@ def test_workers_come_and_go(small_data: Path, tmp_path: Path) -> None:
     assert result.status == 0, result.output
     assert Counter(served.tasks("ADD")) == Counter(range(STEPS * SHARES))
     assert 7 in served.tasks("DROP")
+    for server in range(1, servers):
+        orders = [[record for record in served.log(each) if record[0] == "task"] for each in (0, server)]
+        assert orders[0] == orders[1]
     assert list(losses(served.run)) == list(range(1, STEPS + 1))
     assert max(float(str(record["staleness"])) for record in records(served.run)) <= 4
 
 
-def test_kill_of_the_server(small_data: Path, tmp_path: Path, alone: Path) -> None:
-    """Its worker ends with a sentence. Both are started again, with the token from before, and the curve goes on."""
-    with Served(tmp_path, small_data, **SETTINGS) as served, served.worker("0:rests") as worker:
+@pytest.mark.parametrize(("servers", "killed"), [(1, 0), (2, 0), (2, 1)])
+def test_kill_of_a_server(servers: int, killed: int, small_data: Path, tmp_path: Path, alone: Path) -> None:
+    """Its worker ends with a sentence, and other servers. All are started again, with the token from before, as one
+    server, and the curve goes on.
+    """
+    with Served(tmp_path, small_data, servers=servers, **SETTINGS) as served, served.worker("0:rests") as worker:
         token = (served.run / "token").read_text()
         wait_for_step(served.job, served.run, 12)
-        served.job.process.kill()
+        os.kill(served.process(killed), signal.SIGKILL)
         assert_ends(worker.finish(DEADLINE), 1, f"the server at {served.address} has gone")
+        assert served.job.finish(DEADLINE).status
     with Served(tmp_path, small_data, "--resume", "latest", **SETTINGS) as served:
         assert max(losses(served.run)) == 10  # of the newest checkpoint
         with served.worker(token=token) as worker:
@@ -112,23 +124,23 @@ def test_kill_of_the_server(small_data: Path, tmp_path: Path, alone: Path) -> No
     assert_curve_of(alone, served.run, STEPS, 1e-5)
 
 
-@pytest.mark.parametrize("has_worker", [True, False])
-def test_a_signal_to_the_server(has_worker: bool, small_data: Path, tmp_path: Path, alone: Path) -> None:
-    """It ends when the batches that have been begun are done: by its worker, or by itself if that has died."""
+@pytest.mark.parametrize(("has_worker", "servers"), [(True, 1), (False, 1), (True, 2), (False, 2)])
+def test_a_signal_to_servers(has_worker: bool, servers: int, small_data: Path, tmp_path: Path, alone: Path) -> None:
+    """They end when the batches that have been begun are done: by their worker, or by themselves if that has died."""
     fault = "0:rests" if has_worker else "0:7"
-    with Served(tmp_path, small_data, **SETTINGS) as served, served.worker(fault) as worker:
+    with Served(tmp_path, small_data, servers=servers, **SETTINGS) as served, served.worker(fault) as worker:
         if has_worker:
             wait_for_step(served.job, served.run, 7)
         else:
             worker.finish(DEADLINE)
             served.wait_for_events("has gone")
-        served.job.process.send_signal(signal.SIGTERM)
+        os.kill(served.process(servers - 1), signal.SIGTERM)
         assert_ends(served.job.finish(DEADLINE), 75, "go on with --resume latest")
         if has_worker:
             assert_ends(worker.finish(DEADLINE), 75, "was stopped: start it again")
     step = int(open_state(served.run)["step"])
     assert step == max(losses(served.run)) and (step >= 7 if has_worker else step == 3)
-    with Served(tmp_path, small_data, "--resume", "latest", **SETTINGS) as served:
+    with Served(tmp_path, small_data, "--resume", "latest", servers=3 - servers, **SETTINGS) as served:
         with served.worker() as worker:
             assert worker.finish(DEADLINE).status == 0
         assert served.job.finish(DEADLINE).status == 0
@@ -202,5 +214,4 @@ def test_what_cannot_begin(small_data: Path, tmp_path: Path) -> None:
     refused("train", "--resume is of its hvdlm serve", "--resume", "latest", server__address=served.address)
     refused("train", "server.listen is of hvdlm serve", **other)
     refused("serve", "hvdlm serve needs server.listen")
-    refused("serve", "a process of its own, and mpirun has started 2", ranks=2, **other)
     refused("train", "a process of its own, and mpirun has started 2", ranks=2, server__address=served.address)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from hvdlm.comm.interfaces import Interface, interface_towards, joining_networks, own_interfaces
+from hvdlm.comm.interfaces import Interface, address_beside, interface_towards, joining_networks, own_interfaces
 
 
 def host(**interfaces: tuple[str, int | None]) -> list[Interface]:
@@ -94,3 +94,24 @@ def test_the_interface_towards_a_host() -> None:
     assert interface_towards("not..a.name") is None
     for interface in own_interfaces():
         assert interface_towards(str(interface.address.ip)) == interface
+
+
+@pytest.mark.parametrize(
+    ("first_host", "own"),
+    [
+        ("", ""),
+        ("0.0.0.0", "0.0.0.0"),
+        ("10.0.1.7", "10.0.0.1"),  # of eth1, whose network is 10.0.0.0/16
+        ("10.9.0.200", "10.9.0.1"),
+        ("10.9.1.200", None),
+        ("127.0.0.1", None),
+        ("::1", None),
+        ("no-such-host.invalid", None),
+    ],
+)
+def test_the_address_beside_that_of_another_host(
+    first_host: str, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interfaces = host(eth0=("10.9.0.1/24", None), eth1=("10.0.0.1/16", None))
+    monkeypatch.setattr("hvdlm.comm.interfaces.own_interfaces", lambda: interfaces)
+    assert address_beside(first_host) == own

@@ -226,10 +226,6 @@ def test_forecasts_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
         ({"overrides": ["--optimizer.algorithm", "dion"]}, "'dion' has no forecast"),
         ({"overrides": ["--optimizer.algorithm", "muon"]}, "'muon' has no forecast"),
         ({"overrides": ["--server.ranks", "2"], "search": True}, "server.ranks is forecast from measured ranks"),
-        (
-            {"overrides": ["--server.ranks", "2", "--server.max_staleness", "4", "--local_steps.every", "8"]},
-            "local steps against servers are not forecast",
-        ),
         ({"overrides": ["--server.ranks", "8"]}, "server.ranks = 8 of 8 ranks leaves none to train"),
     ):
         with pytest.raises(HvdlmError, match=sentence):
@@ -347,11 +343,24 @@ def test_parameter_servers_by_hand() -> None:
     settings = from_dict({"server": {"ranks": 1, "max_staleness": 4}}, "test", PRESETS)
     saturated = forecast_servers(slow, of_config(settings, 257, 6, 1, 1e8))
     assert saturated.seconds == pytest.approx(5 * nbytes / (0.01 * 1e8 / 8))
+    # With local steps they push and pull once in a round, and the update of each step is theirs
+    local = from_dict(
+        {"server": {"ranks": 2, "max_staleness": 4}, "local_steps": {"every": 8}, "comm": {"bucket_mb": 1e3}},
+        "test",
+        PRESETS,
+    )
+    rounds = forecast_servers(model, of_config(local, 257, 6, 1, 1e8))
+    assert rounds.update == pytest.approx(update * nbytes / 4)
+    assert rounds.seconds == pytest.approx(passes + rounds.update + 2 * (nbytes / rate + LATENCY) / 8)
+    assert [rounds.pushed_bytes, rounds.pulled_bytes] == [nbytes / 8] * 2
+    busy = forecast_servers(slow, of_config(local, 257, 102, 1, 1e8))  # 100 workers
+    assert busy.seconds == pytest.approx(50 * nbytes / 8 / (0.01 * 1e8 / 8))
 
 
 def test_servers_send_in_16_bits_what_products_round() -> None:
-    def pulled(**train: object) -> float:
-        settings = from_dict({"server": {"ranks": 1}, "train": train}, "test", PRESETS)
+    def pulled(every: int = 0, **train: object) -> float:
+        sections = {"server": {"ranks": 1, "max_staleness": 4}, "local_steps": {"every": every}}
+        settings = from_dict({**sections, "train": train}, "test", PRESETS)
         return pulled_bytes(of_config(settings, 257, 2, 1, 1e9))
 
     scenario = of_config(from_dict({}, "test", PRESETS), 257, 2, 1, 1e9)
@@ -359,6 +368,7 @@ def test_servers_send_in_16_bits_what_products_round() -> None:
     matrices = shape.layers * 12 * shape.width**2  # and their biases
     rounded = (pulled(precision="fp32") - pulled(precision="bf16")) / 2
     assert matrices < rounded <= matrices + shape.layers * 9 * shape.width
+    assert pulled(every=4, precision="bf16") == pulled(precision="fp32")  # which a round's own steps need
 
 
 def test_servers_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,6 +382,10 @@ def test_servers_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "codec none, 2 parameter servers" in said and "of all-reduce" in said
     assert re.search(r"With 4 workers, twice as many servers would change tokens/s by \+\d+%", said)
     assert re.search(r"Intervals are those of all-reduces", said)
+    rounds = ["--server.ranks", "2", "--server.max_staleness", "4", "--local_steps.every", "8"]
+    predict(tmp_path / "fit.json", replace(options, overrides=rounds))
+    said = capsys.readouterr().out
+    assert "2 asynchronous parameter servers, local_steps.every = 8" in said and "of averages" in said
 
 
 def test_a_fit_to_local_steps() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ import pytest
 import torch
 from test_config import configure, refusal
 
-from hvdlm.comm.admission import Admission, join
+from hvdlm.comm.admission import Admission, join, number_in
+from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
 from hvdlm.comm.server_mailbox import SERVER, ServerMailbox
 from hvdlm.comm.solo import SoloCommunicator
 from hvdlm.comm.worker_mailbox import LeavingError, ServerGoneError, WorkerMailbox
@@ -27,6 +29,9 @@ from hvdlm.errors import HvdlmError
 from hvdlm.model.transformer import Transformer
 from hvdlm.strategies.server.group import NONE, Kind, ServerGroup
 from hvdlm.strategies.server.independent import IndependentServer
+from hvdlm.strategies.server.independent_follower import IndependentFollower
+from hvdlm.strategies.server.owned import OwnedParameters
+from hvdlm.strategies.server.rounds import ServedRounds
 from hvdlm.strategies.server.served_model import ServedModel
 from hvdlm.training.server_token import VARIABLE, make_token, token_of_worker
 from hvdlm.training.serving import step_plan
@@ -35,6 +40,10 @@ from hvdlm.training.worker_agreement import description, difference
 DEADLINE = 20.0
 TOKEN = "ab" * 32
 SETTINGS = ("--server.listen", "127.0.0.1:0", "--server.max_staleness", "2")
+TINY = (
+    *("--model.layers", "1", "--model.width", "16", "--model.heads", "1"),
+    *("--train.steps", "9", "--optimizer.warmup_steps", "0"),
+)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -50,15 +59,15 @@ def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def mailbox() -> Iterator[ServerMailbox]:
     """Of a server that takes whoever says that it is a friend."""
-    made = ServerMailbox("127.0.0.1", 0, DEADLINE)
-    made.open(TOKEN, 3, lambda said: None if said.get("is_friend") else "it is none")
+    made, numbers = ServerMailbox("127.0.0.1", 0, DEADLINE), itertools.count()
+    made.open(TOKEN, lambda said: Admission(next(numbers), 3) if said.get("is_friend") else "it is none")
     yield made
     made.close()
 
 
 def connect(mailbox: ServerMailbox, is_stopped: Callable[[], bool] = lambda: False) -> WorkerMailbox:
     connection, admission = join("127.0.0.1", mailbox.port, TOKEN, {"is_friend": True}, DEADLINE)
-    return WorkerMailbox(connection, admission.number, "server", DEADLINE, is_stopped)
+    return WorkerMailbox([connection], admission.number, "server", DEADLINE, is_stopped)
 
 
 def test_workers_are_numbered(mailbox: ServerMailbox) -> None:
@@ -200,8 +209,7 @@ class Serving:
     """An IndependentServer in a thread, of a tiny model, that hands out two shares of each batch."""
 
     def __init__(self, mailbox: ServerMailbox, patience: float = DEADLINE) -> None:
-        words = ("--model.layers", "1", "--model.width", "16", "--model.heads", "1", "--train.steps", "9")
-        self.config = configure(*SETTINGS, *words, "--server.shares", "2", "--optimizer.warmup_steps", "0")
+        self.config = configure(*SETTINGS, *TINY, "--server.shares", "2")
         group, alone = ServerGroup(mailbox, SERVER, 1, SoloCommunicator()), SoloCommunicator()
         model = ServedModel(Transformer(self.config.model, 31), alone, group, self.config)
         self.run, self.stops, plan = FakeRun(), False, step_plan(self.config, 2)
@@ -312,6 +320,141 @@ def test_a_worker_that_takes_too_long(mailbox: ServerMailbox) -> None:
     assert serving.run.trained == [0, 1]
 
 
+# ---- a server that is not the first one
+
+
+class FirstServer(Mailbox):
+    """Letters between it and another server in this process."""
+
+    def __init__(self) -> None:
+        super().__init__(DEADLINE)
+        self.rank, self.size = 1, 2
+        self.sent: queue.Queue[Letter] = queue.Queue()
+        self._coming: queue.Queue[Letter] = queue.Queue()
+
+    def order(self, *header: int) -> None:
+        numbers = torch.tensor([*header, *[0] * (4 - len(header))])
+        self._coming.put(letter_of(numbers.view(torch.uint8), 0))
+
+    def _post(self, message: torch.Tensor, destinations: Sequence[int]) -> None:
+        assert list(destinations) in ([], [0])
+        for _ in destinations:
+            self.sent.put(letter_of(message, 1))
+
+    def take(self) -> Letter | None:
+        with suppress(queue.Empty):
+            return self._coming.get_nowait()
+        return None
+
+    def has_sent(self) -> bool:
+        return True
+
+    def dead(self) -> Collection[int]:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+class Following:
+    """An IndependentFollower in a thread, the second of two servers."""
+
+    def __init__(self) -> None:
+        config, alone, self.first = configure(*SETTINGS, *TINY), SoloCommunicator(), FirstServer()
+        self.mailbox = ServerMailbox("127.0.0.1", 0, DEADLINE, self.first)
+        self.mailbox.open(TOKEN, lambda said: None if (number := number_in(said)) is None else Admission(number))
+        group = ServerGroup(self.mailbox, SERVER, 2, alone)
+        self.owned = OwnedParameters(Transformer(config.model, 31), config, group)
+        self.run, self.stops, rounds = FakeRun(), False, ServedRounds.of_run(config)
+        server = IndependentFollower(
+            self.owned, group, alone.activity, config.server, rounds, lambda: self.stops, self.run
+        )
+        self.sizes = [self.owned.weights(bucket).numel() for bucket in range(self.owned.buckets)]
+        self.thread = threading.Thread(target=server.serve, args=(0,), daemon=True)
+        self.thread.start()
+
+    def worker(self, number: int) -> WorkerMailbox:
+        """One that this server alone knows."""
+        connection, _ = join("127.0.0.1", self.mailbox.port, TOKEN, {"number": number}, DEADLINE)
+        return WorkerMailbox([connection], number, "server", DEADLINE, lambda: False)
+
+    def push(self, worker: WorkerMailbox, task: int, value: float) -> None:
+        for bucket, size in enumerate(self.sizes):
+            worker.post([SERVER], (Kind.PUSH, bucket, task), torch.full((size,), value))
+
+    def has_all_of(self, task: int, worker: int) -> None:
+        assert self.first.sent.get(timeout=DEADLINE).header[:3] == (Kind.HAVE, task, worker)
+
+    def norm(self) -> float:
+        self.first.order(Kind.SUM)
+        letter = self.first.sent.get(timeout=DEADLINE)
+        assert letter.kind == Kind.NORM
+        return float(letter.data.view(torch.float64))
+
+
+@pytest.fixture
+def following() -> Iterator[Following]:
+    made = Following()
+    yield made
+    made.first.order(Kind.BOUNDARY, 9, 1)
+    made.thread.join(DEADLINE)
+    assert not made.thread.is_alive() and made.run.boundaries[-1] == (9, True)
+    made.mailbox.close()
+
+
+def test_what_a_worker_has_sent_that_has_left(following: Following) -> None:
+    """It does not count, and neither does what comes later; a share of another worker counts once it is ordered."""
+    left, other = following.worker(0), following.worker(5)
+    following.push(left, 3, 1.0)
+    following.has_all_of(3, 0)
+    following.first.order(Kind.LEFT, 0)
+    with pytest.raises(ServerGoneError):
+        left.receive("anything")
+    following.push(other, 3, 2.0)
+    following.has_all_of(3, 5)
+    assert following.norm() == 0
+    following.first.order(Kind.ADD, 3, 5, 0)
+    assert following.norm() == pytest.approx(2 * sum(following.sizes) ** 0.5)
+
+
+@pytest.mark.parametrize("header", [(Kind.PUSH, 99, 0), (Kind.PUSH, -1, 0), (Kind.STEP, 0), (Kind.LEFT, 5), (999,)])
+def test_what_no_worker_sends_another_server(header: Sequence[int], following: Following) -> None:
+    """Its sender is disconnected; the server lives."""
+    bad, good = following.worker(1), following.worker(5)
+    bad.post([SERVER], header, torch.zeros(8))
+    with pytest.raises(ServerGoneError):
+        bad.receive("anything")
+    following.push(good, 0, 1.0)
+    following.has_all_of(0, 5)
+
+
+def test_two_tasks_at_once(following: Following) -> None:
+    """Nobody holds two: the server keeps nothing of either."""
+    bad = following.worker(1)
+    following.push(bad, 0, 1.0)
+    following.has_all_of(0, 1)
+    following.push(bad, 1, 1.0)
+    with pytest.raises(ServerGoneError):
+        bad.receive("anything")
+    assert following.norm() == 0
+
+
+def test_numbers_that_another_worker_has(following: Following) -> None:
+    following.worker(3)
+    for said in ({"number": 3}, {"number": -1}, {"number": SERVER}, {"number": "4"}, {"number": True}, {}):
+        with pytest.raises(HvdlmError, match="has closed the connection"):
+            join("127.0.0.1", following.mailbox.port, TOKEN, said, DEADLINE)
+
+
+def test_a_signal_to_another_server(following: Following) -> None:
+    """It asks the first one, once, which then ends both."""
+    following.stops = True
+    assert following.first.sent.get(timeout=DEADLINE).header == (Kind.DONE, NONE, NONE, 1)
+    following.first.order(Kind.BOUNDARY, 4, 0)
+    until(lambda: following.run.boundaries == [(4, False)])
+    assert following.first.sent.empty()
+
+
 # ---- what workers share with their server
 
 
@@ -405,7 +548,7 @@ def test_settings() -> None:
     assert (server.endpoint, server.shares_of_a_process, server.is_asynchronous) == (("127.0.0.1", 0), 4, True)
     assert (worker.endpoint, worker.is_asynchronous) == (("::1", 7000), True)
     assert configure("--server.listen", ":7000", "--server.max_staleness", "1").server.endpoint == ("", 7000)
-    assert Admission(3, 4)._asdict() == {"number": 3, "shares": 4}
+    assert Admission(3, 4)._asdict() == {"number": 3, "shares": 4, "others": ()}
 
 
 @pytest.mark.parametrize(

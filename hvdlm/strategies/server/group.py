@@ -36,21 +36,24 @@ class Kind(IntEnum):
     KEPT = 10  # (bucket, is_state): what LOAD would bring back
     # Of asynchronous training: from workers to the first server
     # (task or NONE, version, is_stop_requested): it is pushed, and another wanted; a process of its own that is to stop
-    # leaves; loss and tokens, float64
+    # leaves, or if it is a server asks for all to stop; loss and tokens, float64
     DONE = 11
     # From other servers to the first
     HAVE = 19  # (task, worker): all that was pushed
     # From the first server to workers
     # (task, version, its first batch): to be trained on, with the parameters that servers are about to send; lines of
-    # the log
+    # the log. To other servers that are processes of their own, where no worker is left: each is to train on it
     TASK = 12
-    BOUNDARY = 13  # (step, is_end, workers): all have done all tasks of the steps before; lines of the log
+    # (step, is_end, workers): all have done all tasks of the steps before; lines of the log. Also to other servers
+    # that are processes of their own
+    BOUNDARY = 13
     # From the first server to the others, which act in this order
     ADD = 14  # (task, worker, version): what was pushed counts, and was computed with that version of parameters
     DROP = 15  # (task, worker): it does not
     SUM = 16  # (): they are to say the NORM of the sums
     STEP = 17  # (version): as APPLY, from this version to the next; a factor of 0 leaves the step out
     SERVE = 18  # (worker, ahead): it is to get parameters, as predicted for so many thousandths of a step from now
+    LEFT = 20  # (worker): nothing that it has sent, or will send, is of use
 
 
 NONE = -1  # no task
@@ -61,7 +64,7 @@ class ServerGroup:
     """The first ranks of a job are workers, the last ones servers: so rank 0, which logs and writes checkpoints, is a
     worker, and workers have the numbers that they would have without servers.
 
-    A server that is a process of its own has a number above those of all workers that may come.
+    Servers that are processes of their own have numbers above those of all workers that may come.
     """
 
     mailbox: Mailbox  # of all ranks of the job

@@ -1,9 +1,9 @@
-"""The server that is a process of its own: it alone keeps the model, and workers join and leave at any time.
+"""Servers that are processes of their own: they alone keep the model, and workers join and leave at any time.
 
-What counts in which step it decides as the first server of a job does. A batch has a fixed number of shares, so steps,
+What counts in which step the first one decides as that of a job does. A batch has a fixed number of shares, so steps,
 samples and the learning rate depend on no number of workers; without any it waits. A worker that leaves, dies, or
-takes too long for a share gives it back. At a boundary nobody holds a share: the server saves and validates, while its
-workers wait for the next task.
+takes too long for a share gives it back. At a boundary nobody holds a share: servers save and validate, while workers
+wait for the next task.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _BYTES_OF_DONE = 16
 
 
 class Run(Protocol):
-    """What the process does beside serving."""
+    """What the process does beside serving, `train_on` and `at_boundary` together with those of all other servers."""
 
     def train_on(self, task: int, first: int) -> tuple[float, int]:
-        """Adds to the sums what a worker would push of a share, whose first batch this is; returns its loss, a sum over
-        tokens, and their number.
+        """Adds to this server's sums what a worker would push of a share, whose first batch this is; returns its loss,
+        a sum over tokens, and their number.
         """
 
     def before_update(self) -> None:
@@ -49,7 +49,7 @@ class Run(Protocol):
 
 
 class IndependentServer(OrderingServer):
-    """Serves from a step to the last one, or until it is asked to stop."""
+    """The first one. Serves from a step to the last one, or until it is asked to stop."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class IndependentServer(OrderingServer):
     def _next(self) -> Letter | None:
         """The next letter; None if a worker has gone meanwhile or takes too long, or this process is to stop."""
         self._tell_if_alone()
-        found: Letter | None = None
+        found: Letter | None = self._aside.popleft() if self._aside else None
 
         def is_over() -> bool:
             nonlocal found
             has_gone = bool(self._gone())  # first: what such a worker has sent is then here
-            found = self._mailbox.take()
+            found = found or self._mailbox.take()
             stops = self._stop_requested() and not self._stops
             return found is not None or stops or has_gone or self._late() is not None
 
@@ -116,6 +116,9 @@ class IndependentServer(OrderingServer):
     def _proceed(self, letter: Letter | None) -> None:
         if letter is not None and letter.source in self._expelled:
             return
+        if letter is not None and letter.kind == Kind.DONE and letter.source in self._followers:
+            self._stop()
+            letter = None
         if letter is not None and not self._is_expected(letter):
             self._expel(letter.source, "it has sent what no worker sends")
             letter = None
@@ -133,9 +136,11 @@ class IndependentServer(OrderingServer):
             self._leave_out_and_tell(worker, f"is disconnected, for {reason}")
 
     def _is_expected(self, letter: Letter) -> bool:
-        """Whether a worker may send this now."""
+        """Whether a worker may send this now; or another server, which never sends anything else."""
         assert self._tasks is not None
         kind, first, second, leaves = letter.header
+        if letter.source in self._followers:
+            return True
         held = self._tasks.held.get(letter.source)
         if kind == Kind.PUSH:
             return held == second and 0 <= first < self._owned.buckets
@@ -159,12 +164,17 @@ class IndependentServer(OrderingServer):
         if leaves:
             self._leave_out_and_tell(worker, "leaves")
 
+    def _note(self, letter: Letter) -> None:
+        if letter.header[2] in self._living:
+            super()._note(letter)
+
     def _give_back_of_dead(self) -> None:
         for worker in sorted(self._gone()):
             self._leave_out_and_tell(worker, "has gone")
 
     def _leave_out_and_tell(self, worker: int, what: str) -> None:
         task = self._leave_out(worker)
+        self._order((Kind.LEFT, worker))
         self._since.pop(worker, None)
         again = "" if task is None else f", and a share of batch {self._batches_of(task).start} is handed out again"
         self._run.tell(f"{self._workers.name_of(worker)} {what}{again}: {self._count_workers()}")
@@ -179,6 +189,12 @@ class IndependentServer(OrderingServer):
         for worker in self._tasks.held.keys() - self._since.keys():
             self._since[worker] = self._clock.seconds()
 
+    def act(self, order: Letter) -> None:
+        if order.kind == Kind.BOUNDARY:
+            self._run.at_boundary(order.header[1], bool(order.header[2]))
+        elif order.kind != Kind.LEFT:  # what it has pushed has been dropped
+            super().act(order)
+
     def step(self, factor: float, rate: float) -> None:
         self._run.before_update()
         super().step(factor, rate)
@@ -191,10 +207,10 @@ class IndependentServer(OrderingServer):
 
     def _tell_boundary(self) -> None:
         is_end, step = self._stops or self.version >= self._rounds.count, self._rounds.end(self.version)
-        self._run.at_boundary(step, is_end)
+        self._order((Kind.BOUNDARY, step, int(is_end)))
         if not is_end and self._stop_requested():  # meanwhile
             is_end = True
-            self._run.at_boundary(step, is_end)
+            self._order((Kind.BOUNDARY, step, int(is_end)))
         self._is_at_boundary, self._last_boundary = True, time.monotonic()
         self._is_over = is_end
         if not is_end:
@@ -210,7 +226,9 @@ class IndependentServer(OrderingServer):
         while self.version < self._end:
             task = self._tasks.hand_out(self._mailbox.rank, self._end)
             assert task is not None
-            loss, tokens = self._run.train_on(task, self._batches_of(task).start)
+            first = self._batches_of(task).start
+            self._mailbox.post(self._followers, (Kind.TASK, task, self.version, first))
+            loss, tokens = self._run.train_on(task, first)
             self._tasks.done(self._mailbox.rank)
             self._count(loss, tokens, task, 0)
         self._tell_boundary()

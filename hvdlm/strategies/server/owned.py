@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hvdlm.comm.communicator import Communicator
 from hvdlm.config import Config
 from hvdlm.model.transformer import Transformer
+from hvdlm.strategies.held_parts import HeldParts, Runs
 from hvdlm.strategies.optimizer import named_state, set_learning_rate
 from hvdlm.strategies.penalties import add_penalties_
 from hvdlm.strategies.server.group import ServerGroup
@@ -31,7 +33,7 @@ class OwnedParameters:
         self._codecs = make_codecs(self._buckets, config)
         self.order = in_order_of_reading(model, self._buckets)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._kinds = served_state_kinds(config, shapes)
+        self._shapes, self._kinds = shapes, served_state_kinds(config, shapes)
         self._sums: list[Tensor] = []
         self._before: list[Tensor] = []  # parameters by bucket, before the last step; none if nothing is predicted
         self._pieces: dict[str, nn.Parameter] = {}
@@ -60,6 +62,29 @@ class OwnedParameters:
         """What this server keeps of each parameter, flat, by name."""
         return {name: piece.data for name, piece in self._pieces.items()}
 
+    def fill(self, name: str, values: Tensor) -> None:
+        """Takes over what this server keeps of a parameter. `values`: all of it."""
+        for bucket in self._buckets:
+            bucket.partition.load(name, values)
+
+    def held_parts(self) -> HeldParts:
+        """Which parts of parameters and of `state` these are."""
+        runs: dict[str, Runs] = {
+            name: [(piece.start, piece.stop)]
+            for bucket in self._buckets
+            for name, piece in bucket.partition.pieces.items()
+        }
+        return HeldParts(self._shapes, runs, self._kinds, frozenset(runs))
+
+    def gather_into(self, parameters: Mapping[str, Tensor], servers: Communicator) -> None:
+        """Fills the whole model with what each of the `servers` keeps of it. Collective."""
+        for bucket in self._buckets:
+            partition = bucket.partition
+            whole = torch.empty(len(partition.master) * servers.size)
+            servers.all_gather_into(whole, partition.master)
+            for name, values in zip(partition.names, partition.split(whole), strict=True):
+                parameters[name].copy_(values)
+
     @property
     def state(self) -> dict[str, Tensor]:
         """What the optimizer keeps of them, as `named_state` names it."""
@@ -86,13 +111,14 @@ class OwnedParameters:
         add_scaled_(self._buckets[bucket].partition.master, difference, self._outer_lr)
 
     def add_own(self, pushed: Mapping[str, Tensor]) -> None:
-        """The same for what this process has made itself, by the names of parameters, all of which it keeps."""
-        for name, each in pushed.items():
-            piece = self._pieces[name]
-            assert piece.grad is not None
-            piece.grad.add_(each.reshape(-1))
-            if self._is_local:
-                add_scaled_(piece.data, each.reshape(-1), self._outer_lr)
+        """The same for what this process has made itself: of whole parameters, by name, it takes what it keeps."""
+        for partition in (each.partition for each in self._buckets):
+            for name, part in partition.pieces.items():
+                piece, own = self._pieces[name], pushed[name].reshape(-1)[part.start : part.stop]
+                assert piece.grad is not None
+                piece.grad.add_(own)
+                if self._is_local:
+                    add_scaled_(piece.data, own, self._outer_lr)
 
     def scale_(self, factor: float) -> None:
         """Multiplies the sums."""

@@ -1,6 +1,7 @@
-"""The whole model of a server that is a process of its own: what is validated, saved and restored there.
+"""The whole model of servers that are processes of their own: what is validated, saved and restored there.
 
-Its gradients come from workers, by letters; nothing is combined with other ranks.
+Its gradients come from workers, by letters. Several servers have a part of it each, which they save; they gather it to
+validate.
 """
 
 from __future__ import annotations
@@ -18,25 +19,23 @@ from hvdlm.config import Config
 from hvdlm.gradients.channel import Channel
 from hvdlm.gradients.sync import Traffic
 from hvdlm.model.transformer import Transformer
-from hvdlm.strategies.held_parts import STEP
+from hvdlm.strategies.held_parts import HeldParts
 from hvdlm.strategies.server.group import ServerGroup
 from hvdlm.strategies.server.owned import OwnedParameters
 from hvdlm.strategies.strategy import RankState, Report, StepEnd, Strategy
 
 
 class ServedModel(Strategy):
-    """The parameters of a model become those that a server keeps, `owned`, which is all of them."""
+    """A model, and what this server keeps of it, `owned`: of a single server that is all, in the model's memory."""
 
-    def __init__(self, model: Transformer, alone: Communicator, group: ServerGroup, config: Config) -> None:
-        """`alone`: a communicator of this process."""
-        self.communicator, self._model = alone, model
+    def __init__(self, model: Transformer, servers: Communicator, group: ServerGroup, config: Config) -> None:
+        self.communicator, self._model = servers, model
         self.owned = OwnedParameters(model, config, group)
-        self._parameters = dict(model.named_parameters())
         self._step = 0  # of the last boundary
         self._is_local = bool(config.local_steps.every)
-        for name, kept in self.owned.parameters.items():
-            kept.copy_(self._parameters[name].detach().reshape(-1))
-            self._parameters[name].data = kept.view(self._parameters[name].shape)
+        self.start((name, each.detach()) for name, each in model.named_parameters())
+        for name, parameter in model.named_parameters() if servers.size == 1 else ():
+            parameter.data = self.owned.parameters[name].view(parameter.shape)
 
     # ---- one step
 
@@ -115,18 +114,23 @@ class ServedModel(Strategy):
     def ranks_are_equal(self) -> bool:
         return not self._is_local  # workers have moments of their own
 
+    def held_parts(self) -> HeldParts:
+        return self.owned.held_parts()
+
     def parameters(self) -> dict[str, Tensor]:
-        return dict(self._parameters)
+        return self.owned.parameters
 
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
+        if self.communicator.size > 1:
+            whole = {name: each.detach() for name, each in self._model.named_parameters()}
+            self.owned.gather_into(whole, self.communicator)
         self._model.update_low_precision_weights()
         yield
 
-    @torch.no_grad()
     def start(self, parameters: Iterable[tuple[str, Tensor]] | None = None) -> None:
         for name, values in parameters or ():
-            self._parameters[name].copy_(values)
+            self.owned.fill(name, values)
 
     def log_numbers(self) -> dict[str, float]:
         return {}
@@ -138,10 +142,7 @@ class ServedModel(Strategy):
         self._step = step
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            name: each if name.startswith(f"{STEP}.") else each.view(self._parameters[name.partition(".")[2]].shape)
-            for name, each in self.owned.state.items()
-        }
+        return self.owned.state
 
     def rank_state(self) -> RankState:
         return RankState()

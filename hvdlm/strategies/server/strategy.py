@@ -187,8 +187,8 @@ class ServedWorker(Strategy):
         return answer
 
     def leave(self) -> None:
-        """Tells a server that is a process of its own that this worker does not do what it may have been given."""
-        self._group.mailbox.post(self._group.server_ranks, (Kind.DONE, NONE, NONE, 1))
+        """Tells servers that are processes of their own that this worker does not do what it may have been given."""
+        self._group.mailbox.post(self._group.server_ranks[:1], (Kind.DONE, NONE, NONE, 1))
 
     def begin_task(self, task: int, round_: int) -> None:
         """What is pushed from now on, by the hooks of a step, is of this task, of a round of this number."""
