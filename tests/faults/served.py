@@ -18,6 +18,16 @@ SHARES = 3
 DEADLINE = 120.0
 
 
+def process_of(servers: Job, number: int) -> int:
+    """The process of one of the servers that a job is, or that mpirun has started."""
+    first = psutil.Process(servers.process.pid)
+    for each in [first, *first.children(recursive=True)]:
+        environment = each.environ()
+        if each.name().startswith("python") and environment.get("OMPI_COMM_WORLD_RANK", "0") == str(number):
+            return each.pid
+    raise AssertionError(f"there is no server {number}")
+
+
 class Served:
     """A server whose run directory is `run` in a folder. It logs what counts, in `log`."""
 
@@ -46,15 +56,6 @@ class Served:
         found = re.search(r"listens at (\S+);", self._listens()[-1])
         assert found
         return found[1]
-
-    def process(self, server: int) -> int:
-        """The process of a server."""
-        mine = psutil.Process(self.job.process.pid)
-        for each in [mine, *mine.children(recursive=True)]:
-            environment = each.environ()
-            if each.name().startswith("python") and environment.get("OMPI_COMM_WORLD_RANK", "0") == str(server):
-                return each.pid
-        raise AssertionError(f"there is no server {server}")
 
     def _listens(self) -> list[str]:
         return self.events("listens at") if (self.run / "metrics.jsonl").exists() else []

@@ -1,14 +1,15 @@
-"""A serving process whose workers are killed at random: `python tests/faults/soak_servers.py --data DIR --minutes 10`.
+"""Serving processes whose workers are killed at random: `python tests/faults/soak_servers.py --data DIR --minutes 10`.
 
-`hvdlm serve` has three workers. A fault comes every 5 s on average, drawn from a seed: mostly kill -9 of a worker,
-otherwise SIGTERM, or SIGSTOP and SIGCONT up to three seconds later. Whoever has gone is replaced within two seconds. In
-the end the server gets SIGTERM. All shares of all batches that were made must have counted once, and every step must be
-in the log once.
+`hvdlm serve`, with --servers 2 as two ranks of mpirun, has three workers. A fault comes every 5 s on average, drawn
+from a seed: mostly kill -9 of a worker, otherwise SIGTERM, or SIGSTOP and SIGCONT up to three seconds later. Whoever
+has gone is replaced within two seconds. In the end a server gets SIGTERM. All shares of all batches that were made must
+have counted once, on all servers in one order, and every step must be in the log once.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -22,7 +23,8 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS / folder) for folder in ("parallel", "ranks")]
 
 from jobs import command, losses, records  # noqa: E402
-from launcher import Job, start  # noqa: E402
+from launcher import Job, launcher_command, start  # noqa: E402
+from served import process_of  # noqa: E402
 
 from hvdlm.cli import main  # noqa: E402
 from hvdlm.comm.mailbox import Letter  # noqa: E402
@@ -34,16 +36,16 @@ INTERVAL = 5.0  # seconds from one fault to the next, on average
 DEADLINE = 120.0
 WEIGHTS = {"kill": 8, "suspend": 1, "terminate": 1}
 SETTINGS = {"train__steps": 10**6, "train__threads": 1, "checkpoint__every": "20s", "optimizer__lr": 0.001}
-SERVE = "--serve"  # the first argument of the server's process
+SERVE = "--serve"  # the first argument of a server's process
 
 
-def serve(log: str, arguments: list[str]) -> int:
-    """`hvdlm serve` that appends each task that counts to a file."""
-    act = FollowingServer.act
+def serve(folder: Path, arguments: list[str]) -> int:
+    """`hvdlm serve` that appends each task that counts to a file, of this server."""
+    act, log = FollowingServer.act, folder / f"tasks-{os.environ.get('OMPI_COMM_WORLD_RANK', '0')}"
 
     def logged_act(own: FollowingServer, order: Letter) -> None:
         if order.kind == Kind.ADD:
-            with Path(log).open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8") as file:
                 print(order.header[1], file=file)
         act(own, order)
 
@@ -52,21 +54,22 @@ def serve(log: str, arguments: list[str]) -> int:
 
 
 class Soak:
-    """The server, its workers and what was done to them."""
+    """Servers, their workers and what was done to them."""
 
-    def __init__(self, data: Path, folder: Path, seed: int) -> None:
-        self.run_dir, self._data, self._folder = folder / "run", data, folder
+    def __init__(self, data: Path, folder: Path, seed: int, servers: int) -> None:
+        self.run_dir, self._data, self._folder, self._count = folder / "run", data, folder, servers
         self._random, self.faults = random.Random(seed), Counter[str]()
         own = {"server__listen": "127.0.0.1:0", "server__max_staleness": 4, "server__shares": SHARES}
         words = command(data, self.run_dir, **{**SETTINGS, **own})[1:]
         assert words[0] == "train"
-        self.server = start([sys.executable, __file__, SERVE, str(folder / "tasks"), "serve", *words[1:]])
+        launcher = launcher_command("mpirun", servers) if servers > 1 else []
+        self.servers = start([*launcher, sys.executable, __file__, SERVE, str(folder), "serve", *words[1:]])
         self._workers: list[Job] = []
 
     def go_on(self, seconds: float) -> None:
         """Does something to a worker now and then."""
         while not (listens := self._listens()):
-            assert self.server.process.poll() is None, self.server.finish(DEADLINE).output
+            assert self.servers.process.poll() is None, self.servers.finish(DEADLINE).output
             time.sleep(0.2)
         address = listens[-1].partition("listens at ")[2].partition(";")[0]
         end, due = time.monotonic() + seconds, time.monotonic() + 10
@@ -79,7 +82,7 @@ class Soak:
             if time.monotonic() > due:
                 due = time.monotonic() + self._random.expovariate(1 / INTERVAL)
                 self._do(self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0])
-            assert self.server.process.poll() is None, self.server.finish(DEADLINE).output
+            assert self.servers.process.poll() is None, self.servers.finish(DEADLINE).output
             time.sleep(0.5 + self._random.random())
 
     def _listens(self) -> list[str]:
@@ -101,14 +104,18 @@ class Soak:
             process.send_signal(signal.SIGKILL if fault == "kill" else signal.SIGTERM)
 
     def end(self) -> str:
-        """Stops the server, and says what was found. Raises AssertionError if a share did not count once."""
-        self.server.process.send_signal(signal.SIGTERM)
-        result = self.server.finish(DEADLINE)
+        """Stops the servers, and says what was found. Raises AssertionError if a share did not count once."""
+        os.kill(process_of(self.servers, self._count - 1), signal.SIGTERM)
+        result = self.servers.finish(DEADLINE)
         assert result.status == 75, result.output
         for worker in self._workers:
             worker.process.send_signal(signal.SIGCONT)
             worker.finish(DEADLINE)
-        counted = Counter(map(int, (self._folder / "tasks").read_text(encoding="utf-8").split()))
+        orders = [
+            (self._folder / f"tasks-{server}").read_text(encoding="utf-8").split() for server in range(self._count)
+        ]
+        assert all(order == orders[0] for order in orders)
+        counted = Counter(map(int, orders[0]))
         steps = list(losses(self.run_dir))
         assert steps == list(range(1, len(steps) + 1))
         assert counted == Counter(range(len(steps) * SHARES)), counted - Counter(range(len(steps) * SHARES))
@@ -120,13 +127,14 @@ class Soak:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [SERVE]:
-        sys.exit(serve(sys.argv[2], sys.argv[3:]))
+        sys.exit(serve(Path(sys.argv[2]), sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--servers", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        soak = Soak(options.data.absolute(), Path(temporary), options.seed)
+        soak = Soak(options.data.absolute(), Path(temporary), options.seed, options.servers)
         soak.go_on(60 * options.minutes)
         print(soak.end())
