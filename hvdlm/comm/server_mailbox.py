@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from hvdlm.comm.admission import Admission, admit, introduction, refuse
+from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.letter_connection import LetterConnection, end_when_dead
 from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
 from hvdlm.errors import HvdlmError
@@ -88,9 +89,12 @@ class ServerMailbox(Mailbox):
             found.cut()
 
     def take(self) -> Letter | None:
-        found = self._servers.take() if self._servers else None
-        if found is not None:
-            return found._replace(source=SERVER + found.source)
+        """Raises LostRankError if another server is known to have died: each has a part of the model."""
+        if self._servers is not None:
+            if dead := sorted(self._servers.dead()):
+                raise LostRankError(f"server {dead[0]} has died: start all again with --resume latest")
+            if (found := self._servers.take()) is not None:
+                return found._replace(source=SERVER + found.source)
         try:
             return self._arrived.get_nowait()
         except queue.Empty:
@@ -177,12 +181,11 @@ class ServerMailbox(Mailbox):
         end_when_dead(connection, self._timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number = admission.number
-        with self._lock:
+        with self._lock:  # whatever the first server has sent for it goes to nobody before it is known here
             if number in self._addresses or number >= SERVER:
                 return False
             self._addresses[number] = address
-        admit(connection, admission)
-        with self._lock:
+            admit(connection, admission)
             self._workers[number] = LetterConnection(
                 connection,
                 f"worker-{number}",

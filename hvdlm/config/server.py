@@ -55,8 +55,8 @@ class ServerSection(Section):
 
     listen: Annotated[str, AfterValidator(check_listen)] = Field(
         "",
-        description="HOST:PORT where `hvdlm serve`, a server that is a process of its own, waits for workers; 0.0.0.0: "
-        "on all IPv4 addresses of the host; port 0: one that is free",
+        description="HOST:PORT where `hvdlm serve`, a server that is a process of its own, waits for workers; several: "
+        "number k at PORT + k, from 0 on; 0.0.0.0: on all IPv4 addresses of the host; port 0: one that is free",
     )
     address: Annotated[str, AfterValidator(check_address)] = Field(
         "", description="HOST:PORT of such a server, whose worker `hvdlm train` then is"

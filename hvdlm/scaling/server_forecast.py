@@ -38,9 +38,9 @@ class ServerForecast:
     backward: float  # with pushing beside it
     pushing: float  # that the backward pass does not hide
     pulling: float  # that the forward pass does not hide
-    update: float  # of the servers, and the messages around it
+    update: float  # of the servers, and the messages around it; with local steps of a worker
     spread: float
-    pushed_bytes: float  # by a worker
+    pushed_bytes: float  # by a worker; with local steps the mean over those of a round
     pulled_bytes: float
 
     @property

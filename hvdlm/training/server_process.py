@@ -14,7 +14,7 @@ from typing import Any
 
 from hvdlm.comm.admission import Admission, Entrance, number_in
 from hvdlm.comm.communicator import Communicator
-from hvdlm.comm.interfaces import address_beside, own_interfaces
+from hvdlm.comm.interfaces import address_beside, joining_networks, own_interfaces
 from hvdlm.comm.launch import detect
 from hvdlm.comm.mailbox import open_mailbox
 from hvdlm.comm.rank_errors import on_all_ranks, on_rank_0
@@ -101,7 +101,13 @@ def _open_mailbox(config: Config, communicator: Communicator) -> ServerMailbox:
                 f"server.listen = {config.server.listen}: {communicator.hosts[communicator.rank]} has no address on "
                 "that network, by which workers could reach the server there: give 0.0.0.0, or another network"
             )
-        return ServerMailbox(own, own_port, timeout, servers)
+        try:
+            return ServerMailbox(own, own_port, timeout, servers)
+        except HvdlmError as error:
+            if communicator.rank == 0:
+                raise
+            which = f"server {communicator.rank} listens at the port of server.listen plus {communicator.rank}"
+            raise HvdlmError(f"{error}; {which}") from None
 
     return on_all_ranks(communicator, listen)
 
@@ -110,13 +116,18 @@ def _is_on_first_host(communicator: Communicator) -> bool:
     return communicator.hosts[communicator.rank] == communicator.hosts[0]
 
 
-def _entrance(config: Config, communicator: Communicator, mailbox: ServerMailbox) -> Entrance:
-    """Where workers find this server."""
+def _entrances(communicator: Communicator, mailbox: ServerMailbox) -> list[Entrance]:
+    """Where workers find each server. Collective."""
+    interfaces = communicator.all_gather_object(own_interfaces())
+    networks = joining_networks(interfaces)
+    addresses = [each.address.ip for each in interfaces[communicator.rank]]
+    joining = [address for network in networks for address in addresses if address in network]
+    own = Entrance([mailbox.address], mailbox.port)
     if _is_on_first_host(communicator):
-        return Entrance((), mailbox.port)
-    if ip_address(mailbox.address).is_unspecified:
-        return Entrance([str(each.address.ip) for each in own_interfaces()], mailbox.port)
-    return Entrance([mailbox.address], mailbox.port)
+        own = Entrance((), mailbox.port)
+    elif ip_address(mailbox.address).is_unspecified:  # bridges of containers look alike on all hosts, and lead nowhere
+        own = Entrance([str(each) for each in joining or addresses], mailbox.port)
+    return communicator.all_gather_object(own)
 
 
 def _serve(
@@ -148,13 +159,14 @@ def _serve(
         trainer.ending.begin()
         if trainer.validation.was_cut_off(trainer.step):
             trainer.validation.run(preemption)
-        entrances = communicator.all_gather_object(_entrance(config, communicator, mailbox))
+        entrances = _entrances(communicator, mailbox)
         mailbox.open(token, _first_answer(config, data, shares, entrances[1:]) if not communicator.rank else _answer)
         communicator.barrier()  # all servers let workers in, of whom the first one tells
         host, _ = config.server.endpoint
         if communicator.rank == 0:
             parameters = f"{parameter_count(config.model, vocab_size):,}"
-            logger.info("%s parameters, %d servers, %d CPU threads each", parameters, communicator.size, threads)
+            servers = f"{communicator.size} server{'s' if communicator.size > 1 else ''}"
+            logger.info("%s parameters, %s, %d CPU threads each", parameters, servers, threads)
         run.tell(f"listens at {host}:{mailbox.port}; workers need the token in {run_directory.path / FILE}")
         finished = server.serve(trainer.step)
         trainer.ending.tell()
@@ -233,6 +245,7 @@ class _Run:
         self._trainer.step = step
         self.strategy.meet(step)
         do_what_is_due(self._trainer, is_end, self._preemption)
+        self._trainer.communicator.activity.idle()  # workers may take any time
 
     def tell(self, sentence: str) -> None:
         self._trainer.write("event", message=sentence)

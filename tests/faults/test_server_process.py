@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -161,6 +162,21 @@ def test_a_worker_that_stands_still(small_data: Path, tmp_path: Path) -> None:
         assert_ends(still.finish(DEADLINE), 1, "has gone")
     assert "for it takes longer than 5 s (comm.timeout) for a share" in served.events("is disconnected")[0]
     assert Counter(served.tasks("ADD")) == Counter(range(STEPS * SHARES))
+
+
+def test_servers_that_wait_for_long(small_data: Path, tmp_path: Path) -> None:
+    """After a validation nobody is there for three times comm.timeout: they are not stuck, and go on with who comes."""
+    settings = {**SETTINGS, "train__evaluate_every": 5, "comm__timeout": 4}
+    with Served(tmp_path, small_data, servers=2, **settings) as served:
+        with served.worker("0:16") as killed:  # in the midst of batch 5
+            killed.finish(DEADLINE)
+        served.wait_for_events("has gone, and a share of batch 5 is handed out again")
+        time.sleep(12)
+        with served.worker() as worker:
+            assert_ends(worker.finish(DEADLINE), 0, "training is finished")
+        result = served.job.finish(DEADLINE)
+    assert result.status == 0, result.output
+    assert validation(served.run).keys() == set(range(5, STEPS + 1, 5))
 
 
 def test_who_is_refused(small_data: Path, tmp_path: Path) -> None:

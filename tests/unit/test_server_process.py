@@ -20,6 +20,7 @@ import torch
 from test_config import configure, refusal
 
 from hvdlm.comm.admission import Admission, join, number_in
+from hvdlm.comm.failure import LostRankError
 from hvdlm.comm.mailbox import Letter, Mailbox, letter_of
 from hvdlm.comm.server_mailbox import SERVER, ServerMailbox
 from hvdlm.comm.solo import SoloCommunicator
@@ -329,6 +330,7 @@ class FirstServer(Mailbox):
     def __init__(self) -> None:
         super().__init__(DEADLINE)
         self.rank, self.size = 1, 2
+        self.are_dead: set[int] = set()
         self.sent: queue.Queue[Letter] = queue.Queue()
         self._coming: queue.Queue[Letter] = queue.Queue()
 
@@ -350,7 +352,7 @@ class FirstServer(Mailbox):
         return True
 
     def dead(self) -> Collection[int]:
-        return ()
+        return self.are_dead
 
     def close(self) -> None:
         pass
@@ -437,6 +439,40 @@ def test_two_tasks_at_once(following: Following) -> None:
     with pytest.raises(ServerGoneError):
         bad.receive("anything")
     assert following.norm() == 0
+
+
+def test_a_bucket_that_comes_twice(following: Following) -> None:
+    """The first server is told once that all is here."""
+    bad = following.worker(1)
+    following.push(bad, 0, 1.0)
+    following.has_all_of(0, 1)
+    bad.post([SERVER], (Kind.PUSH, 0, 0), torch.zeros(8))
+    with pytest.raises(ServerGoneError):
+        bad.receive("anything")
+    assert following.norm() == 0
+
+
+def test_another_server_that_has_died() -> None:
+    """By a mailbox that knows."""
+    others = FirstServer()
+    mailbox = ServerMailbox("127.0.0.1", 0, DEADLINE, others)
+    assert mailbox.take() is None
+    others.are_dead = {0}
+    with pytest.raises(LostRankError, match="server 0 has died: start all again"):
+        mailbox.take()
+    mailbox.close()
+
+
+def test_a_share_without_sequences() -> None:
+    """Has no gradients, or not of all parameters: what there is counts."""
+    config, alone = configure(*SETTINGS, *TINY), SoloCommunicator()
+    mailbox = ServerMailbox("127.0.0.1", 0, DEADLINE)
+    owned = OwnedParameters(Transformer(config.model, 31), config, ServerGroup(mailbox, SERVER, 1, alone))
+    owned.add_own({})
+    assert owned.norm() == 0
+    owned.add_own({"final_norm.weight": torch.full((16,), 2.0)})
+    assert owned.norm() == pytest.approx(8)
+    mailbox.close()
 
 
 def test_numbers_that_another_worker_has(following: Following) -> None:

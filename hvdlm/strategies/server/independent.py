@@ -134,6 +134,8 @@ class IndependentServer(OrderingServer):
         self._workers.disconnect(worker)
         if worker in self._living:
             self._leave_out_and_tell(worker, f"is disconnected, for {reason}")
+        else:
+            self._order((Kind.LEFT, worker))
 
     def _is_expected(self, letter: Letter) -> bool:
         """Whether a worker may send this now; or another server, which never sends anything else."""

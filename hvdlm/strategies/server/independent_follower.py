@@ -67,10 +67,13 @@ class IndependentFollower(FollowingServer):
         return found
 
     def _is_expected(self, letter: Letter) -> bool:
-        """Whether a worker may send this: a part of one task, until the first server has said what becomes of it."""
+        """Whether a worker may send this: parts of one task, each once, until the first server has said what becomes of
+        it.
+        """
         kind, bucket, task, _ = letter.header
         others = any(worker == letter.source and pushed != task for worker, pushed in self._pushed)
-        return kind == Kind.PUSH and 0 <= bucket < self._owned.buckets and not others
+        is_new = bucket not in self._pushed.get((letter.source, task), ())
+        return kind == Kind.PUSH and 0 <= bucket < self._owned.buckets and is_new and not others
 
     def _leave_out(self, worker: int) -> None:
         self._has_left.add(worker)

@@ -114,6 +114,8 @@ class OwnedParameters:
         """The same for what this process has made itself: of whole parameters, by name, it takes what it keeps."""
         for partition in (each.partition for each in self._buckets):
             for name, part in partition.pieces.items():
+                if name not in pushed:  # of a share without sequences
+                    continue
                 piece, own = self._pieces[name], pushed[name].reshape(-1)[part.start : part.stop]
                 assert piece.grad is not None
                 piece.grad.add_(own)
