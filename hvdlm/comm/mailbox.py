@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,21 @@ class Mailbox(ABC):
 
         wait_until(has_come, math.inf if is_patient else self._timeout, self.rank, what)
         assert letter is not None
+        return letter
+
+    def receive_unless(self, is_due: Callable[[], bool], what: str) -> Letter | None:
+        """The next letter, for which this rank waits however long it takes, since it needs `what`; None if none is here
+        and something else `is_due`. That is asked first: what came before it became due is then here.
+        """
+        letter: Letter | None = None
+
+        def is_over() -> bool:
+            nonlocal letter
+            is_other = is_due()
+            letter = self.take()
+            return letter is not None or is_other
+
+        wait_until(is_over, math.inf, self.rank, what)
         return letter
 
     def flush(self) -> None:

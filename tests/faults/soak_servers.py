@@ -105,7 +105,7 @@ class Soak:
 
     def end(self) -> str:
         """Stops the servers, and says what was found. Raises AssertionError if a share did not count once."""
-        os.kill(process_of(self.servers, self._count - 1), signal.SIGTERM)
+        process_of(self.servers, self._count - 1).send_signal(signal.SIGTERM)
         result = self.servers.finish(DEADLINE)
         assert result.status == 75, result.output
         for worker in self._workers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import Counter
@@ -113,7 +112,7 @@ def test_kill_of_a_server(servers: int, killed: int, small_data: Path, tmp_path:
     with Served(tmp_path, small_data, servers=servers, **SETTINGS) as served, served.worker("0:rests") as worker:
         token = (served.run / "token").read_text()
         wait_for_step(served.job, served.run, 12)
-        os.kill(process_of(served.job, killed), signal.SIGKILL)
+        process_of(served.job, killed).kill()
         assert_ends(worker.finish(DEADLINE), 1, f"the server at {served.address} has gone")
         assert served.job.finish(DEADLINE).status
     with Served(tmp_path, small_data, "--resume", "latest", **SETTINGS) as served:
@@ -135,7 +134,7 @@ def test_a_signal_to_servers(has_worker: bool, servers: int, small_data: Path, t
         else:
             worker.finish(DEADLINE)
             served.wait_for_events("has gone")
-        os.kill(process_of(served.job, servers - 1), signal.SIGTERM)
+        process_of(served.job, servers - 1).send_signal(signal.SIGTERM)
         assert_ends(served.job.finish(DEADLINE), 75, "go on with --resume latest")
         if has_worker:
             assert_ends(worker.finish(DEADLINE), 75, "was stopped: start it again")

@@ -8,13 +8,12 @@ wait for the next task.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from hvdlm.comm.activity import Activity
-from hvdlm.comm.failure import RunningTime, wait_until
+from hvdlm.comm.failure import RunningTime
 from hvdlm.comm.mailbox import Letter
 from hvdlm.comm.server_mailbox import ServerMailbox
 from hvdlm.config import ServerSection
@@ -86,17 +85,14 @@ class IndependentServer(OrderingServer):
     def _next(self) -> Letter | None:
         """The next letter; None if a worker has gone meanwhile or takes too long, or this process is to stop."""
         self._tell_if_alone()
-        found: Letter | None = self._aside.popleft() if self._aside else None
+        if self._aside:
+            return self._aside.popleft()
 
-        def is_over() -> bool:
-            nonlocal found
-            has_gone = bool(self._gone())  # first: what such a worker has sent is then here
-            found = found or self._mailbox.take()
+        def is_due() -> bool:
             stops = self._stop_requested() and not self._stops
-            return found is not None or stops or has_gone or self._late() is not None
+            return stops or bool(self._gone()) or self._late() is not None
 
-        wait_until(is_over, math.inf, self._mailbox.rank, "workers")
-        return found
+        return self._mailbox.receive_unless(is_due, "workers")
 
     def _tell_if_alone(self) -> None:
         if self._living:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from hvdlm.comm.activity import Activity
-from hvdlm.comm.failure import wait_until
 from hvdlm.comm.mailbox import Letter
 from hvdlm.comm.server_mailbox import ServerMailbox
 from hvdlm.config import ServerSection
@@ -56,15 +54,9 @@ class IndependentFollower(FollowingServer):
 
     def _next(self) -> Letter | None:
         """The next letter; None if this process is to stop, and the first server does not know."""
-        found: Letter | None = None
-
-        def is_over() -> bool:
-            nonlocal found
-            found = self._mailbox.take()
-            return found is not None or (self._stop_requested() and not self._has_asked_to_stop)
-
-        wait_until(is_over, math.inf, self._mailbox.rank, "the first server")
-        return found
+        return self._mailbox.receive_unless(
+            lambda: self._stop_requested() and not self._has_asked_to_stop, "the first server"
+        )
 
     def _is_expected(self, letter: Letter) -> bool:
         """Whether a worker may send this: parts of one task, each once, until the first server has said what becomes of

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from hvdlm.comm.activity import Activity
-from hvdlm.comm.failure import wait_until
 from hvdlm.comm.mailbox import Letter
 from hvdlm.config import ServerSection
 from hvdlm.errors import HvdlmError
@@ -116,16 +115,14 @@ class OrderingServer(FollowingServer):
 
     def _next(self) -> Letter | None:
         """The next letter; None if a worker has died meanwhile, or this rank is to stop."""
-        found: Letter | None = self._aside.popleft() if self._aside else None
+        if self._aside:
+            return self._aside.popleft()
 
-        def is_over() -> bool:
-            nonlocal found
-            found = found or self._mailbox.take()
+        def is_due() -> bool:
             stops = self._stop_requested() and not self._stops
-            return found is not None or stops or bool(self._living & set(self._mailbox.dead()))
+            return stops or bool(self._living & set(self._mailbox.dead()))
 
-        wait_until(is_over, math.inf, self._mailbox.rank, "the workers")
-        return found
+        return self._mailbox.receive_unless(is_due, "the workers")
 
     # ---- tasks
 
